@@ -1,0 +1,124 @@
+"""The room that is always there: plain torch products, on any device and in any floating dtype.
+
+The pair form needs two products when P = [SVh; A] and Q = [U, alpha B] are laid side by side, four when they are
+not. Laying them side by side copies R (K + N) numbers a call and saves a pass over y (M N numbers): one bf16 core,
+K=576 N=1536 r=208 ra=16: M=2048 4.1 ms instead of 8.2, M=16 0.48 instead of 0.40. So the sizes decide.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def is_available() -> bool:
+    return True
+
+
+def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
+    """The reason why this room can't serve these tensors, in words; None where it can. It always can."""
+    return None
+
+
+def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (y [M, N], h_a [M, ra]), the formula of reference.py in the fewest products."""
+    if pivots is not None:
+        h_s = x @ SVh.T
+        y = torch.cat((h_s, h_s @ U.T), -1).index_select(-1, _output_order(pivots, U.shape[0]))
+        if bias is not None:
+            y += bias
+        return _add_adapter(y, x, A, B, alpha)
+    if A is not None:
+        (M, K), (N, rank), lora_rank = x.shape, U.shape, A.shape[0]
+        saved_pass_over_y_outweighs_copy = M * N > (rank + lora_rank) * (K + N)
+        if saved_pass_over_y_outweighs_copy:
+            h = x @ torch.cat((SVh, A)).T
+            h_a = h[:, rank:].clone()
+            if alpha != 1.0:
+                h[:, rank:] *= alpha
+            return _linear(h, torch.cat((U, B), 1), bias), h_a
+    return _add_adapter(_linear(x @ SVh.T, U, bias), x, A, B, alpha)
+
+
+def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are None.
+
+    x is only read for dA and h_a only for dB; either may be None where it isn't needed.
+    """
+    need_dx, need_dA, need_dB, need_db = needs
+    dx = dA = dB = None
+    dh_a = alpha * (dy @ B) if A is not None and (need_dx or need_dA) else None
+    if need_dx:
+        if pivots is None:
+            dh_s = dy @ U
+        else:
+            by_part = dy.index_select(-1, _part_order(pivots, U.shape[0]))
+            rank = pivots.shape[0]
+            dh_s = torch.addmm(by_part[:, :rank], by_part[:, rank:], U)
+        dx = dh_s @ SVh
+        if dh_a is not None:
+            dx.addmm_(dh_a, A)
+    if need_dA:
+        dA = dh_a.T @ x
+    if need_dB:
+        dB = alpha * (dy.T @ h_a)
+    return dx, dA, dB, dy.sum(0) if need_db else None
+
+
+def _linear(h, weight, bias):
+    return h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
+
+
+def _add_adapter(y, x, A, B, alpha):
+    """y += alpha (x A^T) B^T in place; returns (y, h_a)."""
+    if A is None:
+        return y, x.new_empty(x.shape[0], 0)
+    h_a = x @ A.T
+    return y.addmm_(h_a, B.T, alpha=alpha), h_a
+
+
+# pivots tensor -> (its version, part order, output order). Building them costs about 30 us a call, as much as the
+# products of a small decode step, so they are kept while the tensor lives and isn't written to.
+_orders = WeakTensorKeyDictionary()
+
+
+def _part_order(pivots: Tensor, others_count: int) -> Tensor:
+    """int64 [N]: the pivot outputs, then the others, both ascending."""
+    return _both_orders(pivots, others_count)[0]
+
+
+def _output_order(pivots: Tensor, others_count: int) -> Tensor:
+    """int64 [N]: where each output stands in the concatenation (pivots, others)."""
+    return _both_orders(pivots, others_count)[1]
+
+
+def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
+    version = 0 if pivots.is_inference() else pivots._version
+    kept = _orders.get(pivots)
+    if kept is not None and kept[0] == version:
+        return kept[1:]
+    # Inside a CUDA graph nothing may wait for the device, and what is allocated belongs to the graph.
+    capturing = pivots.is_cuda and torch.cuda.is_current_stream_capturing()
+    out_features = others_count + pivots.shape[0]
+    if not capturing:
+        check_pivots(pivots, out_features)
+    is_other = torch.ones(out_features, dtype=torch.uint8, device=pivots.device)
+    is_other[pivots.long()] = 0
+    part_order = torch.argsort(is_other, stable=True)
+    orders = part_order, torch.argsort(part_order)
+    if not capturing:
+        _orders[pivots] = (version, *orders)
+    return orders
+
+
+def check_pivots(pivots: Tensor, out_features: int) -> None:
+    """Raise ValueError unless pivots [r] are strictly ascending within [0, N). Reads the values: waits for a GPU."""
+    low, high = (int(pivots[0]), int(pivots[-1])) if len(pivots) else (0, 0)
+    if low < 0 or high >= out_features or bool((pivots[1:] <= pivots[:-1]).any()):
+        raise ValueError(
+            f"pivots must be strictly ascending within [0, {out_features}), got {pivots.tolist()}"
+            if len(pivots) <= 32
+            else f"pivots must be strictly ascending within [0, {out_features}), got {len(pivots)} values"
+            f" from {low} to {high} that are not"
+        )

@@ -1,0 +1,52 @@
+"""The algebra, as it stands on paper. Never optimised: every backend is judged against this file.
+
+Shapes: x [M, K], SVh [r, K], U [N, r] (pair) or [N - r, r] (pivoted), A [ra, K], B [N, ra], bias [N],
+pivots int32 [r] ascending (pivoted form only). Any floating dtype; the tests run it in float64.
+
+    pair      y = x SVh^T U^T + bias + alpha x A^T B^T
+    pivoted   y[:, pivots] = x SVh^T,  y[:, others] = x SVh^T U^T,  + bias + alpha x A^T B^T everywhere
+
+The pivoted form is PIFA's (arXiv:2501.19090): a rank-r matrix has r rows of which all others are combinations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def full_U(U: Tensor, pivots: Tensor | None) -> Tensor:
+    """U [N, r] of the equivalent pair: identity rows at `pivots`, the coefficients elsewhere."""
+    if pivots is None:
+        return U
+    others_count, rank = U.shape
+    is_pivot = torch.zeros(others_count + rank, dtype=torch.bool, device=U.device)
+    is_pivot[pivots.long()] = True
+    full = U.new_empty(others_count + rank, rank)
+    full[is_pivot] = torch.eye(rank, dtype=U.dtype, device=U.device)
+    full[~is_pivot] = U
+    return full
+
+
+def dense_weight(SVh, U, A=None, B=None, alpha=1.0, pivots=None) -> Tensor:
+    """W [N, K], the one matrix that the whole layer multiplies by."""
+    weight = full_U(U, pivots) @ SVh
+    return weight if A is None else weight + alpha * (B @ A)
+
+
+def forward(x, SVh, U, A=None, B=None, bias=None, alpha=1.0, pivots=None) -> tuple[Tensor, Tensor]:
+    """(y [M, N], h_a [M, ra]); h_a = x A^T is what the backward needs besides x."""
+    y = x @ SVh.T @ full_U(U, pivots).T
+    h_a = x.new_empty(x.shape[0], 0) if A is None else x @ A.T
+    if A is not None:
+        y = y + alpha * (h_a @ B.T)
+    return (y if bias is None else y + bias), h_a
+
+
+def backward(dy, x, h_a, SVh, U, A=None, B=None, alpha=1.0, pivots=None):
+    """(dx [M, K], dA [ra, K], dB [N, ra], db [N]) for dy [M, N]; SVh and U are frozen and get none."""
+    dx = dy @ full_U(U, pivots) @ SVh
+    if A is None:
+        return dx, None, None, dy.sum(0)
+    dh_a = alpha * (dy @ B)
+    return dx + dh_a @ A, dh_a.T @ x, alpha * (dy.T @ h_a), dy.sum(0)
