@@ -1,5 +1,57 @@
-"""Compressed, adapted language models, small and fast: a frozen truncated-SVD pair plus a LoRA pair as one op."""
+"""Compressed, adapted language models, small and fast: a frozen truncated-SVD pair plus a LoRA pair
+as one op.
+
+The op and the module are here at once; the pipeline, which needs transformers, is imported on first
+use.
+"""
+
+import importlib
+import sys
+from types import ModuleType
 
 from hylora_kernels.backends import available_backends, use_backend
 from hylora_kernels.linear import SVD_LoRA_Linear, SVDLoRALinear
 from hylora_kernels.ops import svd_lora_linear
+
+__version__ = "0.1.0"
+
+_PIPELINE = {
+    "compress": "compression",
+    "add_adapters": "compression",
+    "merge_adapters": "compression",
+    "analyze_spectrum": "compression",
+    "finetune": "finetune",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "save_pretrained": "checkpoint",
+    "load_pretrained": "checkpoint",
+    "load_model": "models",
+}
+
+__all__ = [
+    "SVDLoRALinear",
+    "SVD_LoRA_Linear",
+    "available_backends",
+    "svd_lora_linear",
+    "use_backend",
+    *_PIPELINE,
+]
+
+
+class _Package(ModuleType):
+    """Importing a submodule binds it here under its name: finetune.py must not hide the function
+    finetune."""
+
+    def __setattr__(self, name, value):
+        if not (name in _PIPELINE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name):
+        if name not in _PIPELINE:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{self.__name__}.{_PIPELINE[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+
+sys.modules[__name__].__class__ = _Package

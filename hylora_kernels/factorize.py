@@ -1,7 +1,7 @@
 """Matrices into factors: truncated SVD by four methods, and the row pivoting of the pivoted form.
 
-Pure linear algebra, no model and no layer. Everything is computed in float64 on the matrix's own device (on the CPU
-where the device has no float64) and handed back so; callers cast.
+Pure linear algebra, no model and no layer. Everything is computed in float64 on the matrix's own
+device (on the CPU where the device has no float64) and handed back so; callers cast.
 """
 
 from __future__ import annotations
@@ -15,27 +15,32 @@ FACTORIZERS = ("gram", "exact", "randomized", "nystrom")
 def truncated_svd(
     W: Tensor, rank: int | None = None, factorizer: str = "gram", *, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W [N, K] -> U [N, k], S [k] descending, Vh [k, K], float64, k = rank or min(N, K); W ~ (U * S) @ Vh.
+    """W [N, K] -> U [N, k], S [k] descending, Vh [k, K], float64, k = rank or min(N, K); W ~ (U *
+    S) @ Vh.
 
-    factorizer, with the seconds on two bf16-capable cores and the error against the optimum on a 4096 x 11008 matrix
-    at keep 0.6 (benchmarks/test_factorize.py measures them anew):
-        "gram"        eigenvectors of the smaller Gram matrix, optimal down to singular values of about
-                      1e-8 of the largest
+    factorizer, with the seconds on two bf16-capable cores and the error against the optimum on a
+    4096 x 11008 matrix at keep 0.6 (benchmarks/test_factorize.py measures them anew):
+        "gram"        eigenvectors of the smaller Gram matrix, optimal down to singular values of
+                      about 1e-8 of the largest
         "exact"       LAPACK's divide and conquer, optimal everywhere
-        "randomized"  Halko-Martinsson-Tropp (arXiv:0909.4061) range finder, two power iterations, re-orthonormalised
-                      by QR at each half step, oversampled by 10: a few percent above the optimum at such ranks, and
-                      only quicker below about a tenth of the full rank
-        "nystrom"     Tropp et al. (arXiv:1706.05736, algorithm 3) for symmetric positive semi-definite W only,
-                      e.g. a Gram matrix
-    Raises ValueError for an unknown factorizer, a rank out of range, non-finite W, or "nystrom" on a matrix that is not
-    symmetric positive semi-definite.
+        "randomized"  Halko-Martinsson-Tropp (arXiv:0909.4061) range finder, two power iterations,
+                      re-orthonormalised by QR at each half step, oversampled by 10: a few percent
+                      above the optimum at such ranks, and only quicker below about a tenth of the
+                      full rank
+        "nystrom"     Tropp et al. (arXiv:1706.05736, algorithm 3) for symmetric positive
+                      semi-definite W only, e.g. a Gram matrix
+    Raises TypeError or ValueError for a W that is no finite real matrix, an unknown factorizer, a
+    rank out of range, or "nystrom" on a matrix that is not symmetric positive semi-definite.
     """
-    if W.dim() != 2 or 0 in W.shape:
-        raise ValueError(f"W must be a non-empty matrix [N, K], got {list(W.shape)}")
+    _check_matrix("W", W, "[N, K]")
     full = min(W.shape)
     rank = full if rank is None else rank
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"rank must be an int or None, got {type(rank).__name__}")
     if not 1 <= rank <= full:
-        raise ValueError(f"rank must be in 1..{full} for a {W.shape[0]} x {W.shape[1]} matrix, got {rank}")
+        raise ValueError(
+            f"rank must be in 1..{full} for a {W.shape[0]} x {W.shape[1]} matrix, got {rank}"
+        )
     if factorizer not in FACTORIZERS:
         raise ValueError(f"factorizer must be one of {FACTORIZERS}, got {factorizer!r}")
     W = wide(W.detach())
@@ -50,6 +55,17 @@ def truncated_svd(
     return (_randomized if factorizer == "randomized" else _nystrom)(W, rank, generator)
 
 
+def _check_matrix(name: str, matrix: Tensor, letters: str) -> None:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(matrix).__name__}")
+    if matrix.is_complex():
+        raise TypeError(f"{name} must be real, got {matrix.dtype}")
+    if matrix.dim() != 2 or 0 in matrix.shape:
+        raise ValueError(f"{name} must be a non-empty matrix {letters}, got {list(matrix.shape)}")
+    if matrix.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float64, moved to the CPU where its device has no float64 (Apple's mps)."""
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
@@ -59,16 +75,17 @@ def _gram(W: Tensor, rank: int):
     if W.shape[0] > W.shape[1]:
         V, S, Uh = _gram(W.T, rank)
         return Uh.T, S, V.T
-    eigenvalues, U = torch.linalg.eigh(W @ W.T)
-    U = U[:, -rank:].flip(1)
-    S = eigenvalues[-rank:].flip(0).clamp_min(0).sqrt()
+    U = torch.linalg.eigh(W @ W.T).eigenvectors[:, -rank:]
     Vh = U.T @ W
-    # Norms of the rows are the singular values, more exact than the root of an eigenvalue where that is tiny.
-    norms = Vh.norm(dim=1)
-    return U, torch.where(norms > 0, norms, S), Vh / norms.clamp_min(torch.finfo(W.dtype).tiny)[:, None]
+    # Norms of the rows are the singular values, more exact than the root of an eigenvalue where
+    # that is tiny; there the order of the eigenvalues is noise too.
+    S, order = Vh.norm(dim=1).sort(descending=True)
+    return U[:, order], S, Vh[order] / S.clamp_min(torch.finfo(W.dtype).tiny)[:, None]
 
 
-def _randomized(W: Tensor, rank: int, generator: torch.Generator, oversample: int = 10, iterations: int = 2):
+def _randomized(
+    W: Tensor, rank: int, generator: torch.Generator, oversample: int = 10, iterations: int = 2
+):
     columns = min(rank + oversample, *W.shape)
     sketch = torch.randn(W.shape[1], columns, dtype=W.dtype, device=W.device, generator=generator)
     Q = torch.linalg.qr(W @ sketch).Q
@@ -80,31 +97,64 @@ def _randomized(W: Tensor, rank: int, generator: torch.Generator, oversample: in
 
 
 def _nystrom(W: Tensor, rank: int, generator: torch.Generator, oversample: int = 10):
-    symmetric = W.shape[0] == W.shape[1] and torch.allclose(W, W.T, rtol=1e-5, atol=1e-6 * float(W.abs().max()))
+    symmetric = W.shape[0] == W.shape[1] and torch.allclose(
+        W, W.T, rtol=1e-5, atol=1e-6 * float(W.abs().max())
+    )
     if not symmetric:
-        raise ValueError(f"factorizer 'nystrom' needs a symmetric matrix, got one of {list(W.shape)} that is not")
+        raise ValueError(
+            f"factorizer 'nystrom' needs a symmetric matrix, got one of {list(W.shape)} that is not"
+        )
+    # A sketch can miss a negative eigenvalue, Cholesky of the whole can't, at a tenth of the
+    # sketch's cost or so. One as small as float32 sums leave in a singular Gram matrix passes for
+    # zero.
+    rounding = 1e-6 * float(W.norm()) + torch.finfo(W.dtype).tiny
+    shifted = W.clone()
+    shifted.diagonal().add_(rounding)
+    if int(torch.linalg.cholesky_ex(shifted).info):
+        raise ValueError(
+            "factorizer 'nystrom' needs a positive semi-definite matrix, got one with negative"
+            " eigenvalues"
+        )
     n, columns = W.shape[0], min(rank + oversample, W.shape[0])
-    test = torch.linalg.qr(torch.randn(n, columns, dtype=W.dtype, device=W.device, generator=generator)).Q
+    test = torch.linalg.qr(
+        torch.randn(n, columns, dtype=W.dtype, device=W.device, generator=generator)
+    ).Q
     sketch = W @ test
-    # The shift keeps the Cholesky factor of test^T W test real; it is taken off the eigenvalues at the end.
+    # The shift keeps the Cholesky factor of test^T W test real; it is taken off the eigenvalues at
+    # the end.
     shift = torch.finfo(W.dtype).eps * n**0.5 * float(sketch.norm())
-    sketch += shift * test
-    core, info = torch.linalg.cholesky_ex(0.5 * (test.T @ sketch + sketch.T @ test))
+    core, info = _shifted_core(test, sketch, shift)
     if int(info):
-        raise ValueError("factorizer 'nystrom' needs a positive semi-definite matrix, got one with negative eigenvalues")
-    U, S, _ = torch.linalg.svd(torch.linalg.solve_triangular(core.T, sketch, upper=True, left=False), full_matrices=False)
+        shift = rounding
+        core, _ = _shifted_core(test, sketch, shift)
+    sketch += shift * test
+    U, S, _ = torch.linalg.svd(
+        torch.linalg.solve_triangular(core.T, sketch, upper=True, left=False), full_matrices=False
+    )
     U, eigenvalues = U[:, :rank], (S[:rank] ** 2 - shift).clamp_min(0)
     return U, eigenvalues, U.T
 
 
-def pivot_rows(U: Tensor) -> tuple[Tensor, Tensor]:
-    """U [N, r], r <= N -> pivots int64 [r] and coefficients float64 [N - r, r], with U[others] = coefficients @ U[pivots].
+def _shifted_core(test: Tensor, sketch: Tensor, shift: float):
+    core = test.T @ sketch
+    core = 0.5 * (core + core.T)
+    core.diagonal().add_(shift)
+    return torch.linalg.cholesky_ex(core)
 
-    pivots and others are both ascending. LU with partial pivoting on an orthonormal basis of U's columns, which keeps
-    the coefficients small (SmolLM2-135M at keep 0.8: largest 2.0 on average over the layers, 7.1 at worst) so that
-    they survive rounding to bfloat16. Also exact where U lacks full column rank. Source: PIFA, arXiv:2501.19090.
+
+def pivot_rows(U: Tensor) -> tuple[Tensor, Tensor]:
+    """U [N, r], r <= N -> pivots int64 [r] and coefficients float64 [N - r, r], with U[others] =
+    coefficients @ U[pivots].
+
+    pivots and others are both ascending. LU with partial pivoting on an orthonormal basis of U's
+    columns, which keeps the coefficients small (SmolLM2-135M at keep 0.8: largest 2.0 on average
+    over the layers, 7.1 at worst) so that they survive rounding to bfloat16. Also exact where U
+    lacks full column rank. Source: PIFA, arXiv:2501.19090.
     """
+    _check_matrix("U", U, "[N, r]")
     rows, rank = U.shape
+    if rank > rows:
+        raise ValueError(f"U must be [N, r] with r at most N, got {list(U.shape)}")
     packed, swaps = torch.linalg.lu_factor(torch.linalg.qr(wide(U)).Q)
     permutation = torch.arange(rows).tolist()
     for row, other in enumerate(swaps.tolist()):

@@ -1,4 +1,5 @@
-"""SVDLoRALinear: a frozen truncated-SVD pair plus a trainable LoRA pair in the place of an nn.Linear."""
+"""SVDLoRALinear: a frozen truncated-SVD pair plus a trainable LoRA pair in the place of an
+nn.Linear."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from hylora_kernels import reference
 from hylora_kernels.factorize import pivot_rows, truncated_svd, wide
-from hylora_kernels.ops import svd_lora_linear
+from hylora_kernels.ops import FLOATS, check_alpha, check_shapes, svd_lora_linear
 
 FORMS = ("pair", "pivoted")
 
 
 def factor_count(rank: int, in_features: int, out_features: int, form: str) -> int:
-    """Parameters of a rank-`rank` base: r (K + N) as a pair, r (K + N - r) pivoted; at most N K in the latter."""
+    """Parameters of a rank-`rank` base: r (K + N) as a pair, r (K + N - r) pivoted; at most N K in
+    the latter."""
     if form == "pair":
         return rank * (in_features + out_features)
     if rank >= min(in_features, out_features):
@@ -26,19 +28,22 @@ def factor_count(rank: int, in_features: int, out_features: int, form: str) -> i
 
 
 class SVDLoRALinear(nn.Module):
-    """x [..., K] -> y [..., N] = x SVh^T U^T + bias + alpha x A^T B^T (the pivoted form: see ops.svd_lora_linear).
+    """x [..., K] -> y [..., N] = x SVh^T U^T + bias + alpha x A^T B^T (the pivoted form: see
+    ops.svd_lora_linear).
 
     SVh:    [r, K] frozen parameter; the singular values are folded into it.
     U:      [N, r] frozen parameter; [N - r, r] in the pivoted form.
-    A, B:   [ra, K] and [N, ra] trainable parameters, None at lora_rank=0. They may be wider (float32 masters on a
-            bfloat16 base): they are cast to the base's dtype for the op, saved and counted as they are.
+    A, B:   [ra, K] and [N, ra] trainable parameters, None at lora_rank=0. They may be wider
+            (float32 masters on a bfloat16 base): they are cast to the base's dtype for the op,
+            saved and counted as they are.
     bias:   [N] trainable parameter or None.
     pivots: int32 [r] buffer in the pivoted form, else None.
 
-    rank r is 1..min(K, N); in the pivoted form also N, where SVh is the dense matrix itself and U is empty. alpha is
-    the LoRA scale. lora_dropout acts on the adapter's input in training, and costs a second pass over x there.
-    Raises ValueError or TypeError naming the argument. Source: the formula of the package; LoRA (arXiv:2106.09685), PIFA
-    (arXiv:2501.19090).
+    rank r is 1..min(K, N); in the pivoted form also N, where SVh is the dense matrix itself and U
+    is empty. alpha is the LoRA scale. lora_dropout acts on the adapter's input in training, and
+    costs a second pass over x there.
+    Raises ValueError or TypeError naming the argument. Source: the formula of the package; LoRA
+    (arXiv:2106.09685), PIFA (arXiv:2501.19090).
     """
 
     def __init__(
@@ -56,12 +61,14 @@ class SVDLoRALinear(nn.Module):
     ):
         super().__init__()
         _check_sizes(in_features, out_features, rank, lora_rank, form)
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+        check_alpha(alpha)
+        _check_dropout(lora_dropout)
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
         kind = {"device": device, "dtype": dtype}
         others = out_features - rank if form == "pivoted" else out_features
         self.in_features, self.out_features = in_features, out_features
-        self.form, self.alpha, self.lora_dropout = form, _finite(alpha), lora_dropout
+        self.form, self.alpha, self.lora_dropout = form, float(alpha), lora_dropout
         self.SVh = nn.Parameter(torch.empty(rank, in_features, **kind), requires_grad=False)
         self.U = nn.Parameter(torch.empty(others, rank, **kind), requires_grad=False)
         self.A = nn.Parameter(torch.empty(lora_rank, in_features, **kind)) if lora_rank else None
@@ -72,7 +79,8 @@ class SVDLoRALinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random factors whose product has nn.Linear's variance; A random, B zero: the adapter starts as nothing."""
+        """Random factors whose product has nn.Linear's variance; A random, B zero: the adapter
+        starts as nothing."""
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.SVh, -bound, bound)
         if self.U.numel():
@@ -82,6 +90,8 @@ class SVDLoRALinear(nn.Module):
             nn.init.zeros_(self.B)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+        if self.pivots is not None:  # to_empty() has left no values in it, after building on meta
+            self.pivots.copy_(torch.arange(self.rank))
 
     @property
     def rank(self) -> int:
@@ -100,7 +110,7 @@ class SVDLoRALinear(nn.Module):
             return y + self.alpha * F.linear(F.linear(F.dropout(x, self.lora_dropout), A), B)
         return svd_lora_linear(x, self.SVh, self.U, A, B, self.bias, self.alpha, self.pivots)
 
-    # ------------------------------------------------------------------------------------------------ making one
+    # ---------------------------------------------------------------------------------- making one
 
     @classmethod
     def from_linear(
@@ -114,59 +124,89 @@ class SVDLoRALinear(nn.Module):
         init: str = "next",
         lora_dropout: float = 0.0,
     ) -> SVDLoRALinear:
-        """linear [N, K] -> the layer with its best rank-`rank` base, in the linear's dtype and device; bias shared.
+        """linear [N, K] -> the layer with its best rank-`rank` base, in its dtype, with its bias.
 
-        init: what the adapter starts as: "next", the next lora_rank singular components (the layer then computes the
-        best rank r + ra approximation), or "classic", A random and B zero. With alpha=0 nothing but "classic" can be.
-        Raises TypeError if `linear` is no nn.Linear, ValueError naming any other argument that can't be.
+        init: what the adapter starts as: "next", the next lora_rank singular components (the layer
+        then computes the best rank r + ra approximation), or "classic", A random and B zero. With
+        alpha=0 nothing but "classic" can be. Raises TypeError if `linear` is no nn.Linear,
+        ValueError naming any other argument that can't be.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         weight, (N, K) = linear.weight, linear.weight.shape
         _check_sizes(K, N, rank, lora_rank, form)
+        _check_init(init)
+        check_alpha(alpha)
+        options = {"bias": linear.bias, "alpha": alpha, "lora_dropout": lora_dropout}
         if form == "pivoted" and rank == N:
-            U, SVh = torch.eye(N, dtype=torch.float64), wide(weight.detach())
+            layer = cls.from_dense(weight, lora_rank, **options)
         else:
-            wanted = min(rank + lora_rank, N, K)
-            U, S, Vh = truncated_svd(weight, wanted, factorizer)
+            U, S, Vh = truncated_svd(weight, min(rank + lora_rank, N, K), factorizer)
             SVh = S[:, None] * Vh
-        layer = cls.from_product(
-            U, SVh, rank, lora_rank, bias=linear.bias, alpha=alpha, form=form, init=init, dtype=weight.dtype
-        )
-        layer.lora_dropout = lora_dropout
+            layer = cls.from_product(
+                U, SVh, rank, lora_rank, form=form, init=init, dtype=weight.dtype, **options
+            )
         return layer.to(weight.device).train(linear.training)
 
     @classmethod
-    def from_product(
-        cls, U, SVh, rank, lora_rank=0, *, bias=None, alpha=1.0, form="pair", init="next", dtype=None, seed=0
+    def from_dense(
+        cls, W, lora_rank=0, *, bias=None, alpha=1.0, lora_dropout=0.0, seed=0
     ) -> SVDLoRALinear:
-        """U [N, R], SVh [R, K], components by falling weight -> the layer whose base is the first `rank` of them.
+        """Plain LoRA: W [N, K] itself, shared, as a pivoted base of rank N; a classic adapter."""
+        A, B = _classic_adapter(*W.shape, lora_rank, seed)
+        kind = {"device": W.device, "dtype": W.dtype}
+        if lora_rank:
+            A, B = A.to(**kind), B.to(**kind)
+        U, pivots = torch.empty(0, len(W), **kind), torch.arange(len(W))
+        return cls.from_factors(W.detach(), U, A, B, bias, alpha, pivots, lora_dropout)
 
-        With init="next" the components after them become the adapter (norm-balanced, missing ones random with B zero);
+    @classmethod
+    def from_product(
+        cls,
+        U,
+        SVh,
+        rank,
+        lora_rank=0,
+        *,
+        bias=None,
+        alpha=1.0,
+        lora_dropout=0.0,
+        form="pair",
+        init="next",
+        dtype=None,
+        seed=0,
+    ) -> SVDLoRALinear:
+        """U [N, R], SVh [R, K], components by falling weight -> the layer with the first `rank`
+        of them as its base.
+
+        With init="next" the components after them become the adapter (norm-balanced; missing ones
+        are random with B zero);
         with "classic" A is random (seeded by `seed`), B zero. dtype defaults to SVh's.
         """
-        if init not in ("next", "classic"):
-            raise ValueError(f"init must be 'next' or 'classic', got {init!r}")
+        _check_init(init)
         dtype = dtype or SVh.dtype
         taken = 0 if init == "classic" or alpha == 0 else min(lora_rank, SVh.shape[0] - rank)
-        A = B = None
-        if lora_rank:
-            generator = torch.Generator().manual_seed(seed)
-            A = torch.randn(lora_rank, SVh.shape[1], generator=generator, dtype=torch.float64)
-            A = (A / SVh.shape[1] ** 0.5).to(SVh)
-            B = U.new_zeros(U.shape[0], lora_rank)
-            A[:taken], B[:, :taken] = _balanced(SVh[rank : rank + taken], U[:, rank : rank + taken], alpha)
+        A, B = _classic_adapter(U.shape[0], SVh.shape[1], lora_rank, seed)
+        if taken:
+            A, B = A.to(SVh), B.to(U)
+            A[:taken], B[:, :taken] = _balanced(
+                SVh[rank : rank + taken], U[:, rank : rank + taken], alpha
+            )
         base_U, base_SVh, pivots = U[:, :rank], SVh[:rank], None
         if form == "pivoted":
             base_U, base_SVh, pivots = _pivoted(base_U, base_SVh)
-        cast = (t if t is None else t.to(dtype).contiguous() for t in (base_SVh, base_U, A, B))
-        return cls.from_factors(*cast, bias=bias, alpha=alpha, pivots=pivots)
+        factors = (base_SVh, base_U, A, B)
+        # Copies: a view of the first components would keep the memory of all of them.
+        kind = {"device": SVh.device, "dtype": dtype, "memory_format": torch.contiguous_format}
+        factors = (t if t is None else t.to(**kind, copy=True) for t in factors)
+        return cls.from_factors(*factors, bias, alpha, pivots, lora_dropout)
 
     @classmethod
     def from_factors(
         cls, SVh, U, A=None, B=None, bias=None, alpha=1.0, pivots=None, lora_dropout=0.0
     ) -> SVDLoRALinear:
         """The layer that holds these very tensors (shapes as in the class)."""
+        check_shapes(SVh.shape[-1], "K from SVh", SVh, U, A, B, bias, pivots)
         layer = cls(
             SVh.shape[1],
             U.shape[0] + (0 if pivots is None else SVh.shape[0]),
@@ -190,10 +230,10 @@ class SVDLoRALinear(nn.Module):
         self.B = None if B is None else nn.Parameter(B)
         self.pivots = None if pivots is None else pivots.to(SVh.device, torch.int32)
 
-    # ------------------------------------------------------------------------------------------- what it amounts to
+    # -------------------------------------------------------------------------- what it amounts to
 
     def parameter_count(self, merged: bool = True) -> int:
-        """Parameters of the factors, bias excluded: merged, as deployed at rank r + ra, or as held now."""
+        """Parameters without bias: merged, as deployed at rank r + ra, or as held now."""
         if merged:
             rank = self.rank + self.lora_rank
             rank = min(rank, self.in_features, self.out_features) if self.lora_rank else rank
@@ -208,15 +248,16 @@ class SVDLoRALinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"lora_rank={self.lora_rank}, alpha={self.alpha:g}, form={self.form!r}, bias={self.bias is not None}, "
-            f"keep={self.keep:.3f} (removed {1 - self.keep:.3f})"
+            f"lora_rank={self.lora_rank}, alpha={self.alpha:g}, form={self.form!r}, "
+            f"bias={self.bias is not None}, keep={self.keep:.3f} (removed {1 - self.keep:.3f})"
         )
 
     @torch.no_grad()
     def merge(self) -> SVDLoRALinear:
-        """Fold the adapter into the base, exactly up to the dtype's rounding, at rank r + ra; the same layer.
+        """Fold the adapter into the base at rank r + ra, exact up to rounding; the same layer.
 
-        Where r + ra exceeds min(K, N), that is the rank of the pair; the pivoted form becomes the dense matrix (rank N).
+        Where r + ra exceeds min(K, N), that is the rank of the pair; the pivoted form becomes the
+        dense matrix (rank N).
         """
         if self.A is None:
             return self
@@ -247,8 +288,20 @@ class SVDLoRALinear(nn.Module):
 SVD_LoRA_Linear = SVDLoRALinear
 
 
+def _classic_adapter(out_features: int, in_features: int, lora_rank: int, seed: int):
+    """A [ra, K] random with rows of norm about 1, B [N, ra] zero; None, None at lora_rank 0."""
+    if not lora_rank:
+        return None, None
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(lora_rank, in_features, generator=generator, dtype=torch.float64)
+    return A / in_features**0.5, torch.zeros(out_features, lora_rank, dtype=torch.float64)
+
+
 def _pivoted(U: Tensor, SVh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [N, R], SVh [R, K] -> (coefficients, pivot rows of U SVh, pivots); the dense matrix itself at R = N or R > K."""
+    """U [N, R], SVh [R, K] -> (coefficients, pivot rows of U SVh, pivots).
+
+    At R = N or R > K that is no coefficients and the dense matrix itself.
+    """
     if U.shape[1] > SVh.shape[1] or U.shape[1] >= U.shape[0]:
         return U.new_empty(0, U.shape[0]), U @ SVh, torch.arange(U.shape[0])
     pivots, coefficients = pivot_rows(U)
@@ -264,7 +317,9 @@ def _balanced(SVh: Tensor, U: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def _check_sizes(in_features, out_features, rank, lora_rank, form) -> None:
-    sizes = SimpleNamespace(in_features=in_features, out_features=out_features, rank=rank, lora_rank=lora_rank)
+    sizes = SimpleNamespace(
+        in_features=in_features, out_features=out_features, rank=rank, lora_rank=lora_rank
+    )
     for name, size in vars(sizes).items():
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
@@ -277,13 +332,18 @@ def _check_sizes(in_features, out_features, rank, lora_rank, form) -> None:
     if rank > most and not (form == "pivoted" and rank == out_features):
         also = f" or {out_features}" if form == "pivoted" and out_features > most else ""
         raise ValueError(
-            f"rank must be in 1..{most}{also} for in_features={in_features}, out_features={out_features}, got {rank}"
+            f"rank must be in 1..{most}{also} for in_features={in_features},"
+            f" out_features={out_features}, got {rank}"
         )
 
 
-def _finite(alpha) -> float:
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be finite, got {alpha}")
-    return float(alpha)
+def _check_dropout(lora_dropout) -> None:
+    if not isinstance(lora_dropout, int | float) or isinstance(lora_dropout, bool):
+        raise TypeError(f"lora_dropout must be a number, got {type(lora_dropout).__name__}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+
+
+def _check_init(init) -> None:
+    if init not in ("next", "classic"):
+        raise ValueError(f"init must be 'next' or 'classic', got {init!r}")

@@ -1,7 +1,8 @@
-"""The next-token loss of a causal language model, with the output head applied to few rows at a time.
+"""The next-token loss of a causal language model, with the output head applied to few rows at a
+time.
 
-Logits of 512 tokens over 49,152 words are 100 MB in float32, and their gradient as much again: making them all at once
-halves the speed of training on a CPU. 64 rows at a time stay in cache.
+Logits of 512 tokens over 49,152 words are 100 MB in float32, and their gradient as much again:
+making them all at once halves the speed of training on a CPU. 64 rows at a time stay in cache.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ _plain_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictio
 
 
 def token_loss(
-    model: nn.Module, ids: Tensor, chunk: int = 64, teacher: nn.Module | None = None, distill: float = 0.0
+    model: nn.Module,
+    ids: Tensor,
+    chunk: int = 64,
+    teacher: nn.Module | None = None,
+    distill: float = 0.0,
 ) -> tuple[Tensor, int]:
-    """ids int64 [n, L] -> (the sum of the n (L - 1) next-token losses in nats: float32 scalar, n (L - 1)).
+    """ids int64 [n, L] -> (the sum of the n (L - 1) next-token losses in nats: float32 scalar, n (L
+    - 1)).
 
-    Differentiable towards everything below the output head, which must be frozen. With a teacher (a causal LM of the same
-    vocabulary) the loss is (1 - distill) * cross-entropy + distill * cross-entropy against the teacher's distribution.
-    Models whose logits are more than head(hidden) (soft-capping, scaling) are found out by a probe on four tokens and
-    served by their own logits, all at once.
+    Differentiable towards everything below the output head, which must be frozen. With a teacher (a
+    causal LM of the same vocabulary) the loss is (1 - distill) * cross-entropy + distill *
+    cross-entropy against the teacher's distribution. Models whose logits are more than head(hidden)
+    (soft-capping, scaling) are found out by a probe on four tokens and served by their own logits,
+    all at once.
     """
     labels = ids[:, 1:].flatten()
-    if not _has_plain_head(model, ids):
+    if not has_plain_head(model, ids):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         soft = None if not distill else _logits(teacher, ids)
         return _mixed_loss(logits, labels, soft, distill), labels.numel()
@@ -49,16 +56,23 @@ def _logits(model, ids) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
-def _has_plain_head(model, ids) -> bool:
-    """Whether logits are head(hidden), bit for bit, with a head that needs no gradient; asked once per model."""
+def has_plain_head(model: nn.Module, ids: Tensor) -> bool:
+    """Whether logits are head(hidden), bit for bit, and the head needs no gradient. Runs the model
+    the first time."""
     if model not in _plain_heads:
         was_training, probe = model.training, ids[:1, :4]
         model.eval()
         with torch.no_grad():
-            by_head = model.get_output_embeddings()(model.base_model(input_ids=probe, use_cache=False)[0])
-            _plain_heads[model] = torch.equal(model(input_ids=probe, use_cache=False).logits, by_head)
+            by_head = model.get_output_embeddings()(
+                model.base_model(input_ids=probe, use_cache=False)[0]
+            )
+            _plain_heads[model] = torch.equal(
+                model(input_ids=probe, use_cache=False).logits, by_head
+            )
         model.train(was_training)
-    return _plain_heads[model] and not any(p.requires_grad for p in model.get_output_embeddings().parameters())
+    return _plain_heads[model] and not any(
+        p.requires_grad for p in model.get_output_embeddings().parameters()
+    )
 
 
 def _mixed_loss(logits, labels, teacher_logits, distill) -> Tensor:
@@ -71,7 +85,8 @@ def _mixed_loss(logits, labels, teacher_logits, distill) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradient towards hidden is made in the forward, chunk by chunk, so that no logits outlive their chunk."""
+    """The gradient towards hidden is made in the forward, chunk by chunk, so that no logits outlive
+    their chunk."""
 
     @staticmethod
     def forward(ctx, hidden, head, labels, chunk, teacher_hidden, teacher_head, distill):
@@ -79,7 +94,9 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             with torch.no_grad():
-                teacher_logits = teacher_head(teacher_hidden[rows]) if teacher_head is not None else None
+                teacher_logits = (
+                    teacher_head(teacher_hidden[rows]) if teacher_head is not None else None
+                )
             with torch.set_grad_enabled(grad is not None):
                 part = hidden[rows].detach().requires_grad_(grad is not None)
                 loss = _mixed_loss(head(part), labels[rows], teacher_logits, distill)

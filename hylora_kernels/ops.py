@@ -1,8 +1,10 @@
-"""Every op of the package: schema, argument checks, fake kernel, autograd, autocast, and the functional door.
+"""Every op of the package: schema, argument checks, fake kernel, autograd, autocast, and the
+functional door.
 
-Each room of `backends` gets one forward and one backward op, `hylora::<room>_forward` and `hylora::<room>_backward`,
-so a forward's graph node names the room of its own backward. Shapes as in reference.py, with any leading batch
-dims on x. Gradients exist for x, A, B and bias; SVh and U are frozen. Saved for backward: x and h_a, no more.
+Each room of `backends` gets one forward and one backward op, `hylora::<room>_forward` and
+`hylora::<room>_backward`, so a forward's graph node names the room of its own backward. Shapes as
+in reference.py, with any leading batch dims on x. Gradients exist for x, A, B and bias; SVh and U
+are frozen. Saved for backward: x and h_a, no more.
 """
 
 from __future__ import annotations
@@ -10,22 +12,24 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hylora_kernels import backends
 
 _LIBRARY = torch.library.Library("hylora", "DEF")
 _FORWARD = (
-    "(Tensor x, Tensor SVh, Tensor U, Tensor? A, Tensor? B, Tensor? bias, float alpha, Tensor? pivots)"
-    " -> (Tensor y, Tensor h_a)"
+    "(Tensor x, Tensor SVh, Tensor U, Tensor? A, Tensor? B, Tensor? bias, float alpha,"
+    " Tensor? pivots) -> (Tensor y, Tensor h_a)"
 )
 _BACKWARD = (
-    "(Tensor dy, Tensor? x, Tensor? h_a, Tensor SVh, Tensor U, Tensor? A, Tensor? B, float alpha, Tensor? pivots,"
-    " bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor db)"
+    "(Tensor dy, Tensor? x, Tensor? h_a, Tensor SVh, Tensor U, Tensor? A, Tensor? B, float alpha,"
+    " Tensor? pivots, bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor db)"
 )
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def svd_lora_linear(
@@ -45,11 +49,13 @@ def svd_lora_linear(
     A, B:   [ra, K] and [N, ra], or both None.
     bias:   [N] or None.
     alpha:  a finite real number, the LoRA scale.
-    pivots: None, or int32 [r], strictly ascending within [0, N): the outputs that SVh itself computes
-            (y[..., pivots] = x SVh^T), the others being U's combinations of them (PIFA, arXiv:2501.19090).
+    pivots: None, or int32 [r], strictly ascending within [0, N): the outputs that SVh itself
+            computes (y[..., pivots] = x SVh^T), the others being U's combinations of them (PIFA,
+            arXiv:2501.19090).
 
-    One dtype (float64, float32, bfloat16 or float16) and one device for all but pivots' dtype, any strides. Under
-    torch.autocast the floating tensors are cast first. Gradients for x, A, B and bias. No double backward, no vmap.
+    One dtype (float64, float32, bfloat16 or float16) and one device for all but pivots' dtype, any
+    strides. Under torch.autocast the floating tensors are cast first. Gradients for x, A, B and
+    bias. No double backward, no vmap.
     Raises TypeError or ValueError that names the argument, what came and what is allowed.
     """
     _check(x, SVh, U, A, B, bias, alpha, pivots)
@@ -57,7 +63,8 @@ def svd_lora_linear(
     return _FORWARD_OPS[room](x, SVh, U, A, B, bias, float(alpha), pivots)[0]
 
 
-# ---------------------------------------------------------------------------------------------- argument checks
+# ----------------------------------------------------------------------------------------------
+# argument checks
 
 
 def _check(x, SVh, U, A, B, bias, alpha, pivots) -> None:
@@ -67,22 +74,36 @@ def _check(x, SVh, U, A, B, bias, alpha, pivots) -> None:
         if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
             allowed = "a Tensor or None" if optional else "a Tensor"
             raise TypeError(f"{name} must be {allowed}, got {type(tensor).__name__}")
-    if not isinstance(alpha, numbers.Real | torch.SymFloat) or isinstance(alpha, bool):
-        raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
-    if not -math.inf < alpha < math.inf:  # math.isfinite can't be traced with a symbolic float
-        raise ValueError(f"alpha must be finite, got {alpha}")
-    if (A is None) != (B is None):
-        given, missing = ("A", "B") if B is None else ("B", "A")
-        raise ValueError(f"A and B must be given together or not at all, got {given} but {missing} is None")
-    _check_shapes(x, SVh, U, A, B, bias, pivots)
-    _check_kinds(tensors)
-
-
-def _check_shapes(x, SVh, U, A, B, bias, pivots) -> None:
+        # Asked first, since a nested tensor has no shape to look at.
+        if tensor is not None and (tensor.is_nested or tensor.layout is not torch.strided):
+            kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a strided tensor, got {kind}")
+    check_alpha(alpha)
     if x.dim() < 1:
         raise ValueError("x must be [..., K] with at least one dim, got a scalar")
-    K = x.shape[-1]
-    _want("SVh", SVh, "[r, K]", (None, K), "K from x")
+    check_shapes(x.shape[-1], "K from x", SVh, U, A, B, bias, pivots)
+    _check_kinds(tensors)
+    _refuse_forward_mode(tensors)
+
+
+def check_alpha(alpha) -> None:
+    """Raise TypeError or ValueError unless alpha is a real number that a float64 holds."""
+    if not isinstance(alpha, numbers.Real | torch.SymFloat) or isinstance(alpha, bool):
+        raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
+    # math.isfinite can't be traced with a symbolic float, and overflows on a large int.
+    if not -sys.float_info.max <= alpha <= sys.float_info.max:
+        raise ValueError(f"alpha must be finite in float64, got {alpha}")
+
+
+def check_shapes(K, source, SVh, U, A, B, bias, pivots) -> None:
+    """Raise ValueError unless the factors fit one another and K, which came from where `source`
+    says."""
+    if (A is None) != (B is None):
+        given, missing = ("A", "B") if B is None else ("B", "A")
+        raise ValueError(
+            f"A and B must be given together or not at all, got {given} but {missing} is None"
+        )
+    _want("SVh", SVh, "[r, K]", (None, K), source)
     rank = SVh.shape[0]
     _want("U", U, "[N, r]" if pivots is None else "[N - r, r]", (None, rank), "r from SVh")
     out_features = U.shape[0]
@@ -90,7 +111,7 @@ def _check_shapes(x, SVh, U, A, B, bias, pivots) -> None:
         _want("pivots", pivots, "[r]", (rank,), "r from SVh")
         out_features += rank
     if A is not None:
-        _want("A", A, "[ra, K]", (None, K), "K from x")
+        _want("A", A, "[ra, K]", (None, K), source)
         _want("B", B, "[N, ra]", (out_features, A.shape[0]), "N from U, ra from A")
     if bias is not None:
         _want("bias", bias, "[N]", (out_features,), "N from U")
@@ -102,45 +123,68 @@ def _want(name: str, tensor: Tensor, letters: str, shape: tuple, source: str) ->
     )
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} must be {letters} = [{wanted}] ({source}), got {list(tensor.shape)}")
+        raise ValueError(
+            f"{name} must be {letters} = [{wanted}] ({source}), got {list(tensor.shape)}"
+        )
 
 
 def _check_kinds(tensors: dict[str, Tensor | None]) -> None:
-    x, pivots = tensors["x"], tensors["pivots"]
-    autocast = torch.is_autocast_enabled(x.device.type)
+    x, pivots, device_type = tensors["x"], tensors["pivots"], tensors["x"].device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
+        device_type
+    )
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
         if tensor is pivots:
             if tensor.dtype != torch.int32:
                 raise TypeError(f"pivots must be int32, got {tensor.dtype}")
-        elif tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be one of float64, float32, bfloat16, float16, got {tensor.dtype}")
-        elif tensor.dtype != x.dtype and not autocast:
+        elif tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must be one of float64, float32, bfloat16, float16, got {tensor.dtype}"
+            )
+        elif tensor.dtype != x.dtype and (not autocast or torch.float64 in (tensor.dtype, x.dtype)):
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
     if torch.is_grad_enabled():
         for name in ("SVh", "U"):
             if tensors[name].requires_grad:
-                raise ValueError(f"{name} must not require grad: it is frozen and has no gradient here")
+                raise ValueError(
+                    f"{name} must not require grad: it is frozen and has no gradient here"
+                )
 
 
-# ------------------------------------------------------------------------------------------------- registration
+def _refuse_forward_mode(tensors: dict[str, Tensor | None]) -> None:
+    """A custom op drops tangents without a word, and a derivative of zero is a wrong answer."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"svd_lora_linear has no forward-mode derivative, got a tangent on {name}"
+            )
+
+
+# -------------------------------------------------------------------------------------------------
+# registration
 
 
 def _kernel_forward(room, x, SVh, U, A, B, bias, alpha, pivots):
-    y, h_a = room.forward(x.reshape(-1, x.shape[-1]), SVh, U, A, B, bias, alpha, pivots)
+    y, h_a = room.forward(_matrix(x), SVh, U, A, B, bias, alpha, pivots)
     return y.view(*x.shape[:-1], y.shape[-1]), h_a
 
 
 def _kernel_backward(room, dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
-    lead, (dy, x) = dy.shape[:-1], (t if t is None else t.reshape(-1, t.shape[-1]) for t in (dy, x))
-    dx, *others = room.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs)
-    grads = (dx if dx is None else dx.view(*lead, dx.shape[-1]), *others)
+    x = x if x is None else _matrix(x)
+    dx, *others = room.backward(_matrix(dy), x, h_a, SVh, U, A, B, alpha, pivots, needs)
+    grads = (dx if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *others)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """[..., n] -> [M, n]; a reshape to (-1, n) would not know M at n = 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _fake_forward(x, SVh, U, A, B, bias, alpha, pivots):
@@ -151,8 +195,15 @@ def _fake_forward(x, SVh, U, A, B, bias, alpha, pivots):
 
 
 def _fake_backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
-    shapes = (*dy.shape[:-1], SVh.shape[1]), A is not None and A.shape, B is not None and B.shape, dy.shape[-1:]
-    return tuple(dy.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+    shapes = (
+        (*dy.shape[:-1], SVh.shape[1]),
+        A is not None and A.shape,
+        B is not None and B.shape,
+        dy.shape[-1:],
+    )
+    return tuple(
+        dy.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)
+    )
 
 
 def _save(ctx, inputs, output):
@@ -160,7 +211,9 @@ def _save(ctx, inputs, output):
     need_x, _, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     ctx.needs, ctx.alpha = [need_x, need_A, need_B, need_bias], alpha
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if need_A else None, output[1] if need_B else None, SVh, U, A, B, pivots)
+    ctx.save_for_backward(
+        x if need_A else None, output[1] if need_B else None, SVh, U, A, B, pivots
+    )
 
 
 def _differentiate(backward_op, ctx, dy, _dh_a):
@@ -173,11 +226,15 @@ def _differentiate(backward_op, ctx, dy, _dh_a):
 
 
 def _refuse_double_backward(ctx, *_grads):
-    raise NotImplementedError("svd_lora_linear has no double backward: its gradients can't be differentiated again")
+    raise NotImplementedError(
+        "svd_lora_linear has no double backward: its gradients can't be differentiated again"
+    )
 
 
 def _refuse_vmap(info, in_dims, *args):
-    raise NotImplementedError("svd_lora_linear has no vmap rule: give the batch as leading dims of x instead")
+    raise NotImplementedError(
+        "svd_lora_linear has no vmap rule: give the batch as leading dims of x instead"
+    )
 
 
 def _autocast(op, device_type, *args):
@@ -201,7 +258,10 @@ def _define(name: str, room):
         torch.library.register_vmap(f"hylora::{op_name}", _refuse_vmap, lib=_LIBRARY)
     forward_op, backward_op = (getattr(torch.ops.hylora, op).default for op in (forward, backward))
     torch.library.register_autograd(
-        f"hylora::{forward}", functools.partial(_differentiate, backward_op), setup_context=_save, lib=_LIBRARY
+        f"hylora::{forward}",
+        functools.partial(_differentiate, backward_op),
+        setup_context=_save,
+        lib=_LIBRARY,
     )
     torch.library.register_autograd(f"hylora::{backward}", _refuse_double_backward, lib=_LIBRARY)
     for device_type in ("cpu", "cuda", "mps", "xpu"):

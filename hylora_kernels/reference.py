@@ -1,12 +1,15 @@
 """The algebra, as it stands on paper. Never optimised: every backend is judged against this file.
 
-Shapes: x [M, K], SVh [r, K], U [N, r] (pair) or [N - r, r] (pivoted), A [ra, K], B [N, ra], bias [N],
+Shapes: x [M, K], SVh [r, K], U [N, r] (pair) or [N - r, r] (pivoted), A [ra, K], B [N, ra], bias
+        [N],
 pivots int32 [r] ascending (pivoted form only). Any floating dtype; the tests run it in float64.
 
     pair      y = x SVh^T U^T + bias + alpha x A^T B^T
-    pivoted   y[:, pivots] = x SVh^T,  y[:, others] = x SVh^T U^T,  + bias + alpha x A^T B^T everywhere
+    pivoted   y[:, pivots] = x SVh^T,  y[:, others] = x SVh^T U^T,  + bias + alpha x A^T B^T
+    everywhere
 
-The pivoted form is PIFA's (arXiv:2501.19090): a rank-r matrix has r rows of which all others are combinations.
+The pivoted form is PIFA's (arXiv:2501.19090): a rank-r matrix has r rows of which all others are
+combinations.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ def forward(x, SVh, U, A=None, B=None, bias=None, alpha=1.0, pivots=None) -> tup
 
 
 def backward(dy, x, h_a, SVh, U, A=None, B=None, alpha=1.0, pivots=None):
-    """(dx [M, K], dA [ra, K], dB [N, ra], db [N]) for dy [M, N]; SVh and U are frozen and get none."""
+    """(dx [M, K], dA [ra, K], dB [N, ra], db [N]) for dy [M, N]; SVh and U are frozen and get
+    none."""
     dx = dy @ full_U(U, pivots) @ SVh
     if A is None:
         return dx, None, None, dy.sum(0)

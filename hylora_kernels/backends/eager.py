@@ -1,8 +1,9 @@
 """The room that is always there: plain torch products, on any device and in any floating dtype.
 
-The pair form needs two products when P = [SVh; A] and Q = [U, alpha B] are laid side by side, four when they are
-not. Laying them side by side copies R (K + N) numbers a call and saves a pass over y (M N numbers): one bf16 core,
-K=576 N=1536 r=208 ra=16: M=2048 4.1 ms instead of 8.2, M=16 0.48 instead of 0.40. So the sizes decide.
+The pair form needs two products when P = [SVh; A] and Q = [U, alpha B] are laid side by side, four
+when they are not. Laying them side by side copies R (K + N) numbers a call and saves a pass over y
+(M N numbers): one bf16 core, K=576 N=1536 r=208 ra=16: M=2048 4.1 ms instead of 8.2, M=16 0.48
+instead of 0.40. So the sizes decide.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ def is_available() -> bool:
 
 
 def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
-    """The reason why this room can't serve these tensors, in words; None where it can. It always can."""
+    """The reason why this room can't serve these tensors, in words; None where it can. It always
+    can."""
     return None
 
 
@@ -31,7 +33,7 @@ def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
         return _add_adapter(y, x, A, B, alpha)
     if A is not None:
         (M, K), (N, rank), lora_rank = x.shape, U.shape, A.shape[0]
-        saved_pass_over_y_outweighs_copy = M * N > (rank + lora_rank) * (K + N)
+        saved_pass_over_y_outweighs_copy = (rank + lora_rank) * (K + N) < M * N
         if saved_pass_over_y_outweighs_copy:
             h = x @ torch.cat((SVh, A)).T
             h_a = h[:, rank:].clone()
@@ -42,7 +44,8 @@ def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are None.
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are
+    None.
 
     x is only read for dA and h_a only for dB; either may be None where it isn't needed.
     """
@@ -78,8 +81,9 @@ def _add_adapter(y, x, A, B, alpha):
     return y.addmm_(h_a, B.T, alpha=alpha), h_a
 
 
-# pivots tensor -> (its version, part order, output order). Building them costs about 30 us a call, as much as the
-# products of a small decode step, so they are kept while the tensor lives and isn't written to.
+# pivots tensor -> (its version or a copy, part order, output order). Building them costs about 30
+# us a call, as much as the products of a small decode step, so they are kept while the tensor lives
+# and isn't written to.
 _orders = WeakTensorKeyDictionary()
 
 
@@ -94,13 +98,17 @@ def _output_order(pivots: Tensor, others_count: int) -> Tensor:
 
 
 def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
-    version = 0 if pivots.is_inference() else pivots._version
-    kept = _orders.get(pivots)
-    if kept is not None and kept[0] == version:
-        return kept[1:]
-    # Inside a CUDA graph nothing may wait for the device, and what is allocated belongs to the graph.
+    # Inside a CUDA graph nothing may wait for the device, and what is allocated belongs to the
+    # graph.
     capturing = pivots.is_cuda and torch.cuda.is_current_stream_capturing()
     out_features = others_count + pivots.shape[0]
+    kept = _orders.get(pivots)
+    if (
+        kept is not None
+        and len(kept[1]) == out_features
+        and (capturing or _unwritten(pivots, kept[0]))
+    ):
+        return kept[1:]
     if not capturing:
         check_pivots(pivots, out_features)
     is_other = torch.ones(out_features, dtype=torch.uint8, device=pivots.device)
@@ -108,17 +116,24 @@ def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
     part_order = torch.argsort(is_other, stable=True)
     orders = part_order, torch.argsort(part_order)
     if not capturing:
-        _orders[pivots] = (version, *orders)
+        _orders[pivots] = (pivots.clone() if pivots.is_inference() else pivots._version, *orders)
     return orders
 
 
+def _unwritten(pivots: Tensor, stamp: int | Tensor) -> bool:
+    """Whether pivots holds what it held at `stamp`: its version, or a copy, since inference tensors
+    have no version."""
+    return torch.equal(pivots, stamp) if pivots.is_inference() else pivots._version == stamp
+
+
 def check_pivots(pivots: Tensor, out_features: int) -> None:
-    """Raise ValueError unless pivots [r] are strictly ascending within [0, N). Reads the values: waits for a GPU."""
+    """Raise ValueError unless pivots [r] are strictly ascending within [0, N). Reads the values:
+    waits for a GPU."""
     low, high = (int(pivots[0]), int(pivots[-1])) if len(pivots) else (0, 0)
     if low < 0 or high >= out_features or bool((pivots[1:] <= pivots[:-1]).any()):
         raise ValueError(
             f"pivots must be strictly ascending within [0, {out_features}), got {pivots.tolist()}"
             if len(pivots) <= 32
-            else f"pivots must be strictly ascending within [0, {out_features}), got {len(pivots)} values"
-            f" from {low} to {high} that are not"
+            else f"pivots must be strictly ascending within [0, {out_features}), got {len(pivots)}"
+            f" values from {low} to {high} that are not"
         )

@@ -1,0 +1,118 @@
+"""Reading a safetensors file one tensor at a time, with errors that name the file and the tensor.
+
+The library maps the file into memory and hands out views: its pages count as ours until the file is
+closed, and its errors don't name the tensor. Here a tensor is read into the memory it will live in,
+and its checksum is taken on the way. Writing is left to the library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read; the message names the file and the tensor."""
+
+
+def checksum(tensor: Tensor) -> str:
+    """The crc32 of a CPU tensor's bytes, 8 hex digits: against accidents, not against forgery."""
+    return f"{zlib.crc32(_bytes(tensor.contiguous())):08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file: its bytes are file[start : start + length]."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+class TensorFile:
+    """The header of a safetensors file, checked against the file's length.
+
+    entries: tensor name -> Entry, in the order of their bytes
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = file.read(length) if length <= size - 8 else None
+        except OSError as error:
+            raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+        if header is None:
+            raise CheckpointError(f"{path}: truncated: {size} bytes, less than its header takes")
+        try:
+            listed = json.loads(header)
+            listed.pop("__metadata__", None)
+            entries = {name: self._entry(8 + length, **entry) for name, entry in listed.items()}
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise CheckpointError(f"{path}: corrupted header: {error}") from error
+        # Empty tensors start where the next one does, and come first.
+        order = sorted(entries.items(), key=lambda item: (item[1].start, item[1].length))
+        self.entries = dict(order)
+        self._check_layout(8 + length, size)
+
+    @staticmethod
+    def _entry(begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
+        first, last = data_offsets
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)):
+            raise ValueError(f"shape {shape} or data_offsets {data_offsets} is no list of sizes")
+        return Entry(DTYPES[dtype], tuple(shape), begin + first, last - first)
+
+    def _check_layout(self, position: int, size: int) -> None:
+        for name, entry in self.entries.items():
+            wanted = math.prod(entry.shape) * entry.dtype.itemsize
+            if entry.start != position or entry.length != wanted:
+                raise CheckpointError(
+                    f"{self.path}: corrupted header: tensor {name!r} takes {wanted} bytes from "
+                    f"{position}, not {entry.length} from {entry.start}"
+                )
+            position += entry.length
+            if position > size:
+                raise CheckpointError(f"{self.path}: truncated at byte {size}, in tensor {name!r}")
+        if position != size:
+            raise CheckpointError(f"{self.path}: {size - position} bytes after the last tensor")
+
+    def read(self, name: str, expected: str | None = None) -> Tensor:
+        """The tensor, in CPU memory of its own; its checksum must be `expected` if given."""
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        data = _bytes(tensor)
+        with self.path.open("rb") as file:
+            file.seek(entry.start)
+            if file.readinto(data) != entry.length:
+                raise CheckpointError(f"{self.path}: truncated: tensor {name!r} is cut off")
+        if expected is not None and f"{zlib.crc32(data):08x}" != expected:
+            raise CheckpointError(
+                f"{self.path}: corrupted: tensor {name!r} doesn't have its checksum in config.json"
+            )
+        return tensor
