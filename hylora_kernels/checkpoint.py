@@ -120,19 +120,24 @@ def _tensors_to_save(model, config: dict, state_dict: dict | None) -> dict[str, 
     for name, tensor in list(tensors.items()):
         if tensor.is_meta:
             raise ValueError(f"model: {name!r} is on the meta device: there is nothing to save")
-        if name not in rebuilt or tensor.shape != rebuilt[name].tensor.shape:
-            wanted = list(rebuilt[name].tensor.shape) if name in rebuilt else "nothing"
+        wanted = rebuilt[name].tensor if name in rebuilt else None
+        if wanted is None or _kind(tensor) != _kind(wanted):
+            described = "nothing" if wanted is None else _kind(wanted)
             raise ValueError(
-                f"model: its config builds a {config['architectures'][0]} that has {wanted} where "
-                f"this one has {name!r} of shape {list(tensor.shape)}, so it couldn't be loaded"
+                f"model: {name!r} is {_kind(tensor)}, but {described} in the "
+                f"{config['architectures'][0]} that its config describes, so it couldn't be loaded"
             )
-        twin = first.setdefault(id(rebuilt[name].tensor), tensor)
+        twin = first.setdefault(id(wanted), tensor)
         if twin is not tensor and (twin.data_ptr() == tensor.data_ptr() or _same(twin, tensor)):
             del tensors[name]
     missing = missing_from(rebuilt, tensors)
     if missing:
         raise ValueError(f"model: {missing[0]!r} is missing from it, though its config asks for it")
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{'floating' if tensor.is_floating_point() else tensor.dtype} {list(tensor.shape)}"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -145,8 +150,8 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size) -> 
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    checksums, files = {}, split.filename_to_tensors or {WEIGHTS: []}
-    for file, names in tqdm(files.items(), desc="saving", unit="file", delay=2):
+    checksums, files = {}, split.filename_to_tensors.items()
+    for file, names in tqdm(files, desc="saving", unit="file", delay=2):
         shard, storages = {}, set()
         for name in names:
             tensor = tensors[name].cpu().contiguous()

@@ -15,7 +15,7 @@ from hylora_kernels import commands
 # verb -> the function, and what is kept when it is interrupted
 VERBS: dict[str, tuple[Callable, str]] = {
     "compress": (commands.compress, "Finished layers are in the cache: the same command goes on."),
-    "finetune": (commands.finetune, "Checkpoints are in {out}/training: the same command goes on."),
+    "finetune": (commands.finetune, "The last checkpoint is in {out}/training: repeat to go on."),
     "evaluate": (commands.evaluate, "Nothing was written."),
     "generate": (commands.generate, "Nothing was written."),
     "analyze": (commands.analyze, "Nothing was written."),

@@ -179,11 +179,12 @@ def finetune(
     checkpoint.save_pretrained(loaded, out, tokenizer)
     show(f"trained {report.trainable:,} / total {report.total:,} parameters")
     show(report_lines(loaded))
-    show(
-        f"{report.steps} steps, {report.tokens:,} tokens in {format_seconds(report.seconds)} "
-        f"({report.tokens_per_second:.0f} tokens/s): loss {report.first_loss:.3f} to "
-        f"{report.last_loss:.3f}"
-    )
+    if report.losses:
+        show(
+            f"{report.steps} steps, {report.tokens:,} tokens in {format_seconds(report.seconds)} "
+            f"({report.tokens_per_second:.0f} tokens/s): loss {report.first_loss:.3f} to "
+            f"{report.last_loss:.3f}"
+        )
     _write(report, out / "finetune.json", json_path)
     if report.stopped:
         raise FloatingPointError(f"{report.stopped}; the last good state is written to {out}")

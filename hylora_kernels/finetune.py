@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hylora_kernels.compression import merge_adapters
 from hylora_kernels.data import token_blocks
 from hylora_kernels.evaluate import check_blocks, name_of
-from hylora_kernels.linear import SVDLoRALinear
+from hylora_kernels.linear import SVDLoRALinear, freeze_all_but_adapters
 from hylora_kernels.loss import has_plain_head
 from hylora_kernels.models import tokenizer_of
 from hylora_kernels.report import Report, loss_plot
@@ -107,9 +107,7 @@ def finetune(
         tokenizer = tokenizer_of(model)
     blocks = token_blocks(data, tokenizer, length, "train", limit, seed, progress)
     check_blocks(model, blocks)
-    model.requires_grad_(False)
-    for parameter in adapters.values():
-        parameter.requires_grad_()
+    freeze_all_but_adapters(model)
     recipe = Recipe(
         steps=steps,
         lr=lr,

@@ -63,8 +63,7 @@ def svd_lora_linear(
     return _FORWARD_OPS[room](x, SVh, U, A, B, bias, float(alpha), pivots)[0]
 
 
-# ----------------------------------------------------------------------------------------------
-# argument checks
+# ---------------------------------------------------------------------------------- argument checks
 
 
 def _check(x, SVh, U, A, B, bias, alpha, pivots) -> None:
@@ -166,25 +165,29 @@ def _refuse_forward_mode(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-# -------------------------------------------------------------------------------------------------
-# registration
+# ------------------------------------------------------------------------------------- registration
 
 
 def _kernel_forward(room, x, SVh, U, A, B, bias, alpha, pivots):
     y, h_a = room.forward(_matrix(x), SVh, U, A, B, bias, alpha, pivots)
-    return y.view(*x.shape[:-1], y.shape[-1]), h_a
+    return _with_lead(y, x.shape[:-1]), h_a
 
 
 def _kernel_backward(room, dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
     x = x if x is None else _matrix(x)
     dx, *others = room.backward(_matrix(dy), x, h_a, SVh, U, A, B, alpha, pivots, needs)
-    grads = (dx if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *others)
+    grads = (dx if dx is None else _with_lead(dx, dy.shape[:-1]), *others)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
     """[..., n] -> [M, n]; a reshape to (-1, n) would not know M at n = 0."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _with_lead(tensor: Tensor, lead) -> Tensor:
+    """[M, n] -> [*lead, n]. A view would forbid the caller to write into an output in place."""
+    return torch.ops.aten._unsafe_view.default(tensor, (*lead, tensor.shape[-1]))
 
 
 def _fake_forward(x, SVh, U, A, B, bias, alpha, pivots):

@@ -196,6 +196,9 @@ class Run:
             total, count = total + loss.detach().to(self.device), count + predicted
         # The backward is the sum's, and its mean is taken here in float32, so that gradients which
         # pass through a float16 model don't underflow.
+        for parameter in self.parameters:
+            if parameter.grad is None:  # a layer that no token came through, an expert for instance
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.parameters]
         torch._foreach_mul_(gradients, 1 / count)
         if accelerator.num_processes > 1:

@@ -85,7 +85,8 @@ def gather(
     """ids int64 [n, L] -> the statistics of `groups` over all n L tokens, one sequence at a time.
 
     The model runs as it is: its dtype, its device, eval mode. Raises FloatingPointError naming the
-    first layer whose inputs or gradients are not finite.
+    layer that was the first to get inputs (in a forward) or gradients (in a backward) that are not
+    finite.
     """
     device = next(model.parameters()).device
     has_plain_head(model, ids[:1].to(device))  # asked now, so that its probe isn't counted below
@@ -106,6 +107,9 @@ def gather(
         hooks.append(
             embeddings.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
         )
+    within_base = {id(module) for module in model.base_model.modules()}
+    leaders = (model.get_submodule(group.paths[0]) for group in groups)
+    forward = model.base_model if all(id(m) in within_base for m in leaders) else model
     try:
         with _frozen(model), torch.set_grad_enabled(with_gradients):
             for row in tqdm(
@@ -119,7 +123,7 @@ def gather(
                     loss, _ = token_loss(model, row.to(device))
                     loss.backward()
                 else:
-                    model.base_model(input_ids=row.to(device), use_cache=False)
+                    forward(input_ids=row.to(device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -173,8 +177,8 @@ def _require_finite(groups: list[Group], statistics: Statistics) -> None:
             raise FloatingPointError(
                 f"layer {group.paths[0]}: its inputs on the calibration text are not finite"
             )
-    for group in groups:
-        for path in group.paths:
+    for group in reversed(groups):
+        for path in reversed(group.paths):
             if path in statistics.gradients and not _finite(statistics.gradients[path]):
                 raise FloatingPointError(
                     f"layer {path}: its output gradients on the calibration text are not finite"

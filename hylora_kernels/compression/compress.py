@@ -20,7 +20,7 @@ from hylora_kernels.compression.structure import Structure, as_matrix, discover
 from hylora_kernels.compression.whiten import METHODS
 from hylora_kernels.compression.workspace import fingerprint
 from hylora_kernels.data import token_blocks
-from hylora_kernels.linear import FORMS, SVDLoRALinear
+from hylora_kernels.linear import FORMS, SVDLoRALinear, freeze_all_but_adapters
 from hylora_kernels.models import load_model, tokenizer_of
 from hylora_kernels.report import Report
 
@@ -115,8 +115,10 @@ class Options:
             ("refit_samples", 1),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        if not isinstance(self.keep, int | float) or isinstance(self.keep, bool):
+            raise TypeError(f"keep must be a number, got {type(self.keep).__name__}")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep must be in (0, 1], got {self.keep}")
         if self.refit and self.method == "svd":
@@ -151,8 +153,8 @@ def compress(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[nn.Module, CompressReport]:
-    """Replace the linears of a causal LM by SVDLoRALinear; in place, the same model in eval(), and
-    a report.
+    """Replace the linears of a causal LM by SVDLoRALinear; in place, the same model in eval(), all
+    but the adapters frozen, and a report.
 
     model_or_id:   a transformers causal LM, or a hub id / local folder to load.
     keep:          the fraction of the selected linears' parameters that stays, adapters included;
@@ -189,6 +191,8 @@ def compress(
     with timed(seconds, "load"):
         model, tokenizer = _model(model_or_id, tokenizer, device, dtype)
         structure = _structure(model, include, exclude)
+        # What can't be met is refused before the long work: no budget hangs on the spectra.
+        _allocate(model, structure, options, lambda path: torch.ones(min(_shape(model, path))))
         ids = _calibration_ids(calibration, tokenizer, model, options)
         report = _report_before(model, structure, options, ids)
         workspace = open_workspace(model, structure, ids, method, factorizer, seed, cache)
@@ -206,7 +210,7 @@ def compress(
             seconds,
             progress,
         )
-        chosen = _allocate(model, structure, options, workspace)
+        chosen = _allocate(model, structure, options, workspace.singular_values)
         refitted = (
             _refit(model, structure, ids, options, workspace, chosen, seconds, progress)
             if refit
@@ -217,7 +221,7 @@ def compress(
     finally:
         workspace.close()
     model.hylora_linears = structure.paths
-    adopt(model)
+    adopt(freeze_all_but_adapters(model))
     _report_after(model, report)
     return model.eval(), report
 
@@ -250,7 +254,7 @@ def _calibration_ids(calibration, tokenizer, model, options: Options) -> Tensor 
         return None
     if not isinstance(calibration, Tensor):
         tokenizer = tokenizer or tokenizer_of(model)
-    return token_blocks(
+    ids = token_blocks(
         calibration,
         tokenizer,
         options.length,
@@ -258,14 +262,22 @@ def _calibration_ids(calibration, tokenizer, model, options: Options) -> Tensor 
         limit=options.samples,
         seed=options.seed,
     )
+    words, most = model.get_input_embeddings().num_embeddings, int(ids.max())
+    if most >= words:
+        raise ValueError(f"calibration must be token ids below {words}, the model's, got {most}")
+    return ids
 
 
-def _allocate(model, structure, options, workspace) -> dict[str, int]:
+def _shape(model, path) -> tuple[int, int]:
+    return tuple(as_matrix(model.get_submodule(path)).shape)
+
+
+def _allocate(model, structure, options, singular_values) -> dict[str, int]:
     curves = [
         curve(
             path,
-            tuple(as_matrix(model.get_submodule(path)).shape),
-            workspace.singular_values(path),
+            _shape(model, path),
+            singular_values(path),
             options.form,
             options.rank_multiple,
             options.lora_rank,
@@ -281,6 +293,11 @@ def _refit(
 ) -> dict[str, Tensor]:
     """path -> refitted U, or the refitted weight of a layer left dense."""
     few = ids[: options.refit_samples]
+    if options.init == "classic":  # what the adapter takes of the rank starts at zero
+        chosen = {
+            path: rank and rank - adapter_rank(rank, options.lora_rank)
+            for path, rank in chosen.items()
+        }
     store = workspace.refits(fingerprint(ids=few, ranks=chosen))
     done = store.load()
     with timed(seconds, "refit"):
@@ -313,8 +330,9 @@ def _replace(model, structure, options, workspace, chosen, refitted, report, pro
                 form=options.form, init=options.init, seed=options.seed + index,
             )  # fmt: skip
             put(model, path, new)
+            kept = new.rank if options.init == "classic" else total
             squares = factors.S.double() ** 2
-            layer.lost_energy = float(squares[total:].sum() / squares.sum())
+            layer.lost_energy = float(squares[kept:].sum() / squares.sum().clamp_min(1e-300))
             layer.parameters, layer.parameters_as_is = (
                 new.parameter_count(),
                 new.parameter_count(merged=False),

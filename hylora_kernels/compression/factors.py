@@ -34,6 +34,7 @@ def open_workspace(
         ids="none" if ids is None else ids,
         method=method,
         factorizer=factorizer,
+        config={k: v for k, v in model.config.to_dict().items() if not k.startswith("_")},
         seed=seed if factorizer == "randomized" else 0,
         groups=[group.paths for group in structure.groups],
     )
@@ -56,6 +57,7 @@ def factorize_model(
     (bytes) asks for.
 
     Finished layers are kept as they are. `seconds` gains what "calibrate" and "factorize" took.
+    Raises FloatingPointError naming the layer whose weights, inputs or gradients are not finite.
     """
     seconds = {} if seconds is None else seconds
     missing = [g for g in structure.groups if not all(workspace.has(path) for path in g.paths)]
@@ -66,6 +68,7 @@ def factorize_model(
         sum(_factor_bytes(model, path) for g in missing for path in g.paths),
         "factors",
     )
+    _require_finite(model)
     with_gradients = method == "two_sided"
     runs = [missing]
     if method != "svd":
@@ -81,7 +84,7 @@ def factorize_model(
             with timed(seconds, "calibrate"):
                 statistics = calibration.gather(model, ids, run, with_gradients, progress, label)
         with timed(seconds, "factorize"):
-            layers = [(group.paths[0], path) for group in run for path in group.paths]
+            layers = [(g.paths[0], p) for g in run for p in g.paths if not workspace.has(p)]
             for leader, path in tqdm(
                 layers, desc="factorizing", unit="layer", disable=not progress, leave=False
             ):
@@ -102,6 +105,14 @@ def timed(seconds: dict[str, float], stage: str):
     start = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _require_finite(model: nn.Module) -> None:
+    # All parameters, before the text is read: what one spoils would be blamed on a later layer.
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            path, _, kind = name.rpartition(".")
+            raise FloatingPointError(f"layer {path}: its {kind} is not finite")
 
 
 def _factor_bytes(model: nn.Module, path: str) -> int:

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from hylora_kernels.compression.structure import check_pattern
 from hylora_kernels.linear import factor_count
 
 POLICIES = ("global", "uniform", "energy")
@@ -124,11 +125,10 @@ def allocate(curves: list[Curve], keep: float, policy: str | dict = "global") ->
 def spend(curves: list[Curve], budget: float) -> list[int]:
     """The candidate of each layer that minimises the summed error within `budget` parameters.
 
-    Lagrangian: each layer minimises error + price * cost, and the price is bisected on the budget;
-                that only reaches
-    the lower convex hulls of the curves (the pivoted cost is concave: no greedy price per rank
-    would do, and a layer may jump from a middle rank to dense). What is left then goes, step by
-    step, to the step that gains most per parameter, until no layer's next step fits.
+    Lagrangian: each layer minimises error + price * cost, and the price is bisected on the budget.
+    That only reaches the lower convex hulls of the curves (the pivoted cost is concave: no greedy
+    price per rank would do, and a layer may jump from a middle rank to dense). What is left then
+    goes, step by step, to the step that gains most per parameter, until no layer's next step fits.
     """
 
     def at(price: float) -> tuple[list[int], int]:
@@ -176,13 +176,16 @@ def _common_energy(curves: list[Curve], budget: float) -> list[int]:
 
 
 def _by_pattern(curves: list[Curve], keep: float, policy: dict) -> dict[str, int]:
+    for pattern in policy:
+        check_pattern("ranks", pattern)
     owner = {c.path: _pattern_of(c.path, policy) for c in curves}
     ranks: dict[str, int] = {}
     for pattern, wanted in policy.items():
         mine = [c for c in curves if owner[c.path] == pattern]
         if not mine:
             raise ValueError(
-                f"ranks: pattern {pattern!r} matches none of {[c.path for c in curves][:8]} ..."
+                f"ranks: pattern {pattern!r} matches none that earlier ones leave of"
+                f" {[c.path for c in curves][:8]} ..."
             )
         if isinstance(wanted, bool) or not isinstance(wanted, int | float):
             raise TypeError(
@@ -190,7 +193,10 @@ def _by_pattern(curves: list[Curve], keep: float, policy: dict) -> dict[str, int
                 f" got {type(wanted).__name__}"
             )
         if isinstance(wanted, float):
-            ranks |= allocate(mine, wanted, "global")
+            try:
+                ranks |= allocate(mine, wanted, "global")
+            except ValueError as error:
+                raise ValueError(f"ranks[{pattern!r}]: {error}") from None
         else:
             ranks |= {c.path: _explicit(c, pattern, wanted) for c in mine}
     rest = [c for c in curves if owner[c.path] is None]
@@ -210,8 +216,10 @@ def _explicit(c: Curve, pattern: str, rank: int) -> int:
 
 
 def _infeasible(keep: float, smallest: float) -> None:
+    # Rounded up, and past a tie: there keep * parameters may come out a hair below what is needed.
+    named = min(1.0, math.ceil(smallest * 1e4 * (1 + 1e-12)) / 1e4)
     raise ValueError(
         f"keep={keep:g} can't be met: the smallest feasible keep with this form and rank_multiple"
-        f" is {math.ceil(smallest * 1e4) / 1e4:.4f}"
+        f" is {named:.4f}"
         " (a smaller rank_multiple allows less)"
     )

@@ -73,6 +73,8 @@ def refit(
     Memory: two streams of hidden states and one block's inputs over all n L tokens. Raises
             ValueError where the blocks are no plain chain.
     """
+    if not structure.blocks:
+        raise ValueError("refit needs a model with a list of blocks, got none: refit=False")
     calls = _record_calls(model, structure.blocks, ids)
     dense_stream, student_stream = calls.hidden, calls.hidden.clone()
     by_block = {
@@ -138,13 +140,16 @@ def _refit_block(
 
 
 def _solve(path, W, moved, own, load_factors, ranks) -> Tensor:
+    if not (moved.isfinite().all() and own.isfinite().all()):
+        raise FloatingPointError(f"layer {path}: its inputs in the compressed model are not finite")
     rank = ranks[path]
     if not rank:
         ridge = DENSE_RIDGE * own.diagonal().mean()
         return _ridge_solve(moved, W, own, ridge).float()
     factors: Factors = load_factors(path)
-    S = wide(factors.S[:rank]).clamp_min(1e-30)
-    U, V = wide(factors.U[:, :rank]) * S, wide(factors.SVh[:rank]) / S[:, None]
+    U, S, SVh = (wide(t).to(own.device) for t in (factors.U, factors.S, factors.SVh))
+    S = S[:rank].clamp_min(1e-30)
+    U, V = U[:, :rank] * S, SVh[:rank] / S[:, None]
     inner = V @ own @ V.T
     return (_ridge_solve(moved @ V.T, U, inner, RIDGE * inner.diagonal().mean()) / S).float()
 
@@ -159,7 +164,10 @@ def _ridge_solve(moved: Tensor, prior: Tensor, own: Tensor, ridge: Tensor) -> Te
 
 
 def _product(path, matrix, load_factors, ranks) -> Tensor:
-    return wide(matrix) @ wide(load_factors(path).SVh[: ranks[path]]) if ranks[path] else matrix
+    if not ranks[path]:
+        return matrix
+    matrix = wide(matrix)
+    return matrix @ wide(load_factors(path).SVh[: ranks[path]]).to(matrix.device)
 
 
 def _write(block_module: nn.Module, block: str, path: str, W: Tensor) -> None:
@@ -167,8 +175,7 @@ def _write(block_module: nn.Module, block: str, path: str, W: Tensor) -> None:
     linear.weight.copy_((W.T if isinstance(linear, Conv1D) else W).to(linear.weight))
 
 
-# ------------------------------------------------------------------------------------------------
-# running one block
+# -------------------------------------------------------------------------------- running one block
 
 
 def _record_calls(model: nn.Module, blocks: list[str], ids: Tensor) -> _Calls:

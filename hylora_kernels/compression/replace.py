@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hylora_kernels.checkpoint import adopt
 from hylora_kernels.compression.structure import as_matrix, linears
 from hylora_kernels.compression.whiten import Factors
-from hylora_kernels.linear import SVDLoRALinear
+from hylora_kernels.linear import SVDLoRALinear, freeze_all_but_adapters
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -27,7 +28,8 @@ def build_layer(
     """The layer for `linear`: the factors' first `rank` components as its base, the next
     `lora_rank` as its adapter.
 
-    U float32 [N, rank + lora_rank] takes the place of the factors' own where it was refitted.
+    U float32 [N, rank + lora_rank] ([N, rank] under init="classic") takes the place of the factors'
+    own where it was refitted.
     options: form, init and seed of SVDLoRALinear.from_product.
     """
     total, weight = rank + lora_rank, linear.weight
@@ -51,8 +53,8 @@ def add_adapters(
     place, the same model.
 
     The dense weight becomes a pivoted base of rank N, the matrix itself, so plain LoRA runs through
-    the same op.
-    Raises ValueError where the model has been compressed already or lora_rank is below 1.
+    the same op. All else is frozen. Raises ValueError where the model has been compressed already
+    or lora_rank is below 1.
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
@@ -72,7 +74,7 @@ def add_adapters(
             seed=seed + index,
         )
         put(model, path, layer.train(linear.training))
-    return model
+    return adopt(freeze_all_but_adapters(model))
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:

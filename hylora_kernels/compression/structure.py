@@ -57,12 +57,15 @@ def select(
     """(path -> target linear, path -> why a linear is skipped).
 
     Targets: nn.Linear and subclasses that compute the same, GPT-2's Conv1D, SVDLoRALinear.
-             include/exclude: regular
-    expressions searched in the path; include=None means all but the output head. A weight that
-    another module holds too (tied embeddings) is never touched. A compressed model remembers its
-    own selection, used where include and exclude are both None. Raises ValueError for a pattern
-    that matches nothing.
+    include, exclude: regular expressions searched in the path; include=None means all but the
+             output head.
+    A weight that another module holds too (tied embeddings), or of a module used in two places, is
+    never touched. A compressed model remembers its own selection, used where include and exclude
+    are both None. Raises ValueError for a pattern that is no regular expression or matches nothing,
+    TypeError for patterns that are no list.
     """
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        _check_patterns(name, patterns)
     remembered = getattr(model, "hylora_linears", None)
     if remembered is not None and include is None and exclude is None:
         return {path: model.get_submodule(path) for path in remembered}, {}
@@ -73,6 +76,7 @@ def select(
         for p in module.parameters(recurse=False)
         if p is not None
     )
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -88,6 +92,8 @@ def select(
             targets[path] = module
         elif holders[id(module.weight)] > 1:
             skipped[path] = "weight tied to another module's"
+        elif uses[id(module)] > 1:
+            skipped[path] = "used in several places"
         elif not computes_linear(module):
             skipped[path] = f"{type(module).__name__} doesn't compute x W^T + b"
         else:
@@ -102,16 +108,16 @@ def select(
 def computes_linear(module: nn.Module) -> bool:
     """Whether module(x) is x W^T + b: by its forward where that is inherited, else by trying it on
     random rows."""
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+    inherited = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if inherited and "forward" not in vars(module):
         return module.weight.is_floating_point()
     try:
-        weight, x = as_matrix(module), None
+        weight = as_matrix(module)
         x = torch.randn(3, weight.shape[1], device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
-            return torch.allclose(module(x), F.linear(x, weight, module.bias), rtol=1e-2, atol=1e-3)
-    except (
-        Exception
-    ):  # a quantised or sharded subclass may fail in any way: then it isn't a plain linear
+            y = F.linear(x, weight, module.bias)
+            return bool((module(x) - y).norm() <= 0.01 * y.norm())
+    except Exception:  # a quantised or sharded subclass may fail in any way: it is no plain linear
         return False
 
 
@@ -143,7 +149,7 @@ def discover(
     order."""
     targets, skipped = select(model, include, exclude)
     blocks = block_list(model, list(targets))
-    seen: dict[int, list[str]] = {}
+    seen: dict[tuple[int, int], list[str]] = {}
     alive, hooks = [], []
 
     def watch(path):
@@ -151,7 +157,8 @@ def discover(
             x = args[0]
             if path not in (known for paths in seen.values() for known in paths):
                 alive.append(x)  # keeps the id from being given to another tensor
-                seen.setdefault(id(x), []).append(path)
+                # changed in place between two calls, it is another input
+                seen.setdefault((id(x), x._version), []).append(path)
 
         return hook
 
@@ -174,6 +181,24 @@ def discover(
 
 def _block_of(path: str, blocks: list[str]) -> str | None:
     return next((block for block in blocks if path.startswith(block + ".")), None)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Raise TypeError or ValueError naming `name` unless `pattern` is a regular expression."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{name} must hold patterns (str), got {type(pattern).__name__}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
+
+
+def _check_patterns(name: str, patterns: list[str] | None) -> None:
+    if patterns is not None and not isinstance(patterns, list | tuple):
+        kind = type(patterns).__name__
+        raise TypeError(f"{name} must be a list of patterns or None, got {kind}")
+    for pattern in patterns or ():
+        check_pattern(name, pattern)
 
 
 def _matches(patterns: list[str], path: str) -> bool:

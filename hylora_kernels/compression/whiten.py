@@ -17,6 +17,7 @@ from hylora_kernels.factorize import truncated_svd, wide
 
 METHODS = ("two_sided", "whitened", "svd")
 INPUT_DAMPING, GRADIENT_DAMPING = 1e-3, 1e-2  # of the mean diagonal
+DEAD = 1e-12  # scales the singular values of a layer that nothing came through
 
 
 @dataclass
@@ -59,6 +60,8 @@ def factorize_whitened(
         L_x, damping[0] = damped_cholesky(path, G, INPUT_DAMPING)
         M = W @ L_x
     U, S, _ = truncated_svd(M, None, factorizer, seed=seed)
+    if (G is not None and damping[0] == 0) or (C is not None and damping[1] == 0):
+        S = S * DEAD  # what is dropped here costs no loss: it must not outbid other layers
     SVh = U.T @ W
     if C is not None:
         U = torch.linalg.solve_triangular(L_g.T, U, upper=True)

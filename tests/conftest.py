@@ -1,0 +1,59 @@
+"""What every test stands on: poisoned memory, fixed seeds, one thread a worker, a cache of its own.
+
+Memory is poisoned by torch's own deterministic mode: all that is allocated without a value
+(torch.empty, empty_like, new_empty, resize_, and at::empty in C++) comes filled with NaN, or with
+the largest integer, so an output that a kernel forgets to write fails its test. torch.compile,
+fake and meta tensors know that mode; they would stumble over patched functions.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# cuBLAS warns in deterministic mode without it; it has to be set before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_configure(config):
+    """HYLORA_CACHE is a temporary folder for the session, or $HYLORA_TEST_CACHE, which is kept."""
+    if hasattr(config, "workerinput"):
+        cache = config.workerinput["hylora_cache"]
+        torch.set_num_threads(1)
+    elif kept := os.environ.get("HYLORA_TEST_CACHE"):
+        cache = str(Path(kept).resolve())
+    else:
+        cache = tempfile.mkdtemp(prefix="hylora-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    config.hylora_cache = cache
+    os.environ["HYLORA_CACHE"] = cache
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache) / "inductor")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """All workers of pytest-xdist share the controller's cache."""
+    node.workerinput["hylora_cache"] = node.config.hylora_cache
+
+
+def pytest_generate_tests(metafunc):
+    """A test that asks for `device` runs on the CPU, and on CUDA (marked gpu) if there is one."""
+    if "device" in metafunc.fixturenames:
+        cuda = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+        metafunc.parametrize("device", ["cpu", *cuda])
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_poisoned():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)

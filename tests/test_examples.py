@@ -1,0 +1,85 @@
+"""The examples run as they stand and say what the README says they say."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hylora_kernels.data import python_docs_text
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def accounting():
+    return runpy.run_path(str(EXAMPLES / "article_accounting.py"))["main"]()
+
+
+def test_accounting_of_the_dense_model(accounting):
+    assert accounting[0].dense / 1e6 == pytest.approx(1100.05, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("a", "lora_rank", "true_mib", "change"),
+    [
+        (0.5, 16, 1789.8, -14.7),
+        (0.5, 32, 1808.7, -13.8),
+        (0.7, 0, 2185.0, +4.1),
+        (0.7, 16, 2203.9, +5.0),
+        (0.7, 32, 2222.8, +5.9),
+    ],
+)
+def test_accounting_of_the_true_sizes(accounting, a, lora_rank, true_mib, change):
+    (row,) = [row for row in accounting if (row.a, row.lora_rank) == (a, lora_rank)]
+    assert row.true_mib == pytest.approx(true_mib, abs=0.05)
+    assert 100 * row.true_change == pytest.approx(change, abs=0.05)
+
+
+def test_accounting_by_the_articles_method(accounting):
+    counted = {(row.a, row.lora_rank): row.counted_mib for row in accounting}
+    assert counted[0.5, 16] == pytest.approx(753, abs=0.5)
+    assert counted[0.5, 32] == pytest.approx(772, abs=0.5)
+    # The frozen base is not counted, so `a` can't matter.
+    assert counted[0.7, 16] == counted[0.5, 16] and counted[0.7, 32] == counted[0.5, 32]
+
+
+def test_accounting_without_adapters(accounting):
+    (row,) = [row for row in accounting if row.lora_rank == 0]
+    assert row.true / 1e6 == pytest.approx(1145.57, abs=0.005)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A folder with a random Llama of two blocks, a tokenizer of its own and a text beside them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text = python_docs_text()[:200_000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    tokenizer = tiny.tokenizer(text)
+    tokenizer.save_pretrained(folder)
+    model = tiny.llama(vocab_size=len(tokenizer), hidden_size=64, max_position_embeddings=256)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_own_model(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = str(tiny_model / "text.txt")
+    main = runpy.run_path(str(EXAMPLES / "own_model.py"))["main"]
+    dense, small = main(str(tiny_model), text, text, length=64, samples=8, lora_rank=8)
+    assert small.size.linears.keep_merged <= 0.8
+    assert small.size.parameters < dense.size.parameters
+    # Sixty steps on the very text: a random model has learnt something of it.
+    assert small.perplexity.ppl < dense.perplexity.ppl
+    assert (tmp_path / "runs/own_model/model.safetensors").is_file()
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_own_model_without_a_model_says_what_it_takes():
+    command = [sys.executable, str(EXAMPLES / "own_model.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "MODEL" in done.stderr
