@@ -46,7 +46,7 @@ lint: .venv/.stamp
 
 bench: .venv/.stamp
 	@mkdir -p $(dir $(BENCH_JSON))
-	.venv/bin/python -m pytest benchmarks --benchmark-only --benchmark-json=$(BENCH_JSON) $(BENCH_ARGS)
+	.venv/bin/python -m pytest benchmarks -s --benchmark-only --benchmark-json=$(BENCH_JSON) $(BENCH_ARGS)
 
 # runs/ stays: what lies there took a command to make.
 clean:

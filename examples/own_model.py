@@ -11,8 +11,15 @@ from __future__ import annotations
 
 import sys
 
-from hylora_kernels import compress, evaluate, finetune, generate, load_pretrained, save_pretrained
-from hylora_kernels.models import load_model
+from hylora_kernels import (
+    compress,
+    evaluate,
+    finetune,
+    generate,
+    load_model,
+    load_pretrained,
+    save_pretrained,
+)
 
 FOLDER = "runs/own_model"
 PROMPT = "The most important thing about"

@@ -6,6 +6,7 @@ config.json is the one transformers writes, plus
         "quant_method": "hylora",
         "format": 1,
         "modules": {path: {"rank", "lora_rank", "alpha", "form", "group"[, "lora_dropout"]}},
+        "linears": the paths that compression chose from, those left dense included (or absent),
         "checksums": {file: {tensor: crc32 of its bytes, 8 hex digits}}
     }
 
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from hylora_kernels.devices import resolve_device, resolve_dtype
-from hylora_kernels.linear import SVDLoRALinear
+from hylora_kernels.linear import SVDLoRALinear, freeze_all_but_adapters
 from hylora_kernels.skeleton import Slot, build, missing_from, slots_of
 from hylora_kernels.storage import require_disk, write_json
 from hylora_kernels.tensorfile import CheckpointError, TensorFile, checksum
@@ -93,6 +94,8 @@ def _saved_config(model: PreTrainedModel) -> dict:
     modules = {path: _describe(layer) for path, layer in layers.items()}
     # Whatever was there before (a GGUF file's mark, say) is no longer how these weights are stored.
     saved["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, "modules": modules}
+    if getattr(model, "hylora_linears", None) is not None:
+        saved["quantization_config"]["linears"] = list(model.hylora_linears)
     return saved
 
 
@@ -208,7 +211,12 @@ def load_pretrained(dir, device="cpu", dtype=None, *, verify=True) -> PreTrained
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
-    return adopt(model.to(device).eval())
+    if "linears" in config["quantization_config"]:
+        model.hylora_linears = config["quantization_config"]["linears"]
+        unknown = set(model.hylora_linears) - {path for path, _ in model.named_modules()}
+        if unknown:
+            raise CheckpointError(f"{folder / CONFIG}: linears names no module: {min(unknown)!r}")
+    return adopt(freeze_all_but_adapters(model.to(device).eval()))
 
 
 def _read_config(folder: Path) -> dict:
@@ -233,6 +241,9 @@ def _read_config(folder: Path) -> dict:
         listed = ours.setdefault(name, {})
         if not isinstance(listed, dict) or not all(isinstance(v, dict) for v in listed.values()):
             raise CheckpointError(f"{path}: {name} must be an object of objects, got {listed!r}")
+    linears = ours.get("linears", [])
+    if not isinstance(linears, list) or not all(isinstance(item, str) for item in linears):
+        raise CheckpointError(f"{path}: linears must be a list of paths, got {linears!r}")
     return config
 
 

@@ -226,7 +226,20 @@ def test_dtype_casts_all_weights(copied):
     assert loaded.model.rotary_emb.inv_freq.dtype is torch.float32
     whole = load_pretrained(copied).state_dict()
     for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, whole[name].to(tensor.dtype)), name
+        wanted = torch.int32 if name.endswith("pivots") else torch.bfloat16
+        assert tensor.dtype is wanted, name
+        assert torch.equal(tensor, whole[name].to(wanted)), name
+    assert logits(loaded).isfinite().all()
+
+
+def test_buffers_that_a_model_makes_keep_what_they_were_set_to(tmp_path):
+    model = build()
+    model.model.rotary_emb.inv_freq *= 0.7
+    save_pretrained(model, tmp_path)
+    assert_same(load_pretrained(tmp_path), model)
+    loaded = load_pretrained(tmp_path, dtype="bfloat16")
+    assert loaded.model.rotary_emb.inv_freq.dtype is torch.float32
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
 def test_device(copied, device):

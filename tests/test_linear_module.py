@@ -149,8 +149,7 @@ def test_factors_own_no_more_memory_than_they_need(form, dtype):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
-@every_form
-@pytest.mark.parametrize("lora_dropout", [0.0, 0.4])
+@pytest.mark.parametrize("form, lora_dropout", [("pair", 0.4), ("pivoted", 0.0)])
 def test_compile(lora_dropout, form):
     layer = make_layer(form, lora_dropout=lora_dropout, dtype=torch.bfloat16)
     layer.A, layer.B = nn.Parameter(layer.A.float()), nn.Parameter(layer.B.float())

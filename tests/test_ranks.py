@@ -77,7 +77,7 @@ class Triple:
         draw, generator = random.Random(seed), np.random.default_rng(seed)
         self.architecture = draw.choice(list(ARCHITECTURES))
         self.policy = draw.choice(POLICIES)
-        self.keep = draw.choice([draw.uniform(0.02, 1), 1.0, 0.8, 0.5])
+        self.keep = draw.choice([1.0, 0.8, 0.5, *(draw.uniform(0.02, 1) for _ in range(5))])
         self.form, self.count = draw.choice(["pair", "pivoted"]), draw.choice(["merged", "as_is"])
         self.multiple = draw.choice([1, 4, 8, 16, 32, 128])
         self.lora_rank = draw.choice([0, 1, 8, 16, 64, 128])
