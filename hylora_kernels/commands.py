@@ -357,7 +357,7 @@ def demo(
         "runs/demo"
     ),
     samples: Samples = 128,
-    steps: Annotated[int, Option(help="Recovery steps at keep 0.8, and of the control.")] = 60,
+    steps: Annotated[int, Option(help="Recovery steps at keep 0.8, and of the control.")] = 40,
     deep_steps: Annotated[int, Option(help="Recovery steps at keep 0.6.")] = 60,
     fresh: Annotated[bool, Option("--fresh", help="Measure again what is there.")] = False,
     device: Device = "auto",

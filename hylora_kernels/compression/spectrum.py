@@ -141,7 +141,8 @@ def _type_of(path: str) -> str:
 
 def _summary(name: str, N: int, K: int, S: Tensor) -> TypeSpectrum:
     squares = S**2
-    kept = squares.cumsum(1) / squares.sum(1, keepdim=True)
+    # 0 / 0: of a weight of zeros any rank keeps all
+    kept = (squares.cumsum(1) / squares.sum(1, keepdim=True)).nan_to_num(1.0)
     full = S.shape[1]
     return TypeSpectrum(
         name,
