@@ -356,7 +356,7 @@ def demo(
     out: Annotated[Path, Option(help="Folder of the report and the recovered models.")] = Path(
         "runs/demo"
     ),
-    samples: Samples = 128,
+    samples: Samples = 64,
     steps: Annotated[int, Option(help="Recovery steps at keep 0.8, and of the control.")] = 40,
     deep_steps: Annotated[int, Option(help="Recovery steps at keep 0.6.")] = 60,
     fresh: Annotated[bool, Option("--fresh", help="Measure again what is there.")] = False,

@@ -6,8 +6,6 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from tqdm import tqdm
 from hylora_kernels.compression.structure import linears
 from hylora_kernels.data import token_blocks
 from hylora_kernels.linear import SVDLoRALinear
-from hylora_kernels.loss import token_loss
+from hylora_kernels.loss import eval_mode, token_loss
 from hylora_kernels.models import tokenizer_of
 from hylora_kernels.report import Report, format_bytes, format_ppl, kept_removed, table
 
@@ -197,7 +195,7 @@ def perplexity(
     device = model.get_input_embeddings().weight.device
     nll, tokens = 0.0, 0
     bar = tqdm(total=len(blocks), desc="perplexity", unit="block", disable=not progress)
-    with _eval_mode(model), bar:
+    with eval_mode(model), bar:
         for start in range(0, len(blocks), batch):
             ids = blocks[start : start + batch].to(device)
             loss, count = token_loss(model, ids)
@@ -221,18 +219,6 @@ def _not_finite(model, ids, start) -> str:
             return f"the loss of block {start + place} is {float(loss)}"
     last = start + len(ids) - 1
     return f"the loss of blocks {start} to {last} is not finite together, yet each alone is"
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval(), and back to what each was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # ---------------------------------------------------------------------------------------- true size
@@ -320,7 +306,7 @@ def throughput(
         if "logits_to_keep" in inspect.signature(model.forward).parameters
         else {}
     )
-    with _eval_mode(model):
+    with eval_mode(model):
         _timed(model, ids, None, last)
         prefills = [_timed(model, ids, None, last)[0] for _ in range(3)]
         _, token, cache = _timed(model, ids, None, last)

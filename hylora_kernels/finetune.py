@@ -13,7 +13,6 @@ from hylora_kernels.compression import merge_adapters
 from hylora_kernels.data import token_blocks
 from hylora_kernels.evaluate import check_blocks, name_of
 from hylora_kernels.linear import SVDLoRALinear, freeze_all_but_adapters
-from hylora_kernels.loss import has_plain_head
 from hylora_kernels.models import tokenizer_of
 from hylora_kernels.report import Report, loss_plot
 from hylora_kernels.training import Recipe, Run, frozen_hash, tensor_hash, training_mode
@@ -128,8 +127,6 @@ def finetune(
     )
     total = sum(p.numel() for p in model.parameters())
     folder = None if output_dir is None else Path(output_dir)
-    device = model.get_input_embeddings().weight.device
-    has_plain_head(model, blocks[:1].to(device))  # asked now, as it sets the mode of all modules
     with training_mode(model, adapters, gradient_checkpointing):
         run = Run(model, adapters, blocks, recipe, accelerator, teacher, folder)
         if resume:

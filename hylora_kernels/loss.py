@@ -8,6 +8,8 @@ making them all at once halves the speed of training on a CPU. 64 rows at a time
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,7 @@ def token_loss(
     teacher: nn.Module | None = None,
     distill: float = 0.0,
 ) -> tuple[Tensor, int]:
-    """ids int64 [n, L] -> (the sum of the n (L - 1) next-token losses in nats: float32 scalar, n (L
-    - 1)).
+    """ids int64 [n, L] -> (sum of the n (L - 1) next-token losses in nats, float32; n (L - 1)).
 
     Differentiable towards everything below the output head, which must be frozen. With a teacher (a
     causal LM of the same vocabulary) the loss is (1 - distill) * cross-entropy + distill *
@@ -33,7 +34,7 @@ def token_loss(
     all at once.
     """
     labels = ids[:, 1:].flatten()
-    if not has_plain_head(model, ids):
+    if not (has_plain_head(model, ids) and (not distill or has_plain_head(teacher, ids))):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         soft = None if not distill else _logits(teacher, ids)
         return _mixed_loss(logits, labels, soft, distill), labels.numel()
@@ -57,22 +58,21 @@ def _logits(model, ids) -> Tensor:
 
 
 def has_plain_head(model: nn.Module, ids: Tensor) -> bool:
-    """Whether logits are head(hidden), bit for bit, and the head needs no gradient. Runs the model
-    the first time."""
+    """Whether logits are head(hidden), bit for bit, and the head needs no gradient here. Runs the
+    model the first time."""
     if model not in _plain_heads:
-        was_training, probe = model.training, ids[:1, :4]
-        model.eval()
-        with torch.no_grad():
+        probe = ids[:1, :4]
+        with eval_mode(model), torch.no_grad():
             by_head = model.get_output_embeddings()(
                 model.base_model(input_ids=probe, use_cache=False)[0]
             )
             _plain_heads[model] = torch.equal(
                 model(input_ids=probe, use_cache=False).logits, by_head
             )
-        model.train(was_training)
-    return _plain_heads[model] and not any(
+    head_learns = torch.is_grad_enabled() and any(
         p.requires_grad for p in model.get_output_embeddings().parameters()
     )
+    return _plain_heads[model] and not head_learns
 
 
 def _mixed_loss(logits, labels, teacher_logits, distill) -> Tensor:
@@ -82,6 +82,18 @@ def _mixed_loss(logits, labels, teacher_logits, distill) -> Tensor:
         return loss
     soft = F.cross_entropy(logits, teacher_logits.float().softmax(-1), reduction="sum")
     return (1 - distill) * loss + distill * soft
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval(), and back to what each of them was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _ChunkedLoss(torch.autograd.Function):

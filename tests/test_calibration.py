@@ -115,7 +115,7 @@ def test_the_matmul_precision_is_put_back():
     assert torch.get_float32_matmul_precision() == before
 
 
-# -------------------------------------------------------------------------------------------- passes
+# ------------------------------------------------------------------------------------------- passes
 
 
 def sizes(model, run):
@@ -151,12 +151,8 @@ def test_passes_change_nothing(method, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "gather", spying)
     stores = []
     for max_memory in (1, 20_000, None):
-        store = open_workspace(
-            model, structure, IDS, method, cache=tmp_path / str(max_memory)
-        )
-        factorize_model(
-            model, structure, IDS, method, store, max_memory=max_memory, progress=False
-        )
+        store = open_workspace(model, structure, IDS, method, cache=tmp_path / str(max_memory))
+        factorize_model(model, structure, IDS, method, store, max_memory=max_memory, progress=False)
         stores.append(store)
     assert 8 < len(seen) < 16  # one a group, some, one
     for part in seen:
@@ -171,7 +167,7 @@ def test_passes_change_nothing(method, tmp_path, monkeypatch):
             assert first["damping"] == other["damping"]
 
 
-# ---------------------------------------------------------------------------------- what isn't finite
+# -------------------------------------------------------------------------------- what isn't finite
 
 
 @pytest.mark.parametrize("method", ["two_sided", "whitened", "svd"])
@@ -205,7 +201,9 @@ def test_the_first_layer_that_reads_what_isn_t_finite_is_named(method, tmp_path)
     with torch.no_grad():  # all weights are finite, gate * up is not
         model.model.layers[0].mlp.gate_proj.weight.mul_(1e25)
         model.model.layers[0].mlp.up_proj.weight.mul_(1e25)
-    with pytest.raises(FloatingPointError, match=r"layer model\.layers\.0\.mlp\.down_proj: its inp"):
+    with pytest.raises(
+        FloatingPointError, match=r"layer model\.layers\.0\.mlp\.down_proj: its inp"
+    ):
         factorize(model, method, tmp_path)
 
 
@@ -226,6 +224,8 @@ def test_the_first_layer_that_gets_a_bad_gradient_is_named(tmp_path):
     activation = model.model.layers[1].mlp.act_fn
     activation.register_forward_hook(lambda _module, _args, output: Spoiled.apply(output))
     # a backward comes to the gate first; all layers before it get NaN from it
-    with pytest.raises(FloatingPointError, match=r"layer model\.layers\.1\.mlp\.gate_proj: its out"):
+    with pytest.raises(
+        FloatingPointError, match=r"layer model\.layers\.1\.mlp\.gate_proj: its out"
+    ):
         factorize(model, "two_sided", tmp_path)
     factorize(model, "whitened", tmp_path)

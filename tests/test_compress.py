@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import sys
@@ -54,7 +55,7 @@ def counted(module):
     return sum(p.numel() for name, p in module.named_parameters() if name != "bias")
 
 
-# --------------------------------------------------------------------- every architecture and option
+# -------------------------------------------------------------------- every architecture and option
 
 AXES = {
     "name": NAMES,
@@ -101,7 +102,7 @@ def test_compress(point):
 
     # nothing else has changed: biases, norms, embeddings, what is tied and what isn't
     for name, tensor in model.state_dict().items():
-        if name in dense and not name.removesuffix(".weight") in shapes:
+        if name in dense and name.removesuffix(".weight") not in shapes:
             assert torch.equal(tensor, dense[name]), name
     assert {n for n in dense if n.endswith(".bias")} <= set(model.state_dict())
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -151,7 +152,7 @@ def test_dtype_casts_the_model_first():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-# ------------------------------------------------------------------------------------- what it's worth
+# ---------------------------------------------------------------------------------- what it's worth
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -193,7 +194,7 @@ def test_a_classic_adapter_starts_as_nothing(refit):
     model, report = compressed(copy.deepcopy(dense), lora_rank=8, init="classic", refit=refit)
     layers = {path: m for path, m in parts(model).items() if isinstance(m, SVDLoRALinear)}
     assert layers and not any(m.B.any() for m in layers.values())
-    assert len({float(m.A[0, 0]) for m in layers.values()}) == len(layers)  # each its own draw
+    assert len({m.A[0, 0].item() for m in layers.values()}) == len(layers)  # each its own draw
     # the base is then what compression to that rank alone makes of the layer
     ranks = {f"{re.escape(path)}$": m.rank for path, m in layers.items()}
     ranks |= {re.escape(path): 1.0 for path in parts(model) if path not in layers}
@@ -236,7 +237,7 @@ def test_report():
     assert {rank for path, rank in ranks.items() if "q_proj" in path} == {8}
 
 
-# ----------------------------------------------------------------------------------- what is selected
+# --------------------------------------------------------------------------------- what is selected
 
 
 def test_include_and_exclude():
@@ -279,7 +280,7 @@ def test_a_linear_subclass_and_a_linear_never_called():
 def test_a_dead_layer_costs_least():
     model = zoo_model("llama")
     nn.init.zeros_(model.model.layers[0].post_attention_layernorm.weight)
-    _, report = compressed(model, 0.8, lora_rank=0)
+    _, report = compressed(model, 0.7, lora_rank=0)
     ranks = {layer.path: layer.rank for layer in report.layers if "layers.0.mlp" in layer.path}
     assert set(ranks.values()) == {4} and logits(model).isfinite().all()
 
@@ -292,7 +293,7 @@ def test_a_weight_of_zeros():
     assert layer.lost_energy == 0 and logits(model).isfinite().all()
 
 
-# ---------------------------------------------------------------------------------- where from, where to
+# ----------------------------------------------------------------------------- where from, where to
 
 
 def test_a_model_from_a_folder_and_texts(tmp_path):
@@ -326,7 +327,7 @@ def assert_same(a, b):
         assert torch.equal(tensor, b[name]), name
 
 
-# ------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 BAD = [
     ({"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0.0"),
@@ -361,7 +362,9 @@ def test_what_cannot_be_is_refused_before_the_work(change, error, message, monke
     def long_work(*_args, **_options):
         raise AssertionError("the long work has begun")
 
-    monkeypatch.setattr(sys.modules["hylora_kernels.compression.compress"], "factorize_model", long_work)
+    monkeypatch.setattr(
+        sys.modules["hylora_kernels.compression.compress"], "factorize_model", long_work
+    )
     model = zoo_model("llama")
     before = copy.deepcopy(model)
     options = {"keep": 0.7, "calibration": IDS, "cache": False} | SMALL | change
@@ -378,7 +381,7 @@ def test_a_compressed_model_is_refused():
 
 def test_a_model_without_linears():
     model = zoo_model("llama")
-    with pytest.raises(ValueError, match="left alone: {'lm_head': 'output head'"):
+    with pytest.raises(ValueError, match=r"left alone: .*'lm_head': 'output head'"):
         compressed(model, exclude=["proj"])
 
 
@@ -387,11 +390,13 @@ def test_the_layer_that_is_not_finite_is_named():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     for method in ("two_sided", "whitened", "svd"):
-        with pytest.raises(FloatingPointError, match=r"layer model\.layers\.1\.mlp\.up_proj: its w"):
+        with pytest.raises(
+            FloatingPointError, match=r"layer model\.layers\.1\.mlp\.up_proj: its w"
+        ):
             compressed(copy.deepcopy(model), method=method)
 
 
-# --------------------------------------------------------------------------------- resuming, the cache
+# ------------------------------------------------------------------------------ resuming, the cache
 
 
 class Interrupted(Exception):
@@ -441,8 +446,12 @@ def interrupt_after(monkeypatch, kind, count):
 PATHS = [path for group in paths_of("qwen2") for path in group]
 
 
-@pytest.mark.parametrize("max_memory", [None, 1])
-@pytest.mark.parametrize("done", [0, 1, 9, 20])
+@functools.cache
+def uninterrupted():
+    return compressed(zoo_model("qwen2"))
+
+
+@pytest.mark.parametrize(("done", "max_memory"), [(0, None), (9, None), (1, 1), (20, 1)])
 def test_interrupted_while_factorizing(done, max_memory, tmp_path, monkeypatch, calls):
     options = {"cache": tmp_path, "max_memory": max_memory}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -451,7 +460,7 @@ def test_interrupted_while_factorizing(done, max_memory, tmp_path, monkeypatch, 
     calls["layers"].clear()
     resumed, report = compressed(zoo_model("qwen2"), **options)
     assert calls["layers"] == PATHS[done:]
-    whole, other = compressed(zoo_model("qwen2"), max_memory=max_memory)
+    whole, other = uninterrupted()
     assert_same(resumed, whole)
     assert report.layers == other.layers
 
@@ -466,7 +475,7 @@ def test_interrupted_while_refitting(done, tmp_path, monkeypatch, calls):
     resumed, report = compressed(zoo_model("qwen2"), cache=tmp_path)
     assert calls["layers"] == []
     assert calls["blocks"] == [f"model.layers.{i}" for i in range(done, 3)]
-    whole, other = compressed(zoo_model("qwen2"))
+    whole, other = uninterrupted()
     assert_same(resumed, whole)
     assert report.layers == other.layers
 

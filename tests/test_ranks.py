@@ -167,7 +167,7 @@ def check_energy(triple, keep, chosen, costs):
         assert sum(triple.costs(by_share(common + 1e-7)).values()) > keep * triple.dense
 
 
-# ----------------------------------------------------------------------------- what a rank costs
+# -------------------------------------------------------------------------------- what a rank costs
 
 
 @pytest.mark.parametrize("count", ["merged", "as_is"])
@@ -197,7 +197,7 @@ def test_an_adapter_leaves_the_base_a_rank():
     assert [adapter_rank(16, ra) for ra in (0, 8, 15, 16, 64)] == [0, 8, 15, 15, 15]
 
 
-# -------------------------------------------------------------------------------- against the best
+# --------------------------------------------------------------------------------- against the best
 
 
 def small_problem(seed, layers):
@@ -281,7 +281,7 @@ def test_layers_without_any_error_stay_small():
     assert allocate([zero, other], 0.8)["other"] == DENSE
 
 
-# ----------------------------------------------------------------------------- least feasible keep
+# ------------------------------------------------------------------------------ least feasible keep
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -325,7 +325,7 @@ def test_a_layer_smaller_than_a_rank_multiple_stays_dense():
     assert allocate(curves, 0.8)["small"] == DENSE
 
 
-# ---------------------------------------------------------------------------------------- patterns
+# ----------------------------------------------------------------------------------------- patterns
 
 
 @pytest.fixture
@@ -334,7 +334,9 @@ def block():
     shapes = dict(zip(("q_proj", "o_proj", "up_proj", "down_proj"), [(64, 64)] * 4, strict=True))
     generator = np.random.default_rng(0)
     return [
-        curve(f"layers.{i}.{name}", shape, np.sort(generator.exponential(size=64))[::-1], multiple=8)
+        curve(
+            f"layers.{i}.{name}", shape, np.sort(generator.exponential(size=64))[::-1], multiple=8
+        )
         for i in range(2)
         for name, shape in shapes.items()
     ]
@@ -388,7 +390,11 @@ def test_a_rank_that_saves_nothing_means_dense(rank):
     [
         ("globl", ValueError, r"ranks must be one of \('global', 'uniform', 'energy'\) or a dict"),
         ({"mpl": 0.5}, ValueError, "ranks: pattern 'mpl' matches none that"),
-        ({"proj": 0.5, "up": 0.5}, ValueError, "ranks: pattern 'up' matches none that earlier ones"),
+        (
+            {"proj": 0.5, "up": 0.5},
+            ValueError,
+            "ranks: pattern 'up' matches none that earlier ones",
+        ),
         ({"(": 0.5}, ValueError, r"ranks: '\(' is no regular expression"),
         ({3: 0.5}, TypeError, r"ranks must hold patterns \(str\), got int"),
         ({"up": "half"}, TypeError, r"ranks\['up'\] must be an int \(rank\) or a float \(keep\)"),

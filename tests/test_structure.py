@@ -1,4 +1,4 @@
-"""What compression finds in a model: linears, shared inputs, blocks; what it leaves alone, and why."""
+"""What compression finds in a model: linears, shared inputs, blocks; what it skips, and why."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_linear_that_is_never_called_is_named():
     assert "model.layers.1.spare" not in found.paths
 
 
-# --------------------------------------------------------------------------------- groups and blocks
+# -------------------------------------------------------------------------------- groups and blocks
 
 
 def test_groups_come_in_the_order_of_the_calls():

@@ -152,7 +152,7 @@ def test_fewer_samples_than_features(samples):
     assert (factors.U.double() @ factors.SVh.double() - W).norm() < 2e-6 * W.norm()
 
 
-# --------------------------------------------------------------------------------------- dead layers
+# -------------------------------------------------------------------------------------- dead layers
 
 
 @pytest.mark.parametrize("dead", ["inputs", "gradients", "both"])

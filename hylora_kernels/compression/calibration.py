@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression.structure import Group, as_matrix
-from hylora_kernels.loss import has_plain_head, token_loss
+from hylora_kernels.loss import eval_mode, has_plain_head, token_loss
 
 
 @dataclass
@@ -134,12 +134,12 @@ def gather(
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """eval mode and no parameter gradients inside; everything as before afterwards."""
-    was_training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
-        model.train(was_training)
         for p in wanted:
             p.requires_grad_(True)
 
