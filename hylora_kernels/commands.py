@@ -356,9 +356,9 @@ def demo(
     out: Annotated[Path, Option(help="Folder of the report and the recovered models.")] = Path(
         "runs/demo"
     ),
-    samples: Samples = 64,
-    steps: Annotated[int, Option(help="Recovery steps at keep 0.8, and of the control.")] = 40,
-    deep_steps: Annotated[int, Option(help="Recovery steps at keep 0.6.")] = 60,
+    samples: Samples = 48,
+    steps: Annotated[int, Option(help="Recovery steps at keep 0.8, and of the control.")] = 30,
+    deep_steps: Annotated[int, Option(help="Recovery steps at keep 0.6.")] = 50,
     fresh: Annotated[bool, Option("--fresh", help="Measure again what is there.")] = False,
     device: Device = "auto",
     seed: Seed = 0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -57,3 +58,10 @@ def _seeded_and_poisoned():
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture
+def plain_plot(monkeypatch):
+    """Drawing takes longer than any training here; test_report takes the real picture."""
+    module = sys.modules["hylora_kernels.finetune"]
+    monkeypatch.setattr(module, "loss_plot", lambda curves, path: path.write_text(str(curves)))

@@ -80,10 +80,11 @@ def test_of_an_output_head(with_gradients):
 
 def test_the_model_is_left_as_it_was():
     model = zoo_model("llama").train()
-    model.model.norm.weight.requires_grad_(False)
+    model.model.norm.eval().weight.requires_grad_(False)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     statistics_of(model)
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert [m for m in model.modules() if not m.training] == [model.model.norm]
+    assert all(p.grad is None for p in model.parameters())
     assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
     for module in model.modules():
         assert not (module._forward_hooks or module._forward_pre_hooks)

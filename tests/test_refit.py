@@ -12,8 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from hylora_kernels.compression import compress
 from hylora_kernels.compression.refit import (
     BATCH,
-    DENSE_RIDGE,
-    RIDGE,
     _forward,
     _record_calls,
     _residual_writers,
@@ -112,9 +110,9 @@ def by_regression(name, model, factors, ranks, ids=IDS):
                     V = factors[path].SVh[:rank].double() / S[:, None]
                     z = x_s @ V.T
                     prior = factors[path].U[:, :rank].double() * S
-                    found[path] = ridge(z, target, prior, RIDGE * z.square().sum(0).mean()) @ V
+                    found[path] = ridge(z, target, prior, 4 * z.square().sum(0).mean()) @ V
                 else:
-                    found[path] = ridge(x_s, target, W, DENSE_RIDGE * x_s.square().sum(0).mean())
+                    found[path] = ridge(x_s, target, W, 1e-3 * x_s.square().sum(0).mean())
             for path in group:
                 set_weight(student.get_submodule(path), found[path])
     return found
