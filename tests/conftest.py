@@ -65,3 +65,23 @@ def plain_plot(monkeypatch):
     """Drawing takes longer than any training here; test_report takes the real picture."""
     module = sys.modules["hylora_kernels.finetune"]
     monkeypatch.setattr(module, "loss_plot", lambda curves, path: path.write_text(str(curves)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint; tests that alter one copy it."""
+    folder = tmp_path_factory.mktemp("saved")
+    import checkpoints
+
+    from hylora_kernels.checkpoint import save_pretrained
+
+    torch.manual_seed(0)
+    save_pretrained(checkpoints.build("llama, scaled rope"), folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path

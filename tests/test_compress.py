@@ -1,9 +1,8 @@
-"""compress(): every architecture, form and method; budgets counted from the modules; resuming."""
+"""compress(): every architecture, form and method; budgets counted from the modules."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import re
 import sys
@@ -11,49 +10,14 @@ import sys
 import pytest
 import tiny
 import torch
-from models_zoo import NAMES, ZOO, paths_of, tokens, trained, zoo_model
+from compressing import IDS, SMALL, assert_same, close, compressed, counted, logits, loss, parts
+from models_zoo import NAMES, ZOO, tokens, trained, zoo_model
 from numerics import pairwise
 from torch import nn
 
 from hylora_kernels.compression import compress, linears, merge_adapters
 from hylora_kernels.compression.structure import as_matrix
-from hylora_kernels.compression.workspace import Refits, Workspace
 from hylora_kernels.linear import SVDLoRALinear
-from hylora_kernels.loss import token_loss
-from hylora_kernels.storage import cache_dir
-
-IDS = tokens(6, 12)
-SMALL = {"rank_multiple": 4, "lora_rank": 4, "samples": 6, "refit_samples": 5, "progress": False}
-
-
-def compressed(model, keep=0.7, ids=IDS, **options):
-    return compress(model, keep, ids, **{"cache": False} | SMALL | options)
-
-
-def logits(model, ids=IDS):
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def loss(model, ids):
-    with torch.no_grad():
-        total, count = token_loss(model, ids)
-    return float(total) / count
-
-
-def close(a, b, tolerance):
-    return float((a - b).double().norm()) <= tolerance * float(b.double().norm())
-
-
-def parts(model):
-    """path -> module of all linears that were candidates, in the order of `model`."""
-    return {path: model.get_submodule(path) for path in linears(model)}
-
-
-def counted(module):
-    """Parameters without the bias, from the tensors themselves."""
-    return sum(p.numel() for name, p in module.named_parameters() if name != "bias")
-
 
 # -------------------------------------------------------------------- every architecture and option
 
@@ -320,13 +284,6 @@ def test_samples_are_drawn_by_the_seed():
         assert_same(state(1), state(2))
 
 
-def assert_same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert torch.equal(tensor, b[name]), name
-
-
 # ----------------------------------------------------------------------------------------- refusals
 
 BAD = [
@@ -394,171 +351,3 @@ def test_the_layer_that_is_not_finite_is_named():
             FloatingPointError, match=r"layer model\.layers\.1\.mlp\.up_proj: its w"
         ):
             compressed(copy.deepcopy(model), method=method)
-
-
-# ------------------------------------------------------------------------------ resuming, the cache
-
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """What was really computed: layers factorized, blocks refitted, passes over the text."""
-    counts = {"layers": [], "blocks": [], "passes": 0}
-    factors = sys.modules["hylora_kernels.compression.factors"]
-    refit = sys.modules["hylora_kernels.compression.refit"]
-    factorize, solve_block = factors.factorize_whitened, refit._refit_block
-    gather = factors.calibration.gather
-
-    def factorizing(path, *args):
-        counts["layers"].append(path)
-        return factorize(path, *args)
-
-    def refitting(dense, student, block, *args):
-        counts["blocks"].append(block)
-        return solve_block(dense, student, block, *args)
-
-    def gathering(*args):
-        counts["passes"] += 1
-        return gather(*args)
-
-    monkeypatch.setattr(factors, "factorize_whitened", factorizing)
-    monkeypatch.setattr(refit, "_refit_block", refitting)
-    monkeypatch.setattr(factors.calibration, "gather", gathering)
-    return counts
-
-
-def interrupt_after(monkeypatch, kind, count):
-    """The next-but-`count` call of kind.save raises, before anything is written."""
-    original, left = kind.save, [count]
-
-    def saving(self, *args):
-        if not left[0]:
-            raise Interrupted
-        left[0] -= 1
-        return original(self, *args)
-
-    monkeypatch.setattr(kind, "save", saving)
-
-
-PATHS = [path for group in paths_of("qwen2") for path in group]
-
-
-@functools.cache
-def uninterrupted():
-    return compressed(zoo_model("qwen2"))
-
-
-@pytest.mark.parametrize(("done", "max_memory"), [(0, None), (9, None), (1, 1), (20, 1)])
-def test_interrupted_while_factorizing(done, max_memory, tmp_path, monkeypatch, calls):
-    options = {"cache": tmp_path, "max_memory": max_memory}
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        interrupt_after(patch, Workspace, done)
-        compressed(zoo_model("qwen2"), **options)
-    calls["layers"].clear()
-    resumed, report = compressed(zoo_model("qwen2"), **options)
-    assert calls["layers"] == PATHS[done:]
-    whole, other = uninterrupted()
-    assert_same(resumed, whole)
-    assert report.layers == other.layers
-
-
-@pytest.mark.parametrize("done", [0, 1, 2])
-def test_interrupted_while_refitting(done, tmp_path, monkeypatch, calls):
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        interrupt_after(patch, Refits, done)
-        compressed(zoo_model("qwen2"), cache=tmp_path)
-    calls["blocks"].clear()
-    calls["layers"].clear()
-    resumed, report = compressed(zoo_model("qwen2"), cache=tmp_path)
-    assert calls["layers"] == []
-    assert calls["blocks"] == [f"model.layers.{i}" for i in range(done, 3)]
-    whole, other = uninterrupted()
-    assert_same(resumed, whole)
-    assert report.layers == other.layers
-
-
-def test_an_interrupted_model_is_untouched(tmp_path, monkeypatch):
-    model = zoo_model("qwen2")
-    interrupt_after(monkeypatch, Refits, 1)
-    with pytest.raises(Interrupted):
-        compressed(model, cache=tmp_path)
-    assert_same(model, zoo_model("qwen2"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"keep": 0.5},
-        {"form": "pair"},
-        {"lora_rank": 0},
-        {"ranks": "uniform"},
-        {"init": "classic"},
-        {"count": "as_is"},
-        {"refit_samples": 3},
-    ],
-)
-def test_the_factors_serve_other_options(change, tmp_path, calls):
-    compressed(zoo_model("llama"), cache=tmp_path)
-    calls["layers"].clear()
-    calls["passes"] = 0
-    again, _ = compressed(zoo_model("llama"), **{"cache": tmp_path} | change)
-    assert calls["layers"] == [] and calls["passes"] == 0
-    assert_same(again, compressed(zoo_model("llama"), **change)[0])
-
-
-def change_a_weight(model):
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
-
-
-def change_the_config(model):
-    model.config.rope_theta = 5.0
-
-
-@pytest.mark.parametrize(
-    ("options", "change"),
-    [
-        ({"method": "whitened"}, None),
-        ({"ids": tokens(6, 12, seed=3)}, None),
-        ({"factorizer": "exact"}, None),
-        ({"exclude": ["up_proj"]}, None),
-        ({"dtype": torch.bfloat16}, None),
-        ({}, change_a_weight),
-        ({}, change_the_config),
-    ],
-)
-def test_the_factors_of_something_else_are_not_taken(options, change, tmp_path, calls):
-    compressed(zoo_model("llama"), cache=tmp_path)
-    calls["layers"].clear()
-    model = zoo_model("llama")
-    if change:
-        change(model)
-    compressed(model, **{"cache": tmp_path} | options)
-    assert len(calls["layers"]) == (12 if "exclude" in options else 14)
-
-
-def files(folder):
-    return {file for file in folder.rglob("*") if file.is_file()}
-
-
-def test_without_a_cache_nothing_stays(monkeypatch):
-    cache_dir("temporary")
-    before = files(cache_dir())
-    compressed(zoo_model("llama"))
-    assert files(cache_dir()) == before
-    interrupt_after(monkeypatch, Workspace, 3)
-    with pytest.raises(Interrupted):
-        compressed(zoo_model("llama"))
-    assert files(cache_dir()) == before
-    assert not [folder for folder in cache_dir("temporary").iterdir() if folder.is_dir()]
-
-
-def test_the_cache_is_the_package_s_own_by_default(monkeypatch, tmp_path, calls):
-    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path))
-    compress(zoo_model("llama"), 0.7, IDS, **SMALL)
-    assert len(files(cache_dir("compress"))) >= 14 and len(calls["layers"]) == 14
-    compress(zoo_model("llama"), 0.7, IDS, **SMALL)
-    assert len(calls["layers"]) == 14

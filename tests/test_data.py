@@ -173,6 +173,17 @@ def test_only_the_pieces_needed_are_tokenized(tokenizer, monkeypatch):
     assert torch.equal(blocks, whole[:3])
 
 
+def test_a_seed_draws_from_all_pieces(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 20)
+    monkeypatch.setattr(data, "CACHED_FROM", 10)
+    texts = [text_of(*range(1, 11))] * 5 + ["the end of it"]
+    whole = token_blocks(texts, tokenizer, length=4, progress=False)
+    monkeypatch.setattr(data, "cache_dir", lambda part: cache_dir("tokens", "drawn"))
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    drawn = token_blocks(texts, tokenizer, length=4, limit=3, seed=0, progress=False)
+    assert torch.equal(drawn, whole[order[:3]])
+
+
 # ---------------------------------------------------------------------------------- files and hubs
 
 

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from hylora_kernels import models
 from hylora_kernels.checkpoint import save_pretrained
@@ -156,6 +157,16 @@ def test_loading_is_quiet(model, tokenizer, tmp_path, capfd):
     capfd.readouterr()
     load_model(tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_is_over_afterwards():
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logger = logging.get_logger("transformers.tests")
+    with models._quiet(bars=False):
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
 # --------------------------------------------------------------------------------- the demo's model

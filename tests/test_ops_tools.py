@@ -36,9 +36,14 @@ def test_opcheck(lora_rank, form, room, device):
     backward = getattr(torch.ops.hylora, f"{room}_backward").default
     quick = ("test_schema", "test_faketensor")
     everything = (*quick, "test_autograd_registration", "test_aot_dispatch_dynamic")
-    for M, lead_dims, tests in ((17, 2, everything), (1, 0, quick), (0, 2, quick), (300, 3, quick)):
+    for M, lead_dims, dtype, tests in (
+        (17, 2, torch.float32, everything),
+        (1, 0, torch.bfloat16, quick),
+        (0, 2, torch.float32, quick),
+        (300, 3, torch.bfloat16, quick),
+    ):
         case = Case(M=M, lora_rank=lora_rank, lead_dims=lead_dims, form=form, layout="transposed")
-        inputs = inputs_for(room, case, torch.float32, device)
+        inputs = inputs_for(room, case, dtype, device)
         torch.library.opcheck(forward, tuple(inputs.with_grad()), test_utils=tests)
         _, h_a = forward(*inputs)
         x, SVh, U, A, B, _, alpha, pivots = inputs
