@@ -323,14 +323,14 @@ def resident(field):
 )
 def test_loading_takes_the_model_and_one_tensor_more(tmp_path):
     config = copy.deepcopy(CONFIGS["gemma"])
-    config.hidden_size, config.intermediate_size, config.vocab_size = 256, 1024, 16384
+    config.hidden_size, config.intermediate_size, config.vocab_size = 256, 1024, 20000
     model = AutoModelForCausalLM.from_config(config)
     model.model.layers[0].mlp.up_proj = SVDLoRALinear(256, 1024, 128, 16, bias=False)
     model.model.embed_tokens.weight.data.normal_()
     save_pretrained(model.to(torch.float64), tmp_path)
     largest = model.model.embed_tokens.weight.nbytes
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
-    assert largest > 30e6
+    assert largest > 2**25  # glibc maps it afresh, whatever memory earlier tests have left
     del model
     load_pretrained(tmp_path)
     with open("/proc/self/clear_refs", "w") as file:
