@@ -364,7 +364,7 @@ def demo(
     seed: Seed = 0,
     json_path: Json = None,
 ) -> None:
-    """The whole method on a real 135M model: compress, recover, measure; about ten minutes."""
+    """The whole method on a real 135M model: compress, recover, measure; ten to twenty minutes."""
     from hylora_kernels import demo_page
     from hylora_kernels.demo import STAGES
     from hylora_kernels.demo import demo as run

@@ -9,36 +9,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
 from torch import Tensor
 
 from hylora_kernels import demo_page, models, storage
-from hylora_kernels.demo_stages import HEADINGS, RECIPES, Bench, Settings, Stage, measure
-from hylora_kernels.info import Environment, environment
-from hylora_kernels.report import Report, format_bytes, format_ppl, format_seconds, table
+from hylora_kernels.demo_stages import RECIPES, Bench, DemoReport, Settings, Stage, measure
+from hylora_kernels.info import environment
+from hylora_kernels.report import format_bytes, format_ppl, format_seconds
 
 STAGES = "stages.jsonl"
 # With the demo's own model: three sets of factors and two of refits; two models and checkpoints.
 CACHE_BYTES, FOLDER_BYTES = 2_600_000_000, 1_200_000_000
-
-
-@dataclass(frozen=True)
-class DemoReport(Report):
-    """seconds: of all stages together, also of those measured in an earlier run."""
-
-    stages: list[Stage]
-    model: dict
-    data: dict
-    environment: Environment
-    seconds: float
-
-    def render(self):
-        """A rich table."""
-        rows = [stage.cells() for stage in self.stages]
-        return table(self.model["name"], HEADINGS, rows)
 
 
 def demo(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hylora_kernels.demo_stages import HEADINGS, Stage
+from hylora_kernels.demo_stages import HEADINGS, DemoReport, Stage
 from hylora_kernels.report import (
     embedded_svg,
     format_bytes,
@@ -16,9 +15,6 @@ from hylora_kernels.report import (
     stages_plot,
 )
 from hylora_kernels.storage import write_text
-
-if TYPE_CHECKING:
-    from hylora_kernels.demo import DemoReport
 
 TEMPLATES = Path(__file__).parent / "templates"
 

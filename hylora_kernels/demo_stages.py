@@ -20,7 +20,15 @@ from hylora_kernels.data import token_blocks
 from hylora_kernels.evaluate import model_size, perplexity, throughput
 from hylora_kernels.finetune import FinetuneReport, finetune
 from hylora_kernels.generate import generate
-from hylora_kernels.report import Report, format_bytes, format_ppl, report_lines, stage_label
+from hylora_kernels.info import Environment
+from hylora_kernels.report import (
+    Report,
+    format_bytes,
+    format_ppl,
+    report_lines,
+    stage_label,
+    table,
+)
 
 PROMPT = "The old man sat down by the window and looked at the river. He"
 GROUP = 64  # weights that share one scale in the int8 row
@@ -99,6 +107,22 @@ HEADINGS = (
     ("stage", "keep", "removed", "linears", "all", "memory", "trained", "perplexity")
     + ("out of domain", "prefill tok/s", "decode tok/s", "seconds")
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DemoReport(Report):
+    """seconds: of all stages together, also of those measured in an earlier run."""
+
+    stages: list[Stage]
+    model: dict
+    data: dict
+    environment: Environment
+    seconds: float
+
+    def render(self):
+        """A rich table."""
+        rows = [stage.cells() for stage in self.stages]
+        return table(self.model["name"], HEADINGS, rows)
 
 
 @dataclass
