@@ -123,25 +123,28 @@ def test_bad_arguments(tokenizer, arguments, error, message):
 # -------------------------------------------------------------------- long texts: pieces and cache
 
 
-def test_long_text_is_tokenized_once_and_kept(tokenizer, monkeypatch):
+@pytest.fixture
+def all_texts_are_long(monkeypatch, tmp_path):
+    """Every text is cut into pieces and its tokens are kept, in a cache that is empty at first."""
+    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "CACHED_FROM", 10)
+
+
+def test_long_text_is_tokenized_once_and_kept(tokenizer, monkeypatch, all_texts_are_long):
     text = [text_of(*range(1, 41)) + " kept"]
-    before = set(cache_dir("tokens").iterdir())
     wanted = token_blocks(text, tokenizer, length=4, limit=1)  # all of it is one piece
-    (kept,) = set(cache_dir("tokens").iterdir()) - before
+    (kept,) = cache_dir("tokens").glob("*.safetensors")
     monkeypatch.setattr(data, "_encode", lambda *_: pytest.fail("tokenized again"))
     first = token_blocks(text, tokenizer, length=4)
     assert len(first) == 10
     assert torch.equal(first[:1], wanted)
     monkeypatch.undo()
-    monkeypatch.setattr(data, "CACHED_FROM", 10)
     kept.write_bytes(kept.read_bytes()[:50])
     assert torch.equal(token_blocks(text, tokenizer, length=4), first)
     assert len(kept.read_bytes()) > 50
 
 
-def test_another_tokenizer_or_text_has_its_own_tokens(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "CACHED_FROM", 10)
+def test_another_tokenizer_or_text_has_its_own_tokens(tokenizer, all_texts_are_long):
     swapped = Tokenizer(models.WordLevel({"?": 0, "w2": 1, "w1": 2}, unk_token="?"))
     swapped.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     other = PreTrainedTokenizerFast(tokenizer_object=swapped, unk_token="?")
@@ -159,9 +162,8 @@ def test_pieces_end_at_blank_lines_and_lose_nothing(monkeypatch):
     assert [len(piece) for piece in pieces] == [32, 32, 32, 30]
 
 
-def test_only_the_pieces_needed_are_tokenized(tokenizer, monkeypatch):
+def test_only_the_pieces_needed_are_tokenized(tokenizer, monkeypatch, all_texts_are_long):
     monkeypatch.setattr(data, "PIECE", 20)
-    monkeypatch.setattr(data, "CACHED_FROM", 10)
     texts = [text_of(*range(1, 11))] * 5 + ["the end"]
     seen = []
     encode = data._encode
@@ -173,9 +175,8 @@ def test_only_the_pieces_needed_are_tokenized(tokenizer, monkeypatch):
     assert torch.equal(blocks, whole[:3])
 
 
-def test_a_seed_draws_from_all_pieces(tokenizer, monkeypatch):
+def test_a_seed_draws_from_all_pieces(tokenizer, monkeypatch, all_texts_are_long):
     monkeypatch.setattr(data, "PIECE", 20)
-    monkeypatch.setattr(data, "CACHED_FROM", 10)
     texts = [text_of(*range(1, 11))] * 5 + ["the end of it"]
     whole = token_blocks(texts, tokenizer, length=4, progress=False)
     monkeypatch.setattr(data, "cache_dir", lambda part: cache_dir("tokens", "drawn"))
