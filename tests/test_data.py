@@ -134,11 +134,11 @@ def test_long_text_is_tokenized_once_and_kept(tokenizer, monkeypatch, all_texts_
     text = [text_of(*range(1, 41)) + " kept"]
     wanted = token_blocks(text, tokenizer, length=4, limit=1)  # all of it is one piece
     (kept,) = cache_dir("tokens").glob("*.safetensors")
-    monkeypatch.setattr(data, "_encode", lambda *_: pytest.fail("tokenized again"))
-    first = token_blocks(text, tokenizer, length=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_encode", lambda *_: pytest.fail("tokenized again"))
+        first = token_blocks(text, tokenizer, length=4)
     assert len(first) == 10
     assert torch.equal(first[:1], wanted)
-    monkeypatch.undo()
     kept.write_bytes(kept.read_bytes()[:50])
     assert torch.equal(token_blocks(text, tokenizer, length=4), first)
     assert len(kept.read_bytes()) > 50
