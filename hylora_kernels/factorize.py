@@ -15,20 +15,22 @@ FACTORIZERS = ("gram", "exact", "randomized", "nystrom")
 def truncated_svd(
     W: Tensor, rank: int | None = None, factorizer: str = "gram", *, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W [N, K] -> U [N, k], S [k] descending, Vh [k, K], float64, k = rank or min(N, K); W ~ (U *
-    S) @ Vh.
+    """W [N, K] -> U [N, k], S [k] descending, Vh [k, K], float64, with W ~ (U * S) @ Vh.
 
-    factorizer, with the seconds on two bf16-capable cores and the error against the optimum on a
-    4096 x 11008 matrix at keep 0.6 (benchmarks/test_factorize.py measures them anew):
+    k is rank, or min(N, K) where that is None.
+
+    factorizer (errors: over the optimum, on a 4096 x 11008 matrix with a language model's kind of
+    spectrum at keep 0.6; benchmarks/test_factorize.py measures them and the seconds):
         "gram"        eigenvectors of the smaller Gram matrix, optimal down to singular values of
-                      about 1e-8 of the largest
+                      about 1e-8 of the largest (1.000)
         "exact"       LAPACK's divide and conquer, optimal everywhere
         "randomized"  Halko-Martinsson-Tropp (arXiv:0909.4061) range finder, two power iterations,
-                      re-orthonormalised by QR at each half step, oversampled by 10: a few percent
-                      above the optimum at such ranks, and only quicker below about a tenth of the
-                      full rank
+                      re-orthonormalised by QR at each half step, oversampled by 10 (1.045); only
+                      quicker below about a tenth of the full rank
         "nystrom"     Tropp et al. (arXiv:1706.05736, algorithm 3) for symmetric positive
-                      semi-definite W only, e.g. a Gram matrix
+                      semi-definite W only, e.g. a Gram matrix (1.121 on that of the larger side),
+                      with two subspace iterations
+
     Raises TypeError or ValueError for a W that is no finite real matrix, an unknown factorizer, a
     rank out of range, or "nystrom" on a matrix that is not symmetric positive semi-definite.
     """
