@@ -1,0 +1,362 @@
+// The ops of the cpu room, on LibTorch's stable ABI: every check of a tensor is here, the kernels
+// see pointers and strides. Shapes and meanings stand in hylora_kernels/backends/cpu.py.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/panels.h"
+#include "params.h"
+
+namespace hylora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Less than this for each thread and waking them costs more than they save.
+constexpr int64_t kBytesPerThread = 256 << 10;
+
+const Kernels& kernels() {
+  const IsaChoice& choice = isa_chosen();
+  STD_TORCH_CHECK(!choice.error, choice.error ? choice.error : "");
+  static const Kernels table = [&]() -> Kernels {
+    switch (choice.isa) {
+#if defined(__x86_64__)
+#if !defined(HYLORA_NO_AMX_BF16)
+      case Isa::amx_bf16: return kernels_amx_bf16();
+#endif
+#if !defined(HYLORA_NO_AVX512_BF16)
+      case Isa::avx512_bf16: return kernels_avx512_bf16();
+#endif
+#if !defined(HYLORA_NO_AVX512)
+      case Isa::avx512: return kernels_avx512();
+#endif
+#if !defined(HYLORA_NO_AVX2)
+      case Isa::avx2: return kernels_avx2();
+#endif
+#endif
+      default: return kernels_scalar();
+    }
+  }();
+  return table;
+}
+
+Type type_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::fp16;
+    case ScalarType::Float: return Type::fp32;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " must be bfloat16, float16 or float32");
+}
+
+int64_t panel_count(Type type, int64_t n, int64_t k) {
+  return ceil_div(n, 32) * 32 * (type == Type::bf16 ? round_up(k, 32) : k);
+}
+
+Tensor empty_like_type(const Tensor& t, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) strides[i] = stride, stride *= std::max<int64_t>(sizes[i], 1);
+  int32_t dtype;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Panels panels_of(const Tensor& t, Type type, const char* name, int64_t n, int64_t k) {
+  STD_TORCH_CHECK(type_of(t, name) == type, name, " must have x's dtype");
+  STD_TORCH_CHECK(t.numel() == panel_count(type, n, k), name, " must be the panels of [", n, ", ",
+                  k, "], ", panel_count(type, n, k), " numbers, got ", t.numel());
+  return {t.data_ptr(), n, k};
+}
+
+// x [..., K] as rows: K apart if need be, else as they lie.
+struct Rows {
+  Tensor held;
+  const void* data;
+  int64_t M = 1, K, ld;
+  std::vector<int64_t> sizes;
+};
+
+Rows rows_of(const Tensor& x) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 1, "x must be [..., K] with at least one dim");
+  Rows rows{x, nullptr, 1, x.size(dims - 1), 0, {}};
+  rows.sizes.resize(dims);
+  bool regular = rows.K <= 1 || x.stride(dims - 1) == 1;
+  rows.ld = rows.K;
+  int64_t expected = -1;  // what the next outer dim's stride must be
+  for (int64_t i = dims - 2; i >= 0; i--) {
+    const int64_t size = rows.sizes[i] = x.size(i);
+    rows.M *= size;
+    if (size == 1) continue;
+    const int64_t stride = x.stride(i);
+    if (expected < 0) rows.ld = stride;
+    else regular = regular && stride == expected;
+    expected = stride * size;
+  }
+  rows.sizes[dims - 1] = rows.K;
+  if (!regular) {
+    rows.held = torch::stable::contiguous(x);
+    rows.ld = rows.K;
+  }
+  rows.data = rows.held.data_ptr();
+  return rows;
+}
+
+template <class F>
+void in_parallel(int64_t parts, const F& part) {
+  if (parts <= 1) return part(0, 1);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) part(i, parts);
+  });
+}
+
+void run(const Dual& d) {
+  if (d.M == 0 || d.N == 0) return;
+  const Kernels& k = kernels();
+  const int64_t threads = torch::stable::get_num_threads();
+  if (d.M > kFewRows) {
+    in_parallel(std::min(threads, d.M / 32), [&](int64_t i, int64_t parts) {
+      const int64_t end = i + 1 == parts ? d.M : d.M * (i + 1) / parts / 32 * 32;
+      k.rows(d, d.M * i / parts / 32 * 32, end);
+    });
+    return;
+  }
+  const int64_t size = d.type == Type::fp32 ? 4 : 2;
+  const int64_t bytes =
+      size * (d.first.n * d.first.k + d.second.n * d.second.k + d.ra * (d.K + d.N));
+  const int64_t useful = std::min(threads, std::max<int64_t>(1, bytes / kBytesPerThread));
+  void* block = scratch(1, k.block_bytes(d));
+  auto split = [&](int64_t panels, auto product) {
+    in_parallel(std::min(useful, panels), [&](int64_t i, int64_t parts) {
+      product(d, block, panels * i / parts, panels * (i + 1) / parts);
+    });
+  };
+  k.prepare(d, block);
+  if (d.first.n) split(first_panels(d), k.first);
+  k.between(d, block);
+  if (d.second.n) split(second_panels(d), k.second);
+}
+
+Order order_of(const std::optional<Tensor>& table, int64_t n, int64_t r) {
+  if (!table) return {};
+  const int64_t panels = ceil_div(n, 32), others_panels = ceil_div(n - r, 32);
+  const int64_t words = panels * int64_t(sizeof(OrderPanel) / 4) + others_panels + 1;
+  STD_TORCH_CHECK(table->numel() == words, "order must be cpu_order(pivots, ", n, ") of ", r,
+                  " pivots: ", words, " numbers, got ", table->numel());
+  const auto* base = static_cast<const OrderPanel*>(table->data_ptr());
+  return {base, reinterpret_cast<const int32_t*>(base + panels), n, r};
+}
+
+enum Flags : int64_t { kEmit = 1, kScaled = 2, kInput = 4 };
+
+std::tuple<Tensor, Tensor> dual(const Tensor& x, const Tensor& first,
+                                const std::optional<Tensor>& first_tail, const Tensor& second,
+                                const std::optional<Tensor>& second_tail,
+                                const std::optional<Tensor>& bias,
+                                const std::optional<Tensor>& order, int64_t r, int64_t ra,
+                                int64_t n, double alpha, int64_t flags, int64_t products) {
+  Dual d{};
+  d.type = type_of(x, "x");
+  Rows rows = rows_of(x);
+  const bool tails = first_tail.has_value(), joined = ra > 0 && !tails, sorts = flags & kInput;
+  STD_TORCH_CHECK(tails == second_tail.has_value(), "both tails must be given or neither");
+  STD_TORCH_CHECK(r >= 1 && ra >= 0 && n >= 0, "r must be positive, ra and n not negative");
+  STD_TORCH_CHECK(!(joined && order), "the pivoted form takes its adapter as tails");
+  const int64_t r32 = ceil_div(r, 32), middle = joined ? r + ra : r;
+  const int64_t others = order ? (sorts ? rows.K : n) - r : 0;
+  STD_TORCH_CHECK(others >= 0, "r must be at most the ", others + r, " outputs, got ", r);
+  d.x = rows.data, d.M = rows.M, d.K = rows.K, d.ldx = rows.ld;
+  d.order = order_of(order, sorts ? rows.K : n, r);
+  d.sorts_input = sorts && order;
+  d.first = panels_of(first, d.type, "first", middle, d.sorts_input ? others : rows.K);
+  d.second = panels_of(second, d.type, "second", order && !sorts ? others : n, middle);
+  if (tails) {
+    d.first_tail = panels_of(*first_tail, d.type, "first_tail", ra,
+                             d.sorts_input ? 32 * r32 + others : rows.K);
+    d.second_tail = panels_of(*second_tail, d.type, "second_tail",
+                              order && !sorts ? 32 * r32 + others : n, ra);
+  }
+  Tensor held_bias = x;
+  if (bias) {
+    STD_TORCH_CHECK(bias->numel() == n && type_of(*bias, "bias") == d.type, "bias must be [", n,
+                    "] of x's dtype");
+    held_bias = torch::stable::contiguous(*bias);
+    d.bias = held_bias.data_ptr();
+  }
+  rows.sizes.back() = n;
+  Tensor y = empty_like_type(x, rows.sizes);
+  Tensor tail = empty_like_type(x, {flags & kEmit ? rows.M : 0, ra});
+  d.y = y.data_ptr(), d.N = n;
+  d.tail = flags & kEmit && ra ? tail.data_ptr() : nullptr;
+  d.ra = ra, d.tail_at = joined ? r : 32 * r32, d.alpha = float(alpha);
+  d.emit_scaled = flags & kScaled;
+  d.products = int(products);
+  run(d);
+  return {y, tail};
+}
+
+Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias, int64_t n,
+              int64_t products) {
+  Dual d{};
+  d.type = type_of(x, "x");
+  Rows rows = rows_of(x);
+  d.x = rows.data, d.M = rows.M, d.K = rows.K, d.ldx = rows.ld;
+  d.second = panels_of(panels, d.type, "panels", n, rows.K);
+  Tensor held_bias = x;
+  if (bias) {
+    STD_TORCH_CHECK(bias->numel() == n && type_of(*bias, "bias") == d.type, "bias must be [", n,
+                    "] of x's dtype");
+    held_bias = torch::stable::contiguous(*bias);
+    d.bias = held_bias.data_ptr();
+  }
+  rows.sizes.back() = n;
+  Tensor y = empty_like_type(x, rows.sizes);
+  d.y = y.data_ptr(), d.N = n, d.products = int(products);
+  run(d);
+  return y;
+}
+
+Tensor thin(const Tensor& a, const Tensor& b, double scale, bool sums) {
+  Thin t{};
+  t.type = type_of(b, "b");
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(0) &&
+                      type_of(a, "a") == t.type,
+                  "a and b must be [M, ra] and [M, n] of one dtype");
+  Tensor rows_a = a.stride(1) == 1 ? a : torch::stable::contiguous(a);
+  Tensor rows_b = b.stride(1) == 1 ? b : torch::stable::contiguous(b);
+  t.a = rows_a.data_ptr(), t.b = rows_b.data_ptr();
+  t.M = a.size(0), t.ra = a.size(1), t.n = b.size(1), t.lda = rows_a.stride(0), t.ldb = rows_b.stride(0);
+  t.scale = float(scale), t.sums = sums;
+  Tensor c = empty_like_type(b, {t.ra + sums, t.n});
+  t.c = c.data_ptr();
+  const Kernels& k = kernels();
+  const int64_t panels = ceil_div(t.n, 32);
+  const int64_t useful = std::max<int64_t>(1, t.M * t.n * 2 / kBytesPerThread);
+  const int64_t threads = torch::stable::get_num_threads();
+  in_parallel(std::min({threads, useful, panels}), [&](int64_t i, int64_t parts) {
+    k.thin(t, panels * i / parts * 32, std::min(panels * (i + 1) / parts * 32, t.n));
+  });
+  return c;
+}
+
+Tensor pack(const Tensor& W) {
+  STD_TORCH_CHECK(W.dim() == 2, "W must be [n, k]");
+  Pack p{type_of(W, "W"), W.data_ptr(), W.size(0), W.size(1), W.stride(0), W.stride(1), nullptr};
+  Tensor panels = empty_like_type(W, {panel_count(p.type, p.n, p.k)});
+  p.panels = panels.data_ptr();
+  want_huge_pages(p.panels, size_t(panels.numel()) * panels.element_size());
+  const Kernels& k = kernels();
+  const int64_t count = ceil_div(p.n, 32), threads = torch::stable::get_num_threads();
+  const int64_t useful = std::max<int64_t>(1, p.n * p.k * 2 / kBytesPerThread);
+  in_parallel(std::min({threads, useful, count}), [&](int64_t i, int64_t parts) {
+    k.pack(p, count * i / parts, count * (i + 1) / parts);
+  });
+  return panels;
+}
+
+Tensor unpack(const Tensor& panels, int64_t n, int64_t k) {
+  const Type type = type_of(panels, "panels");
+  const Panels packed = panels_of(panels, type, "panels", n, k);
+  Tensor W = empty_like_type(panels, {n, k});
+  for (int64_t row = 0; row < n; row++)
+    copy_panel_row(type, packed, row, static_cast<char*>(W.data_ptr()) + row * k * W.element_size());
+  return W;
+}
+
+Tensor rows(const Tensor& panels, int64_t n, int64_t k, const Tensor& ids) {
+  const Type type = type_of(panels, "panels");
+  const Panels packed = panels_of(panels, type, "panels", n, k);
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, "ids must be int64");
+  Tensor held = torch::stable::contiguous(ids);
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < ids.dim(); i++) sizes.push_back(ids.size(i));
+  sizes.push_back(k);
+  Tensor out = empty_like_type(panels, sizes);
+  const auto* id = static_cast<const int64_t*>(held.data_ptr());
+  for (int64_t i = 0; i < ids.numel(); i++) {
+    STD_TORCH_CHECK(id[i] >= 0 && id[i] < n, "ids must be in [0, ", n, "), got ", id[i]);
+    copy_panel_row(type, packed, id[i],
+                   static_cast<char*>(out.data_ptr()) + i * k * out.element_size());
+  }
+  return out;
+}
+
+Tensor order(const Tensor& pivots, int64_t n) {
+  STD_TORCH_CHECK(pivots.dim() == 1 && pivots.scalar_type() == ScalarType::Int,
+                  "pivots must be int32 [r]");
+  Tensor held = torch::stable::contiguous(pivots);
+  const auto* at = static_cast<const int32_t*>(held.data_ptr());
+  const int64_t r = pivots.size(0);
+  for (int64_t i = 0; i < r; i++)
+    STD_TORCH_CHECK(at[i] >= 0 && at[i] < n && (i == 0 || at[i] > at[i - 1]),
+                    "pivots must be strictly ascending within [0, ", n, "), got ", at[i], " at ", i);
+  const int64_t panels = ceil_div(n, 32), others_panels = ceil_div(n - r, 32);
+  Tensor table = empty_like_type(
+      pivots, {panels * int64_t(sizeof(OrderPanel) / 4) + others_panels + 1});
+  auto* panel = static_cast<OrderPanel*>(table.data_ptr());
+  fill_order(at, r, n, panel, reinterpret_cast<int32_t*>(panel + panels));
+  return table;
+}
+
+std::string isa() {
+  kernels();
+  return isa_name(isa_chosen().isa);
+}
+
+std::string isa_reason(const std::string& name) {
+  Isa level;
+  STD_TORCH_CHECK(isa_parse(name.c_str(), &level),
+                  "level must be one of scalar, avx2, avx512, avx512_bf16, amx_bf16, got ", name);
+  const char* reason = isa_unavailable(level);
+  return reason ? reason : "";
+}
+
+}  // namespace
+}  // namespace hylora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
+  m.def("cpu_pack(Tensor W) -> Tensor");
+  m.def("cpu_unpack(Tensor panels, int n, int k) -> Tensor");
+  m.def("cpu_rows(Tensor panels, int n, int k, Tensor ids) -> Tensor");
+  m.def("cpu_linear(Tensor x, Tensor panels, Tensor? bias, int n, int products) -> Tensor");
+  m.def(
+      "cpu_dual(Tensor x, Tensor first, Tensor? first_tail, Tensor second, Tensor? second_tail,"
+      " Tensor? bias, Tensor? order, int r, int ra, int n, float alpha, int flags, int products)"
+      " -> (Tensor y, Tensor tail)");
+  m.def("cpu_order(Tensor pivots, int n) -> Tensor");
+  m.def("cpu_thin(Tensor a, Tensor b, float scale, bool sums) -> Tensor");
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isa_reason(str level) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
+  m.impl("cpu_pack", TORCH_BOX(&hylora::pack));
+  m.impl("cpu_unpack", TORCH_BOX(&hylora::unpack));
+  m.impl("cpu_rows", TORCH_BOX(&hylora::rows));
+  m.impl("cpu_linear", TORCH_BOX(&hylora::linear));
+  m.impl("cpu_dual", TORCH_BOX(&hylora::dual));
+  m.impl("cpu_order", TORCH_BOX(&hylora::order));
+  m.impl("cpu_thin", TORCH_BOX(&hylora::thin));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hylora, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&hylora::isa));
+  m.impl("cpu_isa_reason", TORCH_BOX(&hylora::isa_reason));
+}

@@ -1,0 +1,14 @@
+// AVX-512 with vdpbf16ps.
+#if defined(__AVX512BF16__)
+#include "paired.h"
+#include "engine.h"
+
+namespace hylora {
+
+const Kernels& kernels_avx512_bf16() {
+  static const Kernels table = kernels_with<Paired>();
+  return table;
+}
+
+}  // namespace hylora
+#endif

@@ -1,0 +1,254 @@
+// A block of rows on its way through both products: what lies where, and how x gets there.
+#pragma once
+#include "order.h"
+#include "pipeline.h"
+
+namespace hylora {
+namespace {
+
+// The part of L2 (1 to 2 MB) for a group of panels. The next group is fetched while this one is
+// worked on, and rows and partial sums need the rest.
+constexpr int64_t kPanelsInL2 = 384 << 10;
+
+// K: how to multiply (Fma, Paired, Amx); T: the tensors' type; A: what rows are kept as.
+template <class K, class T>
+struct Block {
+  using A = typename K::A;
+  using Type = T;
+  static constexpr bool kTiles = K::kTiles;
+    static constexpr bool kRowsStay = K::kTiles && K::kPlanes == 1;  // in L1; else panels do
+  static constexpr bool kTilePanels = __is_same(T, bf16);  // else [k][32]
+  static constexpr bool kSplit = K::kPlanes > 1;           // rows and panels as bf16 limbs
+
+  const Dual& d;
+  K k;
+  const int64_t m0, rows;  // of x
+  const bool shared;       // few rows: several threads work on this block, each on its panels
+  const int64_t r32;       // panels of the base in the middle
+  const bool has_middle, weaves;
+  bool straight;  // x is read where it is
+  bool whole_x;   // or laid down before the first product (else chunk by chunk)
+  int64_t chunk;  // k-blocks of 32 a pass
+
+  A *x = nullptr, *middle = nullptr;
+  T *pivots = nullptr, *window = nullptr;
+  float *partial = nullptr, *row_most = nullptr;
+  bf16* split = nullptr;
+  int64_t ldx, x_plane, ld_middle, middle_plane, ld_pivots;
+  bool out_of_range = false;
+
+  Block(const Dual& d, int64_t m0, int64_t rows, bool shared)
+      : d(d), k(d.products), m0(m0), rows(rows), shared(shared), r32(ceil_div(d.first.n, 32)),
+        has_middle(d.first.n > 0), weaves(d.order.panels && !d.sorts_input) {
+    const bool exact_k = !kTilePanels || d.K % 32 == 0;
+    const bool half_tile = K::kTiles && rows > 16 && rows < 32;
+    // Rows a multiple of 4096 bytes apart fall into one set of L1.
+    const bool far_rows = K::kTiles && rows > 4 && d.ldx * int64_t(sizeof(A)) % 4096 == 0;
+    straight = __is_same(A, T) && !kSplit && exact_k && !half_tile && !far_rows && !d.sorts_input;
+    whole_x = !straight && (shared || d.sorts_input || !has_middle);
+    chunk = shared ? int64_t(1) << 40 : K::kChunk;
+  }
+
+  static int64_t rows_per_block(const Dual& d) {
+    // One chunk spills nothing, so there is room in L2 for more rows.
+    return K::kTiles && !kSplit && ceil_div(d.K, 32) <= K::kChunk ? 2 * K::kRows : K::kRows;
+  }
+
+  // ---------------------------------------------------------------------------------------- layout
+
+  // Sets the pointers into `memory` (null: only counts); returns the bytes.
+  size_t lay_out(char* memory) {
+    size_t at = 0;
+    auto take = [&](int64_t size) {
+      char* p = memory + at;
+      at += size_t(round_up(size, 64));
+      return p;
+    };
+    const int64_t padded = round_up(rows, 32);
+    const int64_t x_rows = whole_x || !kRowsStay ? padded : 32;
+    const int64_t others = d.order.n - d.order.pivots;
+    const int64_t x_width = d.sorts_input ? 32 * r32 + round_up(others, 32)
+                            : whole_x     ? round_up(d.K, 32)
+                            : straight    ? 0
+                                          : chunk * 32;
+    ldx = x_width ? odd_lines(x_width) : 0;
+    x_plane = x_rows * ldx;
+    x = reinterpret_cast<A*>(take(K::kPlanes * x_plane * int64_t(sizeof(A))));
+    ld_middle = odd_lines(32 * first_panels(d));
+    middle_plane = padded * ld_middle;
+    middle = reinterpret_cast<A*>(take(K::kPlanes * middle_plane * int64_t(sizeof(A))));
+    ld_pivots = weaves ? 32 * r32 + 32 : 0;
+    pivots = reinterpret_cast<T*>(take(padded * ld_pivots * int64_t(sizeof(T))));
+    if (!shared) {
+      const int64_t longest = ceil_div(d.first.k > d.first_tail.k ? d.first.k : d.first_tail.k, 32);
+      const int64_t first = longest > chunk ? first_panels(d) * row_tiles() : 0;
+      const int64_t second = kRowsStay ? panels_in_l2(1) : row_tiles();
+      partial = reinterpret_cast<float*>(take((first > second ? first : second) * 4096));
+      window = reinterpret_cast<T*>(take(weaves ? padded * 64 * int64_t(sizeof(T)) : 0));
+      row_most = reinterpret_cast<float*>(take(kSplit ? padded * 4 : 0));
+      split = reinterpret_cast<bf16*>(take(kSplit ? 2 * K::kPlanes * split_plane() * 2 : 0));
+    }
+    return at;
+  }
+
+  // A stride of an odd number of cache lines spreads rows over the sets of L1.
+  static int64_t odd_lines(int64_t width) {
+    const int64_t per_line = 64 / int64_t(sizeof(A));
+    return (ceil_div(width, per_line) | 1) * per_line;
+  }
+  // Room for a chunk of a panel or for a whole panel of the adapter, whichever is longer.
+  int64_t split_plane() const {
+    const int64_t tail = ceil_div(d.second_tail.k, 32);
+    return (chunk > tail ? chunk : tail) * 1024;
+  }
+  bf16* split_tail() const { return split + K::kPlanes * split_plane(); }
+  int64_t row_tiles() const { return ceil_div(rows, 32); }
+
+  // The last tile of a ragged block starts early enough to be whole; it finishes only its own rows.
+  int64_t row_of(int64_t tile) const {
+    return K::kTiles && rows >= 32 && tile * 32 + 32 > rows ? rows - 32 : tile * 32;
+  }
+  int64_t rows_of(int64_t tile) const {
+    return rows - row_of(tile) < 32 ? rows - row_of(tile) : 32;
+  }
+
+  // --------------------------------------------------------------------------------------------- x
+
+  T* pivots_row(int64_t r) const { return pivots + r * ld_pivots; }
+  const T* x_row(int64_t r) const { return static_cast<const T*>(d.x) + (m0 + r) * d.ldx; }
+
+  void prepare() {
+    if (kSplit)
+      for (int64_t r = 0; r < rows; r++) row_most[r] = 0;
+    if (!whole_x) return;
+    for (int64_t r = 0; r < rows; r++) {
+      if (d.sorts_input)
+        sort_row(x_row(r), x + r * ldx, r);
+      else
+        copy_row(x_row(r), x + r * ldx, d.K, r);
+    }
+  }
+
+  void copy_columns(int64_t row0, int64_t count, int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < count; r++)
+      copy_row(x_row(row0 + r) + begin, x + r * ldx, end - begin, row0 + r);
+    asm volatile("" ::: "memory");
+  }
+
+  static int64_t panels_in_l2(int64_t blocks) {
+    const int64_t panels = kPanelsInL2 / (2048 * (blocks > 4 ? blocks : 4));
+    return panels > 1 ? panels : 1;
+  }
+
+  // `width` numbers, zero padded to 32.
+  void copy_row(const T* from, A* to, int64_t width, int64_t r) {
+    if constexpr (__is_same(A, T) && !kSplit) {
+      int64_t c = 0;
+      for (; c + 32 <= width; c += 32) copy_row_of(to + c, from + c);
+      for (int64_t i = c; i < round_up(width, 32); i++) to[i] = i < width ? from[i] : T{};
+      return;
+    }
+    Range range;
+    for (int64_t c = 0; c < width; c += 32) {
+      Row value = c + 32 <= width ? load_row(from + c) : load_row(from + c, int(width - c));
+      if constexpr (kSplit) range.see(value);
+      k.put(to + c, x_plane, value);
+    }
+    if constexpr (kSplit) {
+      row_most[r] = range.most() > row_most[r] ? range.most() : row_most[r];
+      out_of_range |= range.unfit();
+    }
+  }
+
+  // A row in natural order -> its pivots, zero padded to 32, then its others, zero padded.
+  void sort_row(const T* from, A* to, int64_t r) {
+    for (int part = 0; part < 2; part++) {
+      T waiting[64];
+      int filled = 0;
+      A* at = to + (part ? 32 * r32 : 0);
+      for (int64_t c = 0; c < d.order.n; c += 32) {
+        const OrderPanel& panel = d.order.panels[c / 32];
+        const int width = int(d.order.n - c < 32 ? d.order.n - c : 32);
+        const int pivots_here = __builtin_popcount(panel.is_pivot);
+        const int count = part ? width - pivots_here : pivots_here;
+        gather_columns(from + c, width, part ? panel.other_at : panel.pivot_at, count,
+                       waiting + filled);
+        filled += count;
+        if (filled < 32) continue;
+        copy_row(waiting, at, 32, r);
+        at += 32, filled -= 32;
+        for (int i = 0; i < 32; i++) waiting[i] = waiting[32 + i];
+      }
+      if (filled) copy_row(waiting, at, filled, r);
+    }
+  }
+
+  // What limbs can't hold: numbers that aren't finite or that rounding could overflow.
+  struct Range {
+    V largest{};
+    VU wrong{};
+    HYLORA_MEMBER void see(const Row& value) {
+      for (int i = 0; i < P; i++) {
+        VU magnitude = float_as_bits(value.v[i]) & 0x7fffffff;
+        wrong |= reinterpret_cast<VU>(magnitude > 0x7f000000);
+        V size = bits_as_float(magnitude);
+        largest = size > largest ? size : largest;
+      }
+    }
+    float most() const {
+      float most = 0;
+      for (int j = 0; j < W; j++) most = largest[j] > most ? largest[j] : most;
+      return most;
+    }
+    bool unfit() const {
+      uint32_t any = 0;
+      for (int j = 0; j < W; j++) any |= wrong[j];
+      return any != 0;
+    }
+  };
+
+  // AMX flushes denormals, so the lower limbs of a row that is tiny as a whole would be lost.
+  bool fits_limbs() const {
+    bool fits = !out_of_range;
+    if constexpr (kSplit)
+      for (int64_t r = 0; r < rows; r++) fits &= row_most[r] == 0 || row_most[r] >= 0x1p-60f;
+    return fits;
+  }
+
+  // ---------------------------------------------------------------------------------------- tiles
+
+  static const char* panel_at(const Panels& panels, int64_t panel, int64_t block) {
+    const T* data = static_cast<const T*>(panels.data);
+    return reinterpret_cast<const char*>(
+        kTilePanels ? data + (panel * ceil_div(panels.k, 32) + block) * 1024
+                    : data + (panel * panels.k + block * 32) * 32);
+  }
+
+  // k-blocks [block, block + width) of the first matrix's panels from p on, at most `group` of them.
+  Fetch fetch_panels(int64_t p, int64_t block, int64_t width, int64_t left, int64_t group,
+                     int64_t steps) const {
+    const int64_t blocks = ceil_div(d.first.k, 32), in_base = r32 - p;
+    if (in_base <= 0 || block >= blocks) return {};
+    int64_t count = left < group ? left : group;
+    if (count > in_base) count = in_base;
+    if (width > blocks - block) width = blocks - block;
+    return Fetch(panel_at(d.first, p, block), count, width * 2048, blocks * 2048, steps);
+  }
+
+  // The steps of rows `a` times k-blocks from `block` on of a panel; returns their number.
+  HYLORA_MEMBER int steps_of(Step<A>* steps, const A* a, int64_t lda, int64_t plane,
+                             const Panels& panels, int64_t panel, int64_t block, int64_t width,
+                             bf16* limbs) const {
+    if (width <= 0) return 0;
+    if constexpr (kSplit) {
+      K::split_panel(reinterpret_cast<const T*>(panel_at(panels, panel, block)), width, limbs,
+                     split_plane());
+      return k.limb_steps(steps, a, plane, lda, limbs, split_plane(), width);
+    }
+    steps[0] = {a, lda, panel_at(panels, panel, block), 32, width};
+    return 1;
+  }
+};
+
+}  // namespace
+}  // namespace hylora

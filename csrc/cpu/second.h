@@ -1,0 +1,211 @@
+// The second product, y = middle second^T + bias, and the pivoted form's weaving of y.
+#pragma once
+#include "first.h"
+
+namespace hylora {
+namespace {
+
+template <class T>
+HYLORA_INLINE Row bias_row(const void* bias, int64_t column, int count) {
+  return bias ? load_row(static_cast<const T*>(bias) + column, count) : Row{};
+}
+
+// The rows of one tile of y.
+template <class B>
+struct PairTask {
+  using T = typename B::Type;
+  T* y;
+  int64_t column, N;
+  int count;
+  Row bias;
+
+  PairTask() = default;
+  PairTask(const B& b, int64_t panel, bool, T*) : column(panel * 32), N(b.d.N) {
+    const int64_t left = N - column;
+    count = int(left < 32 ? left : 32);
+    bias = bias_row<T>(b.d.bias, column, count);
+  }
+  PairTask& at(const B& b, int64_t row) {
+    y = static_cast<T*>(b.d.y) + (b.m0 + row) * N + column;
+    return *this;
+  }
+
+  HYLORA_MEMBER void row(B& b, const float* sums) {
+    Row sum = b.k.row(sums);
+    for (int i = 0; i < P; i++) sum.v[i] += bias.v[i];
+    // y's next line, asked for a tile ahead: waiting for it at the store fills the store buffer.
+    if constexpr (B::kRowsStay) __builtin_prefetch(y + 32, 1, 3);
+    if (count == 32)
+      store_row(y, sum);
+    else
+      store_row(y, sum, count);
+    y += N;
+  }
+};
+
+template <class T>
+HYLORA_INLINE void write_woven(const Dual& d, int64_t p, const T* others, const T* pivots, T* y) {
+  const OrderPanel& panel = d.order.panels[p];
+  const int64_t left = d.N - p * 32;
+  if (left >= 32 && !d.bias) return weave(panel, others, pivots + panel.pivot0, y + p * 32);
+  const int count = int(left < 32 ? left : 32);
+  T woven[32];
+  weave(panel, others, pivots + panel.pivot0, woven);
+  Row value = load_row(woven), bias = bias_row<T>(d.bias, p * 32, count);
+  for (int i = 0; i < P; i++) value.v[i] += bias.v[i];
+  store_row(y + p * 32, value, count);
+}
+
+// The rows of one tile of others, and the panels of y that are ready with them: woven out of the
+// pivots, these others and the 32 before, which `window` keeps for every row.
+template <class B>
+struct WeaveTask {
+  using T = typename B::Type;
+  T *y, *others;
+  const T* pivots;
+  int64_t panel;
+  int32_t ready_begin, ready_end;
+  T* window;
+
+  WeaveTask() = default;
+  WeaveTask(const B& b, int64_t panel, bool writes, T* window) : panel(panel), window(window) {
+    ready_begin = b.d.order.first_ready[panel];
+    ready_end = writes ? b.d.order.first_ready[panel + 1] : ready_begin;
+  }
+  WeaveTask& at(const B& b, int64_t row) {
+    y = static_cast<T*>(b.d.y) + (b.m0 + row) * b.d.N;
+    pivots = b.pivots_row(row);
+    others = window + row * 64;
+    return *this;
+  }
+
+  HYLORA_MEMBER void row(B& b, const float* sums) {
+    store_row(others + 32, b.k.row(sums));
+    for (int32_t p = ready_begin; p < ready_end; p++) write_woven(b.d, p, others, pivots, y);
+    copy_row_of(others, others + 32);
+    y += b.d.N, pivots += b.ld_pivots, others += 64;
+  }
+};
+
+// Panels [begin, end) of the second matrix, in groups that fit L2, and within a group row tile by
+// row tile as in the first product: so rows of y are written in long runs, too. Other ways of
+// multiplying take panel by panel.
+template <class Task, class B>
+void output_product(B& b, int64_t begin, int64_t end) {
+  using A = typename B::A;
+  const Dual& d = b.d;
+  const A* a = b.has_middle ? b.middle
+               : b.straight ? reinterpret_cast<const A*>(b.x_row(0))
+                            : b.x;
+  const int64_t lda = b.has_middle ? b.ld_middle : b.straight ? d.ldx : b.ldx;
+  const int64_t plane = b.has_middle ? b.middle_plane : b.x_plane;
+  const int64_t blocks = ceil_div(d.second.k, 32), tail_blocks = ceil_div(d.second_tail.k, 32);
+  const int64_t chunks = blocks > b.chunk ? ceil_div(blocks, b.chunk) : 1;
+  const int64_t even = ceil_div(blocks, chunks), tiles = b.row_tiles();
+  alignas(64) typename B::Type few_window[kFewRows * 64];
+  Pipeline<Task> pipe;
+  bool cold = true;  // nobody has fetched the panels
+
+  auto one = [&](int64_t q, int64_t c, int64_t tile_begin, int64_t tile_end, float* partial) {
+    const bool last = c + 1 == chunks;
+    const int64_t left = d.second.k - c * even * 32, width = left < even * 32 ? left : even * 32;
+    Step<A> steps[12];
+    int count =
+        b.steps_of(steps, a + c * even * 32, lda, plane, d.second, q, c * even, width, b.split);
+    if (last && d.second_tail.n) {
+      // In the pivoted form the adapter's matrix starts with the pivots.
+      const int64_t tail_panel = b.weaves ? b.r32 + q : q;
+      count += b.steps_of(steps + count, a + 32 * b.r32, lda, plane, d.second_tail, tail_panel, 0,
+                          d.second_tail.k, b.split_tail());
+    }
+    Task task;
+    if (last) task = Task(b, q, q >= begin, b.shared ? few_window : b.window);
+    for (int64_t t = tile_begin; t < tile_end; t++) {
+      float* sums = partial + (t - tile_begin) * 1024;
+      Step<A> here[12];
+      for (int s = 0; s < count; s++) here[s] = steps[s], here[s].a += b.row_of(t) * lda;
+      pipe.multiply(b, here, count, c ? sums : nullptr, last ? pipe.free_tile() : sums,
+                    int(b.rows_of(t)), t == 0 && cold);
+      if (last) pipe.push(task.at(b, t * 32), int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
+    }
+  };
+
+  b.k.begin(int(b.rows));
+  if (B::kRowsStay && !b.shared) {
+    const int64_t group = b.panels_in_l2(blocks + tail_blocks);
+    for (int64_t q0 = begin; q0 < end; q0 += group) {
+      const int64_t q1 = q0 + group < end ? q0 + group : end;
+      const int64_t next = end - q1 < group ? end - q1 : group;
+      pipe.panels_ahead = Fetch(B::panel_at(d.second, q1, 0), next, blocks * 2048, blocks * 2048,
+                                (q1 - q0) * tiles * (blocks + tail_blocks));
+      for (int64_t t = 0; t < tiles; t++)
+        for (int64_t c = 0; c < chunks; c++)
+          for (int64_t q = q0; q < q1; q++) one(q, c, t, t + 1, b.partial + (q - q0) * 1024);
+      cold = false;
+    }
+  } else {
+    // A thread that starts in the middle needs the panel of others before its first.
+    for (int64_t q = begin - (b.weaves && begin > 0); q < end; q++)
+      for (int64_t c = 0; c < chunks; c++) one(q, c, 0, tiles, b.partial);
+  }
+  pipe.finish(b);
+  b.k.end();
+}
+
+template <class B>
+void second_product(B& b, int64_t begin, int64_t end) {
+  if (b.weaves)
+    output_product<WeaveTask<B>>(b, begin, end);
+  else
+    output_product<PairTask<B>>(b, begin, end);
+}
+
+// The pivot outputs of a pivoted layer with an adapter: the middle plus the adapter's part.
+template <class B>
+struct PivotTask {
+  typename B::Type* pivots;
+  const typename B::A* middle;
+
+  HYLORA_MEMBER void row(B& b, const float* sums) {
+    Row sum = b.k.row(sums), base = b.k.get(middle, b.middle_plane);
+    for (int i = 0; i < P; i++) sum.v[i] += base.v[i];
+    store_row(pivots, sum);
+    pivots += b.ld_pivots, middle += b.ld_middle;
+  }
+};
+
+template <class B>
+void pivot_outputs(B& b) {
+  using A = typename B::A;
+  using T = typename B::Type;
+  const Dual& d = b.d;
+  if (!b.weaves) return;
+  if (d.first_tail.n) {
+    Pipeline<PivotTask<B>> pipe;
+    b.k.begin(int(b.rows));
+    for (int64_t p = 0; p < b.r32; p++) {
+      Step<A> steps[6];
+      const int count = b.steps_of(steps, b.middle + 32 * b.r32, b.ld_middle, b.middle_plane,
+                                   d.second_tail, p, 0, d.second_tail.k, b.split);
+      for (int64_t t = 0; t < b.row_tiles(); t++) {
+        const int64_t row = b.row_of(t);
+        Step<A> here[6];
+        for (int s = 0; s < count; s++) here[s] = steps[s], here[s].a += row * b.ld_middle;
+        pipe.multiply(b, here, count, nullptr, pipe.free_tile(), int(b.rows_of(t)), false);
+        pipe.push({b.pivots_row(row) + p * 32, b.middle + row * b.ld_middle + p * 32}, 0,
+                  int(b.rows_of(t)));
+      }
+    }
+    pipe.finish(b);
+    b.k.end();
+  }
+  if (d.second.n) return;
+  // Rank N: every output is a pivot.
+  const T none[64] = {};
+  for (int64_t r = 0; r < b.rows; r++)
+    for (int64_t p = 0; p < ceil_div(d.N, 32); p++)
+      write_woven(d, p, none, b.pivots_row(r), static_cast<T*>(d.y) + (b.m0 + r) * d.N);
+}
+
+}  // namespace
+}  // namespace hylora
