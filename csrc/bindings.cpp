@@ -1,5 +1,5 @@
 // The ops of the cpu room, on LibTorch's stable ABI: every check of a tensor is here, the kernels
-// see pointers and strides. Shapes and meanings stand in hylora_kernels/backends/cpu.py.
+// see pointers and strides. Shapes and meanings stand in hylora_kernels/backends/cpu/.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -33,19 +34,24 @@ const Kernels& kernels() {
     switch (choice.isa) {
 #if defined(__x86_64__)
 #if !defined(HYLORA_NO_AMX_BF16)
-      case Isa::amx_bf16: return kernels_amx_bf16();
+    case Isa::amx_bf16:
+      return kernels_amx_bf16();
 #endif
 #if !defined(HYLORA_NO_AVX512_BF16)
-      case Isa::avx512_bf16: return kernels_avx512_bf16();
+    case Isa::avx512_bf16:
+      return kernels_avx512_bf16();
 #endif
 #if !defined(HYLORA_NO_AVX512)
-      case Isa::avx512: return kernels_avx512();
+    case Isa::avx512:
+      return kernels_avx512();
 #endif
 #if !defined(HYLORA_NO_AVX2)
-      case Isa::avx2: return kernels_avx2();
+    case Isa::avx2:
+      return kernels_avx2();
 #endif
 #endif
-      default: return kernels_scalar();
+    default:
+      return kernels_scalar();
     }
   }();
   return table;
@@ -53,10 +59,14 @@ const Kernels& kernels() {
 
 Type type_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::fp16;
-    case ScalarType::Float: return Type::fp32;
-    default: break;
+  case ScalarType::BFloat16:
+    return Type::bf16;
+  case ScalarType::Half:
+    return Type::fp16;
+  case ScalarType::Float:
+    return Type::fp32;
+  default:
+    break;
   }
   STD_TORCH_CHECK(false, name, " must be bfloat16, float16 or float32");
 }
@@ -68,7 +78,8 @@ int64_t panel_count(Type type, int64_t n, int64_t k) {
 Tensor empty_like_type(const Tensor& t, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) strides[i] = stride, stride *= std::max<int64_t>(sizes[i], 1);
+  for (size_t i = sizes.size(); i-- > 0;)
+    strides[i] = stride, stride *= std::max<int64_t>(sizes[i], 1);
   int32_t dtype;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
@@ -79,7 +90,8 @@ Tensor empty_like_type(const Tensor& t, const std::vector<int64_t>& sizes) {
 }
 
 Panels panels_of(const Tensor& t, Type type, const char* name, int64_t n, int64_t k) {
-  STD_TORCH_CHECK(type_of(t, name) == type, name, " must have x's dtype");
+  STD_TORCH_CHECK(type_of(t, name) == type && t.is_contiguous(), name,
+                  " must have x's dtype and lie in one piece");
   STD_TORCH_CHECK(t.numel() == panel_count(type, n, k), name, " must be the panels of [", n, ", ",
                   k, "], ", panel_count(type, n, k), " numbers, got ", t.numel());
   return {t.data_ptr(), n, k};
@@ -106,8 +118,10 @@ Rows rows_of(const Tensor& x) {
     rows.M *= size;
     if (size == 1) continue;
     const int64_t stride = x.stride(i);
-    if (expected < 0) rows.ld = stride;
-    else regular = regular && stride == expected;
+    if (expected < 0)
+      rows.ld = stride;
+    else
+      regular = regular && stride == expected;
     expected = stride * size;
   }
   rows.sizes[dims - 1] = rows.K;
@@ -123,7 +137,8 @@ template <class F>
 void in_parallel(int64_t parts, const F& part) {
   if (parts <= 1) return part(0, 1);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) part(i, parts);
+    for (int64_t i = begin; i < end; i++)
+      part(i, parts);
   });
 }
 
@@ -166,71 +181,159 @@ Order order_of(const std::optional<Tensor>& table, int64_t n, int64_t r) {
 
 enum Flags : int64_t { kEmit = 1, kScaled = 2, kInput = 4 };
 
+// The weights of one pair of products, checked. K is what x holds a row; x and y come later.
+Dual weights_of(Type type, int64_t K, const Tensor& first, const std::optional<Tensor>& first_tail,
+                const Tensor& second, const std::optional<Tensor>& second_tail,
+                const std::optional<Tensor>& order, int64_t r, int64_t ra, int64_t n, double alpha,
+                int64_t flags) {
+  Dual d{};
+  const bool tails = first_tail.has_value(), joined = ra > 0 && !tails;
+  STD_TORCH_CHECK(tails == second_tail.has_value(), "both tails must be given or neither");
+  STD_TORCH_CHECK(r >= 1 && ra >= 0 && n >= 0, "r must be positive, ra and n not negative");
+  STD_TORCH_CHECK(!(joined && order), "the pivoted form takes its adapter as tails");
+  const bool sorts = order && flags & kInput, weaves = order && !sorts;
+  const int64_t r32 = ceil_div(r, 32), middle = joined ? r + ra : r, outputs = sorts ? K : n;
+  const int64_t others = order ? outputs - r : 0;
+  STD_TORCH_CHECK(others >= 0, "r must be at most the ", outputs, " outputs, got ", r);
+  d.type = type, d.K = K, d.N = n, d.ra = ra;
+  d.order = order_of(order, outputs, r);
+  d.sorts_input = sorts;
+  d.first = panels_of(first, type, "first", middle, sorts ? others : K);
+  d.second = panels_of(second, type, "second", weaves ? others : n, middle);
+  if (tails) {
+    d.first_tail = panels_of(*first_tail, type, "first_tail", ra, sorts ? 32 * r32 + others : K);
+    d.second_tail =
+        panels_of(*second_tail, type, "second_tail", weaves ? 32 * r32 + others : n, ra);
+  }
+  d.tail_at = joined ? r : 32 * r32, d.alpha = float(alpha);
+  d.emit_scaled = flags & kScaled;
+  return d;
+}
+
+// bias [N] as it lies in memory; `held` keeps a copy alive where one was needed.
+const void* bias_of(const std::optional<Tensor>& bias, Type type, int64_t n, Tensor& held) {
+  if (!bias) return nullptr;
+  STD_TORCH_CHECK(bias->numel() == n && type_of(*bias, "bias") == type, "bias must be [", n,
+                  "] of x's dtype");
+  held = torch::stable::contiguous(*bias);
+  return held.data_ptr();
+}
+
+// d on x: y [..., N].
+Tensor apply(Dual& d, const Tensor& x, Rows& rows, const std::optional<Tensor>& bias,
+             int64_t products) {
+  Tensor held = x;
+  d.bias = bias_of(bias, d.type, d.N, held);
+  rows.sizes.back() = d.N;
+  Tensor y = empty_like_type(x, rows.sizes);
+  d.x = rows.data, d.M = rows.M, d.ldx = rows.ld, d.y = y.data_ptr(), d.products = int(products);
+  run(d);
+  return y;
+}
+
 std::tuple<Tensor, Tensor> dual(const Tensor& x, const Tensor& first,
                                 const std::optional<Tensor>& first_tail, const Tensor& second,
                                 const std::optional<Tensor>& second_tail,
                                 const std::optional<Tensor>& bias,
                                 const std::optional<Tensor>& order, int64_t r, int64_t ra,
                                 int64_t n, double alpha, int64_t flags, int64_t products) {
-  Dual d{};
-  d.type = type_of(x, "x");
   Rows rows = rows_of(x);
-  const bool tails = first_tail.has_value(), joined = ra > 0 && !tails, sorts = flags & kInput;
-  STD_TORCH_CHECK(tails == second_tail.has_value(), "both tails must be given or neither");
-  STD_TORCH_CHECK(r >= 1 && ra >= 0 && n >= 0, "r must be positive, ra and n not negative");
-  STD_TORCH_CHECK(!(joined && order), "the pivoted form takes its adapter as tails");
-  const int64_t r32 = ceil_div(r, 32), middle = joined ? r + ra : r;
-  const int64_t others = order ? (sorts ? rows.K : n) - r : 0;
-  STD_TORCH_CHECK(others >= 0, "r must be at most the ", others + r, " outputs, got ", r);
-  d.x = rows.data, d.M = rows.M, d.K = rows.K, d.ldx = rows.ld;
-  d.order = order_of(order, sorts ? rows.K : n, r);
-  d.sorts_input = sorts && order;
-  d.first = panels_of(first, d.type, "first", middle, d.sorts_input ? others : rows.K);
-  d.second = panels_of(second, d.type, "second", order && !sorts ? others : n, middle);
-  if (tails) {
-    d.first_tail = panels_of(*first_tail, d.type, "first_tail", ra,
-                             d.sorts_input ? 32 * r32 + others : rows.K);
-    d.second_tail = panels_of(*second_tail, d.type, "second_tail",
-                              order && !sorts ? 32 * r32 + others : n, ra);
-  }
-  Tensor held_bias = x;
-  if (bias) {
-    STD_TORCH_CHECK(bias->numel() == n && type_of(*bias, "bias") == d.type, "bias must be [", n,
-                    "] of x's dtype");
-    held_bias = torch::stable::contiguous(*bias);
-    d.bias = held_bias.data_ptr();
-  }
-  rows.sizes.back() = n;
-  Tensor y = empty_like_type(x, rows.sizes);
+  Dual d = weights_of(type_of(x, "x"), rows.K, first, first_tail, second, second_tail, order, r, ra,
+                      n, alpha, flags);
   Tensor tail = empty_like_type(x, {flags & kEmit ? rows.M : 0, ra});
-  d.y = y.data_ptr(), d.N = n;
   d.tail = flags & kEmit && ra ? tail.data_ptr() : nullptr;
-  d.ra = ra, d.tail_at = joined ? r : 32 * r32, d.alpha = float(alpha);
-  d.emit_scaled = flags & kScaled;
-  d.products = int(products);
-  run(d);
+  Tensor y = apply(d, x, rows, bias, products);
   return {y, tail};
+}
+
+// One layer as one tensor: a Dual, its pointers counted from the tensor's start, then what they
+// point to, each at a multiple of 64 bytes. A call with two tensors costs half of one with six.
+constexpr int64_t kHeader = int64_t(sizeof(Dual) + 63) / 64 * 64;
+
+struct Part {
+  const void** at;  // where the Dual points to it
+  const Tensor* from;
+};
+
+Tensor join(const Tensor& first, const std::optional<Tensor>& first_tail, const Tensor& second,
+            const std::optional<Tensor>& second_tail, const std::optional<Tensor>& order, int64_t k,
+            int64_t r, int64_t ra, int64_t n, double alpha) {
+  Dual d = weights_of(type_of(first, "first"), k, first, first_tail, second, second_tail, order, r,
+                      ra, n, alpha, 0);
+  std::vector<Part> parts = {{&d.first.data, &first}, {&d.second.data, &second}};
+  if (first_tail) parts.push_back({&d.first_tail.data, &*first_tail});
+  if (second_tail) parts.push_back({&d.second_tail.data, &*second_tail});
+  const void* table = d.order.panels;
+  if (order) parts.push_back({&table, &*order});
+  auto bytes = [](const Part& part) {
+    return round_up(part.from->numel() * int64_t(part.from->element_size()), 64);
+  };
+  int64_t size = kHeader;
+  for (const Part& part : parts)
+    size += bytes(part);
+  Tensor whole = empty_like_type(first, {size / int64_t(first.element_size())});
+  char* base = static_cast<char*>(whole.data_ptr());
+  want_huge_pages(base, size_t(size));
+  int64_t offset = kHeader;
+  for (const Part& part : parts) {
+    std::memcpy(base + offset, part.from->data_ptr(),
+                size_t(part.from->numel()) * part.from->element_size());
+    *part.at = reinterpret_cast<const void*>(offset);
+    offset += bytes(part);
+  }
+  const auto* panels = static_cast<const OrderPanel*>(table);
+  d.order.panels = panels;
+  if (order) {
+    const int64_t counted =
+        reinterpret_cast<int64_t>(table) + ceil_div(n, 32) * int64_t(sizeof(OrderPanel));
+    d.order.first_ready = reinterpret_cast<const int32_t*>(counted);
+  }
+  std::memcpy(base, &d, sizeof d);
+  return whole;
+}
+
+Dual joined_dual(const Tensor& whole) {
+  const char* base = static_cast<const char*>(whole.data_ptr());
+  Dual d;
+  std::memcpy(&d, base, sizeof d);
+  auto moved = [&](const void* offset) -> const void* {
+    return offset ? base + reinterpret_cast<intptr_t>(offset) : nullptr;
+  };
+  for (Panels* panels : {&d.first, &d.first_tail, &d.second, &d.second_tail})
+    panels->data = moved(panels->data);
+  d.order.panels = static_cast<const OrderPanel*>(moved(d.order.panels));
+  d.order.first_ready = static_cast<const int32_t*>(moved(d.order.first_ready));
+  return d;
+}
+
+Tensor joined(const Tensor& x, const Tensor& whole, const std::optional<Tensor>& bias, int64_t n,
+              int64_t products) {
+  Dual d = joined_dual(whole);
+  Rows rows = rows_of(x);
+  STD_TORCH_CHECK(rows.K == d.K && type_of(x, "x") == d.type, "x must be [..., ", d.K,
+                  "] of the layer's dtype, got ", rows.K, " columns");
+  STD_TORCH_CHECK(n == d.N, "n must be the layer's ", d.N, ", got ", n);
+  return apply(d, x, rows, bias, products);
+}
+
+// The panels numbered as join takes them: 0 first, 1 first_tail, 2 second, 3 second_tail.
+Tensor part(const Tensor& whole, int64_t which) {
+  const Dual d = joined_dual(whole);
+  STD_TORCH_CHECK(which >= 0 && which < 4, "which must be in 0..3, got ", which);
+  const Panels panels[4] = {d.first, d.first_tail, d.second, d.second_tail};
+  const Panels& one = panels[which];
+  Tensor out = empty_like_type(whole, {one.data ? panel_count(d.type, one.n, one.k) : 0});
+  if (one.data) std::memcpy(out.data_ptr(), one.data, size_t(out.numel()) * out.element_size());
+  return out;
 }
 
 Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias, int64_t n,
               int64_t products) {
-  Dual d{};
-  d.type = type_of(x, "x");
   Rows rows = rows_of(x);
-  d.x = rows.data, d.M = rows.M, d.K = rows.K, d.ldx = rows.ld;
+  Dual d{};
+  d.type = type_of(x, "x"), d.K = rows.K, d.N = n;
   d.second = panels_of(panels, d.type, "panels", n, rows.K);
-  Tensor held_bias = x;
-  if (bias) {
-    STD_TORCH_CHECK(bias->numel() == n && type_of(*bias, "bias") == d.type, "bias must be [", n,
-                    "] of x's dtype");
-    held_bias = torch::stable::contiguous(*bias);
-    d.bias = held_bias.data_ptr();
-  }
-  rows.sizes.back() = n;
-  Tensor y = empty_like_type(x, rows.sizes);
-  d.y = y.data_ptr(), d.N = n, d.products = int(products);
-  run(d);
-  return y;
+  return apply(d, x, rows, bias, products);
 }
 
 Tensor thin(const Tensor& a, const Tensor& b, double scale, bool sums) {
@@ -242,7 +345,8 @@ Tensor thin(const Tensor& a, const Tensor& b, double scale, bool sums) {
   Tensor rows_a = a.stride(1) == 1 ? a : torch::stable::contiguous(a);
   Tensor rows_b = b.stride(1) == 1 ? b : torch::stable::contiguous(b);
   t.a = rows_a.data_ptr(), t.b = rows_b.data_ptr();
-  t.M = a.size(0), t.ra = a.size(1), t.n = b.size(1), t.lda = rows_a.stride(0), t.ldb = rows_b.stride(0);
+  t.M = a.size(0), t.ra = a.size(1), t.n = b.size(1), t.lda = rows_a.stride(0),
+  t.ldb = rows_b.stride(0);
   t.scale = float(scale), t.sums = sums;
   Tensor c = empty_like_type(b, {t.ra + sums, t.n});
   t.c = c.data_ptr();
@@ -276,7 +380,8 @@ Tensor unpack(const Tensor& panels, int64_t n, int64_t k) {
   const Panels packed = panels_of(panels, type, "panels", n, k);
   Tensor W = empty_like_type(panels, {n, k});
   for (int64_t row = 0; row < n; row++)
-    copy_panel_row(type, packed, row, static_cast<char*>(W.data_ptr()) + row * k * W.element_size());
+    copy_panel_row(type, packed, row,
+                   static_cast<char*>(W.data_ptr()) + row * k * W.element_size());
   return W;
 }
 
@@ -286,7 +391,8 @@ Tensor rows(const Tensor& panels, int64_t n, int64_t k, const Tensor& ids) {
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, "ids must be int64");
   Tensor held = torch::stable::contiguous(ids);
   std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < ids.dim(); i++) sizes.push_back(ids.size(i));
+  for (int64_t i = 0; i < ids.dim(); i++)
+    sizes.push_back(ids.size(i));
   sizes.push_back(k);
   Tensor out = empty_like_type(panels, sizes);
   const auto* id = static_cast<const int64_t*>(held.data_ptr());
@@ -306,10 +412,11 @@ Tensor order(const Tensor& pivots, int64_t n) {
   const int64_t r = pivots.size(0);
   for (int64_t i = 0; i < r; i++)
     STD_TORCH_CHECK(at[i] >= 0 && at[i] < n && (i == 0 || at[i] > at[i - 1]),
-                    "pivots must be strictly ascending within [0, ", n, "), got ", at[i], " at ", i);
+                    "pivots must be strictly ascending within [0, ", n, "), got ", at[i], " at ",
+                    i);
   const int64_t panels = ceil_div(n, 32), others_panels = ceil_div(n - r, 32);
-  Tensor table = empty_like_type(
-      pivots, {panels * int64_t(sizeof(OrderPanel) / 4) + others_panels + 1});
+  Tensor table =
+      empty_like_type(pivots, {panels * int64_t(sizeof(OrderPanel) / 4) + others_panels + 1});
   auto* panel = static_cast<OrderPanel*>(table.data_ptr());
   fill_order(at, r, n, panel, reinterpret_cast<int32_t*>(panel + panels));
   return table;
@@ -336,10 +443,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
   m.def("cpu_unpack(Tensor panels, int n, int k) -> Tensor");
   m.def("cpu_rows(Tensor panels, int n, int k, Tensor ids) -> Tensor");
   m.def("cpu_linear(Tensor x, Tensor panels, Tensor? bias, int n, int products) -> Tensor");
-  m.def(
-      "cpu_dual(Tensor x, Tensor first, Tensor? first_tail, Tensor second, Tensor? second_tail,"
-      " Tensor? bias, Tensor? order, int r, int ra, int n, float alpha, int flags, int products)"
-      " -> (Tensor y, Tensor tail)");
+  m.def("cpu_dual(Tensor x, Tensor first, Tensor? first_tail, Tensor second, Tensor? second_tail,"
+        " Tensor? bias, Tensor? order, int r, int ra, int n, float alpha, int flags, int products)"
+        " -> (Tensor y, Tensor tail)");
+  m.def("cpu_join(Tensor first, Tensor? first_tail, Tensor second, Tensor? second_tail,"
+        " Tensor? order, int k, int r, int ra, int n, float alpha) -> Tensor");
+  m.def("cpu_joined(Tensor x, Tensor layer, Tensor? bias, int n, int products) -> Tensor");
+  m.def("cpu_part(Tensor layer, int which) -> Tensor");
   m.def("cpu_order(Tensor pivots, int n) -> Tensor");
   m.def("cpu_thin(Tensor a, Tensor b, float scale, bool sums) -> Tensor");
   m.def("cpu_isa() -> str");
@@ -352,6 +462,9 @@ STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
   m.impl("cpu_rows", TORCH_BOX(&hylora::rows));
   m.impl("cpu_linear", TORCH_BOX(&hylora::linear));
   m.impl("cpu_dual", TORCH_BOX(&hylora::dual));
+  m.impl("cpu_join", TORCH_BOX(&hylora::join));
+  m.impl("cpu_joined", TORCH_BOX(&hylora::joined));
+  m.impl("cpu_part", TORCH_BOX(&hylora::part));
   m.impl("cpu_order", TORCH_BOX(&hylora::order));
   m.impl("cpu_thin", TORCH_BOX(&hylora::thin));
 }

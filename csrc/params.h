@@ -35,8 +35,8 @@ struct Order {
 };
 
 // y = ((x first^T) second^T) + bias, the adapter's part of the middle scaled by alpha. Columns of
-// the middle: first.n of the base (padded to 32), then first_tail.n of the adapter. With first.n = 0
-// there is no middle: y = x second^T + bias.
+// the middle: first.n of the base (padded to 32), then first_tail.n of the adapter. With first.n =
+// 0 there is no middle: y = x second^T + bias.
 struct Dual {
   Type type;
   const void* x;
@@ -50,9 +50,9 @@ struct Dual {
   int64_t tail_at;  // where they start in the padded middle
   float alpha;
   bool emit_scaled;
-  Order order;       // of y, or of x where sorts_input; order.panels null in the pair form
+  Order order;  // of y, or of x where sorts_input; order.panels null in the pair form
   bool sorts_input;
-  int products;      // bf16 limb products for fp16 and fp32: 0 (FMA), 3 or 6
+  int products;  // bf16 limb products for fp16 and fp32: 0 (FMA), 3 or 6
 };
 
 // C [ra, n] = scale * a^T b for columns [col0, col1); with sums a last row, the sum over M of b.

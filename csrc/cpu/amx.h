@@ -1,5 +1,6 @@
-// The products in AMX tiles. One plane: bf16 as it is. Several: every number is the sum of that many
-// bf16 limbs (8 bits of mantissa each) and a product is the sum of the limb products that count.
+// The products in AMX tiles. One plane: bf16 as it is. Several: every number is the sum of that
+// many bf16 limbs (8 bits of mantissa each) and a product is the sum of the limb products that
+// count.
 #pragma once
 #include "fma.h"
 
@@ -28,23 +29,34 @@ HYLORA_INLINE void configure_tiles(int rows) {
   _tile_loadconfig(&config);
 }
 
-#define HYLORA_TILE_BLOCK(load_a, load_b) \
-  load_b(6, b, 64);                       \
-  load_a(4, a, stride);                   \
-  _tile_dpbf16ps(0, 4, 6);                \
-  load_b(7, b + 512, 64);                 \
-  _tile_dpbf16ps(1, 4, 7);                \
-  load_a(5, lower, stride);               \
-  _tile_dpbf16ps(2, 5, 6);                \
-  step();                                 \
-  _tile_dpbf16ps(3, 5, 7);                \
+#define HYLORA_TILE_BLOCK(load_a, load_b)                                                          \
+  load_b(6, b, 64);                                                                                \
+  load_a(4, a, stride);                                                                            \
+  _tile_dpbf16ps(0, 4, 6);                                                                         \
+  load_b(7, b + 512, 64);                                                                          \
+  _tile_dpbf16ps(1, 4, 7);                                                                         \
+  load_a(5, lower, stride);                                                                        \
+  _tile_dpbf16ps(2, 5, 6);                                                                         \
+  step();                                                                                          \
+  _tile_dpbf16ps(3, 5, 7);                                                                         \
+  a += 32, lower += 32, b += 1024
+
+// The same for a panel of at most 16 columns.
+#define HYLORA_NARROW_BLOCK(load_a, load_b)                                                        \
+  load_b(6, b, 64);                                                                                \
+  load_a(4, a, stride);                                                                            \
+  _tile_dpbf16ps(0, 4, 6);                                                                         \
+  load_a(5, lower, stride);                                                                        \
+  step();                                                                                          \
+  _tile_dpbf16ps(2, 5, 6);                                                                         \
   a += 32, lower += 32, b += 1024
 
 // Fetches the block of a panel that is 4 KB ahead.
 HYLORA_INLINE void fetch_ahead(const bf16* b) {
   const char* ahead = reinterpret_cast<const char*>(b) + 4096;
 #pragma GCC unroll 32
-  for (int line = 0; line < 32; line++) _mm_prefetch(ahead + line * 64, _MM_HINT_T0);
+  for (int line = 0; line < 32; line++)
+    _mm_prefetch(ahead + line * 64, _MM_HINT_T0);
 }
 
 // Few: at most 16 rows, one tile of them.
@@ -65,9 +77,9 @@ struct Amx {
   void end() { _tile_release(); }
 
   template <class Interleave>
-  HYLORA_MEMBER void tile(const Step<bf16>* steps, int count, const float* from, float* to,
-                          int, bool cold, Interleave&& step) {
-    if constexpr (Few) return tile_few(steps, count, to, step);
+  HYLORA_MEMBER void tile(const Step<bf16>* steps, int count, const float* from, float* to, int,
+                          int columns, bool cold, Interleave&& step) {
+    if constexpr (Few) return tile_few(steps, count, to, columns, step);
     if (from) {
       _tile_loadd(0, from, 64);
       _tile_loadd(1, from + 256, 64);
@@ -85,7 +97,11 @@ struct Amx {
       const int64_t stride = steps[s].lda * 2, blocks = ceil_div(steps[s].k, 32);
       // What streams from L2 is loaded with the hint that keeps it from pushing the other operand
       // out of L1: 1.3-1.5x.
-      if constexpr (Planes > 1) {
+      if (columns <= 16) {
+        for (int64_t k = 0; k < blocks; k++) {
+          HYLORA_NARROW_BLOCK(_tile_loadd, _tile_loadd);
+        }
+      } else if constexpr (Planes > 1) {
         for (int64_t k = 0; k < blocks; k++) {
           HYLORA_TILE_BLOCK(_tile_stream_loadd, _tile_loadd);
         }
@@ -110,7 +126,8 @@ struct Amx {
   // Up to 16 rows: the panels pass through once and memory is the limit, so they are fetched 4 KB
   // ahead. The two halves of the sum are added when the tile is read.
   template <class Interleave>
-  HYLORA_MEMBER void tile_few(const Step<bf16>* steps, int count, float* to, Interleave&& step) {
+  HYLORA_MEMBER void tile_few(const Step<bf16>* steps, int count, float* to, int columns,
+                              Interleave&& step) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -123,13 +140,13 @@ struct Amx {
         fetch_ahead(b);
         _tile_loadd(4, a, stride);
         _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + 512, 64);
+        if (columns > 16) _tile_loadd(7, b + 512, 64);
         if (k & 1) {
           _tile_dpbf16ps(2, 4, 6);
-          _tile_dpbf16ps(3, 4, 7);
+          if (columns > 16) _tile_dpbf16ps(3, 4, 7);
         } else {
           _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
+          if (columns > 16) _tile_dpbf16ps(1, 4, 7);
         }
         step();
         a += 32, b += 1024;
@@ -145,7 +162,8 @@ struct Amx {
   static HYLORA_MEMBER Row row(const float* sums) {
     Row sum = tile_row(sums);
     if constexpr (Few)
-      for (int i = 0; i < P; i++) sum.v[i] += load(sums + 512 + tile_at(0, i));
+      for (int i = 0; i < P; i++)
+        sum.v[i] += load(sums + 512 + tile_at(0, i));
     return sum;
   }
 
@@ -154,13 +172,15 @@ struct Amx {
     for (int p = 0; p < Planes; p++) {
       store_row(at + p * plane, rest);
       if (p + 1 < Planes)
-        for (int i = 0; i < P; i++) rest.v[i] -= load(at + p * plane + i * W);
+        for (int i = 0; i < P; i++)
+          rest.v[i] -= load(at + p * plane + i * W);
     }
   }
   static HYLORA_MEMBER Row get(const bf16* at, int64_t plane) {
     Row sum = load_row(at);
     for (int p = 1; p < Planes; p++)
-      for (int i = 0; i < P; i++) sum.v[i] += load(at + p * plane + i * W);
+      for (int i = 0; i < P; i++)
+        sum.v[i] += load(at + p * plane + i * W);
     return sum;
   }
 

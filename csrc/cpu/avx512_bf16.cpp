@@ -1,7 +1,7 @@
 // AVX-512 with vdpbf16ps.
 #if defined(__AVX512BF16__)
-#include "paired.h"
 #include "engine.h"
+#include "paired.h"
 
 namespace hylora {
 

@@ -16,9 +16,9 @@ struct Block {
   using A = typename K::A;
   using Type = T;
   static constexpr bool kTiles = K::kTiles;
-    static constexpr bool kRowsStay = K::kTiles && K::kPlanes == 1;  // in L1; else panels do
-  static constexpr bool kTilePanels = __is_same(T, bf16);  // else [k][32]
-  static constexpr bool kSplit = K::kPlanes > 1;           // rows and panels as bf16 limbs
+  static constexpr bool kRowsStay = K::kTiles && K::kPlanes == 1;  // in L1; else panels do
+  static constexpr bool kTilePanels = __is_same(T, bf16);          // else [k][32]
+  static constexpr bool kSplit = K::kPlanes > 1;                   // rows and panels as bf16 limbs
 
   const Dual& d;
   K k;
@@ -119,7 +119,8 @@ struct Block {
 
   void prepare() {
     if (kSplit)
-      for (int64_t r = 0; r < rows; r++) row_most[r] = 0;
+      for (int64_t r = 0; r < rows; r++)
+        row_most[r] = 0;
     if (!whole_x) return;
     for (int64_t r = 0; r < rows; r++) {
       if (d.sorts_input)
@@ -144,8 +145,10 @@ struct Block {
   void copy_row(const T* from, A* to, int64_t width, int64_t r) {
     if constexpr (__is_same(A, T) && !kSplit) {
       int64_t c = 0;
-      for (; c + 32 <= width; c += 32) copy_row_of(to + c, from + c);
-      for (int64_t i = c; i < round_up(width, 32); i++) to[i] = i < width ? from[i] : T{};
+      for (; c + 32 <= width; c += 32)
+        copy_row_of(to + c, from + c);
+      for (int64_t i = c; i < round_up(width, 32); i++)
+        to[i] = i < width ? from[i] : T{};
       return;
     }
     Range range;
@@ -177,7 +180,8 @@ struct Block {
         if (filled < 32) continue;
         copy_row(waiting, at, 32, r);
         at += 32, filled -= 32;
-        for (int i = 0; i < 32; i++) waiting[i] = waiting[32 + i];
+        for (int i = 0; i < 32; i++)
+          waiting[i] = waiting[32 + i];
       }
       if (filled) copy_row(waiting, at, filled, r);
     }
@@ -197,12 +201,14 @@ struct Block {
     }
     float most() const {
       float most = 0;
-      for (int j = 0; j < W; j++) most = largest[j] > most ? largest[j] : most;
+      for (int j = 0; j < W; j++)
+        most = largest[j] > most ? largest[j] : most;
       return most;
     }
     bool unfit() const {
       uint32_t any = 0;
-      for (int j = 0; j < W; j++) any |= wrong[j];
+      for (int j = 0; j < W; j++)
+        any |= wrong[j];
       return any != 0;
     }
   };
@@ -211,7 +217,8 @@ struct Block {
   bool fits_limbs() const {
     bool fits = !out_of_range;
     if constexpr (kSplit)
-      for (int64_t r = 0; r < rows; r++) fits &= row_most[r] == 0 || row_most[r] >= 0x1p-60f;
+      for (int64_t r = 0; r < rows; r++)
+        fits &= row_most[r] == 0 || row_most[r] >= 0x1p-60f;
     return fits;
   }
 
@@ -224,7 +231,8 @@ struct Block {
                     : data + (panel * panels.k + block * 32) * 32);
   }
 
-  // k-blocks [block, block + width) of the first matrix's panels from p on, at most `group` of them.
+  // k-blocks [block, block + width) of the first matrix's panels from p on, at most `group` of
+  // them.
   Fetch fetch_panels(int64_t p, int64_t block, int64_t width, int64_t left, int64_t group,
                      int64_t steps) const {
     const int64_t blocks = ceil_div(d.first.k, 32), in_base = r32 - p;

@@ -16,7 +16,8 @@ namespace hylora {
 namespace {
 
 // Up to here multiply-adds keep up with memory, and other users of a core's tile unit don't matter:
-// M = 1, 4.5 MB from L3, 232 us instead of 241 (one row), where the tiles are contended 230 and 580.
+// M = 1, 4.5 MB from L3, 232 us instead of 241 (one row), where the tiles are contended 230 and
+// 580.
 constexpr int64_t kFewestRows = 4;
 
 template <class K, class T>
@@ -78,7 +79,9 @@ void for_type(const Dual& d, F&& call) {
     return call(Engine<Bf16, bf16>());
   }
 #if defined(HYLORA_LIMBS)
-  if (d.M > kFewRows && d.products) {
+  // Splitting rows into limbs costs as much as multiplying them by about 64 columns.
+  const bool narrow = d.first.n + d.first_tail.n < 64 && d.first.n > 0;
+  if (d.M > kFewRows && d.products && !narrow && d.K >= 64 && d.N >= 64) {
     if (d.type == Type::fp16) return call(Engine<Amx<2>, fp16>());
     if (d.products == 3) return call(Engine<Amx<2>, float>());
     return call(Engine<Amx<3>, float>());

@@ -52,12 +52,15 @@ struct MiddleTask {
   __attribute__((noinline)) Row dressed(B& b, Row sum) const {
     if (adds_pivots) {
       Row identity = b.k.get(b.x + row_at * b.ldx + panel * 32, b.x_plane);
-      for (int i = 0; i < P; i++) sum.v[i] += identity.v[i];
+      for (int i = 0; i < P; i++)
+        sum.v[i] += identity.v[i];
     }
     // The padding is zeroed, not left to zero weights: x may hold Inf, and Inf * 0 is NaN.
-    for (int i = 0; i < P; i++) sum.v[i] = bits_as_float(float_as_bits(sum.v[i]) & keep[i]);
+    for (int i = 0; i < P; i++)
+      sum.v[i] = bits_as_float(float_as_bits(sum.v[i]) & keep[i]);
     if (emits && !b.d.emit_scaled) emit(b, sum);
-    for (int i = 0; i < P; i++) sum.v[i] *= scale.v[i];
+    for (int i = 0; i < P; i++)
+      sum.v[i] *= scale.v[i];
     if (emits && b.d.emit_scaled) emit(b, sum);
     if constexpr (B::kSplit) {
       typename B::Range range;
@@ -80,9 +83,9 @@ struct MiddleTask {
 };
 
 // Panels [begin, end) of the middle. With many rows the k-chunks are outermost, and the sums of
-// unfinished chunks are spilled. Within a chunk tiles go row tile by row tile: its rows, 32 of them,
-// stay in L1 while the panels, a group that fits L2, stream past. Other ways of multiplying keep the
-// panel instead and let the rows stream.
+// unfinished chunks are spilled. Within a chunk tiles go row tile by row tile: its rows, 32 of
+// them, stay in L1 while the panels, a group that fits L2, stream past. Other ways of multiplying
+// keep the panel instead and let the rows stream.
 template <class B>
 void first_product(B& b, int64_t begin, int64_t end) {
   using A = typename B::A;
@@ -113,9 +116,10 @@ void first_product(B& b, int64_t begin, int64_t end) {
       float* sums = b.partial + (chunks > 1 ? p * tiles + t : 0) * 1024;
       Step<A> here[6];
       const int64_t row = copies && B::kRowsStay ? 0 : b.row_of(t);
-      for (int s = 0; s < count; s++) here[s] = steps[s], here[s].a += row * lda;
+      for (int s = 0; s < count; s++)
+        here[s] = steps[s], here[s].a += row * lda;
       pipe.multiply(b, here, count, c ? sums : nullptr, last ? pipe.free_tile() : sums,
-                    int(b.rows_of(t)), t == 0 && cold);
+                    int(b.rows_of(t)), panels.n - panel * 32, t == 0 && cold);
       if (last) pipe.push(task.at(b, t * 32), int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
     }
   };
@@ -128,20 +132,26 @@ void first_product(B& b, int64_t begin, int64_t end) {
       for (int64_t p0 = begin; p0 < end; p0 += group) {
         const int64_t p1 = p0 + group < end ? p0 + group : end, steps = (p1 - p0) * even;
         const bool more = p1 < end;
-        pipe.panels_ahead = b.fetch_panels(more ? p1 : begin, more ? c * even : (c + 1) * even, even,
-                                           more ? end - p1 : c + 1 < chunks ? group : 0, group,
-                                           steps * tiles);
+        pipe.panels_ahead =
+            b.fetch_panels(more ? p1 : begin, more ? c * even : (c + 1) * even, even,
+                           more             ? end - p1
+                           : c + 1 < chunks ? group
+                                            : 0,
+                           group, steps * tiles);
         for (int64_t t = 0; t < tiles; t++) {
           if (copies) b.copy_columns(b.row_of(t), b.rows_of(t), from, to);
           if (t + 1 < tiles && !b.whole_x)
-            pipe.rows_ahead = Fetch(b.x_row(b.row_of(t + 1)) + from, 32, (to - from) * 2, d.ldx * 2, steps);
-          for (int64_t p = p0; p < p1; p++) one(c, p, t, t + 1);
+            pipe.rows_ahead =
+                Fetch(b.x_row(b.row_of(t + 1)) + from, 32, (to - from) * 2, d.ldx * 2, steps);
+          for (int64_t p = p0; p < p1; p++)
+            one(c, p, t, t + 1);
         }
         cold = false;
       }
     } else {
       if (copies) b.copy_columns(0, b.rows, from, to);
-      for (int64_t p = begin; p < end; p++) one(c, p, 0, tiles);
+      for (int64_t p = begin; p < end; p++)
+        one(c, p, 0, tiles);
     }
   }
   pipe.finish(b);

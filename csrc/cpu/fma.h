@@ -27,7 +27,8 @@ HYLORA_INLINE int tile_at(int r, int i) {
 // A row of a tile, given where it starts.
 HYLORA_INLINE Row tile_row(const float* sums) {
   Row row;
-  for (int i = 0; i < P; i++) row.v[i] = load(sums + tile_at(0, i));
+  for (int i = 0; i < P; i++)
+    row.v[i] = load(sums + tile_at(0, i));
   return row;
 }
 
@@ -58,24 +59,28 @@ HYLORA_INLINE void fma_rows(const Step<float>& step, const float* from, float* t
       }
       V w[P];
 #pragma GCC unroll 8
-      for (int i = 0; i < P; i++) w[i] = load(row + i * W);
+      for (int i = 0; i < P; i++)
+        w[i] = load(row + i * W);
 #pragma GCC unroll 12
       for (int r = 0; r < MR; r++) {
         V broadcast = splat(a[r * lda + k + u]);
 #pragma GCC unroll 8
-        for (int i = 0; i < P; i++) sum[u][r][i] = fma(broadcast, w[i], sum[u][r][i]);
+        for (int i = 0; i < P; i++)
+          sum[u][r][i] = fma(broadcast, w[i], sum[u][r][i]);
       }
     }
   }
   for (; k < step.k; k++) {
     V w[P];
 #pragma GCC unroll 8
-    for (int i = 0; i < P; i++) w[i] = load(b + k * ldb + i * W);
+    for (int i = 0; i < P; i++)
+      w[i] = load(b + k * ldb + i * W);
 #pragma GCC unroll 12
     for (int r = 0; r < MR; r++) {
       V broadcast = splat(a[r * lda + k]);
 #pragma GCC unroll 8
-      for (int i = 0; i < P; i++) sum[0][r][i] = fma(broadcast, w[i], sum[0][r][i]);
+      for (int i = 0; i < P; i++)
+        sum[0][r][i] = fma(broadcast, w[i], sum[0][r][i]);
     }
   }
 #pragma GCC unroll 12
@@ -84,7 +89,8 @@ HYLORA_INLINE void fma_rows(const Step<float>& step, const float* from, float* t
     for (int i = 0; i < P; i++) {
       V total = sum[0][r][i];
 #pragma GCC unroll 4
-      for (int u = 1; u < U; u++) total += sum[u][r][i];
+      for (int u = 1; u < U; u++)
+        total += sum[u][r][i];
       if (from) total += load(from + tile_at(r0 + r, i));
       store(to + tile_at(r0 + r, i), total);
     }
@@ -124,9 +130,11 @@ HYLORA_INLINE void fma_rows_paired(const Step<float>& step, const float* from, f
     for (int r = 0; r < MR; r++) {
       V first = splat(a[r * lda + 2 * pair]), second = splat(a[r * lda + 2 * pair + 1]);
 #pragma GCC unroll 8
-      for (int i = 0; i < P; i++) sum[0][r][i] = fma(first, even[i], sum[0][r][i]);
+      for (int i = 0; i < P; i++)
+        sum[0][r][i] = fma(first, even[i], sum[0][r][i]);
 #pragma GCC unroll 8
-      for (int i = 0; i < P; i++) sum[U - 1][r][i] = fma(second, odd[i], sum[U - 1][r][i]);
+      for (int i = 0; i < P; i++)
+        sum[U - 1][r][i] = fma(second, odd[i], sum[U - 1][r][i]);
     }
   }
 #pragma GCC unroll 12
@@ -147,9 +155,9 @@ struct Fma {
   static constexpr int kPlanes = 1;
   static constexpr bool kTiles = false;
   static constexpr bool kPaired = sizeof(T) == 2 && __is_same(T, bf16);
-  static constexpr int64_t kStretch = 256;  // k: 256 x 32 floats of a panel are 32 KB
-  static constexpr int64_t kChunk = 16;     // k-blocks a pass over a block of rows
-  static constexpr int64_t kRows = 192;     // rows a block
+  static constexpr int64_t kStretch = 64;  // k: what is summed in one chain
+  static constexpr int64_t kChunk = 16;    // k-blocks a pass over a block of rows
+  static constexpr int64_t kRows = 192;    // rows a block
 
   explicit Fma(int) {}
   void begin(int) {}
@@ -164,10 +172,10 @@ struct Fma {
       fma_rows<T, MR, U>(step, from, to, r0, prefetch);
   }
 
-  // to = (from or 0) + sum over steps, `rows` of 32 rows. Every stretch of k is summed from zero and
-  // then added: rounding errors grow with the length of a chain, and the stretch stays in L1.
+  // to = (from or 0) + sum over steps, `rows` of 32 rows. Every stretch of k is summed from zero
+  // and then added: rounding errors grow with the length of a chain, and the stretch stays in L1.
   template <class Interleave>
-  void tile(const Step<float>* steps, int count, const float* from, float* to, int rows, bool,
+  void tile(const Step<float>* steps, int count, const float* from, float* to, int rows, int, bool,
             Interleave&& step) {
     step();
     for (int s = 0; s < count; s++)
@@ -180,22 +188,31 @@ struct Fma {
         from = to;
       }
     if (from != to)
-      for (int i = 0; i < 1024; i++) to[i] = from ? from[i] : 0.0f;
+      for (int i = 0; i < 1024; i++)
+        to[i] = from ? from[i] : 0.0f;
   }
 
   HYLORA_INLINE void stretch(const Step<float>& step, const float* from, float* to, int rows) {
     int r = 0;
     if constexpr (W == 16) {
-      for (; rows - r >= 12 && rows - r != 16; r += 12) group<12, 1>(step, from, to, r);
-      for (; rows - r >= 8; r += 8) group<8, 1>(step, from, to, r);
-      for (; rows - r >= 4; r += 4) group<4, 2>(step, from, to, r);
-      for (; rows - r >= 2; r += 2) group<2, 4>(step, from, to, r);
-      for (; rows - r >= 1; r += 1) group<1, 4>(step, from, to, r);
+      for (; rows - r >= 12 && rows - r != 16; r += 12)
+        group<12, 1>(step, from, to, r);
+      for (; rows - r >= 8; r += 8)
+        group<8, 1>(step, from, to, r);
+      for (; rows - r >= 4; r += 4)
+        group<4, 2>(step, from, to, r);
+      for (; rows - r >= 2; r += 2)
+        group<2, 4>(step, from, to, r);
+      for (; rows - r >= 1; r += 1)
+        group<1, 4>(step, from, to, r);
     } else if constexpr (W == 8) {
-      for (; rows - r >= 3; r += 3) group<3, 1>(step, from, to, r);
-      for (; rows - r >= 1; r += 1) group<1, 2>(step, from, to, r);
+      for (; rows - r >= 3; r += 3)
+        group<3, 1>(step, from, to, r);
+      for (; rows - r >= 1; r += 1)
+        group<1, 2>(step, from, to, r);
     } else {
-      for (; r < rows; r++) group<1, 1>(step, from, to, r);
+      for (; r < rows; r++)
+        group<1, 1>(step, from, to, r);
     }
   }
 

@@ -15,8 +15,8 @@ HYLORA_INLINE void weave(const OrderPanel& panel, const T* others, const T* pivo
   if constexpr (sizeof(T) == 2) {
     __m512i columns = _mm512_permutex2var_epi16(_mm512_loadu_si512(others), from,
                                                 _mm512_loadu_si512(others + 32));
-    columns = _mm512_mask_permutexvar_epi16(columns, panel.is_pivot, from,
-                                            _mm512_loadu_si512(pivots));
+    columns =
+        _mm512_mask_permutexvar_epi16(columns, panel.is_pivot, from, _mm512_loadu_si512(pivots));
     _mm512_storeu_si512(to, columns);
   } else {
     for (int half = 0; half < 2; half++) {
@@ -39,7 +39,8 @@ HYLORA_INLINE void weave(const OrderPanel& panel, const T* others, const T* pivo
 
 // to[i] = from[at[i]] for i < count; writes 32 numbers, those behind count are anything.
 template <class T>
-HYLORA_INLINE void gather_columns(const T* from, [[maybe_unused]] int width, const uint16_t* at, int count, T* to) {
+HYLORA_INLINE void gather_columns(const T* from, [[maybe_unused]] int width, const uint16_t* at,
+                                  int count, T* to) {
 #if defined(__AVX512BW__)
   if constexpr (sizeof(T) == 2) {
     const __mmask32 there = width >= 32 ? ~0u : (1u << width) - 1;
@@ -48,7 +49,8 @@ HYLORA_INLINE void gather_columns(const T* from, [[maybe_unused]] int width, con
     return;
   }
 #endif
-  for (int i = 0; i < count; i++) to[i] = from[at[i]];
+  for (int i = 0; i < count; i++)
+    to[i] = from[at[i]];
 }
 
 }  // namespace

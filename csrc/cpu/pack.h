@@ -11,7 +11,8 @@ namespace {
 HYLORA_INLINE void transpose16(const char* rows, int64_t stride, __m512i* out) {
   __m512i in[16], two[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) in[i] = _mm512_loadu_si512(rows + i * stride);
+  for (int i = 0; i < 16; i++)
+    in[i] = _mm512_loadu_si512(rows + i * stride);
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     two[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
@@ -39,7 +40,8 @@ HYLORA_INLINE void transpose16(const char* rows, int64_t stride, __m512i* out) {
 }
 #endif
 
-// One panel of bf16: block [2][16][16][2] for every 32 k. `rows` rows of W, sn and sk numbers apart.
+// One panel of bf16: block [2][16][16][2] for every 32 k. `rows` rows of W, sn and sk numbers
+// apart.
 static void pack_panel(const bf16* W, int64_t rows, int64_t k, int64_t sn, int64_t sk, bf16* to) {
   for (int64_t k0 = 0; k0 < k; k0 += 32, to += 1024) {
     const int64_t width = k - k0 < 32 ? k - k0 : 32;
@@ -49,25 +51,29 @@ static void pack_panel(const bf16* W, int64_t rows, int64_t k, int64_t sn, int64
         __m512i lines[16];
         transpose16(reinterpret_cast<const char*>(W + half * 16 * sn + k0), sn * 2, lines);
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + half * 512 + i * 32, lines[i]);
+        for (int i = 0; i < 16; i++)
+          _mm512_storeu_si512(to + half * 512 + i * 32, lines[i]);
       }
       continue;
     }
     if (rows >= 32 && width == 32 && sn == 1) {
-      static const uint16_t left[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+      static const uint16_t left[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                        37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                        11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
       const __m512i pairs = _mm512_loadu_si512(left);
       const __m512i right_pairs = _mm512_add_epi16(pairs, _mm512_set1_epi16(16));
       for (int pair = 0; pair < 16; pair++) {
         const __m512i even = _mm512_loadu_si512(W + (k0 + 2 * pair) * sk);
         const __m512i odd = _mm512_loadu_si512(W + (k0 + 2 * pair + 1) * sk);
         _mm512_storeu_si512(to + pair * 32, _mm512_permutex2var_epi16(even, pairs, odd));
-        _mm512_storeu_si512(to + 512 + pair * 32, _mm512_permutex2var_epi16(even, right_pairs, odd));
+        _mm512_storeu_si512(to + 512 + pair * 32,
+                            _mm512_permutex2var_epi16(even, right_pairs, odd));
       }
       continue;
     }
 #endif
-    for (int i = 0; i < 1024; i++) to[i] = 0;
+    for (int i = 0; i < 1024; i++)
+      to[i] = 0;
     for (int64_t n = 0; n < (rows < 32 ? rows : 32); n++)
       for (int64_t j = 0; j < width; j++)
         to[(n >> 4) * 512 + (j >> 1) * 32 + (n & 15) * 2 + (j & 1)] = W[n * sn + (k0 + j) * sk];
@@ -90,7 +96,8 @@ static void pack_panel(const T* W, int64_t rows, int64_t k, int64_t sn, int64_t 
       }
 #endif
   for (; j < k; j++)
-    for (int64_t n = 0; n < 32; n++) to[j * 32 + n] = n < rows ? W[n * sn + j * sk] : T{};
+    for (int64_t n = 0; n < 32; n++)
+      to[j * 32 + n] = n < rows ? W[n * sn + j * sk] : T{};
 }
 
 template <class T>

@@ -59,14 +59,18 @@ struct Paired {
   }
 
   template <class Interleave>
-  void tile(const Step<bf16>* steps, int count, const float* from, float* to, int rows, bool,
+  void tile(const Step<bf16>* steps, int count, const float* from, float* to, int rows, int, bool,
             Interleave&& step) {
     step();
     int r = 0;
-    for (; rows - r >= 12 && rows - r != 16; r += 12) group<12>(steps, count, from, to, r);
-    for (; rows - r >= 8; r += 8) group<8>(steps, count, from, to, r);
-    for (; rows - r >= 4; r += 4) group<4>(steps, count, from, to, r);
-    for (; rows - r >= 1; r += 1) group<1>(steps, count, from, to, r);
+    for (; rows - r >= 12 && rows - r != 16; r += 12)
+      group<12>(steps, count, from, to, r);
+    for (; rows - r >= 8; r += 8)
+      group<8>(steps, count, from, to, r);
+    for (; rows - r >= 4; r += 4)
+      group<4>(steps, count, from, to, r);
+    for (; rows - r >= 1; r += 1)
+      group<1>(steps, count, from, to, r);
   }
 
   static HYLORA_MEMBER Row row(const float* sums) { return tile_row(sums); }

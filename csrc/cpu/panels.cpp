@@ -15,10 +15,12 @@ void copy_panel_row(Type type, const Panels& panels, int64_t row, void* to) {
       static_cast<uint16_t*>(to)[j] = from[j / 32 * 1024 + j % 32 / 2 * 32 + j % 2];
   } else if (type == Type::fp16) {
     const auto* from = static_cast<const uint16_t*>(panels.data) + panel * k * 32 + n;
-    for (int64_t j = 0; j < k; j++) static_cast<uint16_t*>(to)[j] = from[j * 32];
+    for (int64_t j = 0; j < k; j++)
+      static_cast<uint16_t*>(to)[j] = from[j * 32];
   } else {
     const auto* from = static_cast<const uint32_t*>(panels.data) + panel * k * 32 + n;
-    for (int64_t j = 0; j < k; j++) static_cast<uint32_t*>(to)[j] = from[j * 32];
+    for (int64_t j = 0; j < k; j++)
+      static_cast<uint32_t*>(to)[j] = from[j * 32];
   }
 }
 
@@ -45,7 +47,8 @@ void fill_order(const int32_t* pivots, int64_t r, int64_t n, OrderPanel* panels,
   }
   int64_t p = 0;
   for (int64_t o = 0; o <= others_panels; o++) {
-    while (p < count && panels[p].ready < o) p++;
+    while (p < count && panels[p].ready < o)
+      p++;
     first_ready[o] = int32_t(o == others_panels ? count : p);
   }
 }

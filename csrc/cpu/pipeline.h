@@ -1,6 +1,6 @@
-// The loop around a tile: its sums grow while the rows of the tile before are finished and what comes
-// next is fetched. Finished at once, a tile's rows cost half of the second product, waiting for the
-// sums to leave for memory and come back.
+// The loop around a tile: its sums grow while the rows of the tile before are finished and what
+// comes next is fetched. Finished at once, a tile's rows cost half of the second product, waiting
+// for the sums to leave for memory and come back.
 #pragma once
 #include "fma.h"
 
@@ -67,15 +67,17 @@ struct Pipeline {
     finish(block, 32);
   }
 
-  // One tile of sums, the waiting rows finished on the way. `cold`: the panel isn't in L2 yet.
+  // One tile of sums, the waiting rows finished on the way; of its 32 columns, from `columns` on
+  // they are anything. `cold`: the panel isn't in L2 yet.
   template <class B>
   HYLORA_MEMBER void multiply(B& block, const Step<typename B::A>* steps, int count,
-                              const float* from, float* to, int rows, bool cold) {
+                              const float* from, float* to, int rows, int64_t columns, bool cold) {
     int64_t blocks = 0;
-    for (int s = 0; s < count; s++) blocks += ceil_div(steps[s].k, 32);
+    for (int s = 0; s < count; s++)
+      blocks += ceil_div(steps[s].k, 32);
     const int share = B::kTiles && blocks ? int(ceil_div(32, blocks)) : 32;
     if (!blocks) finish(block);
-    block.k.tile(steps, count, from, to, rows, cold, [&]() HYLORA_LAMBDA {
+    block.k.tile(steps, count, from, to, rows, int(columns), cold, [&]() HYLORA_LAMBDA {
       if constexpr (B::kRowsStay) {
         rows_ahead.step();
         panels_ahead.step();

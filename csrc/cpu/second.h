@@ -32,7 +32,8 @@ struct PairTask {
 
   HYLORA_MEMBER void row(B& b, const float* sums) {
     Row sum = b.k.row(sums);
-    for (int i = 0; i < P; i++) sum.v[i] += bias.v[i];
+    for (int i = 0; i < P; i++)
+      sum.v[i] += bias.v[i];
     // y's next line, asked for a tile ahead: waiting for it at the store fills the store buffer.
     if constexpr (B::kRowsStay) __builtin_prefetch(y + 32, 1, 3);
     if (count == 32)
@@ -52,7 +53,8 @@ HYLORA_INLINE void write_woven(const Dual& d, int64_t p, const T* others, const 
   T woven[32];
   weave(panel, others, pivots + panel.pivot0, woven);
   Row value = load_row(woven), bias = bias_row<T>(d.bias, p * 32, count);
-  for (int i = 0; i < P; i++) value.v[i] += bias.v[i];
+  for (int i = 0; i < P; i++)
+    value.v[i] += bias.v[i];
   store_row(y + p * 32, value, count);
 }
 
@@ -81,7 +83,8 @@ struct WeaveTask {
 
   HYLORA_MEMBER void row(B& b, const float* sums) {
     store_row(others + 32, b.k.row(sums));
-    for (int32_t p = ready_begin; p < ready_end; p++) write_woven(b.d, p, others, pivots, y);
+    for (int32_t p = ready_begin; p < ready_end; p++)
+      write_woven(b.d, p, others, pivots, y);
     copy_row_of(others, others + 32);
     y += b.d.N, pivots += b.ld_pivots, others += 64;
   }
@@ -94,9 +97,7 @@ template <class Task, class B>
 void output_product(B& b, int64_t begin, int64_t end) {
   using A = typename B::A;
   const Dual& d = b.d;
-  const A* a = b.has_middle ? b.middle
-               : b.straight ? reinterpret_cast<const A*>(b.x_row(0))
-                            : b.x;
+  const A* a = b.has_middle ? b.middle : b.straight ? reinterpret_cast<const A*>(b.x_row(0)) : b.x;
   const int64_t lda = b.has_middle ? b.ld_middle : b.straight ? d.ldx : b.ldx;
   const int64_t plane = b.has_middle ? b.middle_plane : b.x_plane;
   const int64_t blocks = ceil_div(d.second.k, 32), tail_blocks = ceil_div(d.second_tail.k, 32);
@@ -123,9 +124,10 @@ void output_product(B& b, int64_t begin, int64_t end) {
     for (int64_t t = tile_begin; t < tile_end; t++) {
       float* sums = partial + (t - tile_begin) * 1024;
       Step<A> here[12];
-      for (int s = 0; s < count; s++) here[s] = steps[s], here[s].a += b.row_of(t) * lda;
+      for (int s = 0; s < count; s++)
+        here[s] = steps[s], here[s].a += b.row_of(t) * lda;
       pipe.multiply(b, here, count, c ? sums : nullptr, last ? pipe.free_tile() : sums,
-                    int(b.rows_of(t)), t == 0 && cold);
+                    int(b.rows_of(t)), d.second.n - q * 32, t == 0 && cold);
       if (last) pipe.push(task.at(b, t * 32), int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
     }
   };
@@ -140,13 +142,15 @@ void output_product(B& b, int64_t begin, int64_t end) {
                                 (q1 - q0) * tiles * (blocks + tail_blocks));
       for (int64_t t = 0; t < tiles; t++)
         for (int64_t c = 0; c < chunks; c++)
-          for (int64_t q = q0; q < q1; q++) one(q, c, t, t + 1, b.partial + (q - q0) * 1024);
+          for (int64_t q = q0; q < q1; q++)
+            one(q, c, t, t + 1, b.partial + (q - q0) * 1024);
       cold = false;
     }
   } else {
     // A thread that starts in the middle needs the panel of others before its first.
     for (int64_t q = begin - (b.weaves && begin > 0); q < end; q++)
-      for (int64_t c = 0; c < chunks; c++) one(q, c, 0, tiles, b.partial);
+      for (int64_t c = 0; c < chunks; c++)
+        one(q, c, 0, tiles, b.partial);
   }
   pipe.finish(b);
   b.k.end();
@@ -168,7 +172,8 @@ struct PivotTask {
 
   HYLORA_MEMBER void row(B& b, const float* sums) {
     Row sum = b.k.row(sums), base = b.k.get(middle, b.middle_plane);
-    for (int i = 0; i < P; i++) sum.v[i] += base.v[i];
+    for (int i = 0; i < P; i++)
+      sum.v[i] += base.v[i];
     store_row(pivots, sum);
     pivots += b.ld_pivots, middle += b.ld_middle;
   }
@@ -190,8 +195,9 @@ void pivot_outputs(B& b) {
       for (int64_t t = 0; t < b.row_tiles(); t++) {
         const int64_t row = b.row_of(t);
         Step<A> here[6];
-        for (int s = 0; s < count; s++) here[s] = steps[s], here[s].a += row * b.ld_middle;
-        pipe.multiply(b, here, count, nullptr, pipe.free_tile(), int(b.rows_of(t)), false);
+        for (int s = 0; s < count; s++)
+          here[s] = steps[s], here[s].a += row * b.ld_middle;
+        pipe.multiply(b, here, count, nullptr, pipe.free_tile(), int(b.rows_of(t)), 32, false);
         pipe.push({b.pivots_row(row) + p * 32, b.middle + row * b.ld_middle + p * 32}, 0,
                   int(b.rows_of(t)));
       }

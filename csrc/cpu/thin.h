@@ -22,8 +22,10 @@ void thin_with(const Thin& t, int64_t col0, int64_t col1) {
     for (int64_t m = 0; m < M32; m++) {
       // Row t.ra is all ones: its product is the sum of b's rows.
       const float one = i == t.ra && t.sums ? 1.0f : 0.0f;
-      a[i * lda + m] = from_float<A>(
-          m >= t.M ? 0.0f : i < t.ra ? to_float(static_cast<const T*>(t.a)[m * t.lda + i]) : one);
+      a[i * lda + m] =
+          from_float<A>(m >= t.M   ? 0.0f
+                        : i < t.ra ? to_float(static_cast<const T*>(t.a)[m * t.lda + i])
+                                   : one);
     }
 
   Step<A> step;
@@ -36,11 +38,12 @@ void thin_with(const Thin& t, int64_t col0, int64_t col1) {
       step = {a + i * lda, lda, panel, 32, t.M};
       asm volatile("" ::: "memory");
       k.begin(rows);
-      k.tile(&step, 1, nullptr, tile, rows, false, [] {});
+      k.tile(&step, 1, nullptr, tile, rows, width, false, [] {});
       for (int r = 0; r < rows; r++) {
         Row sum = k.row(tile + (r >> 4) * 512 + (r & 15) * 16);
         if (i + r < t.ra)
-          for (int j = 0; j < P; j++) sum.v[j] *= splat(t.scale);
+          for (int j = 0; j < P; j++)
+            sum.v[j] *= splat(t.scale);
         store_row(static_cast<T*>(t.c) + (i + r) * t.n + column, sum, width);
       }
       k.end();

@@ -98,8 +98,7 @@ HYLORA_INLINE void store(bf16* p, V v) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
 #elif defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16((__m512i)bf16_bits(v)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bf16_bits(v)));
 #else
   *reinterpret_cast<VHu*>(p) = __builtin_convertvector(bf16_bits(v), VH);
 #endif
@@ -127,7 +126,8 @@ HYLORA_INLINE void store(fp16* p, V v) {
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < W; i++) p[i].bits = fp16_bits(v[i]);
+  for (int i = 0; i < W; i++)
+    p[i].bits = fp16_bits(v[i]);
 #endif
 }
 
@@ -135,7 +135,8 @@ HYLORA_INLINE void store(fp16* p, V v) {
 HYLORA_INLINE VU columns_in(int column0, int64_t begin, int64_t end) {
   typedef int32_t VI __attribute__((vector_size(4 * W)));
   VI column;
-  for (int i = 0; i < W; i++) column[i] = column0 + i;
+  for (int i = 0; i < W; i++)
+    column[i] = column0 + i;
   const int32_t from = begin < 0 ? 0 : begin > 32 ? 32 : int32_t(begin);
   const int32_t to = end < 0 ? 0 : end > 32 ? 32 : int32_t(end);
   return reinterpret_cast<VU>(column >= from) & reinterpret_cast<VU>(column < to);
@@ -149,13 +150,15 @@ struct Row {
 template <class T>
 HYLORA_INLINE Row load_row(const T* p) {
   Row row;
-  for (int i = 0; i < P; i++) row.v[i] = load(p + i * W);
+  for (int i = 0; i < P; i++)
+    row.v[i] = load(p + i * W);
   return row;
 }
 
 template <class T>
 HYLORA_INLINE void store_row(T* p, const Row& row) {
-  for (int i = 0; i < P; i++) store(p + i * W, row.v[i]);
+  for (int i = 0; i < P; i++)
+    store(p + i * W, row.v[i]);
 }
 #if defined(__AVX512BF16__)
 HYLORA_INLINE void store_row(bf16* p, const Row& row) {
@@ -169,14 +172,16 @@ HYLORA_INLINE void store_row(T* p, const Row& row, int count) {
   if (count >= 32) return store_row(p, row);
   T whole[32];
   store_row(whole, row);
-  for (int i = 0; i < count; i++) p[i] = whole[i];
+  for (int i = 0; i < count; i++)
+    p[i] = whole[i];
 }
 
 template <class T>
 HYLORA_INLINE Row load_row(const T* p, int count) {
   if (count >= 32) return load_row(p);
   T whole[32] = {};
-  for (int i = 0; i < count; i++) whole[i] = p[i];
+  for (int i = 0; i < count; i++)
+    whole[i] = p[i];
   return load_row(whole);
 }
 
@@ -185,7 +190,8 @@ template <class T>
 HYLORA_INLINE void copy_row_of(T* to, const T* from) {
 #if defined(__AVX512F__)
   for (int i = 0; i < int(sizeof(T)) / 2; i++)
-    _mm512_storeu_si512(to + 32 / (sizeof(T) / 2) * i, _mm512_loadu_si512(from + 32 / (sizeof(T) / 2) * i));
+    _mm512_storeu_si512(to + 32 / (sizeof(T) / 2) * i,
+                        _mm512_loadu_si512(from + 32 / (sizeof(T) / 2) * i));
 #else
   __builtin_memcpy(to, from, 32 * sizeof(T));
 #endif

@@ -1,0 +1,295 @@
+"""Builds hylora_kernels/_csrc.so out of csrc/ with ninja; all else stands in pyproject.toml.
+
+    pip install --no-build-isolation .      where the library can't be built it says why and goes
+                                            on: the eager backend serves
+    python setup.py build_csrc              the library in place, only what changed; sources that
+                                            don't compile are an error
+
+The library is plain C++ on LibTorch's stable ABI: no Python symbol in it, so one file serves every
+Python and every torch from 2.10 on. Each file of csrc/cpu/ named in ISA is compiled for that
+instruction set and nothing newer, all others for the compiler's baseline.
+
+    CXX                     the compiler, with arguments if need be (g++, else clang++, else c++)
+    HYLORA_CXXFLAGS         flags added to every compilation and to the link
+    HYLORA_REQUIRE_CSRC=1   no library, for whatever reason, is an error
+    HYLORA_SANITIZE=address|undefined     build_csrc makes build/<that>/_csrc.so and nothing else;
+                            HYLORA_CSRC=<path> loads it
+    MAX_JOBS                compilations at once (ninja's default)
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = Path("hylora_kernels", "_csrc.so")
+TORCH_TARGET = (2, 10)  # the oldest torch the library is to load in
+
+# The file of each instruction set: its flags, and an instruction that needs them, to ask the
+# compiler and its assembler whether they know it. What they don't know is left out, and isa.cpp,
+# told so by a macro, names that as its reason.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AMX_BF16 = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mprfchw"]
+ISA = {
+    "avx2": (AVX2, "vfmadd231ps %ymm0, %ymm0, %ymm0"),
+    "avx512": (AVX512, "vpermw %zmm0, %zmm0, %zmm0"),
+    "avx512_bf16": (AVX512_BF16, "vdpbf16ps %zmm0, %zmm0, %zmm0"),
+    "amx_bf16": (AMX_BF16, "tdpbf16ps %tmm0, %tmm1, %tmm2"),
+}
+BINDING_FLAGS = ["-O2"]
+# g++ 12 takes the undefined vectors of its own intrinsics for a mistake (its bug 105593).
+KERNEL_FLAGS = ["-O3", "-fno-exceptions", "-fno-rtti", "-ffp-contract=fast"]
+KERNEL_FLAGS += ["-Wno-maybe-uninitialized"]
+COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
+# Kernels share one signature and may not need all of it; vectors are never passed between files.
+COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+# Checks as calls and -O1: the kernels are so long that checks in line take ten minutes to compile.
+SANITIZE_FLAGS = {
+    "address": [
+        "-fsanitize=address",
+        "--param",
+        "asan-instrumentation-with-call-threshold=0",
+        "-fno-omit-frame-pointer",
+        "-g1",
+        "-O1",
+    ],
+    "undefined": [
+        "-fsanitize=undefined",
+        "-fno-sanitize=vptr,null,object-size",  # needs RTTI; crashes anyway; found by address
+        "-fno-sanitize-recover=all",
+        "-g1",
+        "-O1",
+    ],
+}
+
+
+class CannotBuild(Exception):
+    """Why there is no library, in words."""
+
+
+class DoesNotCompile(CannotBuild):
+    """All that is needed is there, but the sources didn't compile."""
+
+
+def compiler() -> list[str]:
+    if os.name == "nt":
+        raise CannotBuild("it is compiled with g++ or clang++, on Linux and macOS")
+    command = shlex.split(os.environ.get("CXX", ""))
+    if not command:
+        found = [name for name in ("g++", "clang++", "c++") if shutil.which(name)]
+        if not found:
+            raise CannotBuild("no C++ compiler (g++ or clang++) was found")
+        command = found[:1]
+    if not shutil.which(command[0]):
+        raise CannotBuild(f"the compiler that CXX names, {command[0]!r}, was not found")
+    return command
+
+
+def torch_folder() -> Path:
+    """Where torch is installed; it isn't imported, which would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise CannotBuild(
+            "torch isn't there while building (it has to be installed first, and pip needs "
+            "--no-build-isolation)"
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH_TARGET:
+        raise CannotBuild(f"torch {version} is older than {'.'.join(map(str, TORCH_TARGET))}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def ninja() -> str:
+    """The ninja of this environment, whether or not it is active, else the system's."""
+    beside = shutil.which("ninja", path=os.path.dirname(sys.executable))
+    found = beside or shutil.which("ninja")
+    if found is None:
+        raise CannotBuild("ninja isn't there while building (pip install ninja)")
+    return found
+
+
+def is_x86(cxx: list[str]) -> bool:
+    machine = subprocess.run([*cxx, "-dumpmachine"], capture_output=True, text=True).stdout
+    return machine.startswith(("x86_64", "amd64"))
+
+
+def knows(cxx: list[str], flags: list[str], instruction: str) -> bool:
+    """Whether the compiler takes these flags and its assembler this instruction."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(f'void probe() {{ __asm__ volatile("{instruction}"); }}\n')
+        command = [*cxx, *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def plan(cxx: list[str]) -> dict[str, list[str]]:
+    """Source file, relative to the root -> its flags; without those this compiler can't make."""
+    sources = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.cpp"))
+    if not sources:
+        raise CannotBuild("there are no sources in csrc/")
+    x86 = is_x86(cxx)
+    files = {}
+    for source in sources:
+        name = Path(source).stem
+        if not source.startswith("csrc/cpu/"):
+            files[source] = BINDING_FLAGS
+        elif name not in ISA or not x86:  # elsewhere those files compile to nothing
+            files[source] = KERNEL_FLAGS
+        elif knows(cxx, *ISA[name]):
+            files[source] = KERNEL_FLAGS + ISA[name][0]
+    left_out = [name for name in ISA if f"csrc/cpu/{name}.cpp" not in files]
+    if left_out:
+        print(f"hylora_kernels: {cxx[0]} leaves out {', '.join(left_out)}", file=sys.stderr)
+    macros = [f"-DHYLORA_NO_{name.upper()}" for name in left_out]
+    return {source: flags + macros for source, flags in files.items()}
+
+
+def escaped(words: list[str]) -> str:
+    """Words as they stand in a build.ninja: quoted for the shell, $ doubled for ninja."""
+    return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
+
+
+def path(name: str) -> str:
+    """A path as it stands in a build line of a build.ninja."""
+    return name.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_file(folder: str, sanitize: str) -> str:
+    """The build.ninja that makes folder/_csrc.so; paths are relative to the root.
+
+    Only libtorch_cpu is linked, by name: torch has loaded it before the library comes, so no folder
+    of this machine is written into it."""
+    cxx, torch = compiler(), torch_folder()
+    target = "0x{:02x}{:02x}{}".format(*TORCH_TARGET, "0" * 12)
+    extra = SANITIZE_FLAGS.get(sanitize, []) + shlex.split(os.environ.get("HYLORA_CXXFLAGS", ""))
+    include = torch / "include"
+    common = [*COMMON_FLAGS, f"-DTORCH_TARGET_VERSION={target}", "-Icsrc"]
+    common += ["-isystem", str(include), f"-ffile-prefix-map={include}=torch"]
+    link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    if sys.platform.startswith("linux"):
+        link += [f"-Wl,--version-script={folder}/nothing.map"]
+        link += [] if sanitize else ["-Wl,-z,defs"]  # a missing function is the linker's error
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {path(folder)}",
+        "rule cxx",
+        f"  command = {escaped([*cxx, *common])} $flags {escaped(extra)} -MD -MF $out.d "
+        "-c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = c++ $in",
+        "rule link",
+        f"  command = {escaped(cxx)} $in {escaped(extra + link)} -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source, flags in plan(cxx).items():
+        objects.append(path(f"{folder}/{source.removeprefix('csrc/')}.o"))
+        lines += [f"build {objects[-1]}: cxx {path(source)}", f"  flags = {escaped(flags)}"]
+    lines.append(f"build {path(f'{folder}/_csrc.so')}: link {' '.join(objects)}")
+    return "\n".join([*lines, ""])
+
+
+def compile_csrc(sanitize: str = "") -> Path:
+    """Brings build/csrc/_csrc.so, or build/<sanitize>/, up to date; returns it, from the root."""
+    if sanitize not in ("", *SANITIZE_FLAGS):
+        raise CannotBuild(
+            f"HYLORA_SANITIZE must be one of {', '.join(SANITIZE_FLAGS)}, got {sanitize!r}"
+        )
+    folder = Path("build", sanitize or "csrc")
+    program, rules = ninja(), ninja_file(folder.as_posix(), sanitize)
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    (ROOT / folder / "build.ninja").write_text(rules)
+    # No symbol needs to be seen from outside: the ops register themselves when it is loaded.
+    (ROOT / folder / "nothing.map").write_text("{ local: *; };\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    done = subprocess.run([program, "-f", (folder / "build.ninja").as_posix(), *jobs], cwd=ROOT)
+    if done.returncode != 0:
+        raise DoesNotCompile("compiling failed, see above")
+    return folder / "_csrc.so"
+
+
+def put(library: Path, target: Path) -> None:
+    """Copies in one step: a process that has the old file open keeps it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_suffix(f".{os.getpid()}.tmp")
+    shutil.copyfile(library, beside)
+    os.replace(beside, target)
+
+
+def go_without(reason: CannotBuild, target: Path) -> None:
+    """No library at `target`, said once; an error where it is required."""
+    message = f"hylora_kernels/_csrc.so can't be built: {reason}"
+    if os.environ.get("HYLORA_REQUIRE_CSRC", "0") not in ("", "0"):
+        raise SystemExit(message)
+    target.unlink(missing_ok=True)  # would be one of older sources
+    print(f"\n{message}.\nThe eager backend will serve.\n", file=sys.stderr)
+
+
+class BuildCsrc(Command):
+    description = "build hylora_kernels/_csrc.so in place, only what changed"
+    user_options: ClassVar[list] = []
+
+    def initialize_options(self) -> None:
+        """A command without options."""
+
+    finalize_options = initialize_options
+
+    def run(self) -> None:
+        sanitize = os.environ.get("HYLORA_SANITIZE", "")
+        try:
+            library = compile_csrc(sanitize)
+        except DoesNotCompile as reason:
+            raise SystemExit(f"hylora_kernels/_csrc.so can't be built: {reason}") from None
+        except CannotBuild as reason:
+            if sanitize:
+                raise SystemExit(f"no copy with HYLORA_SANITIZE={sanitize}: {reason}") from None
+            go_without(reason, ROOT / LIBRARY)
+        else:
+            if not sanitize:
+                put(ROOT / library, ROOT / LIBRARY)
+
+
+class BuildExt(build_ext):
+    """The library as the package's one extension, for pip: into the wheel, or in place."""
+
+    def run(self) -> None:
+        target = ROOT / LIBRARY if self.inplace else Path(self.build_lib, LIBRARY)
+        try:
+            put(ROOT / compile_csrc(), target)
+        except CannotBuild as reason:
+            go_without(reason, target)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(LIBRARY)
+
+
+class Wheel(bdist_wheel):
+    """For every Python 3, and for every platform where there is no library in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = Path(self.get_finalized_command("build").build_lib, LIBRARY).is_file()
+        return "py3", "none", super().get_tag()[2] if built else "any"
+
+
+if __name__ == "__main__":  # so it is for pip, too
+    setup(
+        ext_modules=[Extension("hylora_kernels._csrc", sources=[], optional=True)],
+        cmdclass={"build_csrc": BuildCsrc, "build_ext": BuildExt, "bdist_wheel": Wheel},
+    )
