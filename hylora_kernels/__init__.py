@@ -25,6 +25,8 @@ _PIPELINE = {
     "generate": "generate",
     "save_pretrained": "checkpoint",
     "load_pretrained": "checkpoint",
+    "optimize_for_inference": "inference",
+    "restore_from_inference": "inference",
     "load_model": "models",
 }
 

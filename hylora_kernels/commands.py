@@ -26,6 +26,7 @@ from hylora_kernels.options import (
     Method,
     Model,
     Multiple,
+    Optimize,
     Option,
     Out,
     Ranks,
@@ -221,6 +222,7 @@ def generate(
     max_new_tokens: Annotated[int, Option(help="At most so many tokens.")] = 64,
     temperature: Annotated[float, Option(help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, Option(help="Of the likeliest tokens with this share.")] = 1.0,
+    optimize: Optimize = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -228,9 +230,12 @@ def generate(
 ) -> None:
     """Continue a prompt; the text is printed as it comes."""
     from hylora_kernels.generate import generate as write
+    from hylora_kernels.inference import optimize_for_inference
 
     loaded, tokenizer = _load(model, device, dtype)
     typer.echo(report_lines(loaded), err=True)
+    if optimize and loaded.device.type == "cpu":
+        optimize_for_inference(loaded)
     text = write(
         loaded,
         tokenizer,

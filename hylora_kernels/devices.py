@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
+from torch import nn
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -28,6 +31,12 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     if (found.index or 0) >= there.get(found.type, 0):
         raise ValueError(f"device {str(found)!r} is not available; there is: {', '.join(kinds)}")
     return found
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a causal language model wants its token ids: its embedding, packed or not, is there."""
+    embedding = model.get_input_embeddings()
+    return next(chain(embedding.parameters(), embedding.buffers())).device
 
 
 def resolve_dtype(dtype: str | torch.dtype | None = "auto") -> torch.dtype | None:

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from hylora_kernels.compression.structure import linears
 from hylora_kernels.data import token_blocks
+from hylora_kernels.devices import input_device
+from hylora_kernels.inference import PackedLinear, held_by
 from hylora_kernels.linear import SVDLoRALinear
 from hylora_kernels.loss import eval_mode, token_loss
 from hylora_kernels.models import tokenizer_of
@@ -172,7 +174,7 @@ def check_blocks(model: nn.Module, blocks: Tensor) -> None:
         raise ValueError(f"blocks must be at least 2 tokens long, got {list(blocks.shape)}")
     check_context(model, blocks.shape[1])
     words, low, high = (
-        len(model.get_input_embeddings().weight),
+        model.get_input_embeddings().num_embeddings,
         int(blocks.min()),
         int(blocks.max()),
     )
@@ -192,7 +194,7 @@ def perplexity(
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     check_blocks(model, blocks)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     nll, tokens = 0.0, 0
     bar = tqdm(total=len(blocks), desc="perplexity", unit="block", disable=not progress)
     with eval_mode(model), bar:
@@ -227,11 +229,15 @@ def _not_finite(model, ids, start) -> str:
 def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
     """Count everything the model holds; with `path`, a folder, its .safetensors files too.
 
-    Raises ValueError if there are none.
+    What is packed for inference counts as the parameters it is made of, and with the bytes that it
+    takes. Raises ValueError if there are no files.
     """
-    parameters, buffers = list(model.parameters()), list(model.buffers())
+    packed = held_by(model)
+    panels = {id(tensor) for held in packed for tensor in held.tensors}
+    parameters, all_buffers = list(model.parameters()), list(model.buffers())
+    buffers = [b for b in all_buffers if id(b) not in panels]
     trainable = [p for p in parameters if p.requires_grad]
-    total = sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in parameters) + sum(held.count for held in packed)
     targets = linears(model).values()
     dense = sum(_count(layer, "dense") for layer in targets)
     as_is = sum(_count(layer, "as_is") for layer in targets)
@@ -240,10 +246,10 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
         parameters=total,
         buffers=sum(b.numel() for b in buffers),
         trainable=sum(p.numel() for p in trainable),
-        parameter_bytes=sum(p.nbytes for p in parameters),
+        parameter_bytes=sum(part.nbytes for part in (*parameters, *packed)),
         buffer_bytes=sum(b.nbytes for b in buffers),
         trainable_bytes=sum(p.nbytes for p in trainable),
-        resident_bytes=_storage_bytes(parameters + buffers),
+        resident_bytes=_storage_bytes(parameters + all_buffers),
         file_bytes=None if path is None else _file_bytes(Path(path)),
         linears=_kept(dense, as_is, merged),
         model=_kept(total - as_is + dense, total, total - as_is + merged),
@@ -251,6 +257,8 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
 
 
 def _count(layer: nn.Module, which: str) -> int:
+    if isinstance(layer, PackedLinear):
+        return layer.held.count
     if not isinstance(layer, SVDLoRALinear):
         return layer.weight.numel()
     if which == "dense":
@@ -296,11 +304,9 @@ def throughput(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_context(model, prompt_tokens + new_tokens + 1)
-    embedding = model.get_input_embeddings().weight
+    device, words = input_device(model), model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(embedding.shape[0], (1, prompt_tokens), generator=generator).to(
-        embedding.device
-    )
+    ids = torch.randint(words, (1, prompt_tokens), generator=generator).to(device)
     last = (
         {"logits_to_keep": 1}
         if "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -320,8 +326,8 @@ def throughput(
         decode_tok_s=1 / statistics.median(decodes),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        device=str(embedding.device),
-        dtype=str(embedding.dtype).removeprefix("torch."),
+        device=str(device),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
     )
 

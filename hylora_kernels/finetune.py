@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hylora_kernels.compression import merge_adapters
 from hylora_kernels.data import token_blocks
 from hylora_kernels.evaluate import check_blocks, name_of
+from hylora_kernels.inference import refuse_packed
 from hylora_kernels.linear import SVDLoRALinear, freeze_all_but_adapters
 from hylora_kernels.models import tokenizer_of
 from hylora_kernels.report import Report, loss_plot
@@ -93,6 +94,7 @@ def finetune(
     Raises ValueError for a model without adapters, an argument that can't be, a checkpoint that is
     another run's (naming the field); RuntimeError if anything frozen changed.
     """
+    refuse_packed(model)
     adapters = adapter_parameters(model)
     _check_counts(steps, warmup, batch, accumulate, chunk, save_every)
     lr = (1e-3 if steps <= 60 else 3e-4) if lr is None else lr

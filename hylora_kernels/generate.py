@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
+from hylora_kernels.devices import input_device
 from hylora_kernels.evaluate import context_length
 
 
@@ -43,7 +44,7 @@ def generate(
             f"prompt has {ids.shape[1]} tokens, which with max_new_tokens={max_new_tokens} "
             f"is beyond the model's context of {most}"
         )
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     ids = ids.to(device)
     pieces = _Pieces(tokenizer, stream)
     was_training = model.training

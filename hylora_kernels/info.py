@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from hylora_kernels import storage
-from hylora_kernels.backends import available_backends
+from hylora_kernels.backends import available_backends, cpu_levels
 from hylora_kernels.report import Report, format_bytes
 
 PACKAGES = ("hylora-kernels", "torch", "transformers", "accelerate", "safetensors", "datasets")
@@ -58,10 +58,13 @@ class Cache(Report):
 
 @dataclass(frozen=True)
 class Info(Report):
-    """backends: name -> "" where it can be used, or the reason why not."""
+    """backends: name -> "" where it can be used, or the reason why not. cpu_level: the instruction
+    set that the backend "cpu" uses, or ""; cpu_levels: all it has kernels for -> "" or why not."""
 
     environment: Environment
     backends: dict[str, str]
+    cpu_level: str
+    cpu_levels: dict[str, str]
     cache: Cache
 
     def rows(self) -> list[tuple[str, str]]:
@@ -77,12 +80,15 @@ class Info(Report):
                 flags = ", ".join(flag for flag, has in env.isa.items() if has is wanted)
                 rows.append((word, flags or "none of those asked for"))
         rows += [(f"backend {k}", reason or "available") for k, reason in self.backends.items()]
+        if self.cpu_level:
+            rows.append(("cpu level", f"{self.cpu_level} (HYLORA_ISA forces another)"))
+            rows += [(f"cpu {k}", reason) for k, reason in self.cpu_levels.items() if reason]
         rows.append(("cache", f"{self.cache.path}, {format_bytes(self.cache.bytes)}"))
         return rows
 
 
 def info() -> Info:
-    return Info(environment(), available_backends(), cache())
+    return Info(environment(), available_backends(), *cpu_levels(), cache())
 
 
 def cache() -> Cache:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hylora_kernels import reference
+from hylora_kernels import backends, reference
 from hylora_kernels.factorize import pivot_rows, truncated_svd, wide
 from hylora_kernels.ops import FLOATS, check_alpha, check_shapes, svd_lora_linear
 
@@ -109,6 +109,11 @@ class SVDLoRALinear(nn.Module):
             y = svd_lora_linear(x, self.SVh, self.U, bias=self.bias, pivots=self.pivots)
             return y + self.alpha * F.linear(F.linear(F.dropout(x, self.lora_dropout), A), B)
         return svd_lora_linear(x, self.SVh, self.U, A, B, self.bias, self.alpha, self.pivots)
+
+    def train(self, mode: bool = True) -> SVDLoRALinear:
+        if not mode:  # a layer in eval() holds its factors and nothing else
+            backends.forget(self.SVh)
+        return super().train(mode)
 
     # ---------------------------------------------------------------------------------- making one
 

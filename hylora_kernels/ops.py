@@ -63,6 +63,49 @@ def svd_lora_linear(
     return _FORWARD_OPS[room](x, SVh, U, A, B, bias, float(alpha), pivots)[0]
 
 
+# ----------------------------------------------------------------------------- packed for inference
+
+
+def packed_linear(x: Tensor, packed) -> Tensor:
+    """x [..., K] -> y [..., N] by what backends.pack made: svd_lora_linear without gradients, for a
+    model that waits for every token: the checks are few and cheap.
+
+    Under torch.autocast x is cast to the packed dtype. Raises TypeError or ValueError naming x, and
+    RuntimeError where a gradient is asked for.
+    """
+    if x.dtype != packed.dtype or x.requires_grad or x.shape[-1:] != packed.shape:
+        x = _as_packed(x, packed)
+    if forward_ad._current_level >= 0:
+        _refuse_forward_mode({"x": x})
+    return backends.forward_packed(x, packed)
+
+
+def packed_embedding(ids: Tensor, packed) -> Tensor:
+    """ids int32 or int64 [...] -> [..., K]: rows of a dense matrix that backends.pack packed."""
+    if ids.dtype != torch.int64:
+        if ids.dtype != torch.int32:
+            raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
+        ids = ids.long()
+    return backends.rows_packed(ids, packed)
+
+
+def _as_packed(x: Tensor, packed) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "x requires grad, but a layer packed for inference has no backward: "
+            "restore_from_inference(model) first, or run it under torch.no_grad()"
+        )
+    if x.shape[-1:] != packed.shape:
+        K = packed.shape[0]
+        raise ValueError(f"x must be [..., K] = [..., {K}] (K from SVh), got {list(x.shape)}")
+    castable = (torch.float32, torch.bfloat16, torch.float16)
+    if x.dtype == packed.dtype:
+        return x
+    if x.dtype in castable and torch.is_autocast_enabled(x.device.type):
+        return x.to(packed.dtype)
+    raise TypeError(f"x must have the packed layer's dtype {packed.dtype}, got {x.dtype}")
+
+
 # ---------------------------------------------------------------------------------- argument checks
 
 

@@ -43,6 +43,9 @@ Multiple = Annotated[int, Option("--rank-multiple", help="Ranks are multiples of
 Calibration = Annotated[str, Option(help="Text to calibrate on; as --data of evaluate.")]
 Samples = Annotated[int, Option(help="Blocks of calibration text.")]
 Memory = Annotated[str | None, Option(help="For calibration statistics, e.g. 4GB; rest: disk.")]
+Optimize = Annotated[
+    bool, Option("--optimize/--no-optimize", help="Lay out the weights for this CPU first.")
+]
 Refit = Annotated[bool | None, Option("--refit/--no-refit", help="Refit U; not with svd.")]
 
 

@@ -20,6 +20,13 @@ DOOR = {
     "unsupported": "x, SVh, U, A, B, bias, pivots",
     "forward": "x, SVh, U, A, B, bias, alpha, pivots",
     "backward": "dy, x, h_a, SVh, U, A, B, alpha, pivots, needs",
+    "why_not": "",
+    "gains": "x, SVh, U, A, B, bias, pivots",
+    "forget": "SVh",
+    "pack": "SVh, U, A, B, bias, alpha, pivots",
+    "forward_packed": "x, packed",
+    "rows_packed": "ids, packed",
+    "unpack": "packed",
 }
 
 
@@ -55,12 +62,35 @@ def test_eager_serves_everything(form):
     for dtype in (torch.float64, torch.float16):
         x, SVh, U, A, B, bias, _, pivots = make_inputs(Case(M=0, form=form), dtype)
         assert room.unsupported(x, SVh, U, A, B, bias, pivots) is None
+        assert room.gains(x, SVh, U, A, B, bias, pivots)
+        assert room.pack(SVh, U, A, B, bias, 1.0, pivots) is None
 
 
 def test_available_backends():
     found = available_backends()
     assert list(found) == list(backends.ROOMS)
     assert found["eager"] == ""
+    for name, room in backends.ROOMS.items():
+        assert room.is_available() == (found[name] == "")
+
+
+def test_cpu_levels():
+    used, reasons = backends.cpu_levels()
+    assert list(reasons) == ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
+    if available_backends()["cpu"]:
+        assert used == ""
+    else:
+        assert reasons["scalar"] == "" and reasons[used] == ""
+
+
+@every_room
+def test_a_room_that_cannot_be_used_serves_nothing(room):
+    reason, inputs = backends.ROOMS[room].why_not(), make_inputs(Case(), torch.float32)
+    x, SVh, U, A, B, bias, _, pivots = inputs
+    if reason:
+        assert backends.ROOMS[room].unsupported(x, SVh, U, A, B, bias, pivots) == reason
+        with use_backend(room), pytest.raises(ValueError, match=re.escape(reason)):
+            svd_lora_linear(*inputs)
 
 
 # ------------------------------------------------------------------------------------- the chooser
@@ -73,12 +103,14 @@ def choose(inputs=None) -> str:
 
 @pytest.fixture
 def picky(monkeypatch):
-    """A room asked first that serves float64 alone."""
+    """A room asked first that serves float64 alone, and gains by it unless the test says no."""
 
     def unsupported(x, *others):
         return None if x.dtype == torch.float64 else f"wants float64, got {x.dtype}"
 
-    room = SimpleNamespace(is_available=lambda: False, unsupported=unsupported)
+    room = SimpleNamespace(
+        why_not=lambda: "no such machine", unsupported=unsupported, gains=lambda *call: True
+    )
     monkeypatch.setattr(backends, "ROOMS", {"picky": room, **backends.ROOMS})
     monkeypatch.delenv("HYLORA_BACKEND", raising=False)
     return room
@@ -87,7 +119,14 @@ def picky(monkeypatch):
 def test_auto_takes_the_first_room_that_serves(picky):
     assert choose(make_inputs(Case())) == "picky"
     assert choose(make_inputs(Case(), torch.float32)) != "picky"
-    assert available_backends()["picky"] != ""
+    assert available_backends()["picky"] == "no such machine"
+
+
+def test_auto_passes_over_a_room_that_gains_nothing(picky):
+    picky.gains = lambda *call: False
+    assert choose(make_inputs(Case())) == "eager"
+    with use_backend("picky"):
+        assert choose(make_inputs(Case())) == "picky", "forced, it serves what it can"
 
 
 def test_forced_room_that_cannot_serve_says_why(picky):
@@ -132,6 +171,24 @@ def test_unknown_names(monkeypatch):
         svd_lora_linear(*make_inputs(Case()))
     with use_backend("eager"):
         svd_lora_linear(*make_inputs(Case()))
+
+
+ISA_SCRIPT = """
+from hylora_kernels import available_backends
+print(available_backends()["cpu"])
+"""
+
+
+@pytest.mark.skipif(bool(available_backends()["cpu"]), reason="it has its reason already")
+def test_a_level_that_is_none_is_the_cpu_rooms_reason():
+    run = subprocess.run(
+        [sys.executable, "-c", ISA_SCRIPT],
+        env=os.environ | {"HYLORA_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith("HYLORA_ISA must be one of scalar, avx2,"), run.stdout
 
 
 SCRIPT = """

@@ -1,8 +1,9 @@
 """The chooser: which room serves a call, and why a room can't.
 
 Rooms never import each other; all have the same door (eager.py shows it). `auto` takes the first
-room of ROOMS that can serve; a room the user forces either serves or raises its own reason. The
-choice is read once per call and is a constant while torch.compile traces.
+room of ROOMS that can serve the call and gains by it; a room the user forces either serves or
+raises its own reason. The choice is read once per call and is a constant while torch.compile
+traces. What a room has packed for inference stays with it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import contextlib
 import os
 from types import ModuleType
 
-from hylora_kernels.backends import eager
+from torch import Tensor
+
+from hylora_kernels.backends import cpu, eager
 
 # Fastest first; eager is last, since it serves everything.
-ROOMS: dict[str, ModuleType] = {"eager": eager}
+ROOMS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
 
 # A plain global, so process-wide: torch.compile guards on it and retraces when it changes, which it
 # can do neither for a ContextVar nor for a threading.local.
@@ -23,9 +26,13 @@ _forced: str | None = None
 
 def available_backends() -> dict[str, str]:
     """Every backend's name -> "" where it can be used here, or the reason why not."""
-    return {
-        name: "" if room.is_available() else "not available here" for name, room in ROOMS.items()
-    }
+    return {name: room.why_not() for name, room in ROOMS.items()}
+
+
+def cpu_levels() -> tuple[str, dict[str, str]]:
+    """(the instruction set that the "cpu" backend uses, or ""; every one it has kernels for -> ""
+    where this machine has it, or the reason why not)."""
+    return cpu.levels()
 
 
 @contextlib.contextmanager
@@ -47,16 +54,75 @@ def use_backend(name: str):
 def choose(x, SVh, U, A, B, bias, pivots) -> str:
     """The name of the room that serves these tensors. Raises ValueError with the room's own reason
     where forced."""
-    name = _forced or _known(os.environ.get("HYLORA_BACKEND", "auto"), "HYLORA_BACKEND")
+    name, call = _wanted(), (x, SVh, U, A, B, bias, pivots)
     if name != "auto":
-        reason = ROOMS[name].unsupported(x, SVh, U, A, B, bias, pivots)
-        if reason:
-            raise ValueError(f"backend {name!r} can't serve this call: {reason}")
+        _require(name, *call)
         return name
     for name, room in ROOMS.items():
-        if room.unsupported(x, SVh, U, A, B, bias, pivots) is None:
+        if room.unsupported(*call) is None and room.gains(*call):
             return name
     raise AssertionError("eager serves every call")
+
+
+def forget(SVh: Tensor) -> None:
+    """Drop whatever any room keeps from call to call for the factors of this SVh."""
+    for room in ROOMS.values():
+        room.forget(SVh)
+
+
+# ----------------------------------------------------------------------------- packed for inference
+
+
+def pack(SVh, U, A, B, bias, alpha, pivots):
+    """The factors as the room that serves them wants them for inference, or None where it gains
+    nothing by packing. Raises ValueError with the room's own reason where forced."""
+    name, call = _wanted(), (SVh, SVh, U, A, B, bias, pivots)  # SVh stands for x: it is [r, K] too
+    if name != "auto":
+        _require(name, *call)
+        return ROOMS[name].pack(SVh, U, A, B, bias, alpha, pivots)
+    for room in ROOMS.values():
+        if room.unsupported(*call) is None:
+            packed = room.pack(SVh, U, A, B, bias, alpha, pivots)
+            if packed is not None:
+                return packed
+    return None
+
+
+def why_not_packed(SVh, U, A, B, bias, pivots) -> dict[str, str]:
+    """Every room that pack asks -> why it packs nothing."""
+    names = ROOMS if _wanted() == "auto" else (_wanted(),)
+    call = (SVh, SVh, U, A, B, bias, pivots)
+    return {name: ROOMS[name].unsupported(*call) or "gains nothing by packing" for name in names}
+
+
+def forward_packed(x: Tensor, packed) -> Tensor:
+    """x [..., K] -> y [..., N], in the room that packed it. Raises ValueError where another one is
+    forced."""
+    if _forced is not None and _forced not in ("auto", packed.room):
+        raise ValueError(
+            f"backend {_forced!r} can't serve this call: the layer is packed for backend "
+            f"{packed.room!r}: restore_from_inference(model) first"
+        )
+    return ROOMS[packed.room].forward_packed(x, packed)
+
+
+def rows_packed(ids: Tensor, packed) -> Tensor:
+    """ids [...] -> [..., K], rows of a dense matrix that is packed."""
+    return ROOMS[packed.room].rows_packed(ids, packed)
+
+
+def unpack(packed) -> tuple:
+    """(SVh, U, A, B, bias, alpha, pivots) as they went into pack, bit for bit."""
+    return ROOMS[packed.room].unpack(packed)
+
+
+def _wanted() -> str:
+    return _forced or _known(os.environ.get("HYLORA_BACKEND", "auto"), "HYLORA_BACKEND")
+
+
+def _require(name: str, *call) -> None:
+    if reason := ROOMS[name].unsupported(*call):
+        raise ValueError(f"backend {name!r} can't serve this call: {reason}")
 
 
 def _known(name: str, argument: str) -> str:

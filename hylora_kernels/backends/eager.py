@@ -21,10 +21,21 @@ def is_available() -> bool:
     return True
 
 
+def why_not() -> str:
+    """Why this room can't be used here; "" where it can."""
+    return ""
+
+
 def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
     """The reason why this room can't serve these tensors, in words; None where it can. It always
     can."""
     return None
+
+
+def gains(x, SVh, U, A, B, bias, pivots) -> bool:
+    """Whether a call that this room can serve is faster here than in the next room: there is none
+    after it."""
+    return True
 
 
 def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
@@ -79,6 +90,26 @@ def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | N
     if need_dB:
         dB = alpha * (dy.T @ h_a)
     return dx, dA, dB, dy.sum(0) if need_db else None
+
+
+def forget(SVh) -> None:
+    """Drop what is kept for a layer with this SVh: nothing is."""
+
+
+def pack(SVh, U, A, B, bias, alpha, pivots) -> None:
+    """What forward_packed wants, or None where this room gains nothing by packing: never."""
+
+
+def forward_packed(x, packed) -> Tensor:
+    raise AssertionError("the eager room packs nothing")
+
+
+def rows_packed(ids, packed) -> Tensor:
+    raise AssertionError("the eager room packs nothing")
+
+
+def unpack(packed) -> tuple:
+    raise AssertionError("the eager room packs nothing")
 
 
 def _saved_pass_outweighs_copy(M, SVh, U, A) -> bool:

@@ -20,6 +20,7 @@ from hylora_kernels.compression.structure import Structure, as_matrix, discover
 from hylora_kernels.compression.whiten import METHODS
 from hylora_kernels.compression.workspace import fingerprint
 from hylora_kernels.data import token_blocks
+from hylora_kernels.inference import refuse_packed
 from hylora_kernels.linear import FORMS, SVDLoRALinear, freeze_all_but_adapters
 from hylora_kernels.models import load_model, tokenizer_of
 from hylora_kernels.report import Report
@@ -236,6 +237,7 @@ def _model(model_or_id, tokenizer, device, dtype):
 
 
 def _structure(model, include, exclude) -> Structure:
+    refuse_packed(model)
     structure = discover(model, include, exclude)
     if not structure.groups:
         raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from hylora_kernels.checkpoint import adopt
 from hylora_kernels.compression.structure import as_matrix, linears
 from hylora_kernels.compression.whiten import Factors
+from hylora_kernels.inference import refuse_packed
 from hylora_kernels.linear import SVDLoRALinear, freeze_all_but_adapters
 
 
@@ -58,6 +59,7 @@ def add_adapters(
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
+    refuse_packed(model)
     targets = linears(model, include, exclude)
     for path, linear in targets.items():
         if isinstance(linear, SVDLoRALinear):

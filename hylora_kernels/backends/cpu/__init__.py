@@ -1,0 +1,178 @@
+"""The CPU's own room: the fused kernels of csrc/, one for each instruction set, chosen at run time.
+
+They read weights packed into panels ("panels": one weight matrix as one 1-D tensor). Packing is a
+pass over the weights, so it is done once where it can be:
+
+    training    The frozen factors' panels are kept from the first backward on, both ways round, for
+                as long as the factors live unchanged; the adapters, which every step changes, are
+                packed each call and ride along as tail panels. layer.eval() drops what is kept.
+    inference   pack() makes the panels once and for all, and the factors themselves can go.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hylora_kernels.backends.cpu.packed import (
+    Packed,
+    forward_packed,
+    pack,
+    rows_packed,
+    unpack,
+)
+from hylora_kernels.backends.cpu.panels import (
+    EMIT,
+    INPUT,
+    LEVEL,
+    LEVELS,
+    REFUSAL,
+    SCALED,
+    forget,
+    in_range_of,
+    in_stream,
+    kept_panels,
+    op,
+    order_of,
+    out_features_of,
+    pack_matrix,
+    panels_backward,
+    panels_forward,
+    products_for,
+)
+
+__all__ = ["Packed", "forget", "forward_packed", "pack", "rows_packed", "unpack"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# From how many rows on packing all weights for one call is won back by the call. `scalar` is there
+# to be right on any processor; torch's own products are faster.
+ROWS_WORTH_PACKING = 256
+ROWS_WORTH_TRAINING = 64  # the backward then finds panels that are kept
+
+
+def is_available() -> bool:
+    return not REFUSAL
+
+
+def why_not() -> str:
+    """Why this room can't be used here; "" where it can."""
+    return REFUSAL
+
+
+def levels() -> tuple[str, dict[str, str]]:
+    """(the level in use or "", level -> "" where this machine has it or the reason why not)."""
+    if not hasattr(torch.ops.hylora, "cpu_isa_reason"):
+        return "", dict.fromkeys(LEVELS, REFUSAL)
+    return LEVEL, {level: torch.ops.hylora.cpu_isa_reason.default(level) for level in LEVELS}
+
+
+def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
+    """The reason why this room can't serve these tensors, in words; None where it can."""
+    if REFUSAL:
+        return REFUSAL
+    if x.device.type != "cpu":
+        return f"serves tensors on the CPU, got {x.device}"
+    if x.dtype not in DTYPES:
+        return f"serves float32, bfloat16 and float16, got {x.dtype}"
+    (rank, K), others = SVh.shape, U.shape[0]
+    if rank == 0 or K == 0 or (others == 0 and pivots is None):
+        return f"serves no empty factors, got SVh {list(SVh.shape)} and U {list(U.shape)}"
+    return None
+
+
+def gains(x, SVh, U, A, B, bias, pivots) -> bool:
+    """Whether a call that this room can serve is faster here than in the next room."""
+    if LEVEL == "scalar" or torch.compiler.is_exporting():  # an exported program is for any M
+        return False
+    rows = math.prod(x.shape[:-1])
+    needs_gradient = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in (A, B, bias))
+    )
+    panels_will_be_kept = needs_gradient and rows >= ROWS_WORTH_TRAINING
+    rows_outweigh_packing = rows >= ROWS_WORTH_PACKING
+    if panels_will_be_kept or rows_outweigh_packing:
+        return True
+    panels_are_kept = not torch.compiler.is_compiling() and SVh in kept_panels
+    return panels_are_kept
+
+
+# ----------------------------------------------------------------------------- forward and backward
+
+
+def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (y [M, N], h_a [M, ra]), in one pass; h_a before alpha."""
+    rank, out_features = SVh.shape[0], out_features_of(SVh, U, pivots)
+    lora_rank = 0 if A is None else A.shape[0]
+    first, second, in_range = panels_forward(SVh, U)
+    if pivots is not None and not U.shape[0] and not lora_rank:  # SVh is the dense matrix itself
+        order_of(pivots, out_features)
+        y = op("linear")(x, first, bias, out_features, products_for(x.dtype, in_range))
+        return y, x.new_empty(len(x), 0)
+    first_tail = second_tail = table = None
+    if pivots is not None:
+        table, stream = order_of(pivots, out_features)
+    if lora_rank:
+        in_range = in_range and in_range_of(x.dtype, (A, 1), (B, 1))
+        first_tail = pack_matrix(A)
+        second_tail = pack_matrix(B if pivots is None else in_stream(B, stream))
+    y, h_a = op("dual")(
+        x,
+        *(first, first_tail, second, second_tail, bias, table),
+        *(rank, lora_rank, out_features, alpha),
+        EMIT if lora_rank else 0,
+        products_for(x.dtype, in_range),
+    )
+    return y, h_a if lora_rank else x.new_empty(len(x), 0)
+
+
+def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are
+    None.
+
+    x is only read for dA and h_a only for dB; either may be None where it isn't needed.
+    """
+    need_dx, need_dA, need_dB, need_db = needs
+    dx = dA = dB = db = dh_a = None
+    lora_rank = 0 if A is None else A.shape[0]
+    if need_dx:
+        dx, dh_a = _backward_x(dy, SVh, U, A, B, alpha, pivots, lora_rank)
+    elif need_dA and lora_rank:
+        dh_a = alpha * (dy @ B)
+    if need_dA:
+        dA = op("thin")(dh_a, x, 1.0, False) if lora_rank else torch.empty_like(A)
+    if need_dB and lora_rank:
+        rows = op("thin")(h_a, dy, alpha, need_db)  # one pass over dy for both
+        dB = rows[:lora_rank].T.clone(memory_format=torch.contiguous_format)
+        db = rows[lora_rank].clone() if need_db else None
+    elif need_dB:
+        dB = torch.empty_like(B)
+    if need_db and db is None:
+        db = dy.sum(0)
+    return dx, dA, dB, db
+
+
+def _backward_x(dy, SVh, U, A, B, alpha, pivots, lora_rank) -> tuple[Tensor, Tensor | None]:
+    """(dx [M, K], dh_a [M, ra] = alpha dy B): the forward's kernel on the transposed factors."""
+    (rank, K), out_features = SVh.shape, out_features_of(SVh, U, pivots)
+    first, second, in_range = panels_backward(SVh, U)
+    if pivots is not None and not U.shape[0] and not lora_rank:
+        return op("linear")(dy, second, None, K, products_for(dy.dtype, in_range)), None
+    first_tail = second_tail = table = None
+    flags = 0
+    if pivots is not None:
+        flags = INPUT
+        table, stream = order_of(pivots, out_features)
+    if lora_rank:
+        flags |= EMIT | SCALED
+        in_range = in_range and in_range_of(dy.dtype, (B, 0), (A, 0))
+        first_tail = pack_matrix((B if pivots is None else in_stream(B, stream)).T)
+        second_tail = pack_matrix(A.T)
+    dx, dh_a = op("dual")(
+        dy,
+        *(first, first_tail, second, second_tail, None, table),
+        *(rank, lora_rank, K, alpha, flags),
+        products_for(dy.dtype, in_range),
+    )
+    return dx, dh_a

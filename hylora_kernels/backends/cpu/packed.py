@@ -1,0 +1,189 @@
+"""A layer packed for inference: its factors as panels, laid out once, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hylora_kernels.backends.cpu.panels import (
+    in_range_of,
+    in_stream,
+    op,
+    order_of,
+    out_features_of,
+    pack_matrix,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """The factors of one layer as forward_packed wants them. Shared by whoever holds it; immutable.
+
+    call:     "joined" or "linear", the op; "plain", two torch products on P = [SVh; A], Q = [U, B].
+    args:     what follows x in the op's call, up to `products`. For "joined" that is the whole
+              layer as one tensor, the bias, and N: a call with two tensors costs 3.7 us, one with six
+              8.6.
+    products: as the ops take it; 6 where the float32 precision in force at the call decides.
+    """
+
+    room: ClassVar[str] = "cpu"
+
+    call: str
+    args: tuple
+    products: int
+    dtype: torch.dtype
+    shape: tuple[int]  # what x.shape[-1:] must be
+    out_features: int
+    rank: int
+    lora_rank: int
+    alpha: float
+    adapted: bool
+    bias: Tensor | None
+    pivots: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What holds the weights: the joined layer, panels, or P and Q; the bias is not among
+        them."""
+        weights = self.args[:2] if self.call == "plain" else self.args[:1]
+        return [t for t in weights if t is not None]
+
+
+def pack(SVh, U, A, B, bias, alpha, pivots) -> Packed | None:
+    """The panels of factors that this room supports. Bias and pivots are shared, not copied."""
+    (rank, K), out_features = SVh.shape, out_features_of(SVh, U, pivots)
+    lora_rank = 0 if A is None else A.shape[0]
+    matrices = [t.detach() for t in (SVh, U, A, B) if t is not None and t.numel()]
+    dense = pivots is not None and not U.shape[0] and not lora_rank
+    call = _layout(SVh, U, lora_rank, pivots)
+    plain_bias = None if bias is None else bias.detach()
+    if dense:
+        order_of(pivots, out_features)
+        weight = SVh.detach().clone() if call == "plain" else pack_matrix(matrices[0])
+        args = (weight, None, plain_bias) if call == "plain" else (weight, plain_bias, out_features)
+    elif pivots is None:
+        P, Q = matrices[0], matrices[1]
+        if lora_rank:  # one matrix of rank r + ra has less padding than two
+            P, Q = torch.cat((matrices[0], matrices[2])), torch.cat((matrices[1], matrices[3]), 1)
+        if call == "plain":
+            args = (P if lora_rank else P.clone(), Q if lora_rank else Q.clone(), plain_bias)
+        else:
+            panels = (pack_matrix(P), None, pack_matrix(Q), None)
+            layer = op("join")(*panels, None, K, rank, lora_rank, out_features, alpha)
+            args = (layer, plain_bias, out_features)
+    else:
+        table, stream = order_of(pivots, out_features)
+        tails = (None, None)
+        if lora_rank:
+            tails = pack_matrix(A.detach()), pack_matrix(in_stream(B.detach(), stream))
+        panels = (pack_matrix(SVh.detach()), tails[0], pack_matrix(U.detach()), tails[1])
+        layer = op("join")(*panels, table, K, rank, lora_rank, out_features, alpha)
+        args = (layer, plain_bias, out_features)
+    in_range = in_range_of(SVh.dtype, *((matrix, 1) for matrix in matrices))
+    products = {torch.float16: 3, torch.float32: 6 if in_range else 0}.get(SVh.dtype, 0)
+    return Packed(
+        call=call,
+        args=args,
+        products=products,
+        dtype=SVh.dtype,
+        shape=(K,),
+        out_features=out_features,
+        rank=rank,
+        lora_rank=lora_rank,
+        alpha=alpha,
+        adapted=A is not None,
+        bias=bias,
+        pivots=None if dense else pivots,
+    )
+
+
+def _layout(SVh, U, lora_rank, pivots) -> str:
+    """How a layer is packed: "joined" or "linear" for panels, or "plain" where two plain products
+    are faster (the pair form and dense matrices; the pivoted form has panels alone)."""
+    dense = pivots is not None and not U.shape[0] and not lora_rank
+    has_plain_layout = dense or pivots is None
+    plain_is_faster = False  # nowhere so far
+    if has_plain_layout and plain_is_faster:
+        return "plain"
+    return "linear" if dense else "joined"
+
+
+def forward_packed(x: Tensor, packed: Packed) -> Tensor:
+    """x [..., K] of packed.dtype -> y [..., N]. What a decoded token waits for: keep it short."""
+    products = packed.products
+    if products == 6 and not _full_precision():
+        products = 3
+    if packed.call == "joined":
+        return torch.ops.hylora.cpu_joined.default(x, *packed.args, products)
+    if packed.call == "linear":
+        return torch.ops.hylora.cpu_linear.default(x, *packed.args, products)
+    P, Q, bias = packed.args
+    if Q is None:
+        return F.linear(x, P, bias)
+    h = F.linear(x, P)
+    if packed.lora_rank and packed.alpha != 1.0:
+        h[..., packed.rank :] *= packed.alpha
+    return F.linear(h, Q, bias)
+
+
+@torch.compiler.assume_constant_result  # compiled code is guarded by this setting as it is
+def _full_precision() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def rows_packed(ids: Tensor, packed: Packed) -> Tensor:
+    """ids int64 [...] -> [..., K]: rows of a dense matrix, an embedding lookup."""
+    if packed.call == "plain":
+        return F.embedding(ids, packed.args[0])
+    K, N = packed.shape[0], packed.out_features
+    try:
+        return torch.ops.hylora.cpu_rows.default(packed.args[0], N, K, ids)
+    except RuntimeError as error:
+        if "ids must be in" not in str(error):
+            raise
+        low, high = int(ids.min()), int(ids.max())
+        raise IndexError(f"ids must be in [0, {N}), got {low} to {high}") from None
+
+
+def unpack(packed: Packed) -> tuple:
+    """(SVh, U, A, B, bias, alpha, pivots) as they were packed, bit for bit: new memory, but for
+    bias and pivots, which are what was given (at rank N in the pivoted form equal to it)."""
+    K, N, rank, lora_rank = packed.shape[0], packed.out_features, packed.rank, packed.lora_rank
+    pivots, A, B = packed.pivots, None, None
+    if packed.call == "linear" or (packed.call == "plain" and packed.args[1] is None):
+        panels = packed.args[0]
+        SVh = panels.clone() if packed.call == "plain" else op("unpack")(panels, N, K)
+        U, pivots = SVh.new_empty(0, N), torch.arange(N, dtype=torch.int32)
+    elif pivots is None:
+        if packed.call == "plain":
+            P, Q = packed.args[0], packed.args[1]
+        else:
+            first, _, second, _ = _parts(packed.args[0])
+            P = op("unpack")(first, rank + lora_rank, K)
+            Q = op("unpack")(second, N, rank + lora_rank)
+        SVh, A = (part.clone() for part in P.split((rank, lora_rank)))
+        U, B = (part.contiguous().clone() for part in Q.split((rank, lora_rank), 1))
+    else:
+        first, first_tail, second, second_tail = _parts(packed.args[0])
+        SVh = op("unpack")(first, rank, K)
+        U = op("unpack")(second, N - rank, rank) if rank < N else SVh.new_empty(0, rank)
+        if lora_rank:
+            stream = order_of(pivots, N)[1]
+            A = op("unpack")(first_tail, lora_rank, K)
+            B = SVh.new_empty(N + 1, lora_rank)
+            B[stream] = op("unpack")(second_tail, len(stream), lora_rank)
+            B = B[:N].clone()
+    if not packed.adapted:
+        A = B = None
+    elif A is None:
+        A, B = SVh.new_empty(0, K), SVh.new_empty(N, 0)
+    return SVh, U, A, B, packed.bias, packed.alpha, pivots
+
+
+def _parts(layer: Tensor) -> list[Tensor]:
+    """The panels that were joined: of SVh, A, U and B, empty where there were none."""
+    return [op("part")(layer, which) for which in range(4)]
