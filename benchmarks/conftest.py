@@ -1,2 +1,107 @@
+"""Options, and what every benchmark stands on: kept memory, measured limits, lines and a summary.
+
+    python -m pytest benchmarks -s --benchmark-only [--quick | --full] [--threads 1,2]
+
+No time is asserted. Outputs are, against reference.py, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file
+
+import limits as measured_limits
+import ours
+import record
+from timing import keep_freed_memory
+
+BUSY = 0.5  # load average from which on somebody else holds a core
+
+
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="small matrices: under a minute in all")
+    parser.addoption("--quick", action="store_true", help="few, small cases: under a minute in all")
+    parser.addoption("--full", action="store_true", help="every case, also those of many minutes")
+    parser.addoption("--threads", help="numbers of threads to measure (1,2; 1 with --quick)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    # The plugin's closing table has a row per case and no ratios; record.py has a better one.
+    config.option.benchmark_quiet = True
+    keep_freed_memory()
+
+
+def pytest_generate_tests(metafunc):
+    if "threads" in metafunc.fixturenames:
+        metafunc.parametrize("threads", thread_counts(metafunc.config), ids=lambda n: f"{n}T")
+
+
+def thread_counts(config) -> list[int]:
+    """Those asked for that this machine has cores for."""
+    words = config.getoption("--threads") or ("1" if config.getoption("--quick") else "1,2")
+    wanted = [int(word) for word in words.split(",")]
+    return [count for count in wanted if count <= (os.cpu_count() or 1)] or [1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def quick(request) -> bool:
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def with_threads():
+    """Call it with a number of threads; what was set before is put back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def limits(quick):
+    """number of threads -> Limits, measured at first use."""
+    return lambda threads: measured_limits.measure(threads, quick)
+
+
+@pytest.fixture
+def room() -> str:
+    """The backend measured; the test is skipped with the reason where it can't be used."""
+    reason = ours.missing()
+    if reason:
+        pytest.skip(reason)
+    return ours.room_name()
+
+
+def pytest_sessionstart(session):
+    session.config.load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["hylora"] = {
+        "torch": torch.__version__,
+        "backend": ours.room_name(),
+        "isa": ours.isa(),
+        "caches": measured_limits.cache_bytes(),
+        "load_before": config.load_before,
+    }
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in record.summary():
+        terminalreporter.write_line(line)
+    if config.load_before > BUSY:
+        terminalreporter.write_line(
+            f"the machine was busy before the start (load {config.load_before:.1f}): trust ratios, "
+            "and those only of one thread"
+        )

@@ -1,5 +1,5 @@
-"""Seconds and error of each factorizer on a matrix of a 7B model's size, at the rank a pair keeps
-at keep 0.6.
+"""Seconds and error of each factorizer at the rank a pair keeps at keep 0.6: on a matrix of a 7B
+model's size with --full (minutes), else on one a sixteenth of that.
 
 The matrix is random: a Gaussian bulk under a power law, as language-model weights have. "error" is
 the Frobenius error of the truncation over the optimal one (from the eigenvalues of W W^T in
@@ -31,7 +31,10 @@ def language_like(rows: int, columns: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def case(request):
     """(W, rank, squared singular values)"""
-    rows, columns = (512, 1376) if request.config.getoption("--quick") else (4096, 11008)
+    option = request.config.getoption
+    rows, columns = (4096, 11008) if option("--full") else (1024, 2816)
+    if option("--quick"):
+        rows, columns = 256, 688
     W = language_like(rows, columns)
     rank = int(KEEP * rows * columns / (rows + columns))
     return W, rank, torch.linalg.eigvalsh(W @ W.T).flip(0).clamp_min(0)

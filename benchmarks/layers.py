@@ -1,0 +1,132 @@
+"""The layers that are timed: their sizes, random factors, and what they cost at the least."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from limits import cycled_bytes
+from torch import Tensor
+
+from hylora_kernels import reference
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ALPHA = 0.7  # no power of two, so that folding it into a bf16 B costs what it costs
+FEW_ROWS = 16  # up to so many rows a product is bound by reading the weights: only then are they
+# copied, to be read from the level named
+
+
+@dataclass(frozen=True)
+class Shape:
+    K: int
+    N: int
+    r: int
+    ra: int
+
+    def __str__(self):
+        return f"{self.K}x{self.N} r{self.r}+{self.ra}"
+
+    def weights(self) -> int:
+        """Numbers in the pair form's factors, adapter included."""
+        return (self.r + self.ra) * (self.K + self.N)
+
+    def flops(self, M: int) -> float:
+        return 2.0 * M * self.weights()
+
+    def bytes_moved(self, M: int, dtype: torch.dtype) -> float:
+        """Weights, input and output, each once."""
+        return float(dtype.itemsize * (self.weights() + M * (self.K + self.N)))
+
+
+# Those the kernel was tuned on: square and both halves of an MLP at K >= 2048; SmolLM2-135M's.
+TUNED = (
+    Shape(2048, 2048, 512, 32),
+    Shape(2048, 5632, 768, 32),
+    Shape(5632, 2048, 768, 32),
+    Shape(576, 1536, 208, 16),
+    Shape(576, 576, 144, 16),
+)
+UNTUNED = (Shape(4096, 11008, 1024, 16), Shape(896, 4864, 300, 8), Shape(1536, 576, 256, 0))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a table."""
+
+    shape: Shape
+    dtype: str
+    M: int
+    regime: str
+    threads: int
+
+    def __str__(self):
+        return f"{self.shape} {self.dtype} M={self.M} {self.regime} {self.threads}T"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def x(self) -> Tensor:
+        return torch.randn(self.M, self.shape.K).to(self.torch_dtype)
+
+
+class Factors(NamedTuple):
+    """The arguments of svd_lora_linear after x."""
+
+    SVh: Tensor
+    U: Tensor
+    A: Tensor | None
+    B: Tensor | None
+    bias: Tensor
+    alpha: float
+    pivots: Tensor | None
+
+
+def random_factors(shape: Shape, dtype: torch.dtype, form: str = "pair", seed: int = 0) -> Factors:
+    """Scaled so that every output is of order one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+        return values.to(dtype)
+
+    pivots, others = None, shape.N
+    if form == "pivoted":
+        pivots = torch.randperm(shape.N, generator=generator)[: shape.r].sort().values.int()
+        others -= shape.r
+    return Factors(
+        SVh=normal(shape.r, shape.K),
+        U=normal(others, shape.r),
+        A=normal(shape.ra, shape.K) if shape.ra else None,
+        B=normal(shape.N, shape.ra) if shape.ra else None,
+        bias=torch.randn(shape.N, generator=generator).to(dtype),
+        alpha=ALPHA,
+        pivots=pivots,
+    )
+
+
+def copies(tensors, regime: str) -> list[list[Tensor | None]]:
+    """`tensors` and as many clones of them as it takes to go round in `regime`, "one copy" none."""
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    count = 1 if regime == "one copy" else math.ceil(cycled_bytes(regime) / size)
+    cloned = [[None if t is None else t.clone() for t in tensors] for _ in range(count - 1)]
+    return [list(tensors), *cloned]
+
+
+def check(y: Tensor, x: Tensor, factors: Factors, name: str) -> None:
+    """Assert that y is what reference.py says, on the first and last eight rows, in float64."""
+    rows = torch.arange(len(x))
+    rows = rows[(rows < 8) | (rows >= len(x) - 8)]
+    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in factors]
+    expected = reference.forward(x[rows].double(), *wide)[0]
+    close(y[rows], expected, name)
+
+
+def close(got: Tensor, expected: Tensor, name: str) -> None:
+    """Assert a relative error in the Frobenius norm that rounding alone can explain."""
+    bound = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}[got.dtype]
+    assert got.shape == expected.shape, (name, got.shape, expected.shape)
+    error = float((got.to(expected.dtype) - expected).norm() / expected.norm())
+    assert error < bound, f"{name}: relative error {error:.1e} in {got.dtype}, allowed {bound}"

@@ -1,0 +1,53 @@
+"""What is measured: the room that HYLORA_BACKEND names (else cpu), packed or through the op."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from layers import Factors, copies
+from torch import Tensor
+
+from hylora_kernels import available_backends, backends, svd_lora_linear
+
+
+def room_name() -> str:
+    name = os.environ.get("HYLORA_BACKEND", "auto")
+    return "cpu" if name == "auto" else name
+
+
+def missing() -> str:
+    """Why the room can't be measured, or ""."""
+    name = room_name()
+    reason = available_backends().get(name, "this version of the package has no such backend")
+    return f"backend {name!r}: {reason}" if reason else ""
+
+
+def isa() -> str:
+    """The instruction-set level in use, "" where the backend has none."""
+    try:
+        return torch.ops.hylora.cpu_isa()
+    except (AttributeError, RuntimeError):
+        return ""
+
+
+def packed(x: Tensor, factors: Factors, regime: str):
+    """Calls on packed weights, one for each copy, as optimize_for_inference lays them out."""
+    room = backends.ROOMS[room_name()]
+    tensors = [t for t in factors if t is None or isinstance(t, Tensor)]
+    calls = []
+    for *most, pivots in copies(tensors, regime):
+        own = Factors(*most, factors.alpha, pivots)
+        pack = getattr(room, "pack", None)
+        layout = pack(*own) if pack is not None else None
+        if layout is None:  # the room gains nothing by packing: the op on plain factors
+            calls.append(functools.partial(svd_lora_linear, x, *own))
+        else:
+            calls.append(functools.partial(room.forward_packed, x, layout))
+    return calls
+
+
+def op(x: Tensor, factors: Factors):
+    """The op on plain factors, as a layer calls it that was not optimised."""
+    return [functools.partial(svd_lora_linear, x, *factors)]

@@ -1,0 +1,44 @@
+"""SmolLM2-135M, dense and compressed in no time: every linear gets random factors of the rank that
+keep 0.6 leaves it, pivoted. Times don't hang on the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layers import Shape, random_factors
+from torch import nn
+
+from hylora_kernels import models
+from hylora_kernels.compression.structure import linears
+from hylora_kernels.linear import SVDLoRALinear, factor_count
+
+KEEP = 0.6
+
+
+def dense(dtype: torch.dtype) -> nn.Module:
+    """Skips the test where the model's package is missing."""
+    try:
+        return models.load_model(models.DEMO_MODEL, "cpu", dtype)[0]
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def compressed(dtype: torch.dtype, lora_rank: int = 0) -> nn.Module:
+    """The rank counts the adapter in: what is kept is the same with and without one."""
+    model = dense(dtype)
+    for seed, (path, linear) in enumerate(linears(model).items()):
+        K, N = linear.in_features, linear.out_features
+        shape = Shape(K, N, kept_rank(K, N) - lora_rank, lora_rank)
+        SVh, U, A, B, _, alpha, pivots = random_factors(shape, dtype, "pivoted", seed)
+        layer = SVDLoRALinear.from_factors(SVh, U, A, B, linear.bias, alpha, pivots)
+        model.set_submodule(path, layer.eval())
+    return model.requires_grad_(False)
+
+
+def kept_rank(K: int, N: int) -> int:
+    """The largest multiple of 16 whose pivoted form keeps at most KEEP of the parameters."""
+    return max(
+        rank
+        for rank in range(16, min(K, N), 16)
+        if factor_count(rank, K, N, "pivoted") <= KEEP * K * N
+    )
