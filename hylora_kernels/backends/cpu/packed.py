@@ -24,9 +24,9 @@ class Packed:
     """The factors of one layer as forward_packed wants them. Shared by whoever holds it; immutable.
 
     call:     "joined" or "linear", the op; "plain", two torch products on P = [SVh; A], Q = [U, B].
-    args:     what follows x in the op's call, up to `products`. For "joined" that is the whole
-              layer as one tensor, the bias, and N: a call with two tensors costs 3.7 us, one with six
-              8.6.
+    args:     what follows x in the op's call, up to `products`. For "joined" that is the
+              whole layer as one tensor, the bias, and N: a call with two tensors costs 3.7 us, one
+              with six 8.6.
     products: as the ops take it; 6 where the float32 precision in force at the call decides.
     """
 

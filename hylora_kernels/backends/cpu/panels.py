@@ -209,7 +209,11 @@ def _refuse_vmap(info, in_dims, *args):
 
 
 if not REFUSAL:
-    _fakes = {"linear": _fake_linear, "joined": _fake_linear, "dual": _fake_dual, "rows": _fake_rows}
-    for _name, _fake in _fakes.items():
+    for _name, _fake in (
+        ("linear", _fake_linear),
+        ("joined", _fake_linear),
+        ("dual", _fake_dual),
+        ("rows", _fake_rows),
+    ):
         torch.library.register_fake(f"hylora::cpu_{_name}", _fake)
         torch.library.register_vmap(f"hylora::cpu_{_name}", _refuse_vmap)
