@@ -55,7 +55,7 @@ ISA = {
 BINDING_FLAGS = ["-O2"]
 # g++ 12 takes the undefined vectors of its own intrinsics for a mistake (its bug 105593).
 KERNEL_FLAGS = ["-O3", "-fno-exceptions", "-fno-rtti", "-ffp-contract=fast"]
-KERNEL_FLAGS += ["-Wno-maybe-uninitialized"]
+KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
 # Kernels share one signature and may not need all of it; vectors are never passed between files.
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]

@@ -65,13 +65,12 @@ struct Amx {
   using A = bf16;
   static constexpr int kPlanes = Planes;
   static constexpr bool kTiles = true;
-  // A panel's k-chunk stays in L1 while all rows of the block go over it: 18 blocks are 36 KB, and
-  // three limb planes of 8 are 48 KB. More k per pass means fewer partial sums spilled.
+  // 32 rows of 18 blocks are 36 KB of L1; more k a pass means fewer partial sums spilled. Three
+  // limb planes of 8 blocks of a panel are 48 KB.
   static constexpr int64_t kChunk = Planes == 1 ? 18 : 8;
-  static constexpr int64_t kRows = 256;
+  static constexpr int64_t kRows = Planes == 1 ? 256 : 192;
 
-  const int products;
-  explicit Amx(int products) : products(products) {}
+  explicit Amx(int) {}
 
   void begin(int rows) { configure_tiles(Few ? rows : 16); }
   void end() { _tile_release(); }
@@ -97,13 +96,13 @@ struct Amx {
       const int64_t stride = steps[s].lda * 2, blocks = ceil_div(steps[s].k, 32);
       // What streams from L2 is loaded with the hint that keeps it from pushing the other operand
       // out of L1: 1.3-1.5x.
-      if (columns <= 16) {
+      if constexpr (Planes > 1) {
+        const int64_t pa = steps[s].a_plane, pb = steps[s].b_plane;
+        for (int64_t k = 0; k < blocks; k++)
+          limb_block(a + 32 * k, lower + 32 * k, stride, pa, b + 1024 * k, pb, step);
+      } else if (columns <= 16) {
         for (int64_t k = 0; k < blocks; k++) {
           HYLORA_NARROW_BLOCK(_tile_loadd, _tile_loadd);
-        }
-      } else if constexpr (Planes > 1) {
-        for (int64_t k = 0; k < blocks; k++) {
-          HYLORA_TILE_BLOCK(_tile_stream_loadd, _tile_loadd);
         }
       } else if (cold) {
         for (int64_t k = 0; k < blocks; k++) {
@@ -121,6 +120,51 @@ struct Amx {
     _tile_stored(2, to + 512, 64);
     _tile_stored(3, to + 768, 64);
     barrier();
+  }
+
+  // One k-block of all limb products that count (the sum of both limbs' numbers below Planes), in
+  // an order that changes one operand at a time: 14 tile loads for 24 products, not 24.
+  template <class Interleave>
+  static HYLORA_MEMBER void limb_block(const bf16* a, const bf16* lower, int64_t stride, int64_t pa,
+                                       const bf16* b, int64_t pb, Interleave&& step) {
+    if constexpr (Planes == 3) {
+      load_rows(a + 2 * pa, lower + 2 * pa, stride);
+      load_columns(b);
+      multiply();
+    }
+    load_rows(a + pa, lower + pa, stride);
+    if constexpr (Planes == 2) load_columns(b);
+    multiply();
+    if constexpr (Planes == 3) {
+      load_columns(b + pb);
+      multiply();
+      load_rows(a, lower, stride);
+      multiply();
+      load_columns(b + 2 * pb);
+      multiply();
+      load_columns(b);
+    } else {
+      load_columns(b + pb);
+      load_rows(a, lower, stride);
+      multiply();
+      load_columns(b);
+    }
+    step();
+    multiply();
+  }
+  static HYLORA_MEMBER void load_rows(const bf16* upper, const bf16* lower, int64_t stride) {
+    _tile_loadd(4, upper, stride);
+    _tile_loadd(5, lower, stride);
+  }
+  static HYLORA_MEMBER void load_columns(const bf16* b) {
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + 512, 64);
+  }
+  static HYLORA_MEMBER void multiply() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
 
   // Up to 16 rows: the panels pass through once and memory is the limit, so they are fetched 4 KB
@@ -182,17 +226,6 @@ struct Amx {
       for (int i = 0; i < P; i++)
         sum.v[i] += load(at + p * plane + i * W);
     return sum;
-  }
-
-  // Steps for every limb product, the smallest first. `panel` is the split panel, planes of
-  // `panel_plane` numbers.
-  HYLORA_MEMBER int limb_steps(Step<bf16>* steps, const bf16* a, int64_t a_plane, int64_t lda,
-                               const bf16* panel, int64_t panel_plane, int64_t k) const {
-    static constexpr int of_a[6] = {2, 0, 1, 1, 0, 0}, of_panel[6] = {0, 2, 1, 0, 1, 0};
-    int count = 0;
-    for (int i = products == 6 ? 0 : 3; i < 6; i++)
-      steps[count++] = {a + of_a[i] * a_plane, lda, panel + of_panel[i] * panel_plane, 32, k};
-    return count;
   }
 
   // A [k][32] panel -> its limbs in tile blocks, planes of `plane` numbers.

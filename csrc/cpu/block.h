@@ -26,9 +26,10 @@ struct Block {
   const bool shared;       // few rows: several threads work on this block, each on its panels
   const int64_t r32;       // panels of the base in the middle
   const bool has_middle, weaves;
-  bool straight;  // x is read where it is
-  bool whole_x;   // or laid down before the first product (else chunk by chunk)
-  int64_t chunk;  // k-blocks of 32 a pass
+  const bool pivots_in_middle;  // the middle, as it is kept, is what the pivot outputs are
+  bool straight;                // x is read where it is
+  bool whole_x;                 // or laid down before the first product (else chunk by chunk)
+  int64_t chunk;                // k-blocks of 32 a pass
 
   A *x = nullptr, *middle = nullptr;
   T *pivots = nullptr, *window = nullptr;
@@ -39,7 +40,8 @@ struct Block {
 
   Block(const Dual& d, int64_t m0, int64_t rows, bool shared)
       : d(d), k(d.products), m0(m0), rows(rows), shared(shared), r32(ceil_div(d.first.n, 32)),
-        has_middle(d.first.n > 0), weaves(d.order.panels && !d.sorts_input) {
+        has_middle(d.first.n > 0), weaves(d.order.panels && !d.sorts_input),
+        pivots_in_middle(weaves && __is_same(A, T) && !kSplit && d.first_tail.n == 0) {
     const bool exact_k = !kTilePanels || d.K % 32 == 0;
     const bool half_tile = K::kTiles && rows > 16 && rows < 32;
     // Rows a multiple of 4096 bytes apart fall into one set of L1.
@@ -76,9 +78,12 @@ struct Block {
     x = reinterpret_cast<A*>(take(K::kPlanes * x_plane * int64_t(sizeof(A))));
     ld_middle = odd_lines(32 * first_panels(d));
     middle_plane = padded * ld_middle;
-    middle = reinterpret_cast<A*>(take(K::kPlanes * middle_plane * int64_t(sizeof(A))));
+    middle = reinterpret_cast<A*>(take((K::kPlanes * middle_plane + 32) * int64_t(sizeof(A))));
+    // 32 numbers are read from any pivot on.
     ld_pivots = weaves ? 32 * r32 + 32 : 0;
-    pivots = reinterpret_cast<T*>(take(padded * ld_pivots * int64_t(sizeof(T))));
+    pivots =
+        reinterpret_cast<T*>(take(pivots_in_middle ? 0 : padded * ld_pivots * int64_t(sizeof(T))));
+    if (pivots_in_middle) pivots = reinterpret_cast<T*>(middle), ld_pivots = ld_middle;
     if (!shared) {
       const int64_t longest = ceil_div(d.first.k > d.first_tail.k ? d.first.k : d.first_tail.k, 32);
       const int64_t first = longest > chunk ? first_panels(d) * row_tiles() : 0;
@@ -243,7 +248,7 @@ struct Block {
     return Fetch(panel_at(d.first, p, block), count, width * 2048, blocks * 2048, steps);
   }
 
-  // The steps of rows `a` times k-blocks from `block` on of a panel; returns their number.
+  // The step of rows `a` times k-blocks from `block` on of a panel; returns how many, 0 or 1.
   HYLORA_MEMBER int steps_of(Step<A>* steps, const A* a, int64_t lda, int64_t plane,
                              const Panels& panels, int64_t panel, int64_t block, int64_t width,
                              bf16* limbs) const {
@@ -251,9 +256,10 @@ struct Block {
     if constexpr (kSplit) {
       K::split_panel(reinterpret_cast<const T*>(panel_at(panels, panel, block)), width, limbs,
                      split_plane());
-      return k.limb_steps(steps, a, plane, lda, limbs, split_plane(), width);
+      steps[0] = {a, lda, limbs, 32, width, plane, split_plane()};
+    } else {
+      steps[0] = {a, lda, panel_at(panels, panel, block), 32, width, 0, 0};
     }
-    steps[0] = {a, lda, panel_at(panels, panel, block), 32, width};
     return 1;
   }
 };

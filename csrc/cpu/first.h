@@ -23,7 +23,7 @@ struct MiddleTask {
     const Dual& d = b.d;
     const bool base = panel < b.r32;
     adds_pivots = d.sorts_input && base;
-    keeps_pivots = b.weaves && base && d.first_tail.n == 0;
+    keeps_pivots = b.weaves && !b.pivots_in_middle && base && d.first_tail.n == 0;
     const int64_t valid = base ? d.first.n - panel * 32 : d.first_tail.n - (panel - b.r32) * 32;
     const int64_t adapter_from = d.tail_at - panel * 32;
     emits = d.tail && adapter_from < 32 && adapter_from + d.ra > 0;
@@ -109,12 +109,12 @@ void first_product(B& b, int64_t begin, int64_t end) {
     // The sorted input starts with the pivots, which the base doesn't multiply.
     if (!copies) a += block * 32 + (d.sorts_input && base ? b.r32 * 32 : 0);
     const int64_t lda = b.straight ? d.ldx : b.ldx;
-    Step<A> steps[6];
+    Step<A> steps[1];
     const int count = b.steps_of(steps, a, lda, b.x_plane, panels, panel, block, width, b.split);
     MiddleTask<B> task(b, p);
     for (int64_t t = tile_begin; t < tile_end; t++) {
       float* sums = b.partial + (chunks > 1 ? p * tiles + t : 0) * 1024;
-      Step<A> here[6];
+      Step<A> here[1];
       const int64_t row = copies && B::kRowsStay ? 0 : b.row_of(t);
       for (int s = 0; s < count; s++)
         here[s] = steps[s], here[s].a += row * lda;

@@ -15,6 +15,7 @@ struct Step {
   const void* b;
   int64_t ldb;
   int64_t k;
+  int64_t a_plane = 0, b_plane = 0;  // of limbs
 };
 
 // Where row r, vector i of a 32 x 32 tile lies: the tile is kept as AMX stores it, four 16 x 16

@@ -45,10 +45,10 @@ struct PairTask {
 };
 
 template <class T>
-HYLORA_INLINE void write_woven(const Dual& d, int64_t p, const T* others, const T* pivots, T* y) {
+static __attribute__((noinline)) void write_woven(const Dual& d, int64_t p, const T* others,
+                                                  const T* pivots, T* y) {
   const OrderPanel& panel = d.order.panels[p];
   const int64_t left = d.N - p * 32;
-  if (left >= 32 && !d.bias) return weave(panel, others, pivots + panel.pivot0, y + p * 32);
   const int count = int(left < 32 ? left : 32);
   T woven[32];
   weave(panel, others, pivots + panel.pivot0, woven);
@@ -65,14 +65,18 @@ struct WeaveTask {
   using T = typename B::Type;
   T *y, *others;
   const T* pivots;
-  int64_t panel;
+  const OrderPanel* ready;
   int32_t ready_begin, ready_end;
+  bool bare;  // whole panels without a bias
   T* window;
 
   WeaveTask() = default;
-  WeaveTask(const B& b, int64_t panel, bool writes, T* window) : panel(panel), window(window) {
-    ready_begin = b.d.order.first_ready[panel];
-    ready_end = writes ? b.d.order.first_ready[panel + 1] : ready_begin;
+  WeaveTask(const B& b, int64_t panel, bool writes, T* window) : window(window) {
+    const Order& order = b.d.order;
+    ready = order.panels;
+    ready_begin = order.first_ready[panel];
+    ready_end = writes ? order.first_ready[panel + 1] : ready_begin;
+    bare = !b.d.bias && ready_end * 32 <= b.d.N;
   }
   WeaveTask& at(const B& b, int64_t row) {
     y = static_cast<T*>(b.d.y) + (b.m0 + row) * b.d.N;
@@ -83,8 +87,13 @@ struct WeaveTask {
 
   HYLORA_MEMBER void row(B& b, const float* sums) {
     store_row(others + 32, b.k.row(sums));
-    for (int32_t p = ready_begin; p < ready_end; p++)
-      write_woven(b.d, p, others, pivots, y);
+    if constexpr (B::kRowsStay) __builtin_prefetch(y + ready_end * 32, 1, 3);
+    if (bare)
+      for (int32_t p = ready_begin; p < ready_end; p++)
+        weave(ready[p], others, pivots + ready[p].pivot0, y + p * 32);
+    else
+      for (int32_t p = ready_begin; p < ready_end; p++)
+        write_woven(b.d, p, others, pivots, y);
     copy_row_of(others, others + 32);
     y += b.d.N, pivots += b.ld_pivots, others += 64;
   }
@@ -110,7 +119,7 @@ void output_product(B& b, int64_t begin, int64_t end) {
   auto one = [&](int64_t q, int64_t c, int64_t tile_begin, int64_t tile_end, float* partial) {
     const bool last = c + 1 == chunks;
     const int64_t left = d.second.k - c * even * 32, width = left < even * 32 ? left : even * 32;
-    Step<A> steps[12];
+    Step<A> steps[2];
     int count =
         b.steps_of(steps, a + c * even * 32, lda, plane, d.second, q, c * even, width, b.split);
     if (last && d.second_tail.n) {
@@ -123,7 +132,7 @@ void output_product(B& b, int64_t begin, int64_t end) {
     if (last) task = Task(b, q, q >= begin, b.shared ? few_window : b.window);
     for (int64_t t = tile_begin; t < tile_end; t++) {
       float* sums = partial + (t - tile_begin) * 1024;
-      Step<A> here[12];
+      Step<A> here[2];
       for (int s = 0; s < count; s++)
         here[s] = steps[s], here[s].a += b.row_of(t) * lda;
       pipe.multiply(b, here, count, c ? sums : nullptr, last ? pipe.free_tile() : sums,
@@ -189,12 +198,12 @@ void pivot_outputs(B& b) {
     Pipeline<PivotTask<B>> pipe;
     b.k.begin(int(b.rows));
     for (int64_t p = 0; p < b.r32; p++) {
-      Step<A> steps[6];
+      Step<A> steps[1];
       const int count = b.steps_of(steps, b.middle + 32 * b.r32, b.ld_middle, b.middle_plane,
                                    d.second_tail, p, 0, d.second_tail.k, b.split);
       for (int64_t t = 0; t < b.row_tiles(); t++) {
         const int64_t row = b.row_of(t);
-        Step<A> here[6];
+        Step<A> here[1];
         for (int s = 0; s < count; s++)
           here[s] = steps[s], here[s].a += row * b.ld_middle;
         pipe.multiply(b, here, count, nullptr, pipe.free_tile(), int(b.rows_of(t)), 32, false);

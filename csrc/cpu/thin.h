@@ -35,7 +35,7 @@ void thin_with(const Thin& t, int64_t col0, int64_t col1) {
     const int width = int(t.n - column < 32 ? t.n - column : 32);
     for (int64_t i = 0; i < count; i += 32) {
       const int rows = int(count - i < 32 ? count - i : 32);
-      step = {a + i * lda, lda, panel, 32, t.M};
+      step = {a + i * lda, lda, panel, 32, t.M, 0, 0};
       asm volatile("" ::: "memory");
       k.begin(rows);
       k.tile(&step, 1, nullptr, tile, rows, width, false, [] {});
