@@ -34,8 +34,10 @@ struct PairTask {
     Row sum = b.k.row(sums);
     for (int i = 0; i < P; i++)
       sum.v[i] += bias.v[i];
-    // y's next line, asked for a tile ahead: waiting for it at the store fills the store buffer.
-    if constexpr (B::kRowsStay) __builtin_prefetch(y + 32, 1, 3);
+    // y's line in the next tile: waiting for it at the store fills the store buffer.
+    const T* next = y + (B::kRowsStay ? 32 : 32 * N);
+    for (int i = 0; i < int(sizeof(T)) / 2; i++)
+      __builtin_prefetch(next + 64 / int(sizeof(T)) * i, 1, 3);
     if (count == 32)
       store_row(y, sum);
     else
