@@ -60,8 +60,8 @@ def cache_bytes() -> dict[str, int]:
 def cycled_bytes(regime: str) -> int:
     """How many bytes of weights to go round in, so that each call finds its own in `regime`.
 
-    L3: four times a core's L2, 16 MB at most: no L2 keeps them, and a virtual machine may have but a
-    part of the L3 (20 of 105 MB, on one). DRAM: four times the L3.
+    L3: four times a core's L2, 16 MB at most: no L2 keeps them, and a virtual machine may have but
+    a part of the L3 (20 of 105 MB, on one). DRAM: four times the L3.
     """
     caches = cache_bytes()
     return {

@@ -57,7 +57,7 @@ def chosen(M: int, grads: tuple[str, ...] = (), dtype=torch.bfloat16, form="pivo
 def test_auto_takes_it_where_packing_pays(monkeypatch):
     monkeypatch.delenv("HYLORA_BACKEND", raising=False)
     if cpu.LEVEL == "scalar":
-        assert chosen(2048) == "eager"
+        assert chosen(cpu.ROWS_WORTH_PACKING) == "eager"
         return
     assert chosen(cpu.ROWS_WORTH_PACKING) == "cpu" and chosen(1) == chosen(0) == "eager"
     assert chosen(cpu.ROWS_WORTH_PACKING - 1) == "eager"
@@ -66,12 +66,13 @@ def test_auto_takes_it_where_packing_pays(monkeypatch):
         assert chosen(cpu.ROWS_WORTH_TRAINING - 1, (name,)) == "eager"
     with torch.no_grad():
         assert chosen(cpu.ROWS_WORTH_TRAINING, ("x",)) == "eager"
-    assert chosen(2048, dtype=torch.float64) == "eager"
+    for dtype in (torch.float32, torch.float64):
+        assert chosen(cpu.ROWS_WORTH_PACKING, dtype=dtype) == "eager"
 
 
 def test_auto_takes_it_where_panels_are_kept(monkeypatch):
     monkeypatch.delenv("HYLORA_BACKEND", raising=False)
-    inputs = make_inputs(Case(M=3), torch.float32)
+    inputs = make_inputs(Case(M=3), torch.bfloat16)
     x, SVh, U, A, B, bias, _, pivots = inputs
     assert backends.choose(x, SVh, U, A, B, bias, pivots) == "eager"
     with use_backend("cpu"):
@@ -97,8 +98,8 @@ def test_forced_it_serves_every_M_or_says_why_not():
 def test_a_threshold_of_M_does_not_break_compiled_code(backend):
     compiled = torch.compile(svd_lora_linear, backend="aot_eager", fullgraph=True, dynamic=True)
     with use_backend(backend), torch.no_grad():
-        for M in (3, 300, 2, 512, 17):
-            inputs = make_inputs(Case(M=M, form="pivoted"), torch.float32)
+        for M in (3, 300, 2, cpu.ROWS_WORTH_PACKING + 2, 17):
+            inputs = make_inputs(Case(M=M, form="pivoted"), torch.bfloat16)
             torch.testing.assert_close(compiled(*inputs), svd_lora_linear(*inputs))
 
 

@@ -115,10 +115,7 @@ Kernels kernels_with() {
     for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.second(d, block, begin, end); });
   };
   table.thin = [](const Thin& t, int64_t col0, int64_t col1) {
-    if (t.type == Type::bf16) {
-      if (t.ra + t.sums <= 16) return thin_with<FewBf16, bf16>(t, col0, col1);
-      return thin_with<Bf16, bf16>(t, col0, col1);
-    }
+    if (t.type == Type::bf16) return thin_with<Bf16, bf16>(t, col0, col1);
     if (t.type == Type::fp16) return thin_with<Fma<fp16>, fp16>(t, col0, col1);
     thin_with<Fma<float>, float>(t, col0, col1);
   };

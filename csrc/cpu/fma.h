@@ -33,6 +33,29 @@ HYLORA_INLINE Row tile_row(const float* sums) {
   return row;
 }
 
+// Number k of up to 12 rows, three rows a pointer: the addresses are pointer + 0, 1 or 2 strides,
+// so five registers hold them all. (With one offset a row, the compiler reloads 12 of them every
+// k.)
+template <class A>
+struct RowPointers {
+  const char* third[4];
+  int64_t stride;
+
+  HYLORA_MEMBER RowPointers(const A* a, int64_t lda) : stride(lda * int64_t(sizeof(A))) {
+    for (int i = 0; i < 4; i++)
+      third[i] = reinterpret_cast<const char*>(a + 3 * i * lda);
+  }
+  HYLORA_MEMBER const A* at(int r) const {
+    return reinterpret_cast<const A*>(third[r / 3] + (r % 3) * stride);
+  }
+  HYLORA_MEMBER void advance(int count) {
+    for (int i = 0; i < 4; i++) {
+      third[i] += count * int64_t(sizeof(A));
+      asm("" : "+r"(third[i]));
+    }
+  }
+};
+
 // MR rows by 32 columns in registers. U > 1 keeps that many sums apart, so that few rows don't wait
 // for one another's additions.
 template <class T, int MR, int U>
@@ -46,9 +69,9 @@ HYLORA_INLINE void fma_rows(const Step<float>& step, const float* from, float* t
 #pragma GCC unroll 8
       for (int i = 0; i < P; i++)
         sum[u][r][i] = V{};
-  const float* a = step.a + r0 * step.lda;
+  RowPointers<float> a(step.a + r0 * step.lda, step.lda);
   const T* b = static_cast<const T*>(step.b);
-  const int64_t lda = step.lda, ldb = step.ldb;
+  const int64_t ldb = step.ldb;
   int64_t k = 0;
   for (; k + U <= step.k; k += U) {
 #pragma GCC unroll 4
@@ -64,12 +87,13 @@ HYLORA_INLINE void fma_rows(const Step<float>& step, const float* from, float* t
         w[i] = load(row + i * W);
 #pragma GCC unroll 12
       for (int r = 0; r < MR; r++) {
-        V broadcast = splat(a[r * lda + k + u]);
+        V broadcast = splat(a.at(r)[u]);
 #pragma GCC unroll 8
         for (int i = 0; i < P; i++)
           sum[u][r][i] = fma(broadcast, w[i], sum[u][r][i]);
       }
     }
+    a.advance(U);
   }
   for (; k < step.k; k++) {
     V w[P];
@@ -78,11 +102,12 @@ HYLORA_INLINE void fma_rows(const Step<float>& step, const float* from, float* t
       w[i] = load(b + k * ldb + i * W);
 #pragma GCC unroll 12
     for (int r = 0; r < MR; r++) {
-      V broadcast = splat(a[r * lda + k]);
+      V broadcast = splat(*a.at(r));
 #pragma GCC unroll 8
       for (int i = 0; i < P; i++)
         sum[0][r][i] = fma(broadcast, w[i], sum[0][r][i]);
     }
+    a.advance(1);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < MR; r++)
@@ -110,9 +135,9 @@ HYLORA_INLINE void fma_rows_paired(const Step<float>& step, const float* from, f
 #pragma GCC unroll 8
       for (int i = 0; i < P; i++)
         sum[u][r][i] = V{};
-  const float* a = step.a + r0 * step.lda;
+  RowPointers<float> a(step.a + r0 * step.lda, step.lda);
   const bf16* b = static_cast<const bf16*>(step.b);
-  const int64_t lda = step.lda, pairs = ceil_div(step.k, 2);
+  const int64_t pairs = ceil_div(step.k, 2);
   for (int64_t pair = 0; pair < pairs; pair++) {
     const bf16* line = b + (pair >> 4) * 1024 + (pair & 15) * 32;
     if (prefetch) {
@@ -129,7 +154,7 @@ HYLORA_INLINE void fma_rows_paired(const Step<float>& step, const float* from, f
     }
 #pragma GCC unroll 12
     for (int r = 0; r < MR; r++) {
-      V first = splat(a[r * lda + 2 * pair]), second = splat(a[r * lda + 2 * pair + 1]);
+      V first = splat(a.at(r)[0]), second = splat(a.at(r)[1]);
 #pragma GCC unroll 8
       for (int i = 0; i < P; i++)
         sum[0][r][i] = fma(first, even[i], sum[0][r][i]);
@@ -137,6 +162,7 @@ HYLORA_INLINE void fma_rows_paired(const Step<float>& step, const float* from, f
       for (int i = 0; i < P; i++)
         sum[U - 1][r][i] = fma(second, odd[i], sum[U - 1][r][i]);
     }
+    a.advance(2);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < MR; r++)

@@ -30,9 +30,9 @@ struct Paired {
         for (int i = 0; i < 2; i++)
           sum[u][r][i] = from && u == 0 ? load(from + tile_at(r0 + r, i)) : V{};
     for (int s = 0; s < count; s++) {
-      const bf16* a = steps[s].a + r0 * steps[s].lda;
+      RowPointers<bf16> a(steps[s].a + r0 * steps[s].lda, steps[s].lda);
       const bf16* b = static_cast<const bf16*>(steps[s].b);
-      const int64_t lda = steps[s].lda, pairs = round_up(ceil_div(steps[s].k, 2), U);
+      const int64_t pairs = round_up(ceil_div(steps[s].k, 2), U);
       for (int64_t pair = 0; pair < pairs; pair += U) {
 #pragma GCC unroll 2
         for (int u = 0; u < U; u++) {
@@ -44,12 +44,13 @@ struct Paired {
 #pragma GCC unroll 12
           for (int r = 0; r < MR; r++) {
             int32_t two;
-            __builtin_memcpy(&two, a + r * lda + 2 * (pair + u), 4);
+            __builtin_memcpy(&two, a.at(r) + 2 * u, 4);
             const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
             sum[u][r][0] = _mm512_dpbf16_ps(sum[u][r][0], both, left);
             sum[u][r][1] = _mm512_dpbf16_ps(sum[u][r][1], both, right);
           }
         }
+        a.advance(2 * U);
       }
     }
 #pragma GCC unroll 12
