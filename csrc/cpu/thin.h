@@ -52,6 +52,10 @@ void thin_with(const Thin& t, int64_t col0, int64_t col1) {
   for (int64_t m0 = 0; m0 == 0 || m0 < t.M; m0 += kThinRows) {
     const int64_t rows = t.M - m0 < kThinRows ? t.M - m0 : kThinRows;
     turn_rows<A, T>(t, m0, rows, lda, a);
+    // In the order they lie, which memory is fast at; the panels below jump from row to row.
+    for (int64_t m = m0; m < m0 + rows; m++)
+      for (int64_t column = col0; column < col1; column += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(static_cast<const T*>(t.b) + m * t.ldb + column, 0, 2);
     for (int64_t p = 0; p < panels; p++) {
       const int64_t column = col0 + p * 32, width = t.n - column;
       pack_panel(static_cast<const T*>(t.b) + m0 * t.ldb + column, width, rows, 1, t.ldb, panel);
