@@ -279,8 +279,8 @@ def test_the_library_shows_nothing_and_needs_only_torch(library):
 
 def test_the_library_holds_no_path_of_the_machine_it_was_made_on(library):
     content = library.read_bytes()
-    assert not re.search(rb"/site-packages/|/home/|/root/", content)
-    assert str(ROOT).encode() not in content
+    places = (str(ROOT), str(Path.home()), sys.prefix, sys.base_prefix, "/site-packages/")
+    assert [place for place in places if place.encode() in content] == []
 
 
 @pytest.mark.parametrize("name", ["cpu/scalar", *(f"cpu/{level}" for level in LEVELS)])
