@@ -64,6 +64,7 @@ template <int Planes, bool Few = false>
 struct Amx {
   using A = bf16;
   static constexpr int kPlanes = Planes;
+  static constexpr int kWide = 1;
   static constexpr bool kTiles = true;
   // 32 rows of 18 blocks are 36 KB of L1; more k a pass means fewer partial sums spilled. Three
   // limb planes of 8 blocks of a panel are 48 KB.
@@ -77,7 +78,7 @@ struct Amx {
 
   template <class Interleave>
   HYLORA_MEMBER void tile(const Step<bf16>* steps, int count, const float* from, float* to, int,
-                          int columns, bool cold, Interleave&& step) {
+                          int64_t columns, bool cold, Interleave&& step) {
     if constexpr (Few) return tile_few(steps, count, to, columns, step);
     if (from) {
       _tile_loadd(0, from, 64);
@@ -170,7 +171,7 @@ struct Amx {
   // Up to 16 rows: the panels pass through once and memory is the limit, so they are fetched 4 KB
   // ahead. The two halves of the sum are added when the tile is read.
   template <class Interleave>
-  HYLORA_MEMBER void tile_few(const Step<bf16>* steps, int count, float* to, int columns,
+  HYLORA_MEMBER void tile_few(const Step<bf16>* steps, int count, float* to, int64_t columns,
                               Interleave&& step) {
     _tile_zero(0);
     _tile_zero(1);

@@ -16,6 +16,7 @@ struct Block {
   using A = typename K::A;
   using Type = T;
   static constexpr bool kTiles = K::kTiles;
+  static constexpr int kWide = K::kWide;
   static constexpr bool kRowsStay = K::kTiles && K::kPlanes == 1;  // in L1; else panels do
   static constexpr bool kTilePanels = __is_same(T, bf16);          // else [k][32]
   static constexpr bool kSplit = K::kPlanes > 1;                   // rows and panels as bf16 limbs
@@ -45,7 +46,7 @@ struct Block {
     const bool exact_k = !kTilePanels || d.K % 32 == 0;
     const bool half_tile = K::kTiles && rows > 16 && rows < 32;
     // Rows a multiple of 4096 bytes apart fall into one set of L1.
-    const bool far_rows = K::kTiles && rows > 4 && d.ldx * int64_t(sizeof(A)) % 4096 == 0;
+    const bool far_rows = rows > 4 && d.ldx * int64_t(sizeof(A)) % 4096 == 0;
     straight = __is_same(A, T) && !kSplit && exact_k && !half_tile && !far_rows && !d.sorts_input;
     whole_x = !straight && (shared || d.sorts_input || !has_middle);
     chunk = shared ? int64_t(1) << 40 : K::kChunk;
@@ -87,7 +88,7 @@ struct Block {
     if (!shared) {
       const int64_t longest = ceil_div(d.first.k > d.first_tail.k ? d.first.k : d.first_tail.k, 32);
       const int64_t first = longest > chunk ? first_panels(d) * row_tiles() : 0;
-      const int64_t second = kRowsStay ? panels_in_l2(1) : row_tiles();
+      const int64_t second = kRowsStay ? panels_in_l2(1) : K::kWide * row_tiles();
       partial = reinterpret_cast<float*>(take((first > second ? first : second) * 4096));
       window = reinterpret_cast<T*>(take(weaves ? padded * 64 * int64_t(sizeof(T)) : 0));
       row_most = reinterpret_cast<float*>(take(kSplit ? padded * 4 : 0));
@@ -256,13 +257,19 @@ struct Block {
     if constexpr (kSplit) {
       K::split_panel(reinterpret_cast<const T*>(panel_at(panels, panel, block)), width, limbs,
                      split_plane());
-      steps[0] = {a, lda, limbs, 32, width, plane, split_plane()};
+      steps[0] = {a, lda, limbs, width, plane, split_plane()};
     } else {
-      steps[0] = {a, lda, panel_at(panels, panel, block), 32, width, 0, 0};
+      steps[0] = {a, lda, panel_at(panels, panel, block), width, 0, panels.k * 32};
     }
     return 1;
   }
 };
+
+// How many panels a tile takes from p on, `end` not among them.
+template <class B>
+int64_t panels_a_tile(int64_t p, int64_t end) {
+  return end - p < B::kWide ? 1 : B::kWide;
+}
 
 }  // namespace
 }  // namespace hylora

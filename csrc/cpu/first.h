@@ -97,7 +97,7 @@ void first_product(B& b, int64_t begin, int64_t end) {
   Pipeline<MiddleTask<B>> pipe;
   bool cold = true;  // nobody has fetched the panels
 
-  auto one = [&](int64_t c, int64_t p, int64_t tile_begin, int64_t tile_end) {
+  auto one = [&](int64_t c, int64_t p, int64_t wide, int64_t tile_begin, int64_t tile_end) {
     const bool base = p < b.r32;
     const Panels& panels = base ? d.first : d.first_tail;
     const int64_t panel = base ? p : p - b.r32;
@@ -113,14 +113,19 @@ void first_product(B& b, int64_t begin, int64_t end) {
     const int count = b.steps_of(steps, a, lda, b.x_plane, panels, panel, block, width, b.split);
     MiddleTask<B> task(b, p);
     for (int64_t t = tile_begin; t < tile_end; t++) {
-      float* sums = b.partial + (chunks > 1 ? p * tiles + t : 0) * 1024;
+      float* sums = b.partial + (chunks > 1 ? p * tiles + t * wide : 0) * 1024;
+      float* to = last ? pipe.template free_tile<B>() : sums;
       Step<A> here[1];
       const int64_t row = copies && B::kRowsStay ? 0 : b.row_of(t);
       for (int s = 0; s < count; s++)
         here[s] = steps[s], here[s].a += row * lda;
-      pipe.multiply(b, here, count, c ? sums : nullptr, last ? pipe.free_tile() : sums,
-                    int(b.rows_of(t)), panels.n - panel * 32, t == 0 && cold);
-      if (last) pipe.push(task.at(b, t * 32), int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
+      pipe.multiply(b, here, count, c ? sums : nullptr, to, int(b.rows_of(t)),
+                    wide == 1 ? panels.n - panel * 32 : 64, t == 0 && cold);
+      if (!last) continue;
+      pipe.push(task.at(b, t * 32), to, int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
+      if (wide == 1) continue;
+      pipe.finish(b);
+      pipe.push(MiddleTask<B>(b, p + 1).at(b, t * 32), to + 1024, 0, int(b.rows_of(t)));
     }
   };
 
@@ -144,14 +149,16 @@ void first_product(B& b, int64_t begin, int64_t end) {
             pipe.rows_ahead =
                 Fetch(b.x_row(b.row_of(t + 1)) + from, 32, (to - from) * 2, d.ldx * 2, steps);
           for (int64_t p = p0; p < p1; p++)
-            one(c, p, t, t + 1);
+            one(c, p, 1, t, t + 1);
         }
         cold = false;
       }
     } else {
       if (copies) b.copy_columns(0, b.rows, from, to);
-      for (int64_t p = begin; p < end; p++)
-        one(c, p, 0, tiles);
+      for (int64_t p = begin, wide; p < end; p += wide) {
+        wide = panels_a_tile<B>(p, p < b.r32 && b.r32 < end ? b.r32 : end);
+        one(c, p, wide, 0, tiles);
+      }
     }
   }
   pipe.finish(b);

@@ -9,6 +9,7 @@ namespace {
 struct Paired {
   using A = bf16;
   static constexpr int kPlanes = 1;
+  static constexpr int kWide = 1;
   static constexpr bool kTiles = false;
   static constexpr int64_t kChunk = 16;
   static constexpr int64_t kRows = 192;
@@ -30,7 +31,7 @@ struct Paired {
         for (int i = 0; i < 2; i++)
           sum[u][r][i] = from && u == 0 ? load(from + tile_at(r0 + r, i)) : V{};
     for (int s = 0; s < count; s++) {
-      RowPointers<bf16> a(steps[s].a + r0 * steps[s].lda, steps[s].lda);
+      RowPointers<bf16, MR> a(steps[s].a + r0 * steps[s].lda, steps[s].lda);
       const bf16* b = static_cast<const bf16*>(steps[s].b);
       const int64_t pairs = round_up(ceil_div(steps[s].k, 2), U);
       for (int64_t pair = 0; pair < pairs; pair += U) {
@@ -60,8 +61,8 @@ struct Paired {
   }
 
   template <class Interleave>
-  void tile(const Step<bf16>* steps, int count, const float* from, float* to, int rows, int, bool,
-            Interleave&& step) {
+  void tile(const Step<bf16>* steps, int count, const float* from, float* to, int rows, int64_t,
+            bool, Interleave&& step) {
     step();
     int r = 0;
     for (; rows - r >= 12 && rows - r != 16; r += 12)

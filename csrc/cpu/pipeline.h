@@ -4,8 +4,6 @@
 #pragma once
 #include "fma.h"
 
-#define HYLORA_LAMBDA __attribute__((always_inline))
-
 namespace hylora {
 namespace {
 
@@ -34,19 +32,23 @@ struct Fetch {
 // the next tiles in time (55 instructions a row instead of 15: half the speed).
 template <class Task>
 struct Pipeline {
-  alignas(64) float tiles[2][1024];
+  alignas(64) float tiles[2][1024];  // side by side, for a tile of two panels takes both
   int current = 0, row = 0, left = 0;
   const float* sums = nullptr;
   Task task;
   Fetch rows_ahead, panels_ahead;
 
-  float* free_tile() { return tiles[current]; }
+  // Where rows may still wait only if they are finished on the way; else both tiles are free.
+  template <class B>
+  float* free_tile() {
+    return tiles[B::kTiles ? current : 0];
+  }
 
-  // The tile just filled: its rows [begin, end) are for `next` to finish.
-  void push(const Task& next, int begin, int end) {
+  // A tile just filled: its rows [begin, end) are for `next` to finish.
+  void push(const Task& next, const float* tile, int begin, int end) {
     task = next;
     row = begin, left = end - begin;
-    sums = tiles[current] + (begin >> 4) * 512 + (begin & 15) * 16;
+    sums = tile + (begin >> 4) * 512 + (begin & 15) * 16;
     current ^= 1;
   }
 
@@ -67,8 +69,8 @@ struct Pipeline {
     finish(block, 32);
   }
 
-  // One tile of sums, the waiting rows finished on the way; of its 32 columns, from `columns` on
-  // they are anything. `cold`: the panel isn't in L2 yet.
+  // One tile of sums, the waiting rows finished on the way; of its 32 or 64 columns, from `columns`
+  // on they are anything. `cold`: the panel isn't in L2 yet.
   template <class B>
   HYLORA_MEMBER void multiply(B& block, const Step<typename B::A>* steps, int count,
                               const float* from, float* to, int rows, int64_t columns, bool cold) {
@@ -77,7 +79,7 @@ struct Pipeline {
       blocks += ceil_div(steps[s].k, 32);
     const int share = B::kTiles && blocks ? int(ceil_div(32, blocks)) : 32;
     if (!blocks) finish(block);
-    block.k.tile(steps, count, from, to, rows, int(columns), cold, [&]() HYLORA_LAMBDA {
+    block.k.tile(steps, count, from, to, rows, columns, cold, [&]() HYLORA_LAMBDA {
       if constexpr (B::kRowsStay) {
         rows_ahead.step();
         panels_ahead.step();

@@ -118,7 +118,8 @@ void output_product(B& b, int64_t begin, int64_t end) {
   Pipeline<Task> pipe;
   bool cold = true;  // nobody has fetched the panels
 
-  auto one = [&](int64_t q, int64_t c, int64_t tile_begin, int64_t tile_end, float* partial) {
+  auto one = [&](int64_t q, int64_t wide, int64_t c, int64_t tile_begin, int64_t tile_end,
+                 float* partial) {
     const bool last = c + 1 == chunks;
     const int64_t left = d.second.k - c * even * 32, width = left < even * 32 ? left : even * 32;
     Step<A> steps[2];
@@ -130,16 +131,22 @@ void output_product(B& b, int64_t begin, int64_t end) {
       count += b.steps_of(steps + count, a + 32 * b.r32, lda, plane, d.second_tail, tail_panel, 0,
                           d.second_tail.k, b.split_tail());
     }
-    Task task;
+    Task task, right;
     if (last) task = Task(b, q, q >= begin, b.shared ? few_window : b.window);
+    if (last && wide == 2) right = Task(b, q + 1, true, b.shared ? few_window : b.window);
     for (int64_t t = tile_begin; t < tile_end; t++) {
-      float* sums = partial + (t - tile_begin) * 1024;
+      float* sums = partial + (t - tile_begin) * wide * 1024;
+      float* to = last ? pipe.template free_tile<B>() : sums;
       Step<A> here[2];
       for (int s = 0; s < count; s++)
         here[s] = steps[s], here[s].a += b.row_of(t) * lda;
-      pipe.multiply(b, here, count, c ? sums : nullptr, last ? pipe.free_tile() : sums,
-                    int(b.rows_of(t)), d.second.n - q * 32, t == 0 && cold);
-      if (last) pipe.push(task.at(b, t * 32), int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
+      pipe.multiply(b, here, count, c ? sums : nullptr, to, int(b.rows_of(t)),
+                    wide == 1 ? d.second.n - q * 32 : 64, t == 0 && cold);
+      if (!last) continue;
+      pipe.push(task.at(b, t * 32), to, int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
+      if (wide == 1) continue;
+      pipe.finish(b);
+      pipe.push(right.at(b, t * 32), to + 1024, 0, int(b.rows_of(t)));
     }
   };
 
@@ -154,14 +161,16 @@ void output_product(B& b, int64_t begin, int64_t end) {
       for (int64_t t = 0; t < tiles; t++)
         for (int64_t c = 0; c < chunks; c++)
           for (int64_t q = q0; q < q1; q++)
-            one(q, c, t, t + 1, b.partial + (q - q0) * 1024);
+            one(q, 1, c, t, t + 1, b.partial + (q - q0) * 1024);
       cold = false;
     }
   } else {
     // A thread that starts in the middle needs the panel of others before its first.
-    for (int64_t q = begin - (b.weaves && begin > 0); q < end; q++)
+    for (int64_t q = begin - (b.weaves && begin > 0), wide; q < end; q += wide) {
+      wide = q < begin ? 1 : panels_a_tile<B>(q, end);
       for (int64_t c = 0; c < chunks; c++)
-        one(q, c, 0, tiles, b.partial);
+        one(q, wide, c, 0, tiles, b.partial);
+    }
   }
   pipe.finish(b);
   b.k.end();
@@ -208,8 +217,9 @@ void pivot_outputs(B& b) {
         Step<A> here[1];
         for (int s = 0; s < count; s++)
           here[s] = steps[s], here[s].a += row * b.ld_middle;
-        pipe.multiply(b, here, count, nullptr, pipe.free_tile(), int(b.rows_of(t)), 32, false);
-        pipe.push({b.pivots_row(row) + p * 32, b.middle + row * b.ld_middle + p * 32}, 0,
+        float* to = pipe.template free_tile<B>();
+        pipe.multiply(b, here, count, nullptr, to, int(b.rows_of(t)), 32, false);
+        pipe.push({b.pivots_row(row) + p * 32, b.middle + row * b.ld_middle + p * 32}, to, 0,
                   int(b.rows_of(t)));
       }
     }

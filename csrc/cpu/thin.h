@@ -63,7 +63,7 @@ void thin_with(const Thin& t, int64_t col0, int64_t col1) {
       for (int64_t g = 0; g < groups; g++) {
         float* tile = sums + (p * groups + g) * 1024;
         const int64_t left = count - g * 32;
-        const Step<A> step = {a + g * 32 * lda, lda, panel, 32, rows, 0, 0};
+        const Step<A> step = {a + g * 32 * lda, lda, panel, rows};
         k.tile(&step, 1, m0 ? tile : nullptr, tile, int(left < 32 ? left : 32), 32, false, [] {});
       }
     }

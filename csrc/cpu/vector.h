@@ -10,6 +10,7 @@
 
 #define HYLORA_INLINE static inline __attribute__((always_inline))
 #define HYLORA_MEMBER inline __attribute__((always_inline))
+#define HYLORA_APART static __attribute__((noinline))
 
 namespace hylora {
 namespace {
