@@ -8,7 +8,7 @@ namespace {
 
 // The part of L2 (1 to 2 MB) for a group of panels. The next group is fetched while this one is
 // worked on, and rows and partial sums need the rest.
-constexpr int64_t kPanelsInL2 = 384 << 10;
+constexpr int64_t kPanelsInL2 = 576 << 10;
 
 // K: how to multiply (Fma, Paired, Amx); T: the tensors' type; A: what rows are kept as.
 template <class K, class T>
@@ -145,6 +145,10 @@ struct Block {
   static int64_t panels_in_l2(int64_t blocks) {
     const int64_t panels = kPanelsInL2 / (2048 * (blocks > 4 ? blocks : 4));
     return panels > 1 ? panels : 1;
+  }
+  // `count` panels in even groups that fit: every group reads the rows again.
+  static int64_t panels_a_group(int64_t count, int64_t blocks) {
+    return count ? ceil_div(count, ceil_div(count, panels_in_l2(blocks))) : 1;
   }
 
   // `width` numbers, zero padded to 32.

@@ -130,7 +130,7 @@ void first_product(B& b, int64_t begin, int64_t end) {
   };
 
   b.k.begin(int(b.rows));
-  const int64_t group = b.panels_in_l2(even);
+  const int64_t group = b.panels_a_group(end - begin, even);
   for (int64_t c = 0; c < chunks; c++) {
     const int64_t from = c * even * 32, to = from + even * 32 < d.K ? from + even * 32 : d.K;
     if (B::kRowsStay && !b.shared) {

@@ -152,7 +152,7 @@ void output_product(B& b, int64_t begin, int64_t end) {
 
   b.k.begin(int(b.rows));
   if (B::kRowsStay && !b.shared) {
-    const int64_t group = b.panels_in_l2(blocks + tail_blocks);
+    const int64_t group = b.panels_a_group(end - begin, blocks + tail_blocks);
     for (int64_t q0 = begin; q0 < end; q0 += group) {
       const int64_t q1 = q0 + group < end ? q0 + group : end;
       const int64_t next = end - q1 < group ? end - q1 : group;
