@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 
+from hylora_kernels.backends.cpu import panels
+
 # cuBLAS warns in deterministic mode without it; it has to be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -52,12 +54,14 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True)
-def _seeded_and_poisoned():
+def _seeded_and_poisoned(monkeypatch):
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Deterministic mode leaves many rows of float32 to multiply-adds; limbs need the tests more.
+    monkeypatch.setattr(panels, "six_products_serve", lambda: True)
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_opcheck(lora_rank, form, dtype):
         inputs = make_inputs(Case(M=M, lead_dims=lead_dims, lora_rank=lora_rank, form=form), dtype)
         packed = packed_of(inputs)
         op = getattr(torch.ops.hylora, f"cpu_{packed.call}").default
-        args = (inputs.x, *packed.args, packed.products)
+        args = (inputs.x, *packed.args, packed.products or 0)
         torch.library.opcheck(op, args, test_utils=tests if M == 17 else tests[:2])
 
 

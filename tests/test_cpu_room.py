@@ -3,6 +3,7 @@ under torch's tools. That it computes the formula is shown by test_ops.py, for e
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import threading
@@ -120,9 +121,16 @@ def test_exported_code_is_for_any_M():
 # ---------------------------------------------------------------------------------------- numbers
 
 
+@pytest.fixture(params=[6, 0], ids=["limbs", "multiply-adds"])
+def _float32_by(request, monkeypatch):
+    """What many rows of float32 are multiplied by: else a measurement's choice."""
+    monkeypatch.setattr(panels, "six_products_serve", lambda: request.param == 6)
+
+
 @every_dtype
 @pytest.mark.parametrize("form", ["pair", "pivoted"])
 @pytest.mark.parametrize("M", [1, 300])
+@pytest.mark.usefixtures("_float32_by")
 def test_sizes_of_a_real_layer(M, form, dtype):
     inputs = make_inputs(Case(M=M, sizes=(576, 1536, 208), lora_rank=16, form=form), dtype)
     with use_backend("cpu"):
@@ -160,6 +168,7 @@ def test_a_gradient_of_one_number():
 
 
 @every_form
+@pytest.mark.usefixtures("_float32_by")
 def test_float32_precision_follows_torch(form):
     inputs = make_inputs(Case(M=300, sizes=(256, 320, 128), form=form), torch.float32)
     truth = reference.forward(*inputs.map(Tensor.double))[0]
@@ -177,6 +186,7 @@ def test_float32_precision_follows_torch(form):
 @pytest.mark.parametrize("size", [2.0**-100, 2.0**100, float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("name", ["SVh", "U", "A", "B", "x"])
 @pytest.mark.parametrize("M", [3, 300])
+@pytest.mark.usefixtures("_float32_by")
 def test_float32_beyond_what_limbs_hold(M, name, size):
     """Weights as large and small as float32 goes; NaN and infinity come out where they do else."""
     inputs = make_inputs(Case(M=M, sizes=(64, 96, 32), form="pair"), torch.float32)
@@ -192,6 +202,25 @@ def test_float32_beyond_what_limbs_hold(M, name, size):
         error = (got[key] - expected).abs()[finite]
         # What is added up for this very number, not for the largest one.
         assert (error <= 1e-5 * sizes[key][finite]).all(), key
+
+
+def test_a_measurement_chooses_between_limbs_and_multiply_adds(monkeypatch):
+    """One a process; none where torch is to be deterministic, and none of the caller's numbers."""
+    monkeypatch.undo()
+    measured = []
+    monkeypatch.setattr(panels, "six_products_are_faster", lambda: measured.append(1) or True)
+    products = functools.partial(panels.products_for, torch.float32, True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert products() == 0 and not measured
+    torch.use_deterministic_algorithms(False)
+    assert products() == 6 and measured == [1]
+    monkeypatch.undo()
+    random_state = torch.get_rng_state()
+    panels.six_products_are_faster.cache_clear()
+    chosen = products()
+    assert chosen in (0, 6) and products() == chosen
+    assert panels.six_products_are_faster.cache_info().misses == 1
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_what_limbs_hold(monkeypatch):

@@ -16,6 +16,7 @@ from hylora_kernels.backends.cpu.panels import (
     order_of,
     out_features_of,
     pack_matrix,
+    products_for,
 )
 
 
@@ -27,14 +28,14 @@ class Packed:
     args:     what follows x in the op's call, up to `products`. For "joined" that is the
               whole layer as one tensor, the bias, and N: a call with two tensors costs 3.7 us, one
               with six 8.6.
-    products: as the ops take it; 6 where the float32 precision in force at the call decides.
+    products: as the ops take it; None where float32's settings at the call decide.
     """
 
     room: ClassVar[str] = "cpu"
 
     call: str
     args: tuple
-    products: int
+    products: int | None
     dtype: torch.dtype
     shape: tuple[int]  # what x.shape[-1:] must be
     out_features: int
@@ -84,11 +85,11 @@ def pack(SVh, U, A, B, bias, alpha, pivots) -> Packed | None:
         layer = op("join")(*panels, table, K, rank, lora_rank, out_features, alpha)
         args = (layer, plain_bias, out_features)
     in_range = in_range_of(SVh.dtype, *((matrix, 1) for matrix in matrices))
-    products = {torch.float16: 3, torch.float32: 6 if in_range else 0}.get(SVh.dtype, 0)
+    products = products_for(SVh.dtype, in_range)
     return Packed(
         call=call,
         args=args,
-        products=products,
+        products=None if SVh.dtype == torch.float32 and in_range else products,
         dtype=SVh.dtype,
         shape=(K,),
         out_features=out_features,
@@ -115,8 +116,8 @@ def _layout(SVh, U, lora_rank, pivots) -> str:
 def forward_packed(x: Tensor, packed: Packed) -> Tensor:
     """x [..., K] of packed.dtype -> y [..., N]. What a decoded token waits for: keep it short."""
     products = packed.products
-    if products == 6 and not _full_precision():
-        products = 3
+    if products is None:
+        products = _float32_products()
     if packed.call == "joined":
         return torch.ops.hylora.cpu_joined.default(x, *packed.args, products)
     if packed.call == "linear":
@@ -130,9 +131,9 @@ def forward_packed(x: Tensor, packed: Packed) -> Tensor:
     return F.linear(h, Q, bias)
 
 
-@torch.compiler.assume_constant_result  # compiled code is guarded by this setting as it is
-def _full_precision() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
+@torch.compiler.assume_constant_result  # compiled code is guarded by torch's settings as it is
+def _float32_products() -> int:
+    return products_for(torch.float32, True)
 
 
 def rows_packed(ids: Tensor, packed: Packed) -> Tensor:
