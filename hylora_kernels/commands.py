@@ -200,6 +200,7 @@ def evaluate(
     limit: Annotated[int | None, Option(help="At most so many blocks; by default all.")] = None,
     batch: Batch = 4,
     speed: Annotated[bool, Option("--speed/--no-speed", help="Measure tokens a second.")] = True,
+    optimize: Optimize = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json_path: Json = None,
@@ -209,7 +210,11 @@ def evaluate(
 
     loaded, tokenizer = _load(model, device, dtype)
     path = model if Path(model).is_dir() else None
-    report = measure(loaded, data, tokenizer, length, limit, split, batch, speed, path)
+    on_cpu = loaded.device.type == "cpu"
+    report = measure(
+        *(loaded, data, tokenizer, length, limit, split, batch, speed, path),
+        optimize=optimize and on_cpu,
+    )
     show(report.render())
     show(report_lines(loaded))
     _write(report, json_path)

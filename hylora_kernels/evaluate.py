@@ -6,6 +6,8 @@ import inspect
 import math
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,12 @@ from tqdm import tqdm
 from hylora_kernels.compression.structure import linears
 from hylora_kernels.data import token_blocks
 from hylora_kernels.devices import input_device
-from hylora_kernels.inference import PackedLinear, held_by
+from hylora_kernels.inference import (
+    PackedLinear,
+    held_by,
+    optimize_for_inference,
+    restore_from_inference,
+)
 from hylora_kernels.linear import SVDLoRALinear
 from hylora_kernels.loss import eval_mode, token_loss
 from hylora_kernels.models import tokenizer_of
@@ -80,6 +87,7 @@ class Throughput(Report):
     device: str
     dtype: str
     threads: int
+    optimized: bool
 
 
 @dataclass
@@ -114,8 +122,9 @@ class EvaluateReport(Report):
                     )
                 )
         if self.speed is not None:
-            rows.append(("prefill tokens/s", self.speed.prefill_tok_s))
-            rows.append(("decode tokens/s", self.speed.decode_tok_s))
+            how = ", optimized" if self.speed.optimized else ""
+            rows.append((f"prefill tokens/s{how}", self.speed.prefill_tok_s))
+            rows.append((f"decode tokens/s{how}", self.speed.decode_tok_s))
         return table(f"{self.data} ({self.split})", ("", "value"), rows)
 
 
@@ -130,6 +139,7 @@ def evaluate(
     speed: bool = True,
     path: str | Path | None = None,
     progress: bool = True,
+    optimize: bool = False,
 ) -> EvaluateReport:
     """Perplexity on `data`, size and, if wanted, speed.
 
@@ -137,6 +147,7 @@ def evaluate(
            LongTensor [n, L] brings its own length.
     limit: at most so many blocks.
     path:  the folder the model was loaded from or saved to, for its bytes on disk.
+    optimize: the speed is that of the model laid out by optimize_for_inference, which is undone.
     """
     if tokenizer is None and not isinstance(data, Tensor):
         tokenizer = tokenizer_of(model)
@@ -144,7 +155,7 @@ def evaluate(
     quality = perplexity(model, blocks, batch, progress)
     size, most = model_size(model, path), context_length(model)
     prompt_tokens = 128 if most is None else max(1, min(128, most - 33))
-    timed = throughput(model, prompt_tokens, new_tokens=32) if speed else None
+    timed = throughput(model, prompt_tokens, 32, optimize=optimize) if speed else None
     return EvaluateReport(name_of(data), split, quality, size, timed)
 
 
@@ -292,13 +303,17 @@ def _file_bytes(folder: Path) -> int:
 
 @torch.no_grad()
 def throughput(
-    model: nn.Module, prompt_tokens: int = 128, new_tokens: int = 32, seed: int = 0
+    model: nn.Module,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    seed: int = 0,
+    optimize: bool = False,
 ) -> Throughput:
     """Time the model on random tokens: prompts at once, then greedily token by token with a cache.
 
     Both are warmed up first; then three prompts and exactly `new_tokens` tokens are timed. Logits
-    are made for a prompt's last token only, as generate() does. Raises ValueError for sizes that
-    can't be.
+    are made for a prompt's last token only, as generate() does. With `optimize` the model is laid
+    out for it first and put back afterwards. Raises ValueError for sizes that can't be.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if value < 1:
@@ -312,7 +327,8 @@ def throughput(
         if "logits_to_keep" in inspect.signature(model.forward).parameters
         else {}
     )
-    with eval_mode(model):
+    with eval_mode(model), _optimized(model) if optimize else nullcontext():
+        optimized = bool(held_by(model))
         _timed(model, ids, None, last)
         prefills = [_timed(model, ids, None, last)[0] for _ in range(3)]
         _, token, cache = _timed(model, ids, None, last)
@@ -329,7 +345,21 @@ def throughput(
         device=str(device),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        optimized=optimized,
     )
+
+
+@contextmanager
+def _optimized(model: nn.Module) -> Iterator[None]:
+    """Optimised inside; outside as it was."""
+    already = bool(held_by(model))
+    try:
+        if not already:
+            optimize_for_inference(model)
+        yield
+    finally:
+        if not already:
+            restore_from_inference(model)
 
 
 def _timed(model, ids, cache, options) -> tuple[float, Tensor, object]:

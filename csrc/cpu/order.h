@@ -6,10 +6,11 @@
 namespace hylora {
 namespace {
 
-// Up to 32 columns of y. `others`: 64 of them, from panel ready - 1 and panel ready; `pivots`: from
-// pivot0 on, 32 readable.
+// 32 columns of y. `others`: 64 of them, from panel ready - 1 and panel ready; `pivots`: from
+// pivot0 on, 32 readable; `bias`: 32, or null.
 template <class T>
-HYLORA_INLINE void weave(const OrderPanel& panel, const T* others, const T* pivots, T* to) {
+HYLORA_INLINE void weave(const OrderPanel& panel, const T* others, const T* pivots, const T* bias,
+                         T* to) {
 #if defined(__AVX512BW__)
   const __m512i from = _mm512_loadu_si512(panel.from);
   if constexpr (sizeof(T) == 2) {
@@ -17,7 +18,9 @@ HYLORA_INLINE void weave(const OrderPanel& panel, const T* others, const T* pivo
                                                 _mm512_loadu_si512(others + 32));
     columns =
         _mm512_mask_permutexvar_epi16(columns, panel.is_pivot, from, _mm512_loadu_si512(pivots));
-    _mm512_storeu_si512(to, columns);
+    if (!bias) return _mm512_storeu_si512(to, columns);
+    store_row(to, Row{widen(_mm512_castsi512_si256(columns), T()) + load(bias),
+                      widen(_mm512_extracti64x4_epi64(columns, 1), T()) + load(bias + 16)});
   } else {
     for (int half = 0; half < 2; half++) {
       const __m512i at = _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(from, 1)
@@ -28,12 +31,18 @@ HYLORA_INLINE void weave(const OrderPanel& panel, const T* others, const T* pivo
         return _mm512_permutex2var_ps(_mm512_loadu_ps(p), at, _mm512_loadu_ps(p + 16));
       };
       __m512 columns = _mm512_mask_blend_ps(later, pick(others), pick(others + 32));
-      _mm512_storeu_ps(to + 16 * half, _mm512_mask_blend_ps(is_pivot, columns, pick(pivots)));
+      columns = _mm512_mask_blend_ps(is_pivot, columns, pick(pivots));
+      store(to + 16 * half, bias ? (V)columns + load(bias + 16 * half) : (V)columns);
     }
   }
 #else
   for (int c = 0; c < 32; c++)
     to[c] = panel.is_pivot >> c & 1 ? pivots[panel.from[c]] : others[panel.from[c]];
+  if (!bias) return;
+  Row row = load_row(to), added = load_row(bias);
+  for (int i = 0; i < P; i++)
+    row.v[i] += added.v[i];
+  store_row(to, row);
 #endif
 }
 

@@ -46,18 +46,28 @@ struct PairTask {
   }
 };
 
+// The same of a last panel that isn't whole.
 template <class T>
-static __attribute__((noinline)) void write_woven(const Dual& d, int64_t p, const T* others,
-                                                  const T* pivots, T* y) {
-  const OrderPanel& panel = d.order.panels[p];
-  const int64_t left = d.N - p * 32;
-  const int count = int(left < 32 ? left : 32);
-  T woven[32];
-  weave(panel, others, pivots + panel.pivot0, woven);
-  Row value = load_row(woven), bias = bias_row<T>(d.bias, p * 32, count);
-  for (int i = 0; i < P; i++)
-    value.v[i] += bias.v[i];
-  store_row(y + p * 32, value, count);
+HYLORA_APART void weave_ragged(const Dual& d, int64_t p, const T* others, const T* pivots, T* y) {
+  const int count = int(d.N - p * 32);
+  T woven[32], bias[32] = {};
+  for (int i = 0; d.bias && i < count; i++)
+    bias[i] = static_cast<const T*>(d.bias)[p * 32 + i];
+  weave(d.order.panels[p], others, pivots + d.order.panels[p].pivot0, bias, woven);
+  for (int i = 0; i < count; i++)
+    y[p * 32 + i] = woven[i];
+}
+
+// Panels [begin, end) of one row of y.
+template <class T>
+HYLORA_INLINE void weave_panels(const Dual& d, int32_t begin, int32_t end, const T* others,
+                                const T* pivots, T* y) {
+  const OrderPanel* panels = d.order.panels;
+  const T* bias = static_cast<const T*>(d.bias);
+  const int32_t whole = end * 32 <= d.N ? end : end - 1;
+  for (int32_t p = begin; p < whole; p++)
+    weave(panels[p], others, pivots + panels[p].pivot0, bias ? bias + p * 32 : nullptr, y + p * 32);
+  if (whole < end && begin < end) weave_ragged(d, end - 1, others, pivots, y);
 }
 
 // The rows of one tile of others, and the panels of y that are ready with them: woven out of the
@@ -67,18 +77,14 @@ struct WeaveTask {
   using T = typename B::Type;
   T *y, *others;
   const T* pivots;
-  const OrderPanel* ready;
   int32_t ready_begin, ready_end;
-  bool bare;  // whole panels without a bias
   T* window;
 
   WeaveTask() = default;
   WeaveTask(const B& b, int64_t panel, bool writes, T* window) : window(window) {
     const Order& order = b.d.order;
-    ready = order.panels;
     ready_begin = order.first_ready[panel];
     ready_end = writes ? order.first_ready[panel + 1] : ready_begin;
-    bare = !b.d.bias && ready_end * 32 <= b.d.N;
   }
   WeaveTask& at(const B& b, int64_t row) {
     y = static_cast<T*>(b.d.y) + (b.m0 + row) * b.d.N;
@@ -90,12 +96,7 @@ struct WeaveTask {
   HYLORA_MEMBER void row(B& b, const float* sums) {
     store_row(others + 32, b.k.row(sums));
     if constexpr (B::kRowsStay) __builtin_prefetch(y + ready_end * 32, 1, 3);
-    if (bare)
-      for (int32_t p = ready_begin; p < ready_end; p++)
-        weave(ready[p], others, pivots + ready[p].pivot0, y + p * 32);
-    else
-      for (int32_t p = ready_begin; p < ready_end; p++)
-        write_woven(b.d, p, others, pivots, y);
+    weave_panels(b.d, ready_begin, ready_end, others, pivots, y);
     copy_row_of(others, others + 32);
     y += b.d.N, pivots += b.ld_pivots, others += 64;
   }
@@ -230,8 +231,8 @@ void pivot_outputs(B& b) {
   // Rank N: every output is a pivot.
   const T none[64] = {};
   for (int64_t r = 0; r < b.rows; r++)
-    for (int64_t p = 0; p < ceil_div(d.N, 32); p++)
-      write_woven(d, p, none, b.pivots_row(r), static_cast<T*>(d.y) + (b.m0 + r) * d.N);
+    weave_panels(d, 0, int32_t(ceil_div(d.N, 32)), none, b.pivots_row(r),
+                 static_cast<T*>(d.y) + (b.m0 + r) * d.N);
 }
 
 }  // namespace

@@ -61,10 +61,17 @@ HYLORA_INLINE V fma(V a, V b, V c) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// 16 numbers in half a register.
+HYLORA_INLINE V widen(__m256i h, bf16) {
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+HYLORA_INLINE V widen(__m256i h, fp16) { return _mm512_cvtph_ps(h); }
+#endif
+
 HYLORA_INLINE V load(const bf16* p) {
 #if defined(__AVX512F__)
-  __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), bf16());
 #else
   VH h = *reinterpret_cast<const VHu*>(p);
   return bits_as_float(__builtin_convertvector(h, VU) << 16);
@@ -73,7 +80,7 @@ HYLORA_INLINE V load(const bf16* p) {
 
 HYLORA_INLINE V load(const fp16* p) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), fp16());
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
