@@ -6,16 +6,16 @@
 namespace hylora {
 namespace {
 
-// 32 columns of y. `others`: 64 of them, from panel ready - 1 and panel ready; `pivots`: from
+// 32 columns of y. `before`, `others`: 32 each, of panel ready - 1 and panel ready; `pivots`: from
 // pivot0 on, 32 readable; `bias`: 32, or null.
 template <class T>
-HYLORA_INLINE void weave(const OrderPanel& panel, const T* others, const T* pivots, const T* bias,
-                         T* to) {
+HYLORA_INLINE void weave(const OrderPanel& panel, const T* before, const T* others, const T* pivots,
+                         const T* bias, T* to) {
 #if defined(__AVX512BW__)
   const __m512i from = _mm512_loadu_si512(panel.from);
   if constexpr (sizeof(T) == 2) {
-    __m512i columns = _mm512_permutex2var_epi16(_mm512_loadu_si512(others), from,
-                                                _mm512_loadu_si512(others + 32));
+    __m512i columns =
+        _mm512_permutex2var_epi16(_mm512_loadu_si512(before), from, _mm512_loadu_si512(others));
     columns =
         _mm512_mask_permutexvar_epi16(columns, panel.is_pivot, from, _mm512_loadu_si512(pivots));
     if (!bias) return _mm512_storeu_si512(to, columns);
@@ -30,14 +30,16 @@ HYLORA_INLINE void weave(const OrderPanel& panel, const T* others, const T* pivo
       auto pick = [&](const T* p) __attribute__((always_inline)) {
         return _mm512_permutex2var_ps(_mm512_loadu_ps(p), at, _mm512_loadu_ps(p + 16));
       };
-      __m512 columns = _mm512_mask_blend_ps(later, pick(others), pick(others + 32));
+      __m512 columns = _mm512_mask_blend_ps(later, pick(before), pick(others));
       columns = _mm512_mask_blend_ps(is_pivot, columns, pick(pivots));
       store(to + 16 * half, bias ? (V)columns + load(bias + 16 * half) : (V)columns);
     }
   }
 #else
-  for (int c = 0; c < 32; c++)
-    to[c] = panel.is_pivot >> c & 1 ? pivots[panel.from[c]] : others[panel.from[c]];
+  for (int c = 0; c < 32; c++) {
+    const int i = panel.from[c];
+    to[c] = panel.is_pivot >> c & 1 ? pivots[i] : i < 32 ? before[i] : others[i - 32];
+  }
   if (!bias) return;
   Row row = load_row(to), added = load_row(bias);
   for (int i = 0; i < P; i++)

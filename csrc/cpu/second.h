@@ -46,59 +46,69 @@ struct PairTask {
   }
 };
 
-// The same of a last panel that isn't whole.
+// Panels [begin, end) of a row of y: woven out of the pivots, the others of one panel and of the
+// panel before.
 template <class T>
-HYLORA_APART void weave_ragged(const Dual& d, int64_t p, const T* others, const T* pivots, T* y) {
-  const int count = int(d.N - p * 32);
-  T woven[32], bias[32] = {};
-  for (int i = 0; d.bias && i < count; i++)
-    bias[i] = static_cast<const T*>(d.bias)[p * 32 + i];
-  weave(d.order.panels[p], others, pivots + d.order.panels[p].pivot0, bias, woven);
-  for (int i = 0; i < count; i++)
-    y[p * 32 + i] = woven[i];
-}
+struct Weaver {
+  const OrderPanel* panels;
+  const T* bias;
+  int32_t begin, end;
+  int ragged;  // columns of the last panel, if it isn't whole
 
-// Panels [begin, end) of one row of y.
-template <class T>
-HYLORA_INLINE void weave_panels(const Dual& d, int32_t begin, int32_t end, const T* others,
-                                const T* pivots, T* y) {
-  const OrderPanel* panels = d.order.panels;
-  const T* bias = static_cast<const T*>(d.bias);
-  const int32_t whole = end * 32 <= d.N ? end : end - 1;
-  for (int32_t p = begin; p < whole; p++)
-    weave(panels[p], others, pivots + panels[p].pivot0, bias ? bias + p * 32 : nullptr, y + p * 32);
-  if (whole < end && begin < end) weave_ragged(d, end - 1, others, pivots, y);
-}
+  Weaver() = default;
+  Weaver(const Dual& d, int32_t begin, int32_t end)
+      : panels(d.order.panels), bias(static_cast<const T*>(d.bias)), begin(begin), end(end),
+        ragged(end > begin && end * 32 > d.N ? int(d.N % 32) : 0) {}
 
-// The rows of one tile of others, and the panels of y that are ready with them: woven out of the
-// pivots, these others and the 32 before, which `window` keeps for every row.
+  HYLORA_MEMBER void row(const T* before, const T* others, const T* pivots, T* y) const {
+    const int32_t whole = end - (ragged > 0);
+    for (int32_t p = begin; p < whole; p++)
+      weave(panels[p], before, others, pivots + panels[p].pivot0, bias ? bias + p * 32 : nullptr,
+            y + p * 32);
+    if (ragged) last(before, others, pivots, y + whole * 32);
+  }
+
+  __attribute__((noinline)) void last(const T* before, const T* others, const T* pivots,
+                                      T* y) const {
+    const OrderPanel& panel = panels[end - 1];
+    T woven[32], added[32] = {};
+    for (int i = 0; bias && i < ragged; i++)
+      added[i] = bias[(end - 1) * 32 + i];
+    weave(panel, before, others, pivots + panel.pivot0, added, woven);
+    for (int i = 0; i < ragged; i++)
+      y[i] = woven[i];
+  }
+};
+
+// The rows of one tile of others, and the panels of y that are ready with them. `window` keeps two
+// panels of others for every row, even ones on the left.
 template <class B>
 struct WeaveTask {
   using T = typename B::Type;
-  T *y, *others;
+  T *y, *others, *window;
   const T* pivots;
-  int32_t ready_begin, ready_end;
-  T* window;
+  int64_t N, ld_pivots;
+  int here;
+  Weaver<T> ready;
 
   WeaveTask() = default;
-  WeaveTask(const B& b, int64_t panel, bool writes, T* window) : window(window) {
-    const Order& order = b.d.order;
-    ready_begin = order.first_ready[panel];
-    ready_end = writes ? order.first_ready[panel + 1] : ready_begin;
+  WeaveTask(const B& b, int64_t panel, bool writes, T* window)
+      : window(window), N(b.d.N), ld_pivots(b.ld_pivots), here(panel % 2 * 32) {
+    const int32_t* first = b.d.order.first_ready + panel;
+    ready = Weaver<T>(b.d, first[0], first[writes]);
   }
   WeaveTask& at(const B& b, int64_t row) {
-    y = static_cast<T*>(b.d.y) + (b.m0 + row) * b.d.N;
+    y = static_cast<T*>(b.d.y) + (b.m0 + row) * N;
     pivots = b.pivots_row(row);
     others = window + row * 64;
     return *this;
   }
 
   HYLORA_MEMBER void row(B& b, const float* sums) {
-    store_row(others + 32, b.k.row(sums));
-    if constexpr (B::kRowsStay) __builtin_prefetch(y + ready_end * 32, 1, 3);
-    weave_panels(b.d, ready_begin, ready_end, others, pivots, y);
-    copy_row_of(others, others + 32);
-    y += b.d.N, pivots += b.ld_pivots, others += 64;
+    store_row(others + here, b.k.row(sums));
+    if constexpr (B::kRowsStay) __builtin_prefetch(y + ready.end * 32, 1, 3);
+    ready.row(others + (here ^ 32), others + here, pivots, y);
+    y += N, pivots += ld_pivots, others += 64;
   }
 };
 
@@ -229,10 +239,10 @@ void pivot_outputs(B& b) {
   }
   if (d.second.n) return;
   // Rank N: every output is a pivot.
-  const T none[64] = {};
+  const T none[32] = {};
+  const Weaver<T> all(d, 0, int32_t(ceil_div(d.N, 32)));
   for (int64_t r = 0; r < b.rows; r++)
-    weave_panels(d, 0, int32_t(ceil_div(d.N, 32)), none, b.pivots_row(r),
-                 static_cast<T*>(d.y) + (b.m0 + r) * d.N);
+    all.row(none, none, b.pivots_row(r), static_cast<T*>(d.y) + (b.m0 + r) * d.N);
 }
 
 }  // namespace
