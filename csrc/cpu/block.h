@@ -33,10 +33,11 @@ struct Block {
   int64_t chunk;                // k-blocks of 32 a pass
 
   A *x = nullptr, *middle = nullptr;
-  T *pivots = nullptr, *window = nullptr;
+  T *pivots = nullptr, *window = nullptr, *others = nullptr;
   float *partial = nullptr, *row_most = nullptr;
   bf16* split = nullptr;
-  int64_t ldx, x_plane, ld_middle, middle_plane, ld_pivots;
+  int64_t ldx, x_plane, ld_middle, middle_plane, ld_pivots, ld_others = 0;
+  int64_t group_begin = 0;  // the first of the panels that go through L2 now
   bool out_of_range = false;
 
   Block(const Dual& d, int64_t m0, int64_t rows, bool shared)
@@ -69,8 +70,8 @@ struct Block {
     };
     const int64_t padded = round_up(rows, 32);
     const int64_t x_rows = whole_x || !kRowsStay ? padded : 32;
-    const int64_t others = d.order.n - d.order.pivots;
-    const int64_t x_width = d.sorts_input ? 32 * r32 + round_up(others, 32)
+    const int64_t not_pivots = d.order.n - d.order.pivots;
+    const int64_t x_width = d.sorts_input ? 32 * r32 + round_up(not_pivots, 32)
                             : whole_x     ? round_up(d.K, 32)
                             : straight    ? 0
                                           : chunk * 32;
@@ -91,6 +92,8 @@ struct Block {
       const int64_t second = kRowsStay ? panels_in_l2(1) : K::kWide * row_tiles();
       partial = reinterpret_cast<float*>(take((first > second ? first : second) * 4096));
       window = reinterpret_cast<T*>(take(weaves ? padded * 64 * int64_t(sizeof(T)) : 0));
+      ld_others = weaves && kRowsStay ? odd_lines(32 * (panels_in_l2(1) + 1)) : 0;
+      others = reinterpret_cast<T*>(take(32 * ld_others * int64_t(sizeof(T))));
       row_most = reinterpret_cast<float*>(take(kSplit ? padded * 4 : 0));
       split = reinterpret_cast<bf16*>(take(kSplit ? 2 * K::kPlanes * split_plane() * 2 : 0));
     }

@@ -68,6 +68,18 @@ struct Weaver {
     if (ragged) last(before, others, pivots, y + whole * 32);
   }
 
+  // The same where all panels of others stand side by side, behind one that isn't there.
+  HYLORA_MEMBER void row_of_all(const T* others, const T* pivots, T* y) const {
+    const int32_t whole = end - (ragged > 0);
+    for (int32_t p = begin; p < whole; p++) {
+      const T* before = others + panels[p].ready * 32;
+      weave(panels[p], before, before + 32, pivots + panels[p].pivot0,
+            bias ? bias + p * 32 : nullptr, y + p * 32);
+    }
+    const T* before = others + panels[end - 1].ready * 32;
+    if (ragged) last(before, before + 32, pivots, y + whole * 32);
+  }
+
   __attribute__((noinline)) void last(const T* before, const T* others, const T* pivots,
                                       T* y) const {
     const OrderPanel& panel = panels[end - 1];
@@ -109,6 +121,40 @@ struct WeaveTask {
     if constexpr (B::kRowsStay) __builtin_prefetch(y + ready.end * 32, 1, 3);
     ready.row(others + (here ^ 32), others + here, pivots, y);
     y += N, pivots += ld_pivots, others += 64;
+  }
+};
+
+// The rows of one tile of others, kept until a row tile has all of a group of panels: then its rows
+// of y are woven one after the other. y is written in long runs, and no tile waits for it.
+template <class B>
+struct OthersTask {
+  using T = typename B::Type;
+  T* to;
+  int64_t panel;
+
+  OthersTask() = default;
+  OthersTask(const B&, int64_t panel, bool, T*) : panel(panel) {}
+  OthersTask& at(const B& b, int64_t) {
+    to = b.others + (panel - b.group_begin + 1) * 32;
+    return *this;
+  }
+
+  HYLORA_MEMBER void row(B& b, const float* sums) {
+    store_row(to, b.k.row(sums));
+    to += b.ld_others;
+  }
+
+  // Row tile t has the group of panels [begin, end).
+  static void tile_done(B& b, int64_t t, int64_t begin, int64_t end) {
+    const Order& order = b.d.order;
+    const Weaver<T> weaver(b.d, order.first_ready[begin], order.first_ready[end]);
+    for (int64_t row = t * 32; row < b.rows && row < t * 32 + 32; row++) {
+      T *others = b.others + (row - t * 32) * b.ld_others, *window = b.window + row * 64;
+      if (begin > 0) copy_row_of(others, window);
+      weaver.row_of_all(others - begin * 32, b.pivots_row(row),
+                        static_cast<T*>(b.d.y) + (b.m0 + row) * b.d.N);
+      copy_row_of(window, others + (end - begin) * 32);
+    }
   }
 };
 
@@ -169,10 +215,16 @@ void output_product(B& b, int64_t begin, int64_t end) {
       const int64_t next = end - q1 < group ? end - q1 : group;
       pipe.panels_ahead = Fetch(B::panel_at(d.second, q1, 0), next, blocks * 2048, blocks * 2048,
                                 (q1 - q0) * tiles * (blocks + tail_blocks));
-      for (int64_t t = 0; t < tiles; t++)
+      b.group_begin = q0;
+      for (int64_t t = 0; t < tiles; t++) {
         for (int64_t c = 0; c < chunks; c++)
           for (int64_t q = q0; q < q1; q++)
             one(q, 1, c, t, t + 1, b.partial + (q - q0) * 1024);
+        if constexpr (__is_same(Task, OthersTask<B>)) {
+          pipe.finish(b);
+          Task::tile_done(b, t, q0, q1);
+        }
+      }
       cold = false;
     }
   } else {
@@ -189,7 +241,9 @@ void output_product(B& b, int64_t begin, int64_t end) {
 
 template <class B>
 void second_product(B& b, int64_t begin, int64_t end) {
-  if (b.weaves)
+  if (b.weaves && B::kRowsStay && !b.shared)
+    output_product<OthersTask<B>>(b, begin, end);
+  else if (b.weaves)
     output_product<WeaveTask<B>>(b, begin, end);
   else
     output_product<PairTask<B>>(b, begin, end);
