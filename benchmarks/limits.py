@@ -24,13 +24,17 @@ MB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """Of `threads` threads. compute: FLOP/s by "bf16", "fp16" and "fp32"; bf16_from_l1 with both
-    operands loaded from L1, None without AMX. read: bytes/s by "L2", "L3" and "DRAM"."""
+    """Of `threads` threads. compute: FLOP/s by "bf16", "fp16" and "fp32". read: bytes/s by "L2",
+    "L3" and "DRAM". None without AMX: bf16_from_l1, FLOP/s with both operands loaded from L1;
+    bf16_median, the same of one thread at the median moment of a second, and throttled, the share
+    of moments at less than half of the best rate."""
 
     threads: int
     source: str
     compute: dict[str, float]
     bf16_from_l1: float | None
+    bf16_median: float | None
+    throttled: float | None
     read: dict[str, float]
 
     def roof_seconds(self, flops: float, bytes_moved: float, dtype: str, regime: str) -> float:
@@ -39,10 +43,16 @@ class Limits:
 
     def line(self) -> str:
         read = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in self.read.items())
-        l1 = "" if self.bf16_from_l1 is None else f" ({self.bf16_from_l1 / 1e12:.2f} from L1)"
+        l1 = "" if self.bf16_from_l1 is None else self._tiles()
         return (
             f"limits {self.threads}T ({self.source}): bf16 {self.compute['bf16'] / 1e12:.2f}"
             f" TFLOP/s{l1}, fp32 {self.compute['fp32'] / 1e9:.0f} GFLOP/s, read {read} GB/s"
+        )
+
+    def _tiles(self) -> str:
+        return (
+            f" ({self.bf16_from_l1 / 1e12:.2f} from L1; one thread at the median moment"
+            f" {self.bf16_median / 1e12:.2f}, throttled in {100 * self.throttled:.0f} % of them)"
         )
 
 
@@ -86,6 +96,8 @@ def measure(threads: int, quick: bool = False) -> Limits:
         source="limits.cpp",
         compute={"bf16": found.get("amx_registers", fma), "fp16": fma, "fp32": fma},
         bf16_from_l1=found.get("amx_l1"),
+        bf16_median=found.get("amx_l1_median"),
+        throttled=found.get("amx_slow_share"),
         read={name: found["read"][str(size)] for name, size in sizes.items()},
     )
 
@@ -107,7 +119,7 @@ def _by_torch(threads: int, sizes: dict[str, int]) -> Limits:
     for name, size in sizes.items():
         data = torch.randn(size // 4)
         read[name] = size / _best(data.sum, threads)
-    return Limits(threads, "torch, no g++", torch_products(threads), None, read)
+    return Limits(threads, "torch, no g++", torch_products(threads), None, None, None, read)
 
 
 def torch_products(threads: int) -> dict[str, float]:

@@ -57,6 +57,7 @@ def tables(results: dict[str, list[dict]]) -> str:
         ("SmolLM2, tokens a second", model_table(results["model"])),
         ("A decode step, milliseconds", breakdown_table(results["breakdown"])),
         ("Random shapes over (b)", random_table(results["random shapes"])),
+        ("One call, microseconds", overhead_table(results["overhead"])),
     ]
     return "\n\n".join(f"### {title}\n{table}" for title, table in parts if table)
 
@@ -138,12 +139,14 @@ def limits_table(results: list[dict]) -> str:
             r["threads"],
             f"{r['compute']['bf16'] / 1e12:.2f}",
             "" if r["bf16_from_l1"] is None else f"{r['bf16_from_l1'] / 1e12:.2f}",
+            "" if r["bf16_median"] is None else f"{r['bf16_median'] / 1e12:.2f}",
+            "" if r["throttled"] is None else f"{100 * r['throttled']:.0f} %",
             f"{r['compute']['fp32'] / 1e9:.0f}",
             *(f"{rate / 1e9:.1f}" for rate in r["read"].values()),
         ]
         for r in results
     ]
-    heads = ["threads", "bf16 TFLOP/s", "from L1", "fp32 GFLOP/s"]
+    heads = ["threads", "bf16 TFLOP/s", "from L1", "1T, median", "throttled", "fp32 GFLOP/s"]
     heads += ["L2 GB/s", "L3 GB/s", "DRAM GB/s"]
     return markdown(heads, rows) if rows else ""
 
@@ -201,6 +204,11 @@ def random_table(results: list[dict]) -> str:
     ]
     rows.append([f"**geometric mean of {result['count']}**", f"{result['geometric_mean']:.2f}", ""])
     return markdown(["the lowest", "ratio", "measured three times more"], rows)
+
+
+def overhead_table(results: list[dict]) -> str:
+    rows = [[name, f"{1e6 * s:.1f}"] for r in results for name, s in r["seconds"].items()]
+    return markdown(["", "µs"], rows) if rows else ""
 
 
 # ----------------------------------------------------------------------------------------- roofline
