@@ -87,6 +87,6 @@ def test_forward(benchmark, case, rivals, room, limits, with_threads, quick):
     with_threads(case.threads)
     with use_backend(room):
         contest = rivals(case)
-        times = interleave(contest, 0.2 if quick else 0.35, lead_in=case.regime != "DRAM")
+        times = interleave(contest, 0.2 if quick else 0.3, lead_in=case.regime != "DRAM")
         record(benchmark, "linear", case, times, limits(case.threads), "packed")
         benchmark.pedantic(contest["packed"][0], rounds=5)
