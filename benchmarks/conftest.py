@@ -92,6 +92,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "torch": torch.__version__,
         "backend": ours.room_name(),
         "isa": ours.isa(),
+        "float32_products": ours.float32_products(),
         "caches": measured_limits.cache_bytes(),
         "load_before": config.load_before,
     }

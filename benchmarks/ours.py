@@ -10,6 +10,7 @@ from layers import Factors, copies
 from torch import Tensor
 
 from hylora_kernels import available_backends, backends, svd_lora_linear
+from hylora_kernels.backends.cpu import panels
 
 
 def room_name() -> str:
@@ -30,6 +31,11 @@ def isa() -> str:
         return torch.ops.hylora.cpu_isa()
     except (AttributeError, RuntimeError):
         return ""
+
+
+def float32_products() -> int | None:
+    """6 where many rows of float32 go through bf16 limbs, 0 where they are multiplied and added."""
+    return panels.products_for(torch.float32, True) if isa() == "amx_bf16" else None
 
 
 def packed(x: Tensor, factors: Factors, regime: str):

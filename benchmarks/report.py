@@ -139,8 +139,8 @@ def limits_table(results: list[dict]) -> str:
             r["threads"],
             f"{r['compute']['bf16'] / 1e12:.2f}",
             "" if r["bf16_from_l1"] is None else f"{r['bf16_from_l1'] / 1e12:.2f}",
-            "" if r["bf16_median"] is None else f"{r['bf16_median'] / 1e12:.2f}",
-            "" if r["throttled"] is None else f"{100 * r['throttled']:.0f} %",
+            "" if not r.get("bf16_median") else f"{r['bf16_median'] / 1e12:.2f}",
+            "" if r.get("throttled") is None else f"{100 * r['throttled']:.0f} %",
             f"{r['compute']['fp32'] / 1e9:.0f}",
             *(f"{rate / 1e9:.1f}" for rate in r["read"].values()),
         ]

@@ -90,6 +90,7 @@ constexpr int64_t kFewRows = 64;  // up to here threads split panels, above it r
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t at_most(int64_t a, int64_t most) { return a < most ? a : most; }
 
 inline int64_t first_panels(const Dual& d) {
   return ceil_div(d.first.n, 32) + ceil_div(d.first_tail.n, 32);

@@ -88,8 +88,13 @@ def notes(report: DemoReport) -> list[str]:
     env = report.environment
     found.append(
         f"Tokens a second: batch 1, a prompt of 128, 32 new tokens, on {env.devices[-1].model}, "
-        f"{env.threads} threads; compressed models optimised (optimize_for_inference), dense ones "
-        "as transformers runs them."
+        f"{env.threads} threads; "
+        + (
+            "compressed models optimised (optimize_for_inference), dense ones as transformers runs "
+            "them."
+            if best.optimized
+            else "the layers run in plain torch products here."
+        )
     )
     return found
 

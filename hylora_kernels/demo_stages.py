@@ -78,6 +78,7 @@ class Stage(Report):
     prefill_tok_s: float | None
     decode_tok_s: float | None
     seconds: float
+    optimized: bool = False  # for its speed
     sample: str | None = None
     losses: list[float] = field(default_factory=list)
 
@@ -324,6 +325,7 @@ def measure(bench: Bench, recipe: Recipe) -> Stage:
         prefill_tok_s=speed.prefill_tok_s if speed else None,
         decode_tok_s=speed.decode_tok_s if speed else None,
         seconds=time.perf_counter() - start,
+        optimized=bool(speed and speed.optimized),
         sample=sample,
         losses=made.recovery.losses if made.recovery else [],
     )

@@ -147,7 +147,8 @@ def evaluate(
            LongTensor [n, L] brings its own length.
     limit: at most so many blocks.
     path:  the folder the model was loaded from or saved to, for its bytes on disk.
-    optimize: the speed is that of the model laid out by optimize_for_inference, which is undone.
+    optimize: the speed is that of the model laid out by optimize_for_inference, which is undone:
+           the same bits in new Parameter objects, which an optimizer made before doesn't know.
     """
     if tokenizer is None and not isinstance(data, Tensor):
         tokenizer = tokenizer_of(model)
@@ -313,7 +314,8 @@ def throughput(
 
     Both are warmed up first; then three prompts and exactly `new_tokens` tokens are timed. Logits
     are made for a prompt's last token only, as generate() does. With `optimize` the model is laid
-    out for it first and put back afterwards. Raises ValueError for sizes that can't be.
+    out by optimize_for_inference first and restored afterwards, the same bits in new Parameter
+    objects. Raises ValueError for sizes that can't be.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if value < 1:

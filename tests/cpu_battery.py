@@ -22,7 +22,7 @@ EMIT, SCALED, INPUT = 1, 2, 4
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 # K, N, r, ra
 SHAPES = [(1, 1, 1, 0), (33, 17, 5, 3), (70, 37, 16, 8), (64, 96, 32, 16), (129, 257, 48, 33)]
-SHAPES += [(576, 200, 40, 16), (31, 33, 33, 1), (40, 70, 650, 5)]
+SHAPES += [(576, 200, 40, 16), (31, 33, 33, 1), (40, 70, 650, 5), (40, 1400, 650, 5)]
 ROWS = [1, 3, 16, 17, 70, 300]  # up to 64 threads share a block's panels, above it split the rows
 ops = torch.ops.hylora
 PAGE = mmap.PAGESIZE

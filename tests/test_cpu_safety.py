@@ -66,9 +66,10 @@ def fence(tmp_path_factory) -> dict[str, str]:
 
 @linux
 @pytest.mark.parametrize("level", LEVELS)
-def test_nothing_outside_a_buffer_is_touched(level, fence):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nothing_outside_a_buffer_is_touched(threads, level, fence):
     """Operands, results and scratch."""
-    battery(LIBRARY, level, "--guard", "--quick", **fence)
+    battery(LIBRARY, level, "--guard", "--quick", OMP_NUM_THREADS=str(threads), **fence)
 
 
 @linux
@@ -150,7 +151,8 @@ class Problem:
 
 
 def problems() -> list[Problem]:
-    sizes = [(1, 576, 1536, 208), (16, 300, 200, 40), (70, 129, 257, 48), (300, 576, 576, 144)]
+    sizes = [(1, 576, 1536, 208), (2, 576, 1536, 208), (16, 300, 200, 40), (16, 576, 1536, 208)]
+    sizes += [(70, 129, 257, 48), (300, 576, 576, 144)]
     return [Problem(*size, dtype) for size in sizes for dtype in DTYPES]
 
 

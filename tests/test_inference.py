@@ -22,7 +22,7 @@ from hylora_kernels import (
     restore_from_inference,
     use_backend,
 )
-from hylora_kernels.evaluate import perplexity, throughput
+from hylora_kernels.evaluate import evaluate, perplexity, throughput
 from hylora_kernels.inference import (
     PackedEmbedding,
     PackedLinear,
@@ -348,6 +348,30 @@ def test_the_command_generate_optimises_on_a_cpu(optimize, monkeypatch, capsys):
     commands.generate("tiny", "the fox", max_new_tokens=3, optimize=optimize)
     assert bool(held_by(model)) == optimize
     assert "parameters" in capsys.readouterr().err
+
+
+@packs
+@pytest.mark.parametrize("optimize", [True, False])
+def test_evaluate_times_the_model_optimised_and_restores_it(optimize):
+    model, blocks = llama(torch.float32), tiny.tokens(4, 16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = evaluate(model, blocks, progress=False, optimize=optimize)
+    assert report.speed.optimized == optimize and not held_by(model)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    texts = [str(cell) for column in report.render().columns for cell in column.cells]
+    assert ("decode tokens/s, optimized" in texts) == optimize
+    optimize_for_inference(model)
+    assert throughput(model, 4, 2, optimize=optimize).optimized and held_by(model)
+
+
+@packs
+def test_a_model_is_restored_when_timing_it_fails(monkeypatch):
+    model = llama(torch.float32)
+    hook = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        throughput(model, 4, 2, optimize=True)
+    hook.remove()
+    assert not held_by(model) and throughput(model, 4, 2).optimized is False
 
 
 @packs

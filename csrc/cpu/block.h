@@ -6,8 +6,8 @@
 namespace hylora {
 namespace {
 
-// The part of L2 (1 to 2 MB) for a group of panels. The next group is fetched while this one is
-// worked on, and rows and partial sums need the rest.
+// The part of L2 (2 MB where there are tiles) for a group of panels. The next group is fetched
+// while this one is worked on, and rows and partial sums need the rest.
 constexpr int64_t kPanelsInL2 = 576 << 10;
 
 // K: how to multiply (Fma, Paired, Amx); T: the tensors' type; A: what rows are kept as.

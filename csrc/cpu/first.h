@@ -111,7 +111,9 @@ void first_product(B& b, int64_t begin, int64_t end) {
     const int64_t lda = b.straight ? d.ldx : b.ldx;
     Step<A> steps[1];
     const int count = b.steps_of(steps, a, lda, b.x_plane, panels, panel, block, width, b.split);
-    MiddleTask<B> task(b, p);
+    const int64_t columns = at_most(panels.n - panel * 32, 32 * wide);
+    MiddleTask<B> task(b, p), right;
+    if (wide == 2) right = MiddleTask<B>(b, p + 1);
     for (int64_t t = tile_begin; t < tile_end; t++) {
       float* sums = b.partial + (chunks > 1 ? p * tiles + t * wide : 0) * 1024;
       float* to = last ? pipe.template free_tile<B>() : sums;
@@ -119,13 +121,13 @@ void first_product(B& b, int64_t begin, int64_t end) {
       const int64_t row = copies && B::kRowsStay ? 0 : b.row_of(t);
       for (int s = 0; s < count; s++)
         here[s] = steps[s], here[s].a += row * lda;
-      pipe.multiply(b, here, count, c ? sums : nullptr, to, int(b.rows_of(t)),
-                    wide == 1 ? panels.n - panel * 32 : 64, t == 0 && cold);
+      pipe.multiply(b, here, count, c ? sums : nullptr, to, int(b.rows_of(t)), columns,
+                    t == 0 && cold);
       if (!last) continue;
       pipe.push(task.at(b, t * 32), to, int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
       if (wide == 1) continue;
       pipe.finish(b);
-      pipe.push(MiddleTask<B>(b, p + 1).at(b, t * 32), to + 1024, 0, int(b.rows_of(t)));
+      pipe.push(right.at(b, t * 32), to + 1024, 0, int(b.rows_of(t)));
     }
   };
 

@@ -8,8 +8,9 @@
 namespace hylora {
 namespace {
 
-// One stretch of k of a 32 x 32 tile: rows of `a` (lda elements apart) times a panel. Planes hold
-// the limbs of both; without limbs, b_plane is where the second panel of a pair starts.
+// One stretch of k of a tile of 32 rows and one or two panels: rows of `a` (lda elements apart)
+// times a panel. Planes hold the limbs of both; without limbs, b_plane is where the second panel of
+// a pair starts.
 template <class A>
 struct Step {
   const A* a;
@@ -34,7 +35,7 @@ HYLORA_INLINE Row tile_row(const float* sums) {
   return row;
 }
 
-// Number k of up to MR rows, three rows a pointer: the addresses are pointer + 0, 1 or 2 strides,
+// Number k of MR rows, three rows a pointer: the addresses are pointer + 0, 1 or 2 strides,
 // so few registers hold them all. (With one offset a row, the compiler reloads them every k.)
 template <class A, int MR>
 struct RowPointers {
@@ -206,6 +207,8 @@ struct Fma {
         piece.k = piece.k - k < kStretch ? piece.k - k : kStretch;
         if (kWide == 2 && columns > 32)
           stretch<kWide, 6, 4, 2, 1>(piece, from, to, rows, cold);
+        else if constexpr (kWide == 2)  // a panel alone is summed as in a pair: the same bits
+          stretch<1, 6, 4, 2, 1>(piece, from, to, rows, cold);
         else if constexpr (W == 16)
           stretch<1, 8, 4, 2, 1>(piece, from, to, rows, cold);
         else if constexpr (W == 8)
@@ -226,14 +229,16 @@ struct Fma {
   HYLORA_INLINE void stretch(const Step<float>& step, const float* from, float* to, int rows,
                              bool cold) {
     constexpr int kLines = kTurn * int(sizeof(T)) / 2;  // a turn and panel
-    const int groups = (rows + Most - 1) / Most;
+    const bool odd_few = Most == 6 && (rows == 3 || rows == 5);  // 2 + 1 and 4 + 1
+    const int groups = odd_few ? 2 : (rows + Most - 1) / Most;
     const int lines = !cold ? 0 : groups == 1 ? kLines : groups == 2 ? kLines / 2 : kLines / 4 + 1;
     const int64_t share = ceil_div(step.k, kTurn) * lines * 64;
     int64_t ahead = 8192;
     int r = 0;
     auto groups_of = [&](auto mr) HYLORA_LAMBDA {
       constexpr int MR = decltype(mr)::value;
-      constexpr int U = W < 16 || MR * Wide >= 6 ? 1 : MR * Wide == 4 ? 2 : 4;
+      constexpr int few = W < 16 ? 2 : kPaired ? 8 : 4;
+      constexpr int U = MR >= few ? 1 : W < 16 || MR > 1 ? 2 : 4;
       // 8 rows are twice 4 rather than 6 and 2.
       for (; rows - r >= MR && !(MR == 6 && rows - r == 8); r += MR, ahead += share)
         if constexpr (kPaired)

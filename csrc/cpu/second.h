@@ -76,8 +76,9 @@ struct Weaver {
       weave(panels[p], before, before + 32, pivots + panels[p].pivot0,
             bias ? bias + p * 32 : nullptr, y + p * 32);
     }
-    const T* before = others + panels[end - 1].ready * 32;
-    if (ragged) last(before, before + 32, pivots, y + whole * 32);
+    if (!ragged) return;
+    const T* before = others + panels[whole].ready * 32;
+    last(before, before + 32, pivots, y + whole * 32);
   }
 
   __attribute__((noinline)) void last(const T* before, const T* others, const T* pivots,
@@ -160,7 +161,7 @@ struct OthersTask {
 
 // Panels [begin, end) of the second matrix, in groups that fit L2, and within a group row tile by
 // row tile as in the first product: so rows of y are written in long runs, too. Other ways of
-// multiplying take panel by panel.
+// multiplying take one panel or two at a time.
 template <class Task, class B>
 void output_product(B& b, int64_t begin, int64_t end) {
   using A = typename B::A;
@@ -188,6 +189,7 @@ void output_product(B& b, int64_t begin, int64_t end) {
       count += b.steps_of(steps + count, a + 32 * b.r32, lda, plane, d.second_tail, tail_panel, 0,
                           d.second_tail.k, b.split_tail());
     }
+    const int64_t columns = at_most(d.second.n - q * 32, 32 * wide);
     Task task, right;
     if (last) task = Task(b, q, q >= begin, b.shared ? few_window : b.window);
     if (last && wide == 2) right = Task(b, q + 1, true, b.shared ? few_window : b.window);
@@ -197,8 +199,8 @@ void output_product(B& b, int64_t begin, int64_t end) {
       Step<A> here[2];
       for (int s = 0; s < count; s++)
         here[s] = steps[s], here[s].a += b.row_of(t) * lda;
-      pipe.multiply(b, here, count, c ? sums : nullptr, to, int(b.rows_of(t)),
-                    wide == 1 ? d.second.n - q * 32 : 64, t == 0 && cold);
+      pipe.multiply(b, here, count, c ? sums : nullptr, to, int(b.rows_of(t)), columns,
+                    t == 0 && cold);
       if (!last) continue;
       pipe.push(task.at(b, t * 32), to, int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
       if (wide == 1) continue;

@@ -85,6 +85,7 @@ def pack(SVh, U, A, B, bias, alpha, pivots) -> Packed | None:
         layer = op("join")(*panels, table, K, rank, lora_rank, out_features, alpha)
         args = (layer, plain_bias, out_features)
     in_range = in_range_of(SVh.dtype, *((matrix, 1) for matrix in matrices))
+    # Where the call decides, what it decides by is measured now: no call waits for that.
     products = products_for(SVh.dtype, in_range)
     return Packed(
         call=call,
