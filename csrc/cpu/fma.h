@@ -228,7 +228,7 @@ struct Fma {
   template <int Wide, int Most, int... More>
   HYLORA_INLINE void stretch(const Step<float>& step, const float* from, float* to, int rows,
                              bool cold) {
-    constexpr int kLines = kTurn * int(sizeof(T)) / 2;  // a turn and panel
+    constexpr int kLines = kTurn * int(sizeof(T)) / 2;           // a turn and panel
     const bool odd_few = Most == 6 && (rows == 3 || rows == 5);  // 2 + 1 and 4 + 1
     const int groups = odd_few ? 2 : (rows + Most - 1) / Most;
     const int lines = !cold ? 0 : groups == 1 ? kLines : groups == 2 ? kLines / 2 : kLines / 4 + 1;

@@ -211,6 +211,10 @@ void output_product(B& b, int64_t begin, int64_t end) {
 
   b.k.begin(int(b.rows));
   if (B::kRowsStay && !b.shared) {
+    if (b.weaves)  // the table: else every panel of the first row of y waits for its part of it
+      for (int64_t p = 0; p < ceil_div(d.N, 32); p++)
+        for (size_t at = 0; at < sizeof(OrderPanel); at += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(d.order.panels + p) + at, 0, 2);
     const int64_t group = b.panels_a_group(end - begin, blocks + tail_blocks);
     for (int64_t q0 = begin; q0 < end; q0 += group) {
       const int64_t q1 = q0 + group < end ? q0 + group : end;
