@@ -29,17 +29,26 @@ def packed_of(inputs):
     return cpu.pack(*inputs[1:])
 
 
-@pytest.fixture(params=["panels", "plain"])
-def layout(request, monkeypatch):
-    """Both layouts, whatever the conditions of today say."""
+def lay_out(monkeypatch, plain: bool) -> None:
+    """As asked for, whatever the conditions of today say."""
 
     def asked(SVh, U, lora_rank, pivots):
         dense = pivots is not None and not U.shape[0] and not lora_rank
-        if request.param == "plain" and (dense or pivots is None):
+        if plain and SVh.dtype == torch.float32 and (dense or pivots is None):
             return "plain"
         return "linear" if dense else "joined"
 
     monkeypatch.setattr(packed_module, "_layout", asked)
+
+
+@pytest.fixture(params=["panels", "plain"])
+def layout(request, monkeypatch):
+    lay_out(monkeypatch, plain=request.param == "plain")
+
+
+@pytest.fixture
+def _panels(monkeypatch):
+    lay_out(monkeypatch, plain=False)
 
 
 @every_dtype
@@ -100,6 +109,7 @@ def test_packed_rows(dtype, layout):
 @every_dtype
 @every_form
 @pytest.mark.parametrize("lora_rank", [0, 8])
+@pytest.mark.usefixtures("_panels")
 def test_opcheck(lora_rank, form, dtype):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for M, lead_dims in ((17, 2), (1, 0), (0, 2)):
@@ -128,8 +138,18 @@ def test_opcheck_rows():
     torch.library.opcheck(torch.ops.hylora.cpu_rows.default, args, test_utils=tests)
 
 
+@pytest.mark.usefixtures("_panels")
 def test_vmap_of_a_packed_layer_is_refused():
     inputs = make_inputs(Case(), torch.float32)
     packed = packed_of(inputs)
     with pytest.raises(NotImplementedError, match="no vmap rule"):
         torch.vmap(lambda x: cpu.forward_packed(x, packed))(inputs.x)
+
+
+def test_thin_float32_is_laid_out_plain():
+    for rank, lora_rank, call in ((16, 16, "plain"), (16, 17, "joined"), (33, 0, "joined")):
+        inputs = make_inputs(Case(sizes=(64, 96, rank), lora_rank=lora_rank), torch.float32)
+        assert packed_of(inputs).call == call
+        assert packed_of(inputs.map(Tensor.bfloat16)).call == "joined"
+    inputs = make_inputs(Case(sizes=(64, 96, 16), form="pivoted"), torch.float32)
+    assert packed_of(inputs).call == "joined", "the pivoted form has panels alone"
