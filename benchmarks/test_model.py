@@ -128,7 +128,7 @@ def test_prefill(benchmark, rivals, room, threads, with_threads, quick):
     contest = {name: rival for name, rival in rivals(room).items() if not rival.compiled}
     ids = torch.randint(49152, (1, tokens))
     calls = {name: [functools.partial(rival.prefill, ids)] for name, rival in contest.items()}
-    times = interleave(calls, 1.0 if quick else 4.0, least_rounds=2)
+    times = interleave(calls, 0.4 if quick else 4.0, least_rounds=2)
     _report(benchmark, f"prefill of {tokens}", threads, tokens, times)
     benchmark.pedantic(calls[_best(contest)][0], rounds=1)
 
@@ -140,7 +140,7 @@ def test_decode(benchmark, rivals, room, threads, with_threads, quick):
         rival.start()
     calls = {name: [rival.step] * AT_ONCE for name, rival in contest.items()}
     most = (LONGEST - CONTEXT) // AT_ONCE - 4
-    times = interleave(calls, 1.0 if quick else 8.0, most_rounds=most, lead_in=False)
+    times = interleave(calls, 0.4 if quick else 8.0, most_rounds=most, lead_in=False)
     _report(benchmark, "decode", threads, 1, times)
     benchmark.pedantic(contest[_best(contest)].step, rounds=AT_ONCE)
 
