@@ -66,12 +66,10 @@ def pack(SVh, U, A, B, bias, alpha, pivots) -> Packed | None:
     plain_bias = None if bias is None else bias.detach()
     if dense:
         order_of(pivots, out_features)
-        weight = SVh.detach().clone() if call == "plain" else pack_matrix(matrices[0])
-        plain_args, panel_args = (
-            (weight, None, plain_bias, None),
-            (weight, plain_bias, out_features),
-        )
-        args = plain_args if call == "plain" else panel_args
+        if call == "plain":
+            args = (SVh.detach().clone(), None, plain_bias, None)
+        else:
+            args = (pack_matrix(matrices[0]), plain_bias, out_features)
     elif call == "plain":
         P, Q, *adapter = matrices
         P = torch.cat((P, *adapter[:1]))
