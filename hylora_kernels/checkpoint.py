@@ -219,6 +219,28 @@ def load_pretrained(dir, device="cpu", dtype=None, *, verify=True) -> PreTrained
     return adopt(freeze_all_but_adapters(model.to(device).eval()))
 
 
+def layer_shapes(dir) -> tuple[list[tuple[int, int, int, int]], list[str]]:
+    """(each (K, N, r, ra) of a saved model's SVDLoRALinears, once, and the forms they have), from
+    config.json and the headers of the weight files. Raises CheckpointError as load_pretrained."""
+    folder = Path(dir)
+    ours = _read_config(folder)["quantization_config"]
+    files = [TensorFile(folder / name) for name in _weight_names(folder, ours["checksums"])]
+    sizes = {name: entry.shape for file in files for name, entry in file.entries.items()}
+    found = {}
+    for path, module in ours["modules"].items():
+        try:
+            (rank, K), others, form = sizes[f"{path}.SVh"], sizes[f"{path}.U"][0], module["form"]
+        except KeyError as error:
+            raise CheckpointError(f"{folder}: {error} is missing for {path!r}") from error
+        lora_rank = sizes.get(f"{path}.A", (0,))[0]
+        N = others + (rank if form == "pivoted" else 0)
+        if others:  # a dense layer is one product, whoever computes it
+            found.setdefault((K, N, rank, lora_rank), form)
+    if not found:
+        raise CheckpointError(f"{folder}: there are no low-rank layers in it")
+    return list(found), sorted(set(found.values()))
+
+
 def _read_config(folder: Path) -> dict:
     """config.json, checked as far as it is ours."""
     path = folder / CONFIG

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hylora_kernels import commands
+from hylora_kernels import commands, commands_machine
 
 # verb -> the function, and what is kept when it is interrupted
 VERBS: dict[str, tuple[Callable, str]] = {
@@ -20,13 +20,16 @@ VERBS: dict[str, tuple[Callable, str]] = {
     "generate": (commands.generate, "Nothing was written."),
     "analyze": (commands.analyze, "Nothing was written."),
     "sweep": (commands.sweep, "Finished cells are in {out}: the same command goes on."),
-    "info": (commands.info, "Nothing was written."),
     "demo": (commands.demo, "Finished stages are in {out}: the same command goes on."),
-    "cache": (commands.cache, "What was not deleted is still there."),
+    "info": (commands_machine.info, "Nothing was written."),
+    "selftest": (commands_machine.selftest, "Nothing was written."),
+    "tune": (commands_machine.tune, "What was measured is in the table."),
+    "cache": (commands_machine.cache, "What was not deleted is still there."),
 }
 
 # What can go wrong outside this program: bad arguments and files, a full disk, a missing package,
-# numbers that are no longer finite. Anything else is a bug and shows its traceback.
+# numbers that are no longer finite, or wrong on this machine. Anything else is a bug and shows its
+# traceback.
 EXPECTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

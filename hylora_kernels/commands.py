@@ -1,5 +1,6 @@
-"""The commands behind `hylora`: one typed function a verb, which loads, calls the library, prints
-and writes. Everything heavy is imported by the verb that needs it, so that --help is quick."""
+"""The commands behind `hylora` that work on a model: one typed function a verb, which loads, calls
+the library, prints and writes. Everything heavy is imported by the verb that needs it, so that
+--help is quick."""
 
 # No `from __future__ import annotations`: typer reads the annotations themselves.
 
@@ -38,9 +39,9 @@ from hylora_kernels.options import (
     numbers_option,
     ranks_option,
     size_option,
+    write_report,
 )
 from hylora_kernels.report import (
-    Report,
     format_bytes,
     format_seconds,
     kept_table,
@@ -120,7 +121,7 @@ def compress(
     show(report_lines(loaded))
     seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
     show(f"time: {seconds}; peak memory {format_bytes(report.peak_rss)}")
-    _write(report, out / "compress.json", json_path)
+    write_report(report, out / "compress.json", json_path)
     show(f"written to {out}. Next: hylora finetune {out} --out {out}-recovered")
 
 
@@ -186,7 +187,7 @@ def finetune(
             f"({report.tokens_per_second:.0f} tokens/s): loss {report.first_loss:.3f} to "
             f"{report.last_loss:.3f}"
         )
-    _write(report, out / "finetune.json", json_path)
+    write_report(report, out / "finetune.json", json_path)
     if report.stopped:
         raise FloatingPointError(f"{report.stopped}; the last good state is written to {out}")
     show(f"written to {out}. Next: hylora evaluate {out}")
@@ -217,7 +218,7 @@ def evaluate(
     )
     show(report.render())
     show(report_lines(loaded))
-    _write(report, json_path)
+    write_report(report, json_path)
 
 
 def generate(
@@ -253,7 +254,7 @@ def generate(
         stream=lambda piece: typer.echo(piece, nl=False),
     )
     typer.echo()
-    _write({"prompt": prompt, "text": text, "model": model}, json_path)
+    write_report({"prompt": prompt, "text": text, "model": model}, json_path)
 
 
 def analyze(
@@ -290,7 +291,7 @@ def analyze(
     if png is not None:
         report.plot(png)
         show(f"picture in {png}")
-    _write(report, json_path)
+    write_report(report, json_path)
 
 
 def sweep(
@@ -348,18 +349,8 @@ def sweep(
         refit=refit,
     )
     show(report.render())
-    _write(report, json_path)
+    write_report(report, json_path)
     show(f"written to {out}: sweep.json, sweep.png")
-
-
-def info(json_path: Json = None) -> None:
-    """Versions, devices, what the CPU can do, backends and why not, the cache."""
-    from hylora_kernels.info import info as look
-
-    report = look()
-    for name, text in report.rows():
-        show(f"{name:<16}{text}")
-    _write(report, json_path)
 
 
 def demo(
@@ -394,21 +385,7 @@ def demo(
         show(f"- {note}")
     show(f"written to {out}: report.html, report.json, stages.png, hylora-0.8, hylora-0.6")
     show(f"Next: hylora generate {out / 'hylora-0.8'} 'Once upon a time'")
-    _write(report, json_path)
-
-
-def cache(
-    clear: Annotated[bool, Option("--clear", help="Delete what is in it.")] = False,
-    json_path: Json = None,
-) -> None:
-    """Where the cache is (HYLORA_CACHE) and how large; everything in it can be made again."""
-    from hylora_kernels import info, storage
-
-    report = info.cache()
-    show(f"{report.path}: {format_bytes(report.bytes)}")
-    if clear:
-        show(f"deleted {format_bytes(storage.clear_cache())}")
-    _write(report, json_path)
+    write_report(report, json_path)
 
 
 # ---------------------------------------------------------------------------------- what they share
@@ -422,12 +399,3 @@ def _load(model: str, device: str, dtype: str):
 
 def _bytes(model) -> int:
     return sum(p.nbytes for p in model.parameters())
-
-
-def _write(report: Report | dict, *paths: Path | None) -> None:
-    from hylora_kernels.report import plain
-    from hylora_kernels.storage import write_json
-
-    for path in paths:
-        if path is not None:
-            write_json(path, plain(report))

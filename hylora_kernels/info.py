@@ -15,7 +15,15 @@ from hylora_kernels import storage
 from hylora_kernels.backends import available_backends, cpu_levels
 from hylora_kernels.report import Report, format_bytes
 
-PACKAGES = ("hylora-kernels", "torch", "transformers", "accelerate", "safetensors", "datasets")
+PACKAGES = (
+    "hylora-kernels",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "datasets",
+)
 # The instruction sets that decide how fast a linear is, as /proc/cpuinfo spells them, under the
 # field that lists them: x86's and Arm's.
 ISA_FLAGS = {

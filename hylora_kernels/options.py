@@ -84,6 +84,18 @@ def numbers_option(text: str, kind: type, option: str) -> list:
         raise ValueError(f"--{option} must be {words} with commas between, got {text!r}") from None
 
 
+def shapes_option(text: str, option: str) -> list[tuple[int, int, int, int]]:
+    """ "2048x5632x768x32,..." -> [(K, N, r, ra), ...]."""
+    shapes = [tuple(numbers_option(p.replace("x", ","), int, option)) for p in text.split(",")]
+    for K, N, r, ra in (shape if len(shape) == 4 else (0, 0, 0, 0) for shape in shapes):
+        if not (1 <= r < min(K, N) and 0 <= ra < min(K, N)):
+            raise ValueError(
+                f"--{option} must be KxNxrxra with commas between, the ranks below K and N, e.g. "
+                f"2048x5632x768x32, got {text!r}"
+            )
+    return shapes
+
+
 def size_option(text: str | None, option: str) -> int | None:
     """ "4GB" -> 4_000_000_000; "4GiB" -> 2**32."""
     if text is None:
@@ -96,3 +108,13 @@ def size_option(text: str | None, option: str) -> int | None:
         return int(float(number) * units[unit])
     except (ValueError, KeyError):
         raise ValueError(f"--{option} must be a size such as 4GB or 512MB, got {text!r}") from None
+
+
+def write_report(report, *paths: Path | None) -> None:
+    """Write a report (a dataclass or a dict) as JSON to each path that is one."""
+    from hylora_kernels.report import plain
+    from hylora_kernels.storage import write_json
+
+    for path in paths:
+        if path is not None:
+            write_json(path, plain(report))

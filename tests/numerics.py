@@ -227,7 +227,7 @@ def assert_as_exact_as_formula(got: dict[str, Tensor | None], inputs: Inputs, dy
         # The formula's own error is one throw of the dice, and a lucky one where there are few
         # numbers, so a few roundings on top are always allowed; in float64, where the formula is
         # the truth, more of them. The parts of a sum are of size 1, whatever it comes to.
-        roundings = 64 if dtype == torch.float64 else 2
+        roundings = {torch.float64: 64, torch.float32: 8}.get(dtype, 2)
         size = max(1.0, distance(exact, torch.zeros_like(exact)))
         slack = roundings * torch.finfo(dtype).eps * size
         error, own = distance(got[name], exact), distance(formula[name], exact)

@@ -57,6 +57,7 @@ def recovered(home, compressed):
 def test_every_verb_is_there_and_says_what_it_does():
     assert set(cli.VERBS) == {
         "compress", "finetune", "evaluate", "generate", "analyze", "sweep", "info", "demo", "cache",
+        "selftest", "tune",
     }  # fmt: skip
     shown = run("--help").output
     for verb in cli.VERBS:
@@ -134,7 +135,7 @@ def test_sweep_makes_a_table(home, tmp_path):
 def test_info_says_why_and_where(tmp_path):
     shown = run("info", "--json", tmp_path / "i.json").output
     written = json.loads((tmp_path / "i.json").read_text())
-    for text in ("torch", "transformers", "cpu", "threads", "backend eager", "cache"):
+    for text in ("torch", "triton", "cpu", "threads", "backend triton", "backend eager", "cache"):
         assert text in shown
     assert written["backends"]["eager"] == ""
     assert written["cache"]["path"] == str(storage.cache_root())

@@ -1,20 +1,13 @@
-"""The room that is always there: plain torch products, on any device and in any floating dtype.
-
-The pair form needs two products when P = [SVh; A] and Q = [U, alpha B] are laid side by side, four
-when they are not. Laying them side by side copies R (K + N) numbers a call and saves a pass over y
-(M N numbers): one bf16 core, K=576 N=1536 r=208 ra=16: M=2048 4.1 ms instead of 8.2, M=16 0.48
-instead of 0.40. So the sizes decide.
-
-The pivoted form saves products and pays for sorting its outputs. A CPU gathers columns slowly: with
-r=400 there, M=2048 takes 28 ms gathered and 11 ms as the equivalent pair, whose U is put together
-anew for each call; M=16 0.54 and 1.00.
-"""
+"""The room that is always there: torch's own products (products.py), on any device, in any floating
+dtype."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from hylora_kernels.products import backward, forward
+
+__all__ = ["backward", "forward"]
 
 
 def is_available() -> bool:
@@ -38,60 +31,6 @@ def gains(x, SVh, U, A, B, bias, pivots) -> bool:
     return True
 
 
-def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> (y [M, N], h_a [M, ra]), the formula of reference.py in the fewest products."""
-    U, pivots = _pair_where_quicker(x, U, pivots)
-    if pivots is not None:
-        h_s = x @ SVh.T
-        y = torch.cat((h_s, h_s @ U.T), -1).index_select(-1, _output_order(pivots, U.shape[0]))
-        if bias is not None:
-            y += bias
-        return _add_adapter(y, x, A, B, alpha)
-    if A is not None and _saved_pass_outweighs_copy(x.shape[0], SVh, U, A):
-        rank = SVh.shape[0]
-        h = x @ torch.cat((SVh, A)).T
-        h_a = h[:, rank:].clone()
-        if alpha != 1.0:
-            h[:, rank:] *= alpha
-        return _linear(h, torch.cat((U, B), 1), bias), h_a
-    return _add_adapter(_linear(x @ SVh.T, U, bias), x, A, B, alpha)
-
-
-def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are
-    None.
-
-    x is only read for dA and h_a only for dB; either may be None where it isn't needed.
-    """
-    need_dx, need_dA, need_dB, need_db = needs
-    dx = dA = dB = dh_a = None
-    U, pivots = _pair_where_quicker(dy, U, pivots) if need_dx else (U, pivots)
-    together = A is not None and pivots is None and _saved_pass_outweighs_copy(len(dy), SVh, U, A)
-    if need_dx and together:
-        g = dy @ torch.cat((U, B), 1)
-        dh_a = g[:, SVh.shape[0] :]
-        if alpha != 1.0:
-            dh_a *= alpha
-        dx = g @ torch.cat((SVh, A))
-    elif A is not None and (need_dx or need_dA):
-        dh_a = alpha * (dy @ B)
-    if need_dx and not together:
-        if pivots is None:
-            dh_s = dy @ U
-        else:
-            by_part = dy.index_select(-1, _part_order(pivots, U.shape[0]))
-            rank = pivots.shape[0]
-            dh_s = torch.addmm(by_part[:, :rank], by_part[:, rank:], U)
-        dx = dh_s @ SVh
-        if dh_a is not None:
-            dx.addmm_(dh_a, A)
-    if need_dA:
-        dA = dh_a.T @ x
-    if need_dB:
-        dB = alpha * (dy.T @ h_a)
-    return dx, dA, dB, dy.sum(0) if need_db else None
-
-
 def forget(SVh) -> None:
     """Drop what is kept for a layer with this SVh: nothing is."""
 
@@ -110,91 +49,3 @@ def rows_packed(ids, packed) -> Tensor:
 
 def unpack(packed) -> tuple:
     raise AssertionError("the eager room packs nothing")
-
-
-def _saved_pass_outweighs_copy(M, SVh, U, A) -> bool:
-    """Whether laying base and adapter side by side copies less than the pass over y it saves."""
-    (rank, K), N = SVh.shape, U.shape[0]
-    return (rank + A.shape[0]) * (K + N) < M * N
-
-
-def _pair_where_quicker(rows, U, pivots):
-    """(U [N, r], None) of the equivalent pair for many rows on a CPU, else (U, pivots)."""
-    if pivots is None:
-        return U, pivots
-    # Gathering a column of y costs about three times as much a number as gathering a row of U.
-    gather_outweighs_building_U = rows.is_cpu and 3 * rows.shape[0] > U.shape[1]
-    if not gather_outweighs_building_U:
-        return U, pivots
-    eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-    return torch.cat((eye, U)).index_select(0, _output_order(pivots, U.shape[0])), None
-
-
-def _linear(h, weight, bias):
-    return h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
-
-
-def _add_adapter(y, x, A, B, alpha):
-    """y += alpha (x A^T) B^T in place; returns (y, h_a)."""
-    if A is None:
-        return y, x.new_empty(x.shape[0], 0)
-    h_a = x @ A.T
-    return y.addmm_(h_a, B.T, alpha=alpha), h_a
-
-
-# pivots tensor -> (its version or a copy, part order, output order). Building them costs about 30
-# us a call, as much as the products of a small decode step, so they are kept while the tensor lives
-# and isn't written to.
-_orders = WeakTensorKeyDictionary()
-
-
-def _part_order(pivots: Tensor, others_count: int) -> Tensor:
-    """int64 [N]: the pivot outputs, then the others, both ascending."""
-    return _both_orders(pivots, others_count)[0]
-
-
-def _output_order(pivots: Tensor, others_count: int) -> Tensor:
-    """int64 [N]: where each output stands in the concatenation (pivots, others)."""
-    return _both_orders(pivots, others_count)[1]
-
-
-def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
-    # Inside a CUDA graph nothing may wait for the device, and what is allocated belongs to the
-    # graph.
-    capturing = pivots.is_cuda and torch.cuda.is_current_stream_capturing()
-    out_features = others_count + pivots.shape[0]
-    kept = _orders.get(pivots)
-    if (
-        kept is not None
-        and len(kept[1]) == out_features
-        and (capturing or _unwritten(pivots, kept[0]))
-    ):
-        return kept[1:]
-    if not capturing:
-        check_pivots(pivots, out_features)
-    is_other = torch.ones(out_features, dtype=torch.uint8, device=pivots.device)
-    is_other[pivots.long()] = 0
-    part_order = torch.argsort(is_other, stable=True)
-    orders = part_order, torch.argsort(part_order)
-    if not capturing:
-        _orders[pivots] = (pivots.clone() if pivots.is_inference() else pivots._version, *orders)
-    return orders
-
-
-def _unwritten(pivots: Tensor, stamp: int | Tensor) -> bool:
-    """Whether pivots holds what it held at `stamp`: its version, or a copy, since inference tensors
-    have no version."""
-    return torch.equal(pivots, stamp) if pivots.is_inference() else pivots._version == stamp
-
-
-def check_pivots(pivots: Tensor, out_features: int) -> None:
-    """Raise ValueError unless pivots [r] are strictly ascending within [0, N). Reads the values:
-    waits for a GPU."""
-    low, high = (int(pivots[0]), int(pivots[-1])) if len(pivots) else (0, 0)
-    if low < 0 or high >= out_features or bool((pivots[1:] <= pivots[:-1]).any()):
-        raise ValueError(
-            f"pivots must be strictly ascending within [0, {out_features}), got {pivots.tolist()}"
-            if len(pivots) <= 32
-            else f"pivots must be strictly ascending within [0, {out_features}), got {len(pivots)}"
-            f" values from {low} to {high} that are not"
-        )

@@ -1,0 +1,244 @@
+"""The rivals of one layer on a GPU, each a function of x and weights laid out ahead as it likes
+them best.
+
+auto        svd_lora_linear as a user calls it
+one_launch  the Triton kernel, whatever the table says
+four_gemms  the formula, product by product
+two_vendor  x P^T and h Q^T on factors packed ahead, P = [SVh; A], Q = [U, alpha B]; a pivoted
+            layer as the pair that it equals
+dense       F.linear with the matrix that was compressed
+peft        peft's LoRA of the same rank on that matrix; its arithmetic where peft isn't installed
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hylora_kernels import reference, svd_lora_linear
+from hylora_kernels.backends import triton as room
+from hylora_kernels.backends.triton import config as configs
+
+ALPHA = 0.7
+FORWARD = ("auto", "one_launch", "four_gemms", "two_vendor", "dense", "peft")
+TRAINING = ("auto", "four_gemms", "peft")
+DTYPE = torch.bfloat16
+DEVICE = torch.device("cuda")
+
+try:
+    from peft import LoraConfig, inject_adapter_in_model
+except ImportError:
+    LoraConfig = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """r, ra: the ranks of base and adapter. A pivoted layer in use is merged: ra = 0. lora_rank:
+    that of peft's adapter."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    ra: int
+    form: str
+    lora_rank: int
+
+    def __str__(self):
+        return f"{self.K}->{self.N} ({self.r}+{self.ra} {self.form})"
+
+    @property
+    def others(self) -> int:
+        return self.N - self.r if self.form == "pivoted" else self.N
+
+    @property
+    def weights(self) -> int:
+        """Numbers in the factors: as many multiply-adds a row of x."""
+        return self.r * (self.K + self.others) + self.ra * (self.K + self.N)
+
+    @property
+    def problem(self) -> configs.Problem:
+        pivoted = self.form == "pivoted"
+        return configs.Problem(self.M, self.K, self.N, self.r, self.ra, DTYPE, pivoted)
+
+
+class Weights(NamedTuple):
+    SVh: Tensor
+    U: Tensor
+    A: Tensor | None
+    B: Tensor | None
+    bias: Tensor
+    pivots: Tensor | None
+
+
+def random_weights(layer: Layer) -> Weights:
+    """Scaled so that outputs are of order one."""
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, device=DEVICE) / math.sqrt(columns)).to(DTYPE)
+
+    K, N, r, ra = layer.K, layer.N, layer.r, layer.ra
+    pivots = None
+    if layer.form == "pivoted":
+        pivots = torch.randperm(N, device=DEVICE)[:r].sort().values.int()
+    return Weights(
+        SVh=normal(r, K),
+        U=normal(layer.others, r),
+        A=normal(ra, K) if ra else None,
+        B=normal(N, ra) if ra else None,
+        bias=torch.randn(N, device=DEVICE).to(DTYPE),
+        pivots=pivots,
+    )
+
+
+def formula(x, SVh, U, A, B, bias, pivots, others):
+    """pivots, others: int64 indices of the outputs, or None."""
+    h = x @ SVh.T
+    if pivots is None:
+        y = torch.addmm(bias, h, U.T)
+    else:
+        y = torch.empty(len(x), len(bias), dtype=x.dtype, device=x.device)
+        y = y.index_copy(1, pivots, h).index_copy(1, others, h @ U.T) + bias
+    return y if A is None else y + ALPHA * ((x @ A.T) @ B.T)
+
+
+def two_products(x, P, Q, bias):
+    return F.linear(F.linear(x, P), Q, bias)
+
+
+class Lora(nn.Module):
+    """peft's arithmetic: the dense product, and the scaled adapter's added to it."""
+
+    def __init__(self, dense: nn.Linear, rank: int):
+        super().__init__()
+        self.dense = dense
+        self.A = nn.Linear(dense.in_features, rank, bias=False, device=DEVICE, dtype=DTYPE)
+        self.B = nn.Linear(rank, dense.out_features, bias=False, device=DEVICE, dtype=DTYPE)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x):
+        return self.dense(x) + self.B(self.A(x)) * ALPHA
+
+
+def lora_on_dense(weights: Weights, layer: Layer) -> tuple[Callable, list[Tensor]]:
+    """(the layer, its trainable A and B)."""
+    dense = nn.Linear(layer.K, layer.N, device="meta")
+    dense.weight = nn.Parameter(_dense_weight(weights), requires_grad=False)
+    dense.bias = nn.Parameter(weights.bias, requires_grad=False)
+    if LoraConfig is None:
+        made = Lora(dense, layer.lora_rank)
+        return made, [made.A.weight, made.B.weight]
+    rank = layer.lora_rank
+    config = LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=["0"])
+    model = inject_adapter_in_model(config, nn.Sequential(dense))
+    trainable = [p for name, p in model.named_parameters() if "lora_" in name]
+    for parameter in trainable:
+        parameter.data = parameter.data.to(DEVICE, DTYPE)
+    return model[0], trainable
+
+
+def _dense_weight(weights: Weights) -> Tensor:
+    SVh, U, A, B, _, pivots = weights
+    return reference.dense_weight(SVh, U, A, B, ALPHA, pivots)
+
+
+def maker(name: str, layer: Layer) -> Callable[[Weights], tuple[Callable, list[Tensor]]]:
+    """From weights to (a function of x, the A and B that it trains)."""
+
+    def auto(w: Weights):
+        return lambda x: svd_lora_linear(x, *w[:5], ALPHA, w.pivots), [w.A, w.B]
+
+    def four_gemms(w: Weights):
+        both = (None, None)
+        if w.pivots is not None:
+            both = room.products.part_order(w.pivots, layer.others).split((layer.r, layer.others))
+        return lambda x: formula(x, *w[:5], *both), [w.A, w.B]
+
+    def two_vendor(w: Weights):
+        U = reference.full_U(w.U, w.pivots)
+        P, Q = w.SVh, U.contiguous()
+        if w.A is not None:
+            P, Q = torch.cat((P, w.A)), torch.cat((Q, (ALPHA * w.B.float()).to(DTYPE)), 1)
+        return lambda x: two_products(x, P, Q, w.bias), []
+
+    def dense(w: Weights):
+        return functools.partial(F.linear, weight=_dense_weight(w), bias=w.bias), []
+
+    makers = {"auto": auto, "one_launch": auto, "four_gemms": four_gemms, "dense": dense}
+    return (makers | {"two_vendor": two_vendor, "peft": lambda w: lora_on_dense(w, layer)})[name]
+
+
+def weight_bytes(name: str, layer: Layer) -> int:
+    """What a call reads besides x."""
+    if name in ("dense", "peft"):
+        extra = layer.lora_rank * (layer.K + layer.N) if name == "peft" else 0
+        return DTYPE.itemsize * (layer.K * layer.N + extra)
+    pivoted_as_pair = name == "two_vendor" and layer.form == "pivoted"
+    return DTYPE.itemsize * (layer.r * (layer.K + layer.N) if pivoted_as_pair else layer.weights)
+
+
+def forward_calls(name: str, layer: Layer, x: Tensor, weights: Weights) -> list[Callable]:
+    """The rival's call on x, once for each of so many copies of its weights that, going round them,
+    each comes from memory."""
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    count = max(2, min(512, math.ceil(2.5 * cache / weight_bytes(name, layer))))
+    make, calls = maker(name, layer), []
+    for _ in range(count):
+        copy = Weights(*(None if t is None else t.clone() for t in weights))
+        calls.append(functools.partial(make(copy)[0], x))
+    return calls
+
+
+def compiled_call(name: str, layer: Layer, x: Tensor, weights: Weights) -> Callable:
+    torch._dynamo.reset()
+    return functools.partial(torch.compile(maker(name, layer)(weights)[0], dynamic=False), x)
+
+
+def check(y: Tensor, x: Tensor, weights: Weights, name: str) -> None:
+    """Raise FloatingPointError unless y is what the formula says, on the first and last rows."""
+    rows = torch.arange(len(x), device=DEVICE)
+    rows = rows[(rows < 8) | (rows >= len(x) - 8)]
+    SVh, U, A, B, bias, pivots = (
+        t.double() if t is not None and t.is_floating_point() else t for t in weights
+    )
+    expected = reference.forward(x[rows].double(), SVh, U, A, B, bias, ALPHA, pivots)[0]
+    error = float((y[rows].double() - expected).norm() / expected.norm())
+    if not error < 2e-2:
+        raise FloatingPointError(f"{name} is wrong: relative error {error:.1e}")
+
+
+def under(config, call: Callable) -> Callable:
+    """The call by a forced launch."""
+
+    def run():
+        with room.forcing(config):
+            return call()
+
+    return run
+
+
+def training_step(name: str, layer: Layer, x: Tensor, dy: Tensor) -> Callable:
+    """Forward and backward: gradients of x, A and B."""
+    function, trained = maker(name, layer)(random_weights(layer))
+    wanted = [x, *(t.requires_grad_() for t in trained if t is not None)]
+
+    def step():
+        return torch.autograd.grad(function(x), wanted, dy)
+
+    return step
+
+
+def launches(layer: Layer, quick: bool) -> list[configs.Config]:
+    """The launches that tuning may pick; with quick the default one alone."""
+    target = room._target(torch.device("cuda", torch.cuda.current_device()))
+    found = [configs.one_launch(layer.problem, target)]
+    if not quick:
+        found += [c for c in configs.candidates(layer.problem, target) if c != configs.VENDOR]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,163 @@
+"""PREDICTION, nothing here is measured: how long a GPU should take for one layer.
+
+    python benchmarks/model_gpu.py                          the design's rows, on an H100
+    python benchmarks/model_gpu.py --gpu A100 --M 1 --K 2048 --N 2048 --rank 512 --lora-rank 32
+    python benchmarks/model_gpu.py --compare measured.json  measured over predicted, row by row
+
+The model is roofline_gpu.py. A measured file is a JSON list of {K, N, r, ra, M, form, candidate,
+seconds, regime}: form "pair" or "pivoted"; candidate a name of roofline_gpu.CANDIDATES; regime
+"graph" or "eager" and, where all that is read was in L2 already, "warm" ("graph warm").
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from roofline_gpu import CANDIDATES, FORMS, GPUS, MODES, Layer, predict
+
+# The design's first estimate, microseconds of a replayed graph on an H100, kept to compare with:
+# (K, N, r, ra) -> M -> four GEMMs, two vendor GEMMs, h on chip, one launch; dense where it was
+# estimated.
+FIRST_ESTIMATE = {
+    (2048, 2048, 512, 32): {
+        1: (14.0, 6.5, 59.3, 5.6, 5.3),
+        16: (14.1, 6.5, 59.3, 5.6),
+        128: (19.5, 10.5, 60.9, 10.5),
+        2048: (36.9, 21.2, 77.2, 26.7, 28.0),
+        8192: (124.7, 69.9, 106.2, 94.8, 106.0),
+    },
+    (2048, 5632, 768, 32): {
+        1: (16.6, 9.1, 86.2, 8.3, 10.2),
+        16: (16.9, 9.2, 86.2, 8.4),
+        128: (22.0, 12.0, 91.1, 12.3),
+        2048: (76.8, 46.9, 145.8, 63.7),
+        8192: (302.5, 172.5, 321.0, 243.0),
+    },
+    (4096, 4096, 1024, 32): {
+        1: (18.3, 10.7, 216.6, 10.1),
+        16: (18.6, 10.8, 216.6, 10.2),
+        128: (23.9, 13.5, 223.1, 13.7),
+        2048: (85.7, 75.3, 277.8, 94.5),
+        8192: (334.4, 232.4, 442.9, 332.0),
+    },
+    (4096, 11008, 1536, 32): {
+        1: (28.2, 20.7, 320.5, 20.6, 32.4),
+        16: (28.8, 20.9, 320.5, 20.8),
+        128: (34.9, 22.8, 343.5, 22.8),
+        2048: (228.5, 156.9, 739.8, 222.7),
+        8192: (851.6, 604.3, 2252.2, 878.9, 1085.0),
+    },
+}
+
+
+def geometric_mean(values) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def micro(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}" if seconds < 1e-4 else f"{1e6 * seconds:.0f}"
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def design_rows(gpu: str, form: str, mode: str, warm: bool) -> str:
+    """PREDICTION for the layers of the design, the first estimate behind it where there is one."""
+    rows = []
+    comparable = (gpu, form, mode, warm) == ("H100", "pair", "graph", False)
+    for (K, N, r, ra), estimates in FIRST_ESTIMATE.items():
+        for M, first in estimates.items():
+            predicted = predict(Layer(M, K, N, r, ra, form), gpu, warm)
+            cells = [micro(prediction.seconds(mode)) for prediction in predicted.values()]
+            if comparable:
+                cells = [
+                    f"{c} ({first[i]:g})" if i < len(first) else c for i, c in enumerate(cells)
+                ]
+            rows.append([f"{K}->{N} ({r}+{ra})", str(M), *cells])
+    regime = f"{mode}{' warm' if warm else ''}"
+    title = f"PREDICTION, {gpu}, {form} form, {regime}, microseconds"
+    note = " (in brackets the first estimate)" if comparable else ""
+    return f"{title}{note}\n" + markdown(["layer (r+ra)", "M", *CANDIDATES], rows)
+
+
+def breakdown(layer: Layer, gpu: str, warm: bool) -> str:
+    """PREDICTION for one layer: both modes, what bounds each, and every product by itself."""
+    predicted, rows, parts = predict(layer, gpu, warm), [], []
+    for name, prediction in predicted.items():
+        times = [f"{micro(prediction.seconds(m))} ({prediction.bound(m)})" for m in MODES]
+        rows.append([name, str(prediction.launches), *times, micro(prediction.overhead)])
+        for s in prediction.stages:
+            parts.append([name, s.what, *map(micro, (s.tensor, s.hbm, s.l2)), s.bound])
+    heads = ["candidate", "launches", *(f"{m}, bound by" for m in MODES), "launches and waits"]
+    title = f"PREDICTION, {gpu}{', warm L2' if warm else ''}, {layer}, microseconds"
+    columns = ["candidate", "product", "tensor cores", "HBM", "L2", "bound by"]
+    return f"{title}\n{markdown(heads, rows)}\n\n{title}, by product\n{markdown(columns, parts)}"
+
+
+def compared(measured: list[dict], gpu: str) -> Iterator[tuple[dict, float | None]]:
+    """(row, measured over predicted); None for a candidate that the model doesn't know."""
+    for row in measured:
+        mode, _, cache = row["regime"].partition(" ")
+        if mode not in MODES or cache not in ("", "cold", "warm"):
+            raise ValueError(f"regime must be graph or eager [cold or warm], got {row['regime']!r}")
+        layer = Layer(row["M"], row["K"], row["N"], row["r"], row["ra"], row["form"])
+        prediction = predict(layer, gpu, warm=cache == "warm").get(row["candidate"])
+        yield row, None if prediction is None else row["seconds"] / prediction.seconds(mode)
+
+
+def comparison(measured: list[dict], gpu: str) -> str:
+    """Measured over PREDICTION, row by row, and the geometric mean of each candidate and regime."""
+    rows, ratios = [], defaultdict(list)
+    for row, ratio in compared(measured, gpu):
+        layer = Layer(row["M"], row["K"], row["N"], row["r"], row["ra"], row["form"])
+        cells = [str(layer), row["candidate"], row["regime"], micro(row["seconds"])]
+        if ratio is None:
+            rows.append([*cells, "no prediction", ""])
+            continue
+        rows.append([*cells, micro(row["seconds"] / ratio), f"{ratio:.2f}"])
+        ratios[row["candidate"], row["regime"]].append(ratio)
+    means = [
+        [candidate, regime, str(len(found)), f"{geometric_mean(found):.2f}"]
+        for (candidate, regime), found in ratios.items()
+    ]
+    heads = ["layer", "candidate", "regime", "measured", "PREDICTION", "measured / PREDICTION"]
+    return (
+        f"{gpu}, microseconds, measured beside the PREDICTION\n{markdown(heads, rows)}\n\n"
+        "Geometric means of measured / PREDICTION\n"
+        + markdown(["candidate", "regime", "rows", "mean"], means)
+    )
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--gpu", default="H100", choices=list(GPUS))
+    for name, dimension in (("M", "rows"), ("K", "inputs"), ("N", "outputs"), ("rank", "r")):
+        parser.add_argument(f"--{name}", type=int, help=f"{dimension} of the one layer to predict")
+    parser.add_argument("--lora-rank", type=int, default=0, help="ra of that layer")
+    parser.add_argument("--form", default="pair", choices=FORMS)
+    parser.add_argument("--mode", default="graph", choices=MODES, help="of the table of all rows")
+    parser.add_argument("--warm", action="store_true", help="what is read is in L2 already")
+    parser.add_argument("--compare", type=Path, metavar="JSON", help="measured times")
+    given = parser.parse_args(words)
+    sizes = (given.M, given.K, given.N, given.rank)
+    if given.compare is not None:
+        print(comparison(json.loads(given.compare.read_text(encoding="utf-8")), given.gpu))
+    elif all(size is not None for size in sizes):
+        layer = Layer(*sizes, given.lora_rank, given.form)
+        print(breakdown(layer, given.gpu, given.warm))
+    elif any(size is not None for size in sizes):
+        parser.error("one layer needs all of --M, --K, --N and --rank")
+    else:
+        print(design_rows(given.gpu, given.form, given.mode, given.warm))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

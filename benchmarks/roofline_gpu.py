@@ -1,0 +1,317 @@
+"""PREDICTION, nothing here is measured: an analytic roofline of one layer on a GPU.
+
+Every product takes the longest of three times: its multiply-adds on the tensor cores, its bytes
+from HBM, its bytes from L2; a launch adds the time to fill and to drain the machine. In eager mode
+the host may be slower than all of that. bf16 or fp16, forward. model_gpu.py is the command.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+FORMS = ("pair", "pivoted")
+MODES = ("graph", "eager")
+BYTES = 2  # of a bf16 or fp16 number
+TILE = 128  # sides of the tiles that are dealt to the units
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """hbm, l2: bytes/s. l2_bytes: what all units share. tensor: dense bf16 FLOP/s with float32
+    sums. units: SMs or CUs. gap: seconds between two kernels of a replayed graph. reuse: rows and
+    columns of the tile that a vendor's product reads its operands once for."""
+
+    hbm: float
+    l2: float
+    l2_bytes: float
+    tensor: float
+    units: int
+    gap: float = 1.0e-6
+    reuse: tuple[int, int] = (128, 256)
+
+
+# hbm, l2_bytes, tensor and units are those of NVIDIA's datasheets of the H100 (SXM5), the A100
+# (SXM4, 80 GB) and the L4, of the Ada white paper (RTX 4090) and of AMD's MI300X datasheet. No
+# NVIDIA datasheet gives l2: estimates after published micro-benchmarks, the L4's scaled from the
+# RTX 4090's. Each of the MI300X's eight dies has 4 MB of L2; what all its units share is the
+# Infinity Cache, 17.2 TB/s by AMD's CDNA 3 white paper.
+GPUS = {
+    "H100": Gpu(3.35e12, 5.5e12, 50e6, 990e12, 132, reuse=(256, 256)),  # multicast between two SMs
+    "A100": Gpu(2.0e12, 4.0e12, 40e6, 312e12, 108),
+    "L4": Gpu(0.3e12, 2.5e12, 48e6, 121e12, 58),
+    "RTX 4090": Gpu(1.008e12, 5.0e12, 72e6, 165e12, 128),
+    "MI300X": Gpu(5.3e12, 17.2e12, 256e6, 1307e12, 304, gap=2.5e-6, reuse=(256, 256)),
+}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a kind of kernel reaches of the tensor cores' rate and of HBM's."""
+
+    tensor: float
+    hbm: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Every figure of the model that no datasheet gives. All are assumptions until measured."""
+
+    vendor: Shares = Shares(0.78, 0.90)
+    one_launch: Shares = Shares(0.66, 0.85)
+    on_chip: dict[int, float] = field(  # rows of a block -> share of the tensor cores' rate
+        default_factory=lambda: {16: 0.15, 32: 0.28, 64: 0.45, 128: 0.55}
+    )
+    pass_l2: float = 0.80  # share of L2's rate that a pass over y reaches
+    kept: float = 0.60  # share of L2 that a tensor may fill and be found there by the next kernel
+    ramp: float = 1.5e-6  # seconds to fill and to drain the machine, each launch
+    wait: float = 1.5e-6  # seconds between the phases of the one launch
+    host_vendor: float = 6e-6  # seconds of the host for an op of torch
+    host_triton: float = 18e-6  # and for a launch through Triton
+
+
+_ADA = Calibration(  # slower tensor cores, easier to keep busy
+    vendor=Shares(0.85, 0.90),
+    one_launch=Shares(0.80, 0.85),
+    on_chip={16: 0.18, 32: 0.336, 64: 0.54, 128: 0.66},
+)
+CALIBRATIONS = {
+    "H100": Calibration(),
+    "A100": Calibration(),
+    "L4": replace(_ADA, vendor=Shares(0.60, 0.90), one_launch=Shares(0.55, 0.85)),  # 72 W
+    "RTX 4090": _ADA,
+    "MI300X": Calibration(vendor=Shares(0.55, 0.80), one_launch=Shares(0.45, 0.75)),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x [M, K], SVh [r, K], U [N, r] ([N - r, r] if pivoted), A [ra, K], B [N, ra]."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    ra: int = 0
+    form: str = "pair"
+
+    def __post_init__(self):
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        if min(self.M, self.K, self.N, self.r) < 1 or self.ra < 0:
+            raise ValueError(f"M, K, N and r must be at least 1 and ra at least 0, got {self}")
+        if self.form == "pivoted" and self.r >= self.N:
+            raise ValueError(f"the pivoted form needs r < N, got r={self.r}, N={self.N}")
+
+    @property
+    def R(self) -> int:
+        return self.r + self.ra
+
+    @property
+    def others(self) -> int:
+        """Outputs that U makes."""
+        return self.N - self.r if self.form == "pivoted" else self.N
+
+    def __str__(self):
+        return f"{self.K}->{self.N} ({self.r}+{self.ra}, {self.form}) M={self.M}"
+
+
+class Stage(NamedTuple):
+    """PREDICTION for one product or pass: what each of the three would take alone, in seconds."""
+
+    what: str
+    tensor: float
+    hbm: float
+    l2: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.tensor, self.hbm, self.l2)
+
+    @property
+    def bound(self) -> str:
+        times = {"tensor cores": self.tensor, "HBM": self.hbm, "L2": self.l2}
+        return max(times, key=times.__getitem__)
+
+
+class Prediction(NamedTuple):
+    """PREDICTION for one candidate. overhead: launches, ramps and waits on the device; host:
+    seconds the host needs in eager mode."""
+
+    stages: tuple[Stage, ...]
+    launches: int
+    overhead: float
+    host: float
+
+    def seconds(self, mode: str = "graph") -> float:
+        device = sum(stage.seconds for stage in self.stages) + self.overhead
+        return max(device, self.host) if mode == "eager" else device
+
+    def bound(self, mode: str = "graph") -> str:
+        """What most of the time goes to."""
+        if mode == "eager" and self.seconds("graph") < self.host:
+            return "host"
+        parts = {"launches": self.overhead}
+        for stage in self.stages:
+            parts[stage.bound] = parts.get(stage.bound, 0.0) + stage.seconds
+        return max(parts, key=parts.__getitem__)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU, its calibration, and whether everything a layer reads is in L2 already."""
+
+    gpu: Gpu
+    calibration: Calibration = Calibration()
+    warm: bool = False
+
+    def keeps(self, *shape: int) -> bool:
+        """Whether a matrix written by one kernel is found in L2 by the next."""
+        return BYTES * math.prod(shape) < self.calibration.kept * self.gpu.l2_bytes
+
+    def full_waves(self, M: int, N: int, K: int) -> float:
+        """How busy the units are, 0 to 1: the last wave of tiles is rarely full. Where there are
+        fewer tiles than units, a long K can be cut in up to four."""
+        waves = math.ceil(M / TILE) * math.ceil(N / TILE) / self.gpu.units
+        if waves >= 1:
+            return waves / math.ceil(waves)
+        return min(1.0, waves * max(1, min(4, K // 512)))
+
+    def product(self, what, M, N, K, *, shares=None, x_near=False, y_near=False) -> Stage:
+        """[M, K] times [K, N]. x_near, y_near: the left operand is read, and the result left, in L2
+        alone."""
+        gpu, rows = self.gpu, min(TILE, max(16, 1 << (M - 1).bit_length()))
+        shares = shares or self.calibration.vendor
+        down, across = gpu.reuse if shares == self.calibration.vendor else (128, 256)
+        flops = 2.0 * math.ceil(M / rows) * rows * N * K  # rows of a tile beyond M cost as well
+        far = N * K + (0 if x_near else M * K) + (0 if y_near else M * N)
+        near = M * K * math.ceil(N / across) + N * K * math.ceil(M / down) + M * N
+        return Stage(
+            what,
+            tensor=flops / (gpu.tensor * shares.tensor * self.full_waves(M, N, K)),
+            hbm=0.0 if self.warm and self.keeps(K, N) else BYTES * far / (gpu.hbm * shares.hbm),
+            l2=BYTES * near / gpu.l2,
+        )
+
+    def columns(self, what: str, M: int, N: int, times: int) -> Stage:
+        """`times` readings or writings of a [M, N] matrix, one number after another."""
+        size, near = BYTES * M * N * times, self.warm or self.keeps(M, N)
+        hbm = 0.0 if near else size / (self.gpu.hbm * self.calibration.vendor.hbm)
+        return Stage(what, 0.0, hbm, size / (self.gpu.l2 * self.calibration.pass_l2))
+
+    def predict(self, stages, launches: int, host: float, wait: float = 0.0) -> Prediction:
+        overhead = launches * (self.calibration.ramp + self.gpu.gap) + wait
+        return Prediction(tuple(stages), launches, overhead, host)
+
+    def by_torch(self, stages: list[Stage]) -> Prediction:
+        return self.predict(stages, len(stages), len(stages) * self.calibration.host_vendor)
+
+
+# ----------------------------------------------------------------------------------- the candidates
+
+
+def four_gemms(layer: Layer, machine: Machine) -> Prediction:
+    """PREDICTION: the formula as it stands. The sum is a pass of its own, as is sorting the
+    pivoted form's outputs."""
+    M, K, N, r, ra = layer.M, layer.K, layer.N, layer.r, layer.ra
+    near = machine.keeps(M, r)
+    stages = [
+        machine.product("x SVh^T", M, r, K, y_near=near),
+        machine.product("h_s U^T", M, layer.others, r, x_near=near),
+    ]
+    if layer.form == "pivoted":
+        stages.append(machine.columns("sort", M, N, 2))
+    if ra:
+        stages += [
+            machine.product("x A^T", M, ra, K, x_near=machine.keeps(M, K), y_near=True),
+            machine.product("h_a B^T", M, N, ra, x_near=True),
+            machine.columns("sum", M, N, 3),
+        ]
+    return machine.by_torch(stages)
+
+
+def two_vendor(layer: Layer, machine: Machine) -> Prediction:
+    """PREDICTION: h = x P^T, y = h Q^T on packed factors. A pivoted layer multiplies by the
+    equivalent pair's Q, or makes its others and pivots apart and sorts them: the quicker counts."""
+    M, R = layer.M, layer.R
+    near = machine.keeps(M, R)
+    shrink = machine.product("x P^T", M, R, layer.K, y_near=near)
+    whole = machine.by_torch([shrink, machine.product("h Q^T", M, layer.N, R, x_near=near)])
+    if layer.form == "pair":
+        return whole
+    parts = [shrink, machine.product("h Q^T, others", M, layer.others, R, x_near=near)]
+    if layer.ra:
+        parts.append(machine.product("h_a B^T, pivots", M, layer.r, layer.ra, x_near=near))
+    parts.append(machine.columns("sort", M, layer.N, 2))
+    return min(whole, machine.by_torch(parts), key=Prediction.seconds)
+
+
+def one_launch(layer: Layer, machine: Machine) -> Prediction:
+    """PREDICTION: the kernel of this project. h stays in L2; one wait between the phases."""
+    M, shares = layer.M, machine.calibration.one_launch
+    expand = {"shares": shares, "x_near": True}
+    stages = [
+        machine.product("x P^T", M, layer.R, layer.K, shares=shares, y_near=True),
+        machine.product("h Q^T", M, layer.others, layer.R, **expand),
+    ]
+    if (
+        layer.form == "pivoted"
+    ):  # the pivots' share of y: h_s itself, and an adapter if there is one
+        stages.append(machine.product("pivots", M, layer.r, layer.ra, **expand))
+    return machine.predict(stages, 1, machine.calibration.host_triton, machine.calibration.wait)
+
+
+def on_chip(layer: Layer, machine: Machine) -> Prediction:
+    """PREDICTION: h of a block of rows in shared memory, both products in one program, which
+    streams both factors whole. Programs that share a block's outputs each make its h anew."""
+    gpu, best = machine.gpu, None
+    hbm = gpu.hbm * machine.calibration.vendor.hbm
+    M, K, R, outputs = layer.M, layer.K, layer.R, layer.others
+    far = BYTES * (M * K + R * K + outputs * R + M * layer.N)
+    for rows, share in machine.calibration.on_chip.items():
+        if rows > max(16, 2 * M) or (rows > 16 and rows * R * BYTES > 150e3):
+            continue  # h takes more than 150 KB of shared memory
+        blocks = math.ceil(M / rows)
+        for sharing in (1 << i for i in range(8) if (1 << i) <= max(1, math.ceil(outputs / 64))):
+            waves = blocks * sharing / gpu.units
+            busy = waves / math.ceil(waves) if waves >= 1 else waves
+            flops = 2.0 * blocks * rows * (K * R * sharing + R * outputs)
+            near = sharing * (R * K + rows * K) + outputs * R + rows * outputs
+            stage = Stage(
+                f"both, {rows} rows, {sharing} sharing",
+                tensor=flops / (gpu.tensor * share * busy),
+                hbm=0.0 if machine.warm else far / (hbm * min(1.0, 2 * waves)),
+                l2=BYTES * blocks * near / (gpu.l2 * min(1.0, waves)),
+            )
+            if best is None or stage.seconds < best.seconds:
+                best = stage
+    return machine.predict([best], 1, machine.calibration.host_triton)
+
+
+def dense(layer: Layer, machine: Machine) -> Prediction:
+    """PREDICTION: the one product of the layer that was factorized."""
+    return machine.by_torch([machine.product("x W^T", layer.M, layer.N, layer.K)])
+
+
+CANDIDATES = {
+    "four_gemms": four_gemms,
+    "two_vendor": two_vendor,
+    "on_chip": on_chip,
+    "one_launch": one_launch,
+    "dense": dense,
+}
+
+
+def machine_named(gpu: str, warm: bool = False) -> Machine:
+    if gpu not in GPUS:
+        raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
+    return Machine(GPUS[gpu], CALIBRATIONS[gpu], warm)
+
+
+def predict(layer: Layer, gpu: str = "H100", warm: bool = False) -> dict[str, Prediction]:
+    """PREDICTION of every candidate, by name. warm only counts where the weights stay in L2."""
+    at = machine_named(gpu, warm)
+    if warm and not at.keeps(layer.R * (layer.K + layer.others)):
+        at = replace(at, warm=False)
+    return {name: candidate(layer, at) for name, candidate in CANDIDATES.items()}

@@ -1,0 +1,272 @@
+"""The GPU's room: Triton kernels, one launch for both products of a layer, or torch's own products
+where those are faster.
+
+Which it is for a call is read off a table: the user's (`hylora tune`), one that comes with the
+package, or the defaults of config.py. The choice is made below the op, so that code compiled for
+many M chooses for each; in a CUDA graph, where a launch costs the host nothing, it may be another.
+
+With TRITON_INTERPRET=1 in the environment the room serves tensors on the CPU, where Triton's
+interpreter plays GPU: slow, and right in float32 and float16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hylora_kernels import products
+from hylora_kernels.backends.triton import vendor
+from hylora_kernels.backends.triton.config import (
+    BACKWARD,
+    FORWARD,
+    VENDOR,
+    Config,
+    Problem,
+    Target,
+    chosen,
+    thin_config,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.6 to 3.9).
+INTERPRETED_DTYPES = (torch.float32, torch.float16)
+INSTALLED = importlib.util.find_spec("triton") is not None
+LEAST_ARCH = 80  # bf16 tensor cores and asynchronous copies
+MOST = 2**31  # numbers in a weight, and rows of x: what 32-bit indices reach
+
+
+def is_available() -> bool:
+    return not why_not()
+
+
+def why_not() -> str:
+    """Why this room can't be used here; "" where it can."""
+    if not INSTALLED:
+        return "triton is not installed: pip install triton (it comes with torch's CUDA builds)"
+    if _interpreted() or torch.cuda.is_available():
+        return ""
+    return "no CUDA device; TRITON_INTERPRET=1 in the environment lets a CPU play one"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
+    """The reason why this room can't serve these tensors, in words; None where it can."""
+    wanted = "cpu" if _interpreted() else "cuda"
+    if reason := why_not():
+        return reason
+    if x.device.type != wanted:
+        interpreter = ", TRITON_INTERPRET=1 being set" if wanted == "cpu" else ""
+        return f"serves tensors on {wanted}{interpreter}, got {x.device}"
+    if x.dtype not in DTYPES:
+        return f"serves float32, bfloat16 and float16, got {x.dtype}"
+    if wanted == "cpu" and x.dtype not in INTERPRETED_DTYPES:
+        return f"serves float32 and float16 in Triton's interpreter, got {x.dtype}"
+    if wanted == "cuda" and (reason := _device_lacks(x.device)):
+        return reason
+    (rank, K), others = SVh.shape, U.shape[0]
+    if rank == 0 or K == 0 or (others == 0 and pivots is None):
+        return f"serves no empty factors, got SVh {list(SVh.shape)} and U {list(U.shape)}"
+    if max(SVh.numel(), U.numel(), math.prod(x.shape[:-1])) >= MOST:
+        return f"serves factors and rows below {MOST} in number, got x {list(x.shape)}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # the device compiled for is the device
+def _device_lacks(device: torch.device) -> str:
+    target = _target(device)
+    if target.kind == "cuda" and target.arch < LEAST_ARCH:
+        return f"serves GPUs from sm_{LEAST_ARCH} on, got sm_{target.arch}"
+    return ""
+
+
+def gains(x, SVh, U, A, B, bias, pivots) -> bool:
+    """Whether a call that this room can serve is faster here than in the next room: the interpreter
+    never is, and on a GPU the call itself takes the fastest there is."""
+    return x.device.type == "cuda"
+
+
+# ----------------------------------------------------------------------------- forward and backward
+
+
+def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha."""
+    problem = _problem(x, SVh, U, A, pivots, FORWARD)
+    config = choose(problem, x.device)
+    with _on(x.device):
+        call = (x, SVh, A, U, B, bias, alpha, pivots, problem)
+        if x.is_cuda:
+            _get_ready_for_capture(config, *call)
+        if config is VENDOR:
+            return vendor.forward(x, SVh, U, A, B, bias, alpha, pivots, problem)
+        return _one_launch(*call, config)
+
+
+def _one_launch(x, SVh, A, U, B, bias, alpha, pivots, problem, config) -> tuple[Tensor, Tensor]:
+    if problem.lora_rank:
+        return _launch(x, SVh, A, U, B, bias, alpha, pivots, problem, config)
+    y, _ = _launch(x, SVh, None, U, None, bias, alpha, pivots, problem, config)
+    return y, x.new_empty(len(x), 0)
+
+
+def _get_ready_for_capture(config, *call) -> None:
+    """Launch what a CUDA graph would, once for a layer's sizes, where that isn't what serves calls
+    from Python: nothing can be compiled while a graph is captured, and its warm-up is such calls.
+    """
+    problem = call[-1]
+    key = replace(problem, M=0), problem.M <= 16, problem.M <= 64
+    if key in _ready or _forced is not None or torch.cuda.is_current_stream_capturing():
+        return
+    _ready.add(key)
+    device = call[0].device
+    captured = _chosen(problem, _target(device), _name(device), True)
+    if captured is not VENDOR and captured != config:
+        _one_launch(*call, captured)
+
+
+_ready: set[tuple] = set()
+
+
+def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are
+    None.
+
+    x is only read for dA and h_a only for dB; either may be None where it isn't needed.
+    """
+    problem = _problem(dy, SVh, U, A, pivots, BACKWARD)
+    if not problem.M or not (problem.lora_rank or needs[0]):
+        return products.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs)
+    need_dx, need_dA, need_dB, need_db = needs
+    dx = dA = dB = db = dh_a = None
+    with _on(dy.device):
+        if need_dx:
+            dx, dh_a = _backward_x(dy, SVh, U, A, B, alpha, pivots, problem)
+        elif need_dA:
+            dh_a = alpha * (dy @ B)
+        if not problem.lora_rank:
+            dA, dB = (torch.empty_like(t) if t is not None else None for t in (A, B))
+        elif need_dA or need_dB:
+            left = dh_a.contiguous() if need_dA else None
+            right = h_a if need_dB else None
+            dA, dB, db = _thin(left, x, right, dy, alpha, need_db and need_dB, problem)
+        if need_db and db is None:
+            db = dy.sum(0)
+    return dx, dA if need_dA else None, dB if need_dB else None, db
+
+
+def _backward_x(dy, SVh, U, A, B, alpha, pivots, problem) -> tuple[Tensor, Tensor | None]:
+    """(dx [M, K], dh_a [M, ra] = alpha dy B)."""
+    config = choose(problem, dy.device)
+    if config is VENDOR:
+        return vendor.backward_x(dy, SVh, U, A, B, alpha, pivots, problem)
+    A, B = (A.T, B.T) if problem.lora_rank else (None, None)
+    return _launch(dy, U.T, B, SVh.T, A, None, alpha, pivots, problem, config)
+
+
+def choose(problem: Problem, device: torch.device) -> Config | object:
+    """What serves a problem on a device: a Config of the one-launch kernel, or VENDOR."""
+    if problem.M == 0:
+        return VENDOR
+    if device.type != "cuda":
+        return _forced or _chosen(problem, _target(device), "", False)
+    captured = torch.cuda.is_current_stream_capturing()
+    return _forced or _chosen(problem, _target(device), _name(device), captured)
+
+
+_chosen = functools.lru_cache(maxsize=4096)(chosen)
+_forced: Config | object | None = None
+_compile_only = False
+
+
+@contextlib.contextmanager
+def forcing(config: Config | object, compile_only: bool = False):
+    """Serve every call inside the `with` by `config` or VENDOR, for measuring and testing.
+
+    With compile_only nothing is launched and the results are whatever was in memory.
+    """
+    global _forced, _compile_only
+    before = _forced, _compile_only
+    _forced, _compile_only = config, compile_only
+    try:
+        yield
+    finally:
+        _forced, _compile_only = before
+
+
+@functools.cache
+def _target(device: torch.device) -> Target:
+    from hylora_kernels.backends.triton import launch
+
+    return launch.target_of(device)
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def _problem(rows, SVh, U, A, pivots, direction) -> Problem:
+    (rank, K), N = SVh.shape, U.shape[0]
+    if pivots is not None:
+        N += rank
+    lora_rank = 0 if A is None else A.shape[0]
+    return Problem(len(rows), K, N, rank, lora_rank, rows.dtype, pivots is not None, direction)
+
+
+def _launch(x, W1, W1a, W2, W2a, bias, alpha, pivots, problem, config):
+    from hylora_kernels.backends.triton import launch
+
+    others = None
+    if pivots is not None:
+        others = products.part_order(pivots, problem.others)[problem.rank :]
+    return launch.dataflow(
+        *(x, W1, W1a, W2, W2a, bias, alpha, pivots, others, problem, config, _target(x.device)),
+        compile_only=_compile_only,
+    )
+
+
+def _thin(dh_a, x, h_a, dy, alpha, need_db, problem):
+    from hylora_kernels.backends.triton import launch
+
+    config = thin_config(problem, _target(dy.device))
+    return launch.thin(dh_a, x, h_a, dy, alpha, need_db, config, problem.lora_rank)
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device, which need not be the tensors'."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
+
+
+# ----------------------------------------------------------------------------------------- the rest
+
+
+def forget(SVh) -> None:
+    """Drop what is kept for a layer with this SVh."""
+    vendor.forget(SVh)
+
+
+def pack(SVh, U, A, B, bias, alpha, pivots) -> None:
+    """What forward_packed wants, or None where this room gains nothing by packing: the kernel reads
+    the factors where they lie."""
+
+
+def forward_packed(x, packed) -> Tensor:
+    raise AssertionError("the triton room packs nothing")
+
+
+def rows_packed(ids, packed) -> Tensor:
+    raise AssertionError("the triton room packs nothing")
+
+
+def unpack(packed) -> tuple:
+    raise AssertionError("the triton room packs nothing")

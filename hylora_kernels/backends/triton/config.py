@@ -1,0 +1,317 @@
+"""What to launch for a call: tile sizes that fit a device, or two vendor products instead.
+
+All of it is plain arithmetic on sizes: no GPU, no Triton, the same answer for the same question. A
+table that `hylora tune` has measured on the device at hand outranks the defaults below.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hylora_kernels import storage
+
+FORWARD, BACKWARD = "forward", "backward"
+SHARED = {"cuda": {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}, "hip": {}}
+LDS = 64  # KiB of shared memory a block has on AMD
+MOST_ROWS = 2**31
+TUNED = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device as the kernels see it. kind: "cuda", "hip", or "interpreter", a CPU that plays GPU.
+    arch: 90 for sm_90, "gfx942" on AMD."""
+
+    kind: str
+    arch: int | str
+    multiprocessors: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """What one block may use; an architecture not listed gets the least of its maker's."""
+        table = SHARED.get(self.kind)
+        return 1024 * (table.get(self.arch, 99) if table else LDS if table == {} else 1 << 20)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call. Sizes are the formula's, whichever the direction; `others` is N - r in the pivoted
+    form, N in the pair."""
+
+    M: int
+    K: int
+    N: int
+    rank: int
+    lora_rank: int
+    dtype: torch.dtype
+    pivoted: bool = False
+    direction: str = FORWARD
+
+    @property
+    def others(self) -> int:
+        return self.N - self.rank if self.pivoted else self.N
+
+    @property
+    def depth(self) -> int:
+        """What the first product sums over."""
+        if self.direction == FORWARD:
+            return self.K
+        return self.others
+
+    @property
+    def factor_bytes(self) -> int:
+        """Of all the factors."""
+        base = self.rank * (self.K + self.others)
+        return self.dtype.itemsize * (base + self.lora_rank * (self.K + self.N))
+
+    @property
+    def width(self) -> int:
+        """The columns of the second product."""
+        return self.N if self.direction == FORWARD else self.K
+
+
+@dataclass(frozen=True)
+class Config:
+    """The one-launch kernel's tiles: h in BM x BR blocks, BK deep; y in BM x BN blocks, BJ deep.
+
+    split:  parts of K that different programs add up. swap: weights as the tensor cores' first
+    operand. stages: tiles on their way from memory. residents: programs a multiprocessor.
+    prefetch: the forward's weights ahead into L2 (NVIDIA).
+    """
+
+    BM: int
+    BR: int
+    BK: int
+    BN: int
+    BJ: int
+    split: int = 1
+    swap: bool = False
+    warps: int = 4
+    stages: int = 3
+    residents: int = 1
+    prefetch: bool = False
+
+    def rank_blocks(self, problem: Problem) -> int:
+        return _blocks(problem.rank, self.BR) + _blocks(problem.lora_rank, self.BR)
+
+    def column_blocks(self, problem: Problem) -> int:
+        if problem.pivoted and problem.direction == FORWARD:
+            return _blocks(problem.others, self.BN) + _blocks(problem.rank, self.BN)
+        return _blocks(problem.width, self.BN)
+
+    def tiles(self, problem: Problem) -> int:
+        per_rows = self.rank_blocks(problem) * self.split + self.column_blocks(problem)
+        return _blocks(problem.M, self.BM) * per_rows
+
+
+@dataclass(frozen=True)
+class ThinConfig:
+    """The adapter's gradients: BA ranks by BC columns, BM rows at a time, in `split` shares."""
+
+    BM: int
+    BC: int
+    BA: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """Two (or as many as it takes) of torch's own products: products.py."""
+
+
+VENDOR = Vendor()
+
+
+def why_illegal(config: Config | ThinConfig, dtype: torch.dtype, target: Target) -> str | None:
+    """Why the kernel can't be compiled so for the target, in words; None where it can."""
+    sizes, one_row = asdict(config), isinstance(config, Config) and config.BM == 1
+    for name in ("BM", "BR", "BK", "BN", "BJ", "BC", "BA", "warps"):
+        size, least = sizes.get(name, 16), 1 if name == "warps" or one_row else 16
+        if size & (size - 1) or size < least:
+            return f"{name} must be a power of two, at least {least}, got {size}"
+    if one_row:
+        return None if config.swap else "a single row is multiplied with swap alone"
+    if isinstance(config, ThinConfig):
+        deep, per_thread = (config.BM, config.BM), config.BA * config.BC
+        sides = (config.BA + config.BC, 0)
+    else:
+        deep, per_thread = (config.BK, config.BJ), config.BM * max(config.BR, config.BN)
+        sides = (config.BM + config.BR, config.BM + config.BN)
+    if per_thread > 128 * 32 * config.warps:
+        return f"{config.warps} warps hold 128 sums a thread, asked for {per_thread} in all"
+    shared = max(side * depth for side, depth in zip(sides, deep, strict=True))
+    shared *= config.stages * dtype.itemsize
+    if shared > target.shared_bytes:
+        return f"{shared} bytes of shared memory, {target.arch} has {target.shared_bytes}"
+    return None
+
+
+# ----------------------------------------------------------------------------------------- defaults
+
+
+def default(problem: Problem, target: Target, captured: bool = True) -> Config | Vendor:
+    """What is launched where nothing has been measured: what an H100 showed (benchmarks/gpu.py).
+
+    captured: in a CUDA graph. Called one by one, a launch of Triton's costs the host as much as
+    three of torch's products (70 us against 45 for two of them), so two are left to torch.
+    """
+    if target.kind == "interpreter":
+        return _largest_tiles(problem)
+    ieee = problem.dtype == torch.float32
+    if problem.direction == BACKWARD or (ieee and problem.M > 1):
+        return VENDOR
+    if not problem.lora_rank:
+        # Two products against one launch: 10.0 us against 7.6 at K = N = 2048, M = 1, 9.8 against
+        # 9.3 at M = 16, 25 against 27 at 4096 x 11008 and rank 1568, whose factors are 47 MB.
+        small = problem.factor_bytes < 32e6
+        return first_choice(problem, target) if captured and small and problem.M <= 16 else VENDOR
+    # Four products against one launch: 17 us against 10 there, 34 against 28 at 4096 x 11008.
+    return first_choice(problem, target) if problem.M <= 64 else VENDOR
+
+
+def first_choice(problem: Problem, target: Target) -> Config:
+    """The one-launch kernel's tiles for a problem: the first of its candidates."""
+    return next(config for config in candidates(problem, target) if config is not VENDOR)
+
+
+# How many rows at most -> the one-launch kernel's tiles that were fastest for some layer on an
+# H100, the best first. What a target can't hold is left out, what a short K can't split is split
+# less.
+_SHIPPED: dict[int, tuple[Config, ...]] = {
+    1: (
+        Config(1, 8, 1024, 32, 256, swap=True, residents=2, prefetch=True),
+        Config(1, 8, 1024, 32, 256, swap=True, residents=2),
+        Config(1, 8, 1024, 16, 1024, swap=True, warps=8, residents=2, prefetch=True),
+        Config(1, 16, 512, 32, 256, split=2, swap=True, warps=8, residents=2, prefetch=True),
+    ),
+    16: (
+        Config(16, 32, 128, 64, 128, split=4, swap=True, stages=4, prefetch=True),
+        Config(16, 64, 128, 64, 128, split=8, swap=True, stages=3, prefetch=True),
+        Config(16, 32, 128, 32, 128, split=4, swap=True, stages=3),
+    ),
+    64: (
+        Config(64, 32, 64, 32, 64, split=7, stages=4),
+        Config(64, 32, 64, 64, 64, split=4, residents=2, prefetch=True),
+    ),
+    256: (
+        Config(64, 64, 64, 64, 64, split=2, stages=4),
+        Config(64, 64, 64, 64, 64, split=2, warps=8, stages=3),
+    ),
+    MOST_ROWS: (
+        Config(128, 128, 64, 256, 64, warps=8),
+        Config(128, 128, 64, 128, 64, warps=8),
+        Config(128, 64, 64, 64, 64, warps=8),
+    ),
+}
+
+
+def candidates(problem: Problem, target: Target) -> list[Config | Vendor]:
+    """What may be the fastest for a problem, all of it legal on the target: what is measured, and
+    what is shipped."""
+    shipped = next(configs for most, configs in _SHIPPED.items() if most >= problem.M)
+    found: list[Config | Vendor] = [VENDOR]
+    for config in shipped:
+        parts = max(1, min(config.split, _blocks(problem.depth, config.BK) // 2))
+        config = replace(config, split=parts)
+        if problem.direction == BACKWARD or target.kind != "cuda":
+            config = replace(config, prefetch=False)
+        while why_illegal(config, problem.dtype, target) and config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        if config not in found and not why_illegal(config, problem.dtype, target):
+            found.append(config)
+    if len(found) == 1:  # float32's numbers are twice as wide
+        found.append(Config(16, 16, 32, 16, 32, swap=True, stages=2))
+    return found
+
+
+def thin_config(problem: Problem, target: Target) -> ThinConfig:
+    """The tiles of the adapter's gradients."""
+    BA = min(64, max(16, _power(problem.lora_rank)))
+    if target.kind == "interpreter":
+        return ThinConfig(128, 128, BA)
+    BM = 128 if problem.dtype.itemsize == 2 else 32
+    tiles = (_blocks(problem.K, 64) + _blocks(problem.N, 64)) * _blocks(problem.lora_rank, BA)
+    wanted = max(1, 4 * target.multiprocessors // tiles)
+    split = max(1, min(wanted, _blocks(problem.M, BM) // 4, 16))
+    return ThinConfig(BM, 64, BA, split, stages=2)
+
+
+def _largest_tiles(problem: Problem) -> Config:
+    """Few tiles for the interpreter, which takes its time by the operation, not by the number."""
+    BM, BR = min(128, _power(problem.M)), min(128, _power(problem.rank))
+    return Config(BM, BR, 128, min(128, _power(problem.width)), 128, warps=8)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _power(size: int) -> int:
+    """The least power of two that is at least `size` and 16."""
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+# ------------------------------------------------------------------------------------- tuned tables
+
+
+def table_path(device_name: str) -> Path:
+    """Where `hylora tune` keeps what it has measured on a device of this name."""
+    return storage.cache_root() / "tuned" / _file_name(device_name)
+
+
+def _file_name(device_name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower() + ".json"
+
+
+@functools.cache
+def table(device_name: str) -> tuple[dict, ...]:
+    """The measured rows for a device: the user's own, else those that come with the package."""
+    for path in (table_path(device_name), TUNED / _file_name(device_name)):
+        if path.is_file():
+            return tuple(json.loads(path.read_text())["rows"])
+    return ()
+
+
+def chosen(problem: Problem, target: Target, device_name: str, captured: bool) -> Config | Vendor:
+    """What to launch: the nearest measured problem's winner where there is one near, else the
+    default. captured: as part of a CUDA graph, where launches cost the host nothing."""
+    row = _nearest(problem, device_name)
+    if row is None:
+        return default(problem, target, captured)
+    winner = row["graph" if captured else "eager"]
+    if winner == "vendor":
+        return VENDOR
+    config = Config(**winner)
+    if why_illegal(config, problem.dtype, target):
+        return default(problem, target, captured)
+    return config
+
+
+def _nearest(problem: Problem, device_name: str) -> dict | None:
+    """The measured row of the same kind whose sizes are nearest, in log space; None where even that
+    is a factor of six away."""
+    kind = str(problem.dtype).removeprefix("torch."), problem.pivoted, problem.direction
+    best, best_distance = None, math.log2(6)
+    for row in table(device_name):
+        if (row["dtype"], row["pivoted"], row["direction"]) != kind:
+            continue
+        if (row["lora_rank"] == 0) != (problem.lora_rank == 0):
+            continue
+        distance = math.hypot(
+            *(
+                math.log2(max(row[name], 1) / max(getattr(problem, name), 1))
+                for name in ("M", "K", "N", "rank")
+            )
+        )
+        if distance < best_distance:
+            best, best_distance = row, distance
+    return best

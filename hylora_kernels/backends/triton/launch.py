@@ -1,0 +1,207 @@
+"""From tensors to launches: workspace, grid, arguments."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import torch
+from torch import Tensor
+
+from hylora_kernels.backends.triton import kernels
+from hylora_kernels.backends.triton.config import (
+    BACKWARD,
+    FORWARD,
+    Config,
+    Problem,
+    Target,
+    ThinConfig,
+)
+
+MOST = 2**31
+INTERPRETED_PROGRAMS = 3  # the interpreter runs one after the other; more than one shows more
+
+
+def dataflow(
+    x,
+    W1,
+    W1a,
+    W2,
+    W2a,
+    bias,
+    alpha,
+    pivots,
+    others,
+    problem: Problem,
+    config: Config,
+    target: Target,
+    compile_only: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One launch: x [M, K] -> (x [W1; W1a]^T [W2, W2a]^T + bias, x W1a^T); kernels.py has the
+    shapes. pivots, others: as the kernel takes them, None in the pair form."""
+    if x.stride(1) != 1 and x.numel() >= MOST:  # its columns would be out of 32-bit indices' reach
+        x = x.contiguous()
+    M, depth, width = len(x), x.shape[1], problem.width
+    h_columns = config.rank_blocks(problem) * config.BR
+    rank_tiles = _cdiv(M, config.BM) * config.rank_blocks(problem)
+    y, h = x.new_empty(M, width), x.new_empty(M, h_columns)
+    h_a = None if W1a is None else x.new_empty(M, problem.lora_rank)
+    partial = None
+    if config.split > 1:
+        cells = rank_tiles * config.split * config.BM * config.BR
+        partial = x.new_empty(cells, dtype=torch.float32)
+    counters = _counters(x.device, 1 + _cdiv(M, config.BM) + rank_tiles)
+    w1a, w2a = (t.stride() if t is not None else (0, 0) for t in (W1a, W2a))
+    programs = min(config.tiles(problem), config.residents * target.multiprocessors)
+    run = functools.partial(kernels.dataflow.warmup, grid=(1,))
+    if not compile_only:
+        run = kernels.dataflow[(programs,)]
+    run(
+        *(x, W1, W1a, W2, W2a, bias, y, h, h_a, partial, counters, pivots, others),
+        *(M, depth, width, problem.rank, problem.lora_rank, problem.others, h_columns),
+        *(*x.stride(), *W1.stride(), *w1a, *W2.stride(), *w2a, alpha),
+        **constants(config, problem),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y, h_a
+
+
+def constants(config: Config, problem: Problem) -> dict:
+    """What `dataflow` is compiled for."""
+    return {
+        "GATHER": problem.pivoted and problem.direction == BACKWARD,
+        "SCATTER": problem.pivoted and problem.direction == FORWARD,
+        "SCALED": problem.direction == BACKWARD,
+        "SPLIT": config.split,
+        "SWAP": config.swap,
+        "PREFETCH": config.prefetch and problem.direction == FORWARD,
+        "PRECISION": precision(problem.dtype),
+        "BM": config.BM,
+        "BR": config.BR,
+        "BK": config.BK,
+        "BN": config.BN,
+        "BJ": config.BJ,
+    }
+
+
+def thin(dh_a, x, h_a, dy, alpha, needs_db: bool, config: ThinConfig, lora_rank: int):
+    """One launch: (dA [ra, K] = dh_a^T x, dB [N, ra] = alpha dy^T h_a, db [N] = sum of dy); dA is
+    None where dh_a is, dB and db where h_a is."""
+    one = x if x is not None else dy
+    M, rank_blocks = len(one), _cdiv(lora_rank, config.BA)
+    K = x.shape[1] if dh_a is not None else 0
+    N = dy.shape[1] if h_a is not None else 0
+    dA = one.new_empty(lora_rank, K) if dh_a is not None else None
+    dB = one.new_empty(N, lora_rank) if h_a is not None else None
+    db = one.new_empty(N) if needs_db else None
+    tiles = (_cdiv(K, config.BC) + _cdiv(N, config.BC)) * rank_blocks
+    partial = None
+    if config.split > 1:
+        cells = tiles * config.split * config.BC * (config.BA + 1)
+        partial = one.new_empty(cells, dtype=torch.float32)
+    x_strides = x.stride() if dh_a is not None else (0, 0)
+    dy_strides = dy.stride() if h_a is not None else (0, 0)
+    kernels.thin[(tiles * config.split,)](
+        *(dh_a, x if dh_a is not None else None, dA, h_a, dy if h_a is not None else None, dB, db),
+        *(partial, _counters(one.device, tiles), M, K, N, lora_rank, *x_strides, *dy_strides),
+        alpha,
+        **thin_constants(config, one.dtype),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return dA, dB, db
+
+
+def weave(h_s: Tensor, t: Tensor, bias: Tensor | None, order: Tensor) -> Tensor:
+    """One launch: h_s [M, r], t [M, N - r], order int64 [N] -> y [M, N] in order, plus bias."""
+    (M, rank), N = h_s.shape, len(order)
+    y = h_s.new_empty(M, N)
+    BM, BN = (16, 128) if h_s.device.type == "cuda" else (128, 256)
+    kernels.weave[(_cdiv(M, BM) * _cdiv(N, BN),)](
+        *(h_s, t, bias, order, y, M, N, rank, N - rank), BM=BM, BN=BN
+    )
+    return y
+
+
+def thin_constants(config: ThinConfig, dtype: torch.dtype) -> dict:
+    """What `thin` is compiled for."""
+    return {
+        "SPLIT": config.split,
+        "PRECISION": precision(dtype),
+        "BM": config.BM,
+        "BC": config.BC,
+        "BA": config.BA,
+    }
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: exactly, unless torch.set_float32_matmul_precision says that
+    tensor cores may round it to tf32."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact or dtype != torch.float32 else "tf32"
+
+
+# ---------------------------------------------------------------------------------------- counters
+
+# (device, stream, thread) -> int32 zeros. A launch leaves them as it found them, and launches of
+# one stream follow one another, so they are cleared once, when they are made.
+_kept: dict[tuple, Tensor] = {}
+_LEAST = 1024
+
+# device -> (zeros, what is not given out yet). A graph may be replayed at any time, in any stream:
+# what a captured launch counts with belongs to it alone.
+_reserves: dict[torch.device, tuple[Tensor, int]] = {}
+_RESERVE = 1 << 20
+_lock = threading.Lock()
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """int32 zeros [at least count] that no other launch counts with at the same time."""
+    if device.type != "cuda":
+        key = device, 0, threading.get_ident()
+    elif torch.cuda.is_current_stream_capturing():
+        return _reserved(device, count)
+    else:
+        key = device, torch.cuda.current_stream(device).cuda_stream, 0
+        if device not in _reserves:
+            _make_reserve(device)
+    counters = _kept.get(key)
+    if counters is None or len(counters) < count:
+        counters = torch.zeros(max(count, _LEAST), dtype=torch.int32, device=device)
+        _kept[key] = counters
+    return counters
+
+
+def _make_reserve(device: torch.device) -> None:
+    with _lock:
+        if device not in _reserves:
+            zeros = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+            _reserves[device] = zeros, 0
+
+
+def _reserved(device: torch.device, count: int) -> Tensor:
+    """A part of the reserve; where there is none left, or none yet, zeros that the graph clears."""
+    with _lock:
+        zeros, used = _reserves.get(device, (None, _RESERVE))
+        end = used + _cdiv(count, 32) * 32
+        if end > _RESERVE:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _reserves[device] = zeros, end
+        return zeros[used:end]
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target that a device is; a CPU is the interpreter."""
+    if device.type != "cuda":
+        return Target("interpreter", 0, INTERPRETED_PROGRAMS)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    arch = 10 * properties.major + properties.minor
+    return Target("cuda", arch, properties.multi_processor_count)
+
+
+def _cdiv(size: int, block: int) -> int:
+    return -(-size // block)

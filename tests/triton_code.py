@@ -1,0 +1,230 @@
+"""What machine code says about itself, and what keeps it from being shipped.
+
+Nothing here imports a kernel: the same faults are looked for in code that a test makes up.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from hylora_kernels.backends.triton import config as configs
+from hylora_kernels.backends.triton.config import FORWARD, Config, Problem, ThinConfig
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a kernel is compiled for. arch: 90, or "gfx942". shared: KiB a block may use.
+    multiprocessors: of a typical card, for the configurations that depend on it. gated: whether a
+    fault counts."""
+
+    kind: str
+    arch: int | str
+    shared: int
+    multiprocessors: int
+    lanes: int = 32
+    gated: bool = True
+
+    @property
+    def target(self) -> configs.Target:
+        return configs.Target(self.kind, self.arch, self.multiprocessors)
+
+
+# shared: CUDA programming guide, "maximum shared memory per thread block"; the LDS of CDNA 3.
+MACHINES = {
+    "sm_80": Machine("cuda", 80, 163, 108),
+    "sm_86": Machine("cuda", 86, 99, 84),
+    "sm_89": Machine("cuda", 89, 99, 128),
+    "sm_90": Machine("cuda", 90, 227, 132),
+    "sm_100": Machine("cuda", 100, 227, 148),
+    "sm_120": Machine("cuda", 120, 99, 170),
+    "gfx942": Machine("hip", "gfx942", 64, 304, lanes=64),
+    "gfx1100": Machine("hip", "gfx1100", 64, 96, gated=False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration for one problem; `weave` has none. tf32: float32 may be
+    rounded to it."""
+
+    problem: Problem
+    config: Config | ThinConfig | None
+    tf32: bool = False
+
+    @property
+    def kernel(self) -> str:
+        if self.config is None:
+            return "weave"
+        return "dataflow" if isinstance(self.config, Config) else "thin"
+
+    @property
+    def tiled(self) -> bool:
+        """Whether tiles are multiplied; a single row is without tensor cores or shared memory."""
+        return self.kernel == "thin" or (self.kernel == "dataflow" and self.config.BM > 1)
+
+    @property
+    def ieee(self) -> bool:
+        return self.problem.dtype == torch.float32 and not self.tf32
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of every matrix starts on 16 bytes."""
+        p = self.problem
+        sizes = (p.K, p.N, p.rank, p.others, p.lora_rank)
+        return all(size * p.dtype.itemsize % 16 == 0 for size in sizes)
+
+    @property
+    def sums(self) -> list[tuple[int, int]]:
+        """Rows and columns of the tiles that the tensor cores add up."""
+        c = self.config
+        if isinstance(c, ThinConfig):
+            return [(c.BA, c.BC)]
+        tiles = [(c.BM, c.BR), (c.BM, c.BN)]
+        return [tile[::-1] for tile in tiles] if c.swap else tiles
+
+    def __str__(self):
+        p, c = self.problem, self.config
+        dtype = "tf32" if self.tf32 else str(p.dtype).removeprefix("torch.")
+        words = [self.kernel, dtype, "pivoted" if p.pivoted else "pair"]
+        if self.kernel == "dataflow":
+            words.append(p.direction)
+        words += [*([] if self.aligned else ["odd"]), f"ra={p.lora_rank}", f"M={p.M}"]
+        sizes = {} if c is None else asdict(c)
+        words += [f"{name}{size}" for name, size in sizes.items() if name.startswith("B")]
+        return " ".join(
+            [*words, *(f"{name}={size}" for name, size in sizes.items() if name[0] != "B")]
+        )
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the compiler made. shared: bytes. spills: instructions on NVIDIA, registers on AMD.
+    stack: bytes of a thread's local memory. opcodes: how often each occurs. waiting: loads of tiles
+    in the problem's dtype that are not asynchronous. orders: memory orders of the atomics."""
+
+    registers: int
+    shared: int
+    stack: int = 0
+    spills: int = 0
+    waiting: int = 0
+    opcodes: Counter = field(default_factory=Counter)
+    orders: frozenset[str] = frozenset()
+
+
+def examined(kernel, case: Case, machine: Machine) -> Code:
+    """What the machine code says about itself."""
+    if machine.kind == "hip":
+        return of_amd(kernel.asm["amdgcn"], kernel.asm["llir"], kernel.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    code = of_nvidia(resources, sass, kernel.asm["ptx"], kernel.metadata.shared)
+    element = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+    load = rf"= tt\.load [^\n]*tensor<\d+x\d+x!tt\.ptr<{element[case.problem.dtype]}>"
+    return replace(code, waiting=len(re.findall(load, kernel.asm["ttgir"])))
+
+
+def _tool(name: str, *words: str) -> str:
+    """Output of a program that comes with Triton."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *words], capture_output=True, text=True, check=True).stdout
+
+
+def of_nvidia(resources: str, sass: str, ptx: str, shared: int) -> Code:
+    usage = dict(re.findall(r"(\w+):(\d+)", resources))
+    instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
+    opcodes = Counter(re.findall(instruction, sass, re.MULTILINE))
+    orders = re.findall(r"\b(?:atom|red|ld|st)\.[\w.]*?\b(acquire|release|acq_rel)\b", ptx)
+    return Code(
+        registers=int(usage["REG"]),
+        shared=shared,
+        stack=int(usage["STACK"]) + int(usage["LOCAL"]),
+        spills=opcodes["LDL"] + opcodes["STL"],
+        opcodes=opcodes,
+        orders=frozenset(orders),
+    )
+
+
+def of_amd(assembly: str, llvm: str, shared: int) -> Code:
+    notes = {name: int(count) for name, count in re.findall(r"\.(\w+):\s+(\d+)\n", assembly)}
+    mnemonics = re.findall(r"^\t([a-z]\w+)", assembly, re.MULTILINE)
+    # A barrier's fences are of the workgroup's scope: they order nothing between programs.
+    device = [line for line in llvm.splitlines() if 'syncscope("agent")' in line]
+    orders = re.findall(r"\b(acquire|release|acq_rel)\b", "\n".join(device))
+    return Code(
+        registers=notes["vgpr_count"],
+        shared=max(shared, notes["group_segment_fixed_size"]),
+        stack=notes["private_segment_fixed_size"],
+        spills=notes["vgpr_spill_count"],
+        # v_mfma_f32_32x32x8_bf16 and its like are told apart by nobody here
+        opcodes=Counter(re.match(r"v_wmma|v_mfma|\w+", name)[0] for name in mnemonics),
+        orders=frozenset(orders),
+    )
+
+
+def faults(code: Code, case: Case, machine: Machine) -> list[str]:
+    """What keeps the code from being shipped, in words."""
+    found = []
+    if code.spills:
+        found.append(f"{code.spills} spilled")
+    if code.stack:
+        found.append(f"{code.stack} bytes of stack")
+    if code.shared > machine.shared * KIB:
+        found.append(f"{code.shared / KIB:.0f} KiB shared, {machine.shared} at most")
+    wanted = tensor_opcode(case, machine)
+    if wanted and not code.opcodes[wanted]:
+        found.append(f"no {wanted}")
+    if machine.kind == "cuda" and case.tiled and case.aligned:
+        if not any(code.opcodes[name] for name in ("LDGSTS", "UTMALDG", "UBLKCP")):
+            found.append("no async copies")
+        if code.waiting > waiting_allowed(case):
+            found.append(f"{code.waiting - waiting_allowed(case)} loads of operands not async")
+    if code.opcodes["WARPGROUP"] > code.opcodes["HGMMA"]:
+        found.append(f"wgmma serialised: {code.opcodes['WARPGROUP']} WARPGROUP")
+    missing = sorted(orders_wanted(case) - code.orders)
+    if missing:
+        found.append(f"no atomic with {', '.join(missing)}")
+    return found
+
+
+def tensor_opcode(case: Case, machine: Machine) -> str | None:
+    """The instruction that multiplies the tiles, None where there is none. Hopper's and Blackwell's
+    own take 64 rows at least; tf32 can't be transposed on its way into them."""
+    if case.ieee or not case.tiled:
+        return None
+    if machine.kind == "hip":
+        return "v_mfma" if str(machine.arch).startswith("gfx9") else "v_wmma"
+    tall = any(rows >= 64 for rows, _ in case.sums) and not case.tf32
+    return {90: "HGMMA", 100: "UTCHMMA"}.get(machine.arch, "HMMA") if tall else "HMMA"
+
+
+def waiting_allowed(case: Case) -> int:
+    """Loads of tiles that may pass through registers: parts that are summed, where they have the
+    problem's dtype; h at the pivots; in the pivoted backward, dy by its index lists; in `thin`,
+    the two operands of dB in each stage, for dy is summed as well as multiplied."""
+    p, c = case.problem, case.config
+    parts = 2 if c.split > 1 and p.dtype == torch.float32 else 0
+    if case.kernel == "thin":
+        return 2 * parts + 2 * c.stages
+    if not p.pivoted:
+        return parts
+    return parts + (1 if p.direction == FORWARD else 2)
+
+
+def orders_wanted(case: Case) -> set[str]:
+    """Of the flag that says that h is there, and of the arrivals of a split sum."""
+    arrivals = {"acq_rel"} if case.config is not None and case.config.split > 1 else set()
+    return {"acquire", "release"} | arrivals if case.kernel == "dataflow" else arrivals
