@@ -17,7 +17,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
 SANITIZED = $(filter-out %/test_cpu_safety.py,$(wildcard tests/test_cpu*.py))
 BENCH_JSON = runs/bench/$(shell date +%Y%m%d-%H%M%S).json
 
-.PHONY: venv build demo test lint bench sanitize clean
+.PHONY: venv build demo test test-all lint bench sanitize clean
 
 venv: .venv/.stamp
 
@@ -46,6 +46,10 @@ demo: build
 # that depends on the number of threads sets it itself.
 test: build
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+# The same, and what takes long: every GPU target's compiled kernels, the oldest supported triton.
+test-all: build
+	HYLORA_TEST_ALL=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/.stamp
 	.venv/bin/ruff check $(SOURCES)

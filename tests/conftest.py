@@ -24,8 +24,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hylora_kernels.backends import triton as triton_room  # noqa: E402
-from hylora_kernels.backends.cpu import panels  # noqa: E402
+from hylora_kernels.backends import triton as triton_room
+from hylora_kernels.backends.cpu import panels
 
 # cuBLAS warns in deterministic mode without it; it has to be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
