@@ -187,6 +187,12 @@ def run_pivoted(t: Battery, x, SVh, A, B, bias, alpha, products) -> None:
     panels = (t.pack(SVh), t.pack(A), t.pack(U), t.pack(stream))
     y, _ = t.call(ops.cpu_dual, x, *panels, bias, order, r, ra, N, alpha, 0, products)
     t.close(y, wanted, what)
+    if A is not None:
+        of_pivots = torch.nn.functional.pad(B[pivots.long()], (r % 32, 0))
+        P, Q = torch.cat([SVh, A]), torch.cat([U, B[others]], 1)
+        joined = (t.pack(P), None, t.pack(Q), t.pack(of_pivots), bias, order)
+        y, _ = t.call(ops.cpu_dual, x, *joined, r, ra, N, alpha, 0, products)
+        t.close(y, wanted, ("joined", *what))
     dy = torch.randn(len(x), N).to(x.dtype)
     dh_s = dy[:, pivots.long()].double() + dy[:, others].double() @ U.double()
     panels = (t.pack(U.T), t.pack(transposed(stream)), t.pack(SVh.T), t.pack(transposed(A)))
