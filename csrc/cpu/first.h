@@ -151,7 +151,7 @@ void first_product(B& b, int64_t begin, int64_t end) {
   const int64_t group = b.panels_a_group(end - begin, b.panels_in_l2(even));
   for (int64_t c = 0; c < chunks; c++) {
     const int64_t from = c * even * 32, to = from + even * 32 < d.K ? from + even * 32 : d.K;
-    if (b.tilewise) {
+    if (B::kRowsStay && !b.shared) {
       for (int64_t p0 = begin; p0 < end; p0 += group) {
         const int64_t p1 = p0 + group < end ? p0 + group : end, steps = (p1 - p0) * even;
         const bool more = p1 < end;

@@ -15,12 +15,13 @@ template <class B>
 struct PairTask {
   using T = typename B::Type;
   T* y;
-  int64_t column, N;
+  int64_t column, N, ahead;
   int count;
   Row bias;
 
   PairTask() = default;
-  PairTask(const B& b, int64_t panel) : column(panel * 32), N(b.d.N) {
+  PairTask(const B& b, int64_t panel)
+      : column(panel * 32), N(b.d.N), ahead(b.rows_first ? 32 * B::kWide : 32 * N) {
     const int64_t left = N - column;
     count = int(left < 32 ? left : 32);
     bias = bias_row<T>(b.d.bias, column, count);
@@ -35,7 +36,7 @@ struct PairTask {
     for (int i = 0; i < P; i++)
       sum.v[i] += bias.v[i];
     // y's line in the next tile: waiting for it at the store fills the store buffer.
-    const T* next = y + (B::kRowsStay ? 32 : 32 * N);
+    const T* next = y + ahead;
     for (int i = 0; i < int(sizeof(T)) / 2; i++)
       __builtin_prefetch(next + 64 / int(sizeof(T)) * i, 1, 3);
     if (count == 32)
@@ -202,7 +203,9 @@ void output_product(B& b, int64_t begin, int64_t end) {
   const int64_t plane = b.has_middle ? b.middle_plane : b.x_plane;
   const int64_t blocks = ceil_div(d.second.k, 32);
   const int64_t tail_blocks = d.first_tail.n ? ceil_div(d.second_tail.k, 32) : 0;
-  const int64_t chunks = blocks > b.chunk ? ceil_div(blocks, b.chunk) : 1;
+  // Multiply-adds that go rows first sum shorter stretches than a chunk anyway.
+  const bool whole = blocks <= b.chunk || (b.rows_first && !B::kTiles);
+  const int64_t chunks = whole ? 1 : ceil_div(blocks, b.chunk);
   const int64_t even = ceil_div(blocks, chunks), tiles = b.row_tiles();
   constexpr bool weaves = __is_same(Task, WovenTask<B>);
   Weaving<B> weaving;
@@ -244,7 +247,7 @@ void output_product(B& b, int64_t begin, int64_t end) {
   auto fetch_y = [&](int64_t row0, int64_t q0, int64_t q1) {
     const int64_t panels = second_panels(d), size = sizeof(typename B::Type);
     const int64_t from = d.N * q0 / panels, to = d.N * q1 / panels;
-    const int64_t here = b.tilewise ? at_most(b.rows - row0, 32) : b.rows;
+    const int64_t here = b.rows_first ? at_most(b.rows - row0, 32) : b.rows;
     pipe.rows_ahead = Fetch(static_cast<const char*>(d.y) + ((b.m0 + row0) * d.N + from) * size,
                             here, (to - from) * size, d.N * size,
                             (q1 - q0) * ceil_div(here, 32) * (blocks + tail_blocks));
@@ -258,24 +261,27 @@ void output_product(B& b, int64_t begin, int64_t end) {
       b.group_begin = b.shared ? 0 : q0;
       if (!b.shared) weaving.start(b, q0, q1);
     }
-    if (b.tilewise) {
+    if (b.rows_first) {
       const int64_t next = end - q1 < group ? end - q1 : group;
       pipe.panels_ahead = Fetch(B::panel_at(d.second, q1, 0), next, blocks * 2048, blocks * 2048,
                                 (q1 - q0) * tiles * (blocks + tail_blocks));
       for (int64_t t = 0; t < tiles; t++) {
         if constexpr (weaves) {
           fetch_y(t * 32, q0, q1);
-          pivot_outputs(b, pipe, weaving.begin, weaving.end, t, t + 1);
+          if (!b.shared) pivot_outputs(b, pipe, weaving.begin, weaving.end, t, t + 1);
         }
         for (int64_t c = 0; c < chunks; c++)
-          for (int64_t q = q0; q < q1; q++)
-            one(q, 1, c, t, t + 1, b.partial + (q - q0) * 1024);
+          for (int64_t q = q0, wide; q < q1; q += wide) {
+            wide = panels_a_tile<B>(q, q1);
+            one(q, wide, c, t, t + 1, b.partial + (q - q0) * 1024);
+          }
         if constexpr (weaves) {
+          if (b.shared) continue;
           pipe.finish(b);
           weaving.rows(b, t * 32, at_most(b.rows, t * 32 + 32));
         }
       }
-      cold = false;
+      cold = !B::kTiles;
     } else {
       if constexpr (weaves) {
         fetch_y(0, q0, q1);
