@@ -103,12 +103,10 @@ Rows rows_of(const Tensor& x) {
 
 Order order_of(const std::optional<Tensor>& table, int64_t n, int64_t r) {
   if (!table) return {};
-  const int64_t panels = ceil_div(n, 32), others_panels = ceil_div(n - r, 32);
-  const int64_t words = panels * int64_t(sizeof(OrderPanel) / 4) + others_panels + 1;
+  const int64_t words = ceil_div(n, 32) * int64_t(sizeof(OrderPanel) / 4);
   STD_TORCH_CHECK(table->numel() == words, "order must be cpu_order(pivots, ", n, ") of ", r,
                   " pivots: ", words, " numbers, got ", table->numel());
-  const auto* base = static_cast<const OrderPanel*>(table->data_ptr());
-  return {base, reinterpret_cast<const int32_t*>(base + panels), n, r};
+  return {static_cast<const OrderPanel*>(table->data_ptr()), n, r};
 }
 
 enum Flags : int64_t { kEmit = 1, kScaled = 2, kInput = 4 };
@@ -120,10 +118,12 @@ Dual weights_of(Type type, int64_t K, const Tensor& first, const std::optional<T
                 int64_t flags) {
   Dual d{};
   const bool tails = first_tail.has_value(), joined = ra > 0 && !tails;
-  STD_TORCH_CHECK(tails == second_tail.has_value(), "both tails must be given or neither");
-  STD_TORCH_CHECK(r >= 1 && ra >= 0 && n >= 0, "r must be positive, ra and n not negative");
-  STD_TORCH_CHECK(!(joined && order), "the pivoted form takes its adapter as tails");
   const bool sorts = order && flags & kInput, weaves = order && !sorts;
+  STD_TORCH_CHECK(second_tail.has_value() == (tails || (joined && weaves)),
+                  "both tails must be given or neither, and of a joined adapter that is woven the "
+                  "second");
+  STD_TORCH_CHECK(r >= 1 && ra >= 0 && n >= 0, "r must be positive, ra and n not negative");
+  STD_TORCH_CHECK(!(joined && sorts), "backward, the pivoted form takes its adapter as tails");
   const int64_t r32 = ceil_div(r, 32), middle = joined ? r + ra : r, outputs = sorts ? K : n;
   const int64_t others = order ? outputs - r : 0;
   STD_TORCH_CHECK(others >= 0, "r must be at most the ", outputs, " outputs, got ", r);
@@ -136,6 +136,8 @@ Dual weights_of(Type type, int64_t K, const Tensor& first, const std::optional<T
     d.first_tail = panels_of(*first_tail, type, "first_tail", ra, sorts ? 32 * r32 + others : K);
     d.second_tail =
         panels_of(*second_tail, type, "second_tail", weaves ? 32 * r32 + others : n, ra);
+  } else if (joined && weaves) {
+    d.second_tail = panels_of(*second_tail, type, "second_tail", r, r % 32 + ra);
   }
   d.tail_at = joined ? r : 32 * r32, d.alpha = float(alpha);
   d.emit_scaled = flags & kScaled;
@@ -213,13 +215,7 @@ Tensor join(const Tensor& first, const std::optional<Tensor>& first_tail, const 
     *part.at = reinterpret_cast<const void*>(offset);
     offset += bytes(part);
   }
-  const auto* panels = static_cast<const OrderPanel*>(table);
-  d.order.panels = panels;
-  if (order) {
-    const int64_t counted =
-        reinterpret_cast<int64_t>(table) + ceil_div(n, 32) * int64_t(sizeof(OrderPanel));
-    d.order.first_ready = reinterpret_cast<const int32_t*>(counted);
-  }
+  d.order.panels = static_cast<const OrderPanel*>(table);
   std::memcpy(base, &d, sizeof d);
   return whole;
 }
@@ -234,7 +230,6 @@ Dual joined_dual(const Tensor& whole) {
   for (Panels* panels : {&d.first, &d.first_tail, &d.second, &d.second_tail})
     panels->data = moved(panels->data);
   d.order.panels = static_cast<const OrderPanel*>(moved(d.order.panels));
-  d.order.first_ready = static_cast<const int32_t*>(moved(d.order.first_ready));
   return d;
 }
 
@@ -346,11 +341,8 @@ Tensor order(const Tensor& pivots, int64_t n) {
     STD_TORCH_CHECK(at[i] >= 0 && at[i] < n && (i == 0 || at[i] > at[i - 1]),
                     "pivots must be strictly ascending within [0, ", n, "), got ", at[i], " at ",
                     i);
-  const int64_t panels = ceil_div(n, 32), others_panels = ceil_div(n - r, 32);
-  Tensor table =
-      empty_like_type(pivots, {panels * int64_t(sizeof(OrderPanel) / 4) + others_panels + 1});
-  auto* panel = static_cast<OrderPanel*>(table.data_ptr());
-  fill_order(at, r, n, panel, reinterpret_cast<int32_t*>(panel + panels));
+  Tensor table = empty_like_type(pivots, {ceil_div(n, 32) * int64_t(sizeof(OrderPanel) / 4)});
+  fill_order(at, r, n, static_cast<OrderPanel*>(table.data_ptr()));
   return table;
 }
 

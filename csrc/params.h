@@ -17,26 +17,25 @@ struct Panels {
 
 // What the 32 outputs of one panel of y are made of (pivoted form), and the other way round.
 struct OrderPanel {
-  uint16_t from[32];       // pivot outputs: index after `pivot0`; others: index into the 64 others
-                           // of the panels ready - 1 and ready
-  uint16_t pivot_at[32];   // the columns of the panel that are pivots, ascending
-  uint16_t other_at[32];   // and those that are not
+  uint8_t from[32];        // index after `pivot0` for a pivot, after `other0` for the others
+  uint8_t pivot_at[32];    // the columns of the panel that are pivots, ascending
+  uint8_t other_at[32];    // and those that are not
   uint32_t is_pivot;       // bit c: column c is a pivot
   int32_t pivot0, other0;  // pivots and others before this panel
-  int32_t ready;           // the panel of others after which this panel of y can be written
 };
 
-// The pivoted form's table: a panel for every 32 outputs, and for every panel of others the first
-// panel of y that becomes ready with it (others_panels + 1 entries).
+// The pivoted form's table: a panel for every 32 outputs.
 struct Order {
   const OrderPanel* panels = nullptr;
-  const int32_t* first_ready = nullptr;
   int64_t n = 0, pivots = 0;
 };
 
 // y = ((x first^T) second^T) + bias, the adapter's part of the middle scaled by alpha. Columns of
-// the middle: first.n of the base (padded to 32), then first_tail.n of the adapter. With first.n =
-// 0 there is no middle: y = x second^T + bias.
+// the middle: first.n of the base (padded to 32), then first_tail.n of the adapter; or both joined
+// in `first`. With first.n = 0 there is no middle: y = x second^T + bias. In the pivoted form
+// `second` makes the others. The adapter's part of the pivots is second_tail's: with tails the rows
+// before the others', joined all it has, for the columns of the middle from the last multiple of 32
+// up to tail_at on.
 struct Dual {
   Type type;
   const void* x;
@@ -74,7 +73,8 @@ struct Pack {
 
 // One level's kernels. `first` and `second` work on panels [begin, end) of what `prepare` laid down
 // in `block`: for few rows the threads share one block and split its panels; `rows` does everything
-// for rows [m0, m1), so for many rows the threads split those.
+// for rows [m0, m1), so for many rows the threads split those. `weave` is the pivoted form's: rows
+// of y, out of what `between` and `second` left in the block.
 struct Kernels {
   void (*rows)(const Dual&, int64_t m0, int64_t m1);
   size_t (*block_bytes)(const Dual&);
@@ -82,6 +82,7 @@ struct Kernels {
   void (*first)(const Dual&, void* block, int64_t begin, int64_t end);
   void (*between)(const Dual&, void* block);
   void (*second)(const Dual&, void* block, int64_t begin, int64_t end);
+  void (*weave)(const Dual&, void* block, int64_t row0, int64_t row1);
   void (*thin)(const Thin&, int64_t col0, int64_t col1);
   void (*pack)(const Pack&, int64_t panel0, int64_t panel1);
 };

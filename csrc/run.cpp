@@ -59,15 +59,20 @@ void run(const Dual& d) {
   const int64_t bytes =
       size * (d.first.n * d.first.k + d.second.n * d.second.k + d.ra * (d.K + d.N));
   const int64_t useful = std::min(threads, std::max<int64_t>(1, bytes / kBytesPerThread));
-  const int64_t panels[3] = {d.first.n ? first_panels(d) : 0, 0, second_panels(d)};
-  const int64_t between = d.order.panels && !d.sorts_input;
-  const int64_t parts[3] = {std::min(useful, panels[0]), between, std::min(useful, panels[2])};
+  const int64_t weaves = d.order.panels && !d.sorts_input;
+  // Panels, and in the last stage rows.
+  const int64_t items[4] = {d.first.n ? first_panels(d) : 0, weaves, second_panels(d),
+                            weaves ? d.M : 0};
+  int64_t parts[4];
+  for (int stage = 0; stage < 4; stage++)
+    parts[stage] = std::min(useful, items[stage]);
   void* block = scratch(1, k.block_bytes(d));
   k.prepare(d, block);
   in_stages(parts, [&](size_t stage, int64_t i) {
     if (stage == 1) return k.between(d, block);
-    const int64_t begin = panels[stage] * i / parts[stage];
-    (stage ? k.second : k.first)(d, block, begin, panels[stage] * (i + 1) / parts[stage]);
+    const int64_t begin = items[stage] * i / parts[stage];
+    const int64_t end = items[stage] * (i + 1) / parts[stage];
+    (stage == 0 ? k.first : stage == 2 ? k.second : k.weave)(d, block, begin, end);
   });
 }
 

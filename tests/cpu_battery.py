@@ -23,7 +23,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 # K, N, r, ra
 SHAPES = [(1, 1, 1, 0), (33, 17, 5, 3), (70, 37, 16, 8), (64, 96, 32, 16), (129, 257, 48, 33)]
 SHAPES += [(576, 200, 40, 16), (31, 33, 33, 1), (40, 70, 650, 5), (40, 1400, 650, 5)]
-ROWS = [1, 3, 16, 17, 70, 300]  # up to 64 threads share a block's panels, above it split the rows
+ROWS = [1, 3, 16, 17, 40, 70, 300]  # up to 64 threads share a block's panels, above it split rows
 ops = torch.ops.hylora
 PAGE = mmap.PAGESIZE
 
@@ -187,6 +187,12 @@ def run_pivoted(t: Battery, x, SVh, A, B, bias, alpha, products) -> None:
     panels = (t.pack(SVh), t.pack(A), t.pack(U), t.pack(stream))
     y, _ = t.call(ops.cpu_dual, x, *panels, bias, order, r, ra, N, alpha, 0, products)
     t.close(y, wanted, what)
+    if A is not None:
+        of_pivots = torch.nn.functional.pad(B[pivots.long()], (r % 32, 0))
+        P, Q = torch.cat([SVh, A]), torch.cat([U, B[others]], 1)
+        joined = (t.pack(P), None, t.pack(Q), t.pack(of_pivots), bias, order)
+        y, _ = t.call(ops.cpu_dual, x, *joined, r, ra, N, alpha, 0, products)
+        t.close(y, wanted, ("joined", *what))
     dy = torch.randn(len(x), N).to(x.dtype)
     dh_s = dy[:, pivots.long()].double() + dy[:, others].double() @ U.double()
     panels = (t.pack(U.T), t.pack(transposed(stream)), t.pack(SVh.T), t.pack(transposed(A)))
@@ -229,7 +235,7 @@ def main(library: str, *options: str) -> None:
     kinds += [(torch.float32, 3), (torch.float32, 6), (torch.float16, 3)]
     for i, (shape, (dtype, products)) in enumerate(itertools.product(SHAPES, kinds)):
         run_matrix(t, shape[1], shape[0], dtype)
-        few, many = (i + i // 6) % 3, 3 + (i + i // 3) % 3  # --quick: two numbers of rows, in turn
+        few, many = (i + i // 6) % 3, 3 + (i + i // 3) % 4  # --quick: two numbers of rows, in turn
         for M in (ROWS[few], ROWS[many]) if "--quick" in options else ROWS:
             run_shape(t, M, shape, dtype, products)
     print(ops.cpu_isa(), t.calls)

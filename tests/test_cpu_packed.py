@@ -91,6 +91,18 @@ def test_packed_shares_bias_and_pivots_and_needs_no_more():
 
 
 @every_dtype
+@pytest.mark.parametrize("M", [1, 40, 100])
+def test_an_infinite_pivot_stays_alone_beside_an_adapter(M, dtype):
+    inputs = make_inputs(Case(M=M, sizes=(64, 96, 40), lora_rank=8, form="pivoted"), dtype)
+    inputs.x[:, 0] = 1
+    inputs.SVh[7] = 0
+    inputs.SVh[7, 0] = torch.inf
+    pivots = cpu.forward_packed(inputs.x, packed_of(inputs))[:, inputs.pivots.long()]
+    assert pivots[:, 7].isinf().all()
+    assert torch.cat((pivots[:, :7], pivots[:, 8:]), 1).isfinite().all()
+
+
+@every_dtype
 def test_packed_rows(dtype, layout):
     W = torch.randn(53, 37, dtype=dtype)
     pivots = torch.arange(53, dtype=torch.int32)

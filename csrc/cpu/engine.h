@@ -5,8 +5,8 @@
 //
 // A block of rows goes through both before the next one starts. In the pivoted form the base's
 // second matrix is [I; U] with its rows sorted, and the identity is never multiplied by: forward,
-// the pivot outputs stand beside the middle and each panel of y is woven out of them and two panels
-// of others; backward, x is sorted into (pivots, others) first and the pivots are added to the
+// the pivot outputs stand beside the middle, and rows of y are woven out of them and the others;
+// backward, x is sorted into (pivots, others) first and the pivots are added to the
 // middle.
 #pragma once
 #include "second.h"
@@ -31,8 +31,7 @@ struct Engine {
     if (b.has_middle) first_product(b, 0, first_panels(d));
     if constexpr (B::kSplit)
       if (!b.fits_limbs()) return Engine<Fma<T>, T>::rows(d, m0, m0 + rows);
-    pivot_outputs(b);
-    if (d.second.n) second_product(b, 0, second_panels(d));
+    second_product(b, 0, second_panels(d));
   }
 
   static void rows(const Dual& d, int64_t m0, int64_t m1) {
@@ -62,11 +61,14 @@ struct Engine {
   }
   static void between(const Dual& d, void* memory) {
     B b = shared_block(d, memory);
-    pivot_outputs(b);
+    pivots_alone(b, 0, b.row_tiles());
   }
   static void second(const Dual& d, void* memory, int64_t begin, int64_t end) {
     B b = shared_block(d, memory);
     second_product(b, begin, end);
+  }
+  static void weave(const Dual& d, void* memory, int64_t row0, int64_t row1) {
+    weave_rows(shared_block(d, memory), row0, row1, 0, ceil_div(d.N, 32), 0);
   }
 };
 
@@ -113,6 +115,9 @@ Kernels kernels_with() {
   };
   table.second = [](const Dual& d, void* block, int64_t begin, int64_t end) {
     for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.second(d, block, begin, end); });
+  };
+  table.weave = [](const Dual& d, void* block, int64_t row0, int64_t row1) {
+    for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.weave(d, block, row0, row1); });
   };
   table.thin = [](const Thin& t, int64_t col0, int64_t col1) {
     if (t.type == Type::bf16) return thin_with<Bf16, bf16>(t, col0, col1);

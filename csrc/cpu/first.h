@@ -14,21 +14,25 @@ struct MiddleTask {
   bool bare;  // nothing to do but round
   A* to;
   int64_t ld, row_at, panel;
-  Row scale;
+  T* pivots;
+  int64_t ld_pivots;
+  Row scale, bias;
   VU keep[P];
-  bool adds_pivots, keeps_pivots, emits;
+  bool adds_pivots, keeps_pivots, keeps_adapter, emits;
 
   MiddleTask() = default;
-  MiddleTask(const B& b, int64_t panel) : ld(b.ld_middle), panel(panel) {
+  MiddleTask(const B& b, int64_t panel) : ld(b.ld_middle), panel(panel), ld_pivots(b.ld_pivots) {
     const Dual& d = b.d;
     const bool base = panel < b.r32;
     adds_pivots = d.sorts_input && base;
-    keeps_pivots = b.weaves && !b.pivots_in_middle && base && d.first_tail.n == 0;
+    keeps_pivots = b.weaves && !b.pivots_in_middle && base && d.ra == 0;
     const int64_t valid = base ? d.first.n - panel * 32 : d.first_tail.n - (panel - b.r32) * 32;
     const int64_t adapter_from = d.tail_at - panel * 32;
     emits = d.tail && adapter_from < 32 && adapter_from + d.ra > 0;
+    keeps_adapter = b.joined_pivots && panel >= d.tail_at / 32;
     const bool scales = d.ra && adapter_from < 32 && d.alpha != 1.0f;
-    bare = !B::kSplit && !adds_pivots && !keeps_pivots && !emits && !scales && valid >= 32;
+    bare = !B::kSplit && !adds_pivots && !keeps_adapter && !emits && !scales && valid >= 32;
+    bias = keeps_pivots && d.bias ? load_row(b.bias + panel * 32) : Row{};
     const VU one = float_as_bits(splat(1.0f)), alpha = float_as_bits(splat(d.ra ? d.alpha : 1.0f));
     for (int i = 0; i < P; i++) {
       keep[i] = columns_in(i * W, 0, valid);
@@ -39,6 +43,7 @@ struct MiddleTask {
   MiddleTask& at(const B& b, int64_t row) {
     row_at = row;
     to = b.middle + row * ld + panel * 32;
+    if (keeps_pivots) pivots = b.pivots_row(row) + panel * 32;
     return *this;
   }
 
@@ -47,6 +52,11 @@ struct MiddleTask {
     if (!bare) sum = dressed(b, sum);
     b.k.put(to, b.middle_plane, sum);
     to += ld, row_at++;
+    if (!keeps_pivots) return;
+    for (int i = 0; i < P; i++)
+      sum.v[i] += bias.v[i];
+    store_row(pivots, sum);
+    pivots += ld_pivots;
   }
 
   __attribute__((noinline)) Row dressed(B& b, Row sum) const {
@@ -62,13 +72,22 @@ struct MiddleTask {
     for (int i = 0; i < P; i++)
       sum.v[i] *= scale.v[i];
     if (emits && b.d.emit_scaled) emit(b, sum);
+    if (keeps_adapter) keep_adapter(b, sum);
     if constexpr (B::kSplit) {
       typename B::Range range;
       range.see(sum);
       b.out_of_range |= range.unfit();
     }
-    if (keeps_pivots) store_row(b.pivots_row(row_at) + panel * 32, sum);
     return sum;
+  }
+
+  // Alone, for what is infinite in the base's columns would be NaN times their zero weights.
+  void keep_adapter(B& b, Row sum) const {
+    const int64_t base_panels = b.d.tail_at / 32;
+    for (int i = 0; i < P; i++)
+      sum.v[i] =
+          bits_as_float(float_as_bits(sum.v[i]) & columns_in(i * W, b.d.tail_at - panel * 32, 32));
+    b.k.put(b.adapter + row_at * b.ld_adapter + (panel - base_panels) * 32, b.adapter_plane, sum);
   }
 
   void emit(B& b, const Row& sum) const {
@@ -124,15 +143,12 @@ void first_product(B& b, int64_t begin, int64_t end) {
       pipe.multiply(b, here, count, c ? sums : nullptr, to, int(b.rows_of(t)), columns,
                     t == 0 && cold);
       if (!last) continue;
-      pipe.push(task.at(b, t * 32), to, int(t * 32 - b.row_of(t)), int(b.rows_of(t)));
-      if (wide == 1) continue;
-      pipe.finish(b);
-      pipe.push(right.at(b, t * 32), to + 1024, 0, int(b.rows_of(t)));
+      pipe.push_tile(b, t, to, task, wide == 2 ? &right : nullptr);
     }
   };
 
   b.k.begin(int(b.rows));
-  const int64_t group = b.panels_a_group(end - begin, even);
+  const int64_t group = b.panels_a_group(end - begin, b.panels_in_l2(even));
   for (int64_t c = 0; c < chunks; c++) {
     const int64_t from = c * even * 32, to = from + even * 32 < d.K ? from + even * 32 : d.K;
     if (B::kRowsStay && !b.shared) {

@@ -24,9 +24,8 @@ void copy_panel_row(Type type, const Panels& panels, int64_t row, void* to) {
   }
 }
 
-void fill_order(const int32_t* pivots, int64_t r, int64_t n, OrderPanel* panels,
-                int32_t* first_ready) {
-  const int64_t count = (n + 31) / 32, others_panels = (n - r + 31) / 32;
+void fill_order(const int32_t* pivots, int64_t r, int64_t n, OrderPanel* panels) {
+  const int64_t count = (n + 31) / 32;
   int32_t pivot = 0, other = 0;
   for (int64_t p = 0; p < count; p++) {
     OrderPanel panel{};
@@ -34,22 +33,14 @@ void fill_order(const int32_t* pivots, int64_t r, int64_t n, OrderPanel* panels,
     for (int c = 0; c < 32 && p * 32 + c < n; c++) {
       if (pivot < r && pivots[pivot] == p * 32 + c) {
         panel.is_pivot |= 1u << c;
-        panel.pivot_at[pivot - panel.pivot0] = uint16_t(c);
-        panel.from[c] = uint16_t(pivot++ - panel.pivot0);
+        panel.pivot_at[pivot - panel.pivot0] = uint8_t(c);
+        panel.from[c] = uint8_t(pivot++ - panel.pivot0);
       } else {
-        panel.other_at[other++ - panel.other0] = uint16_t(c);
+        panel.other_at[other - panel.other0] = uint8_t(c);
+        panel.from[c] = uint8_t(other++ - panel.other0);
       }
     }
-    panel.ready = std::max(0, (other - 1) / 32);
-    for (int32_t i = panel.other0; i < other; i++)
-      panel.from[panel.other_at[i - panel.other0]] = uint16_t(i - 32 * (panel.ready - 1));
     panels[p] = panel;
-  }
-  int64_t p = 0;
-  for (int64_t o = 0; o <= others_panels; o++) {
-    while (p < count && panels[p].ready < o)
-      p++;
-    first_ready[o] = int32_t(o == others_panels ? count : p);
   }
 }
 

@@ -52,6 +52,16 @@ struct Pipeline {
     current ^= 1;
   }
 
+  // Row tile t of one panel just filled, or of two: the right one's lies behind the left one's.
+  template <class B>
+  void push_tile(B& block, int64_t t, const float* tile, Task& left_task, Task* right_task) {
+    const int rows = int(block.rows_of(t));
+    push(left_task.at(block, t * 32), tile, int(t * 32 - block.row_of(t)), rows);
+    if (!right_task) return;
+    finish(block);
+    push(right_task->at(block, t * 32), tile + 1024, 0, rows);
+  }
+
   template <class B>
   HYLORA_MEMBER void finish(B& block, int count) {
     if (count > left) count = left;
@@ -80,7 +90,7 @@ struct Pipeline {
     const int share = B::kTiles && blocks ? int(ceil_div(32, blocks)) : 32;
     if (!blocks) finish(block);
     block.k.tile(steps, count, from, to, rows, columns, cold, [&]() HYLORA_LAMBDA {
-      if constexpr (B::kRowsStay) {
+      if constexpr (B::kTiles) {
         rows_ahead.step();
         panels_ahead.step();
       }

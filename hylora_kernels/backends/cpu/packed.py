@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hylora_kernels.backends.cpu.panels import (
     in_range_of,
-    in_stream,
     op,
     order_of,
     out_features_of,
@@ -84,10 +83,12 @@ def pack(SVh, U, A, B, bias, alpha, pivots) -> Packed | None:
         args = (layer, plain_bias, out_features)
     else:
         table, stream = order_of(pivots, out_features)
-        tails = (None, None)
-        if lora_rank:
-            tails = pack_matrix(A.detach()), pack_matrix(in_stream(B.detach(), stream))
-        panels = (pack_matrix(SVh.detach()), tails[0], pack_matrix(U.detach()), tails[1])
+        P, Q, of_pivots = SVh.detach(), U.detach(), None
+        if lora_rank:  # one matrix here, too; of B's part in the pivots a panel of its own
+            others = stream[rank + -rank % 32 :]
+            P, Q = torch.cat((P, A.detach())), torch.cat((Q, B.detach()[others]), 1)
+            of_pivots = pack_matrix(F.pad(B.detach()[pivots.long()], (rank % 32, 0)))
+        panels = (pack_matrix(P), None, pack_matrix(Q), of_pivots)
         layer = op("join")(*panels, table, K, rank, lora_rank, out_features, alpha)
         args = (layer, plain_bias, out_features)
     in_range = in_range_of(SVh.dtype, *((matrix, 1) for matrix in matrices))
@@ -175,15 +176,16 @@ def unpack(packed: Packed) -> tuple:
         if packed.call == "plain" and lora_rank:
             B = packed.args[3].clone()
     else:
-        first, first_tail, second, second_tail = _parts(packed.args[0])
-        SVh = op("unpack")(first, rank, K)
-        U = op("unpack")(second, N - rank, rank) if rank < N else SVh.new_empty(0, rank)
+        first, _, second, of_pivots = _parts(packed.args[0])
+        P, Q = op("unpack")(first, rank + lora_rank, K), first.new_empty(0, rank + lora_rank)
+        if rank < N:
+            Q = op("unpack")(second, N - rank, rank + lora_rank)
+        SVh, U = P[:rank].clone(), Q[:, :rank].contiguous().clone()
         if lora_rank:
-            stream = order_of(pivots, N)[1]
-            A = op("unpack")(first_tail, lora_rank, K)
-            B = SVh.new_empty(N + 1, lora_rank)
-            B[stream] = op("unpack")(second_tail, len(stream), lora_rank)
-            B = B[:N].clone()
+            A, B = P[rank:].clone(), P.new_empty(N, lora_rank)
+            wide = op("unpack")(of_pivots, rank, rank % 32 + lora_rank)
+            B[pivots.long()] = wide[:, rank % 32 :]
+            B[order_of(pivots, N)[1][rank + -rank % 32 :]] = Q[:, rank:]
     if not packed.adapted:
         A = B = None
     elif A is None:
@@ -192,5 +194,5 @@ def unpack(packed: Packed) -> tuple:
 
 
 def _parts(layer: Tensor) -> list[Tensor]:
-    """The panels that were joined: of SVh, A, U and B, empty where there were none."""
+    """The panels that were joined, in join's order, empty where there were none."""
     return [op("part")(layer, which) for which in range(4)]
