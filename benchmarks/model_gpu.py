@@ -4,9 +4,10 @@
     python benchmarks/model_gpu.py --gpu A100 --M 1 --K 2048 --N 2048 --rank 512 --lora-rank 32
     python benchmarks/model_gpu.py --compare measured.json  measured over predicted, row by row
 
-The model is roofline_gpu.py. A measured file is a JSON list of {K, N, r, ra, M, form, candidate,
-seconds, regime}: form "pair" or "pivoted"; candidate a name of roofline_gpu.CANDIDATES; regime
-"graph" or "eager" and, where all that is read was in L2 already, "warm" ("graph warm").
+The model is roofline_gpu.py. A measured file is a table of `hylora tune`, or a JSON list of {K, N,
+r, ra, M, form, candidate, seconds, regime}: form "pair" or "pivoted"; candidate a name of
+roofline_gpu.CANDIDATES; regime "graph" or "eager" and, where all that is read was in L2 already,
+"warm" ("graph warm").
 """
 
 from __future__ import annotations
@@ -102,6 +103,33 @@ def breakdown(layer: Layer, gpu: str, warm: bool) -> str:
     return f"{title}\n{markdown(heads, rows)}\n\n{title}, by product\n{markdown(columns, parts)}"
 
 
+def measured_rows(path: Path) -> list[dict]:
+    """The rows of a measured file; a table of `hylora tune` says of each forward problem what
+    torch's own products took and what the fastest launch did."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(found, list):
+        return found
+    rows = []
+    for tuned in (row for row in found["rows"] if row["direction"] == "forward"):
+        M, K, N, r, ra = (tuned[name] for name in ("M", "K", "N", "rank", "lora_rank"))
+        sizes = {"M": M, "K": K, "N": N, "r": r, "ra": ra}
+        sizes["form"] = "pivoted" if tuned["pivoted"] else "pair"
+        launches = [t for t in tuned["timings"] if t["config"] != "vendor"]
+        torchs = next(t for t in tuned["timings"] if t["config"] == "vendor")
+        timings = {"four_gemms" if ra else "two_vendor": torchs}
+        if launches:
+            timings["one_launch"] = min(launches, key=lambda t: t["graph_cold"])
+        if ra and (r + ra) * (K + N) < M * N:  # torch's factors are laid side by side each call
+            del timings["four_gemms"]
+        for candidate, timing in timings.items():
+            for cache in ("cold", "warm"):
+                seconds = timing[f"graph_{cache}"]
+                rows.append(
+                    sizes | {"candidate": candidate, "seconds": seconds, "regime": f"graph {cache}"}
+                )
+    return rows
+
+
 def compared(measured: list[dict], gpu: str) -> Iterator[tuple[dict, float | None]]:
     """(row, measured over predicted); None for a candidate that the model doesn't know."""
     for row in measured:
@@ -149,7 +177,7 @@ def main(words: list[str] | None = None) -> None:
     given = parser.parse_args(words)
     sizes = (given.M, given.K, given.N, given.rank)
     if given.compare is not None:
-        print(comparison(json.loads(given.compare.read_text(encoding="utf-8")), given.gpu))
+        print(comparison(measured_rows(given.compare), given.gpu))
     elif all(size is not None for size in sizes):
         layer = Layer(*sizes, given.lora_rank, given.form)
         print(breakdown(layer, given.gpu, given.warm))

@@ -26,7 +26,8 @@ FIRST = [
 
 
 @pytest.mark.parametrize(("layer", "M", "candidate", "estimate"), FIRST)
-def test_within_five_percent_of_the_first_estimate(layer, M, candidate, estimate):
+def test_within_five_percent_of_the_first_estimate(layer, M, candidate, estimate, monkeypatch):
+    monkeypatch.setitem(roofline_gpu.CALIBRATIONS, "H100", roofline_gpu.Calibration())
     seconds = predict(Layer(M, *layer), "H100")[candidate].seconds()
     assert 1e6 * seconds == pytest.approx(estimate, rel=0.05)
 
@@ -137,6 +138,17 @@ def test_measured_times_are_compared_row_by_row_and_in_the_mean(tmp_path, capsys
         "| two_vendor | eager | 1 | 0.50 |",
         "| two_vendor | graph warm | 1 | 3.00 |",
     ]
+
+
+def test_a_table_of_hylora_tune_is_compared(capsys):
+    root = Path(__file__).resolve().parents[1]
+    path = root / "hylora_kernels/backends/triton/tuned/nvidia-h100-80gb-hbm3.json"
+    rows = model_gpu.measured_rows(path)
+    assert {row["candidate"] for row in rows} == {"four_gemms", "two_vendor", "one_launch"}
+    ratios = [ratio for _, ratio in model_gpu.compared(rows, "H100")]
+    assert 0.8 < model_gpu.geometric_mean(ratios) < 1.3, "the model is fitted to this table"
+    model_gpu.main(["--compare", str(path)])
+    assert "| one_launch | graph cold | 48 |" in capsys.readouterr().out
 
 
 def test_an_unknown_regime_is_refused():

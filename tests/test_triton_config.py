@@ -55,7 +55,8 @@ def test_every_candidate_is_legal_and_there_is_one(dtype, target):
                 for config in found[1:]:
                     steps = math.ceil(problem.depth / config.BK)
                     assert config.split == 1 or steps >= 2 * config.split
-        assert why_illegal(thin_config(of(M=M, dtype=dtype), target), dtype, target) is None
+        thin = thin_config(of(M=M, dtype=dtype), target)
+        assert thin is VENDOR or why_illegal(thin, dtype, target) is None
 
 
 def test_only_nvidia_prefetches_and_only_forward():
@@ -95,6 +96,11 @@ def test_defaults():
     assert default(of(M=16, dtype=torch.float32), H100) is VENDOR
     interpreter = Target("interpreter", 0, 3)
     assert isinstance(default(many, interpreter), Config)
+
+
+def test_the_adapters_gradients_are_torchs_where_the_sums_are_long():
+    assert isinstance(thin_config(of(M=2048), H100), ThinConfig)
+    assert thin_config(of(M=8192, K=4096, N=11008), H100) is VENDOR
 
 
 def test_split_shares_cover_every_multiprocessor_but_not_more_than_there_is():
@@ -207,3 +213,25 @@ def test_counters_are_kept_zero_and_grow():
     assert launch._counters(cpu, 20) is few and not few.any()
     many = launch._counters(cpu, len(few) + 1)
     assert len(many) > len(few) and launch._counters(cpu, 5) is many
+
+
+@pytest.mark.parametrize("K", [1, 6])
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 3), (4, 1), (4, 3)], ids=str)
+@pytest.mark.parametrize("of_base", ["rows", "columns", "neither"])
+@pytest.mark.parametrize("of_adapter", ["rows", "columns", "neither"])
+def test_base_and_adapter_are_contiguous_alike(of_base, of_adapter, ranks, K):
+    from hylora_kernels.backends.triton import launch
+
+    def laid_out(how, rows):
+        made = {
+            "rows": torch.randn(rows, K),
+            "columns": torch.randn(K, rows).T,
+            "neither": torch.randn(2 * rows, 2 * K)[::2, ::2],
+        }
+        return made[how]
+
+    given = laid_out(of_base, ranks[0]), laid_out(of_adapter, ranks[1])
+    base, adapter, *strides = launch._alike(*given)
+    assert [s == 1 for s in strides[0]] == [s == 1 for s in strides[1]]
+    for before, after, stride in zip(given, (base, adapter), strides, strict=True):
+        assert torch.equal(torch.as_strided(after, after.shape, stride), before)

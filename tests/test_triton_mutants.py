@@ -122,8 +122,8 @@ MUTANTS = {
     "M is not masked": Mutant("mask_y = (rows < M)", "mask_y = (rows < M + 1)", "bounds"),
     "N is not masked": Mutant("inside = columns < N\n", "inside = columns < N + 1\n", "bounds"),
     "r is not masked": Mutant(
-        "w1_k, ranks, ranks < rank)",
-        "w1_k, ranks, ranks <= rank)",
+        "w_k, ranks, ranks < limit)",
+        "w_k, ranks, ranks <= limit)",
         "bounds",
     ),
     "ra is not masked": Mutant(
@@ -134,10 +134,15 @@ MUTANTS = {
     ),
     # ----------------------------------------------------------------------------------- strides
     "x is taken for contiguous": Mutant(
-        "*(acc, X, x_m, x_k, rows, M, Others", "*(acc, X, K, x_k, rows, M, Others", "bounds"
+        "x_m, x_k, rows, M, None),\n            *(W,",
+        "K, x_k, rows, M, None),\n            *(W,",
+        "bounds",
     ),
     "x's columns are taken for neighbours": Mutant(
-        "*(acc, X, x_m, x_k, rows, M, None)", "*(acc, X, x_m, 1, rows, M, None)", "bounds", "decode"
+        "x_m, x_k, rows, M, None),\n            *(W,",
+        "x_m, 1, rows, M, None),\n            *(W,",
+        "bounds",
+        "decode",
     ),
     "B's strides are swapped": Mutant(
         "*(W2a, w2a_n, w2a_r, columns, inside)", "*(W2a, w2a_r, w2a_n, columns, inside)", "bounds"
@@ -159,8 +164,8 @@ MUTANTS = {
     "a row's last columns alone": Mutant("sums += w.to", "sums = w.to", "numbers", "row"),
     # ------------------------------------------------------------------------------------- pivots
     "pivots are taken for the first rows": Mutant(
-        "columns = tl.load(Pivots + ranks, mask=inside, other=0)",
-        "columns = ranks",
+        "columns = tl.load(Pivots + columns, mask=inside, other=0)",
+        "columns += 0",
         "race",
         "pivoted",
     ),

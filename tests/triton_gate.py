@@ -53,7 +53,7 @@ def cases(machine: Machine, quick: bool) -> list[Case]:
                 found.setdefault(Case(problem, config, tf32))
     for problem, config in tuned(target):
         found.setdefault(Case(problem, config))
-    for M in (2048,) if quick else (64, 2048, 20000):
+    for M in (2048,) if quick else (64, 2048, 8000):
         for ra, dtype in ((32, torch.bfloat16), (8, torch.float16), (64, torch.float32)):
             problem = Problem(M, **LAYER, lora_rank=ra, dtype=dtype, direction=BACKWARD)
             found.setdefault(Case(problem, configs.thin_config(problem, target)))

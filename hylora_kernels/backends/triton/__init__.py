@@ -235,9 +235,13 @@ def _launch(x, W1, W1a, W2, W2a, bias, alpha, pivots, problem, config):
 
 
 def _thin(dh_a, x, h_a, dy, alpha, need_db, problem):
+    """(dA, dB, db), each None where what it is made of is None or it isn't needed."""
+    config = thin_config(problem, _target(dy.device))
+    if config is VENDOR:
+        dA = None if dh_a is None else dh_a.T @ x
+        return dA, None if h_a is None else alpha * (dy.T @ h_a), None
     from hylora_kernels.backends.triton import launch
 
-    config = thin_config(problem, _target(dy.device))
     return launch.thin(dh_a, x, h_a, dy, alpha, need_db, config, problem.lora_rank)
 
 

@@ -165,26 +165,37 @@ def _shrink(
     rank_block = place % rank_blocks
     rows = place // rank_blocks * BM + tl.arange(0, BM)
     acc = _zeros(BM, BR, SWAP)
-    if rank_block < base_blocks:
+    if not GATHER:
+        # One loop for base and adapter: with one on either side of a branch ptxas would wait for
+        # every wgmma of the kernel before the next (sm_90), and each would have its own buffers.
         ranks = rank_block * BR + tl.arange(0, BR)
-        depth = K
-        if GATHER:
-            depth = others
-        begin, end = _share(depth, part, SPLIT, BK)
+        W, w_r, w_k, limit = W1, w1_r, w1_k, rank
+        if W1a is not None:
+            if rank_block >= base_blocks:
+                ranks -= base_blocks * BR
+                W, w_r, w_k, limit = W1a, w1a_r, w1a_k, lora_rank
+        begin, end = _share(K, part, SPLIT, BK)
         if PREFETCH:
-            _prefetch(W1, w1_r, ranks, rank, begin, end)
+            _prefetch(W, w_r, ranks, limit, begin, end)
         acc = _contract(
-            *(acc, X, x_m, x_k, rows, M, Others if GATHER else None),
-            *(W1, w1_r, w1_k, ranks, ranks < rank),
-            *(begin, end, depth, SWAP, PRECISION, BK),
+            *(acc, X, x_m, x_k, rows, M, None),
+            *(W, w_r, w_k, ranks, ranks < limit),
+            *(begin, end, K, SWAP, PRECISION, BK),
         )
-        if GATHER:
-            if part == 0:
-                columns = tl.load(Pivots + ranks, mask=ranks < rank, other=0)
-                at = X + rows.to(tl.int64)[:, None] * x_m + columns[None, :] * x_k
-                inside = (rows < M)[:, None] & (ranks < rank)[None, :]
-                direct = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-                acc += tl.trans(direct) if SWAP else direct
+    elif rank_block < base_blocks:
+        ranks = rank_block * BR + tl.arange(0, BR)
+        begin, end = _share(others, part, SPLIT, BK)
+        acc = _contract(
+            *(acc, X, x_m, x_k, rows, M, Others),
+            *(W1, w1_r, w1_k, ranks, ranks < rank),
+            *(begin, end, others, SWAP, PRECISION, BK),
+        )
+        if part == 0:
+            columns = tl.load(Pivots + ranks, mask=ranks < rank, other=0)
+            at = X + rows.to(tl.int64)[:, None] * x_m + columns[None, :] * x_k
+            inside = (rows < M)[:, None] & (ranks < rank)[None, :]
+            direct = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            acc += tl.trans(direct) if SWAP else direct
     elif W1a is not None:
         ranks_a = (rank_block - base_blocks) * BR + tl.arange(0, BR)
         begin_a, end_a = _share(K, part, SPLIT, BK)
@@ -249,29 +260,26 @@ def _expand(
     rows = m_block * BM + tl.arange(0, BM)
     columns = column_block * BN + tl.arange(0, BN)
     inside = columns < N
-    acc = _zeros(BM, BN, SWAP)
+    depth = rank
     if SCATTER:
-        if column_block < other_blocks:
-            inside = columns < others
-            acc = _contract(
-                *(acc, H, h_m, 1, rows, M, None),
-                *(W2, w2_n, w2_r, columns, inside),
-                *(0, rank, rank, SWAP, PRECISION, BJ),
-            )
-            columns = tl.load(Others + columns, mask=inside, other=0).to(tl.int32)
-        else:
-            ranks = columns - other_blocks * BN
-            inside = ranks < rank
+        inside = columns < others
+        if column_block >= other_blocks:
+            columns -= other_blocks * BN
+            inside = columns < rank
+            depth = 0  # a pivot is h itself; the loop stays outside of the branch, as in _shrink
+    acc = _contract(
+        *(_zeros(BM, BN, SWAP), H, h_m, 1, rows, M, None),
+        *(W2, w2_n, w2_r, columns, inside),
+        *(0, depth, rank, SWAP, PRECISION, BJ),
+    )
+    if SCATTER:
+        if column_block >= other_blocks:
             mask = (rows < M)[:, None] & inside[None, :]
-            h = tl.load(H + _offsets(rows, h_m, ranks), mask=mask, other=0.0).to(tl.float32)
+            h = tl.load(H + _offsets(rows, h_m, columns), mask=mask, other=0.0).to(tl.float32)
             acc += tl.trans(h) if SWAP else h
-            columns = tl.load(Pivots + ranks, mask=inside, other=0)
-    else:
-        acc = _contract(
-            *(acc, H, h_m, 1, rows, M, None),
-            *(W2, w2_n, w2_r, columns, inside),
-            *(0, rank, rank, SWAP, PRECISION, BJ),
-        )
+            columns = tl.load(Pivots + columns, mask=inside, other=0)
+        else:
+            columns = tl.load(Others + columns, mask=inside, other=0).to(tl.int32)
     if W2a is not None:
         acc = _contract(
             *(acc, H + adapter_column, h_m, 1, rows, M, None),

@@ -41,6 +41,10 @@ def dataflow(
     shapes. pivots, others: as the kernel takes them, None in the pair form."""
     if x.stride(1) != 1 and x.numel() >= MOST:  # its columns would be out of 32-bit indices' reach
         x = x.contiguous()
+    w1, w1a, w2a = W1.stride(), (0, 0), (0, 0)
+    if W1a is not None:
+        W1, W1a, w1, w1a = _alike(W1, W1a)
+        w2a = W2a.stride()
     M, depth, width = len(x), x.shape[1], problem.width
     h_columns = config.rank_blocks(problem) * config.BR
     rank_tiles = _cdiv(M, config.BM) * config.rank_blocks(problem)
@@ -51,7 +55,6 @@ def dataflow(
         cells = rank_tiles * config.split * config.BM * config.BR
         partial = x.new_empty(cells, dtype=torch.float32)
     counters = _counters(x.device, 1 + _cdiv(M, config.BM) + rank_tiles)
-    w1a, w2a = (t.stride() if t is not None else (0, 0) for t in (W1a, W2a))
     programs = min(config.tiles(problem), config.residents * target.multiprocessors)
     run = functools.partial(kernels.dataflow.warmup, grid=(1,))
     if not compile_only:
@@ -59,12 +62,28 @@ def dataflow(
     run(
         *(x, W1, W1a, W2, W2a, bias, y, h, h_a, partial, counters, pivots, others),
         *(M, depth, width, problem.rank, problem.lora_rank, problem.others, h_columns),
-        *(*x.stride(), *W1.stride(), *w1a, *W2.stride(), *w2a, alpha),
+        *(*x.stride(), *w1, *w1a, *W2.stride(), *w2a, alpha),
         **constants(config, problem),
         num_warps=config.warps,
         num_stages=config.stages,
     )
     return y, h_a
+
+
+def _alike(base: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """(base, adapter, the strides of both), 1 in the same places: the kernel reads both in one
+    loop, compiled for the strides that are 1. Copied where they are not, which is rare."""
+    while True:
+        strides = list(base.stride()), list(adapter.stride())
+        for dim in (0, 1):  # that of a dim of size 1 may be anything
+            if adapter.shape[dim] == 1:
+                strides[1][dim] = strides[0][dim]
+            elif base.shape[dim] == 1:
+                strides[0][dim] = strides[1][dim]
+        ones = [[stride == 1 for stride in of] for of in strides]
+        if ones[0] == ones[1]:
+            return base, adapter, *strides
+        base, adapter = (t.clone(memory_format=torch.contiguous_format) for t in (base, adapter))
 
 
 def constants(config: Config, problem: Problem) -> dict:
@@ -117,7 +136,7 @@ def weave(h_s: Tensor, t: Tensor, bias: Tensor | None, order: Tensor) -> Tensor:
     """One launch: h_s [M, r], t [M, N - r], order int64 [N] -> y [M, N] in order, plus bias."""
     (M, rank), N = h_s.shape, len(order)
     y = h_s.new_empty(M, N)
-    BM, BN = (16, 128) if h_s.device.type == "cuda" else (128, 256)
+    BM, BN = (128, 256) if h_s.device.type == "cpu" else (16, 128)
     kernels.weave[(_cdiv(M, BM) * _cdiv(N, BN),)](
         *(h_s, t, bias, order, y, M, N, rank, N - rank), BM=BM, BN=BN
     )
