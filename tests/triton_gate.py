@@ -86,7 +86,8 @@ def shipped(problem: Problem, target: configs.Target) -> list[Config]:
 
 
 def tuned(target: configs.Target) -> Iterator[tuple[Problem, Config]]:
-    """The winners in the tables that come with the package, where the target can run them."""
+    """The winners in the tables that come with the package, where the target can run them, each for
+    one layer: the code is the same for all sizes that are multiples of 16."""
     names = [field.name for field in fields(Problem)]
     for path in sorted(configs.TUNED.glob("*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
@@ -95,6 +96,9 @@ def tuned(target: configs.Target) -> Iterator[tuple[Problem, Config]]:
                 if winner == "vendor":
                     continue
                 config = Config(**winner)
+                known |= LAYER | {
+                    "M": min(rows for rows in ROWS if rows >= row["M"] or rows == ROWS[-1])
+                }
                 if configs.why_illegal(config, known["dtype"], target) is None:
                     yield Problem(**known), config
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 from dataclasses import replace
 
@@ -39,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 LEAST_ARCH = 80  # bf16 tensor cores and asynchronous copies
-MOST = 2**31  # numbers in a weight, and rows of x: what 32-bit indices reach
+MOST = 2**31  # numbers in a weight: what 32-bit indices reach
 
 
 def is_available() -> bool:
@@ -76,8 +75,8 @@ def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
     (rank, K), others = SVh.shape, U.shape[0]
     if rank == 0 or K == 0 or (others == 0 and pivots is None):
         return f"serves no empty factors, got SVh {list(SVh.shape)} and U {list(U.shape)}"
-    if max(SVh.numel(), U.numel(), math.prod(x.shape[:-1])) >= MOST:
-        return f"serves factors and rows below {MOST} in number, got x {list(x.shape)}"
+    if max(SVh.numel(), U.numel()) >= MOST:
+        return f"serves factors of less than {MOST} numbers, got U {list(U.shape)}"
     return None
 
 

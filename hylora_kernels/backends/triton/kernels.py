@@ -23,6 +23,7 @@ QUEUE, READY = tl.constexpr(0), tl.constexpr(1)  # places in Counters
 
 
 # One compiled kernel for every number of rows: M bounds masks and blocks, nothing else.
+# fmt: off
 @triton.jit(do_not_specialize=["M"])
 def dataflow(
     X,  # [M, K]
@@ -38,37 +39,15 @@ def dataflow(
     Counters,  # int32, all zero: the queue, Ready [m_blocks], arrivals at each block of h
     Pivots,  # int32 [rank], ascending, or None
     Others,  # int64 [others]: the outputs that are no pivots, ascending, or None
-    M,
-    K,
-    N,
-    rank,
-    lora_rank,
-    others,
-    h_m,
-    x_m,
-    x_k,
-    w1_r,
-    w1_k,
-    w1a_r,
-    w1a_k,
-    w2_n,
-    w2_r,
-    w2a_n,
-    w2a_r,
-    alpha,
+    M, K, N, rank, lora_rank, others, h_m,
+    x_m, x_k, w1_r, w1_k, w1a_r, w1a_k, w2_n, w2_r, w2a_n, w2a_r, alpha,
     GATHER: tl.constexpr,  # pivoted backward: h = x[:, Pivots] + x[:, Others] W1^T
     SCATTER: tl.constexpr,  # pivoted forward: y[:, Pivots] = h, y[:, Others] = h W2^T
     SCALED: tl.constexpr,  # Ha is alpha x W1a^T
-    SPLIT: tl.constexpr,
-    SWAP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    BJ: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):
+    # fmt: on
     m_blocks = tl.cdiv(M, BM)
     base_blocks = tl.cdiv(rank, BR)
     rank_blocks = base_blocks
@@ -122,43 +101,16 @@ def dataflow(
             tl.atomic_xchg(Ready + block, 0, sem="relaxed")
 
 
+# fmt: off
 @triton.jit
 def _shrink(
-    X,
-    W1,
-    W1a,
-    H,
-    Ha,
-    Partial,
-    Arrivals,
-    Pivots,
-    Others,
-    tile,
-    M,
-    K,
-    rank,
-    lora_rank,
-    others,
-    h_m,
-    x_m,
-    x_k,
-    w1_r,
-    w1_k,
-    w1a_r,
-    w1a_k,
-    alpha,
-    rank_blocks,
-    base_blocks,
-    GATHER: tl.constexpr,
-    SCALED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SWAP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
+    X, W1, W1a, H, Ha, Partial, Arrivals, Pivots, Others, tile, M, K, rank, lora_rank, others, h_m,
+    x_m, x_k, w1_r, w1_k, w1a_r, w1a_k, alpha, rank_blocks, base_blocks,
+    GATHER: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+    PREFETCH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
     BK: tl.constexpr,
 ):
+    # fmt: on
     """One part of h [BM, BR]; True where that makes the block complete, and H has it."""
     part = tile % SPLIT
     place = tile // SPLIT
@@ -226,36 +178,15 @@ def _shrink(
     return complete
 
 
+# fmt: off
 @triton.jit
 def _expand(
-    H,
-    W2,
-    W2a,
-    Bias,
-    Y,
-    Pivots,
-    Others,
-    m_block,
-    column_block,
-    M,
-    N,
-    rank,
-    lora_rank,
-    others,
-    h_m,
-    w2_n,
-    w2_r,
-    w2a_n,
-    w2a_r,
-    adapter_column,
-    other_blocks,
-    SCATTER: tl.constexpr,
-    SWAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BJ: tl.constexpr,
+    H, W2, W2a, Bias, Y, Pivots, Others, m_block, column_block, M, N, rank, lora_rank, others, h_m,
+    w2_n, w2_r, w2a_n, w2a_r, adapter_column, other_blocks,
+    SCATTER: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BJ: tl.constexpr,
 ):
+    # fmt: on
     """y [BM, BN] of one block of columns; with SCATTER the others' blocks, then the pivots'."""
     rows = m_block * BM + tl.arange(0, BM)
     columns = column_block * BN + tl.arange(0, BN)
@@ -317,27 +248,14 @@ def _offsets(rows, stride, columns):
     return rows.to(tl.int64)[:, None] * stride + columns[None, :]
 
 
+# fmt: off
 @triton.jit
 def _contract(
-    acc,
-    Left,
-    left_m,
-    left_k,
-    rows,
-    M,
-    Index,
-    Right,
-    right_n,
-    right_k,
-    columns,
-    columns_inside,
-    begin,
-    end,
-    depth,
-    SWAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    acc, Left, left_m, left_k, rows, M, Index, Right, right_n, right_k, columns, columns_inside,
+    begin, end, depth,
+    SWAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):
+    # fmt: on
     """acc [rows, columns] + Left[rows, k] Right[columns, k]^T for k in begin..end, below depth.
 
     With SWAP acc is [columns, rows]: the weights are the tensor cores' first operand. A single row
@@ -510,25 +428,14 @@ def thin(
                         tl.store(dBias + columns, bias_sum, mask=columns < N)
 
 
+# fmt: off
 @triton.jit
 def _outer(
-    G,
-    Z,
-    z_m,
-    z_c,
-    columns,
-    C,
-    ranks,
-    lora_rank,
-    begin,
-    end,
-    M,
-    SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
+    G, Z, z_m, z_c, columns, C, ranks, lora_rank, begin, end, M,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     BA: tl.constexpr,
 ):
+    # fmt: on
     """(G[m, ranks]^T Z[m, columns] [BA, BC], Z[m, columns] [BC]) summed over m in begin..end."""
     acc = tl.zeros((BA, BC), tl.float32)
     total = tl.zeros((BC,), tl.float32)
