@@ -146,6 +146,16 @@ def test_the_table_decides_by_how_the_call_is_made(table):
     assert chosen(BF16, H100, "Card 2", captured=True) == default(BF16, H100)
 
 
+def test_without_a_table_one_line_of_the_log_names_the_command(table, caplog):
+    configs.table.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            chosen(BF16, H100, "Card 3", captured=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no measured table for Card 3: defaults serve; hylora tune --device cuda"
+    ]
+
+
 def test_the_nearest_row_of_the_same_kind_decides(table):
     other = Config(16, 16, 64, 64, 64, swap=True)
     table(row(of(M=16)), row(of(M=64), graph=other), row(of(M=16, pivoted=True), graph=VENDOR))

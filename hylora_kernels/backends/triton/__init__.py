@@ -15,7 +15,6 @@ import contextlib
 import functools
 import importlib.util
 import os
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -118,21 +117,20 @@ def _one_launch(x, SVh, A, U, B, bias, alpha, pivots, problem, config) -> tuple[
 
 
 def _get_ready_for_capture(config, *call) -> None:
-    """Launch what a CUDA graph would, once for a layer's sizes, where that isn't what serves calls
+    """Launch what a CUDA graph would, once for each problem, where that isn't what serves calls
     from Python: nothing can be compiled while a graph is captured, and its warm-up is such calls.
     """
     problem = call[-1]
-    key = replace(problem, M=0), problem.M <= 16, problem.M <= 64
-    if key in _ready or _forced is not None or torch.cuda.is_current_stream_capturing():
+    if problem in _ready or _forced is not None or torch.cuda.is_current_stream_capturing():
         return
-    _ready.add(key)
+    _ready.add(problem)
     device = call[0].device
     captured = _chosen(problem, _target(device), _name(device), True)
     if captured is not VENDOR and captured != config:
         _one_launch(*call, captured)
 
 
-_ready: set[tuple] = set()
+_ready: set[Problem] = set()
 
 
 def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:

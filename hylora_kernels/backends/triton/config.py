@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ import torch
 
 from hylora_kernels import storage
 
+_log = logging.getLogger(__name__)
 FORWARD, BACKWARD = "forward", "backward"
 SHARED = {"cuda": {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}, "hip": {}}
 LDS = 64  # KiB of shared memory a block has on AMD
@@ -291,6 +293,7 @@ def table(device_name: str) -> tuple[dict, ...]:
     for path in (table_path(device_name), TUNED / _file_name(device_name)):
         if path.is_file():
             return tuple(json.loads(path.read_text())["rows"])
+    _log.info("no measured table for %s: defaults serve; hylora tune --device cuda", device_name)
     return ()
 
 
