@@ -29,6 +29,8 @@ _BACKWARD = (
     "(Tensor dy, Tensor? x, Tensor? h_a, Tensor SVh, Tensor U, Tensor? A, Tensor? B, float alpha,"
     " Tensor? pivots, bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor db)"
 )
+# Asked here, since torch.compile can't trace the question (torch 2.11).
+_AUTOCASTING = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -172,9 +174,7 @@ def _want(name: str, tensor: Tensor, letters: str, shape: tuple, source: str) ->
 
 def _check_kinds(tensors: dict[str, Tensor | None]) -> None:
     x, pivots, device_type = tensors["x"], tensors["pivots"], tensors["x"].device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(
-        device_type
-    )
+    autocast = device_type in _AUTOCASTING and torch.is_autocast_enabled(device_type)
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
+def side_by_side(SVh, U, A, B) -> tuple[Tensor, Tensor]:
+    """[SVh; A] and [U, B]."""
+    return torch.cat((SVh, A)), torch.cat((U, B), 1)
+
+
+def forward(
+    x, SVh, U, A, B, bias, alpha, pivots, side_by_side=side_by_side
+) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]), the formula of reference.py in the fewest products."""
     if pivots is not None and not U.shape[0]:  # SVh is the dense matrix itself
         part_order(pivots, 0)  # raises if pivots are not all of the outputs
@@ -31,11 +38,12 @@ def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
         return add_adapter(y, x, A, B, alpha)
     if A is not None and _saved_pass_outweighs_copy(x.shape[0], SVh, U, A):
         rank = SVh.shape[0]
-        h = x @ torch.cat((SVh, A)).T
+        P, Q = side_by_side(SVh, U, A, B)
+        h = x @ P.T
         h_a = h[:, rank:].clone()
         if alpha != 1.0:
             h[:, rank:] *= alpha
-        return _linear(h, torch.cat((U, B), 1), bias), h_a
+        return _linear(h, Q, bias), h_a
     return add_adapter(_linear(x @ SVh.T, U, bias), x, A, B, alpha)
 
 
@@ -58,15 +66,18 @@ def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | N
     return dx, dA, dB, dy.sum(0) if need_db else None
 
 
-def backward_x(dy, SVh, U, A, B, alpha, pivots) -> tuple[Tensor, Tensor | None]:
+def backward_x(
+    dy, SVh, U, A, B, alpha, pivots, side_by_side=side_by_side
+) -> tuple[Tensor, Tensor | None]:
     """dy [M, N] -> (dx [M, K], dh_a [M, ra] = alpha dy B, None without an adapter)."""
     U, pivots = _pair_where_quicker(dy, U, pivots)
     if A is not None and pivots is None and _saved_pass_outweighs_copy(len(dy), SVh, U, A):
-        g = dy @ torch.cat((U, B), 1)
+        P, Q = side_by_side(SVh, U, A, B)
+        g = dy @ Q
         dh_a = g[:, SVh.shape[0] :]
         if alpha != 1.0:
             dh_a *= alpha
-        return g @ torch.cat((SVh, A)), dh_a
+        return g @ P, dh_a
     if pivots is None:
         dh_s = dy @ U
     else:

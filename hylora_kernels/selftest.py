@@ -222,6 +222,8 @@ class _Tally:
                         self._fail(words, f"{tensor}: error {ratio:.3g} x what is allowed", ratio)
                     elif ratio > self.worst:
                         self.worst, self.where = ratio, f"{words}: {tensor}"
+                if poison and not interpreted:
+                    continue
                 try:
                     races(backends.ROOMS[self.name], calls, self.repeats, forced)
                 except Race as race:

@@ -105,7 +105,7 @@ def plan(name: str, device: torch.device, full: bool) -> list[Entry]:
     # A launch is compiled for each dtype, form, direction and kind of sizes: all of them would take
     # many minutes, these take one or two.
     few = _cross((RAGGED, ALIGNED), ROWS) + _cross((BARE,), (3, 70))
-    large = [c for c in large if c.sizes != LAYERS[2] and c.M in (1, 16, 64, 2048)]
+    large = [c for c in large if c.sizes != LAYERS[2] and c.M in (1, 16, 2048)]
     found = []
     for case in few + [c for c in large if c.form != "dense"]:
         tuned = (case.sizes, case.M) in ((RAGGED, 3), (ALIGNED, 1)) and case.form != "dense"

@@ -85,14 +85,18 @@ def _in_a_graph(room, calls, expected, repeats: int, forced: bool) -> None:
 
 
 def _captured(room, call, times: int = 1):
-    """A CUDA graph of `times` runs in a row, and the results of the last."""
+    """A CUDA graph of `times` runs in a row, and the results of the last.
+
+    Captured on a stream of its own: cuBLAS has one workspace a stream, which a graph goes on using,
+    so that two graphs captured on one stream may not be replayed at once.
+    """
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)
     with torch.cuda.stream(aside):  # what is made once has to be made before
         run(room, call)
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=aside):
         for _ in range(times):
             results = run(room, call)
     return graph, results

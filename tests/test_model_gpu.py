@@ -148,7 +148,7 @@ def test_a_table_of_hylora_tune_is_compared(capsys):
     ratios = [ratio for _, ratio in model_gpu.compared(rows, "H100")]
     assert 0.8 < model_gpu.geometric_mean(ratios) < 1.3, "the model is fitted to this table"
     model_gpu.main(["--compare", str(path)])
-    assert "| one_launch | graph cold | 48 |" in capsys.readouterr().out
+    assert "| one_launch | graph cold | 168 |" in capsys.readouterr().out
 
 
 def test_an_unknown_regime_is_refused():

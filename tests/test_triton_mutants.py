@@ -207,7 +207,7 @@ MUTANTS = {
     "one counter is not reset": Mutant("range(0, m_blocks)", "range(1, m_blocks)", "counters"),
     "arrivals are not reset": Mutant("tl.store(arrivals, 0)", "pass", "counters", "decode"),
     "the last but one resets": Mutant(
-        "== tiles + tl.num_programs(0) - 1", "== tiles + tl.num_programs(0) - 2", "race"
+        "== tiles + tl.num_programs(0) - 1", "== tiles + tl.num_programs(0) - 2", "bounds"
     ),
     # --------------------------------------------------------------------------------------- parts
     "adds the parts from its own on": Mutant(

@@ -164,7 +164,7 @@ def _backward_x(dy, SVh, U, A, B, alpha, pivots, problem) -> tuple[Tensor, Tenso
     """(dx [M, K], dh_a [M, ra] = alpha dy B)."""
     config = choose(problem, dy.device)
     if config is VENDOR:
-        return vendor.backward_x(dy, SVh, U, A, B, alpha, pivots, problem)
+        return vendor.backward_x(dy, SVh, U, A, B, alpha, pivots)
     A, B = (A.T, B.T) if problem.lora_rank else (None, None)
     return _launch(dy, U.T, B, SVh.T, A, None, alpha, pivots, problem, config)
 

@@ -96,9 +96,10 @@ def dataflow(
     # Each program ends on a ticket that is no tile's, drawn when its last tile was done. Who draws
     # the last of these leaves the counters as they were found; arrivals were reset on the way.
     if tile == tiles + tl.num_programs(0) - 1:
-        tl.atomic_xchg(Counters + QUEUE, 0, sem="relaxed")
+        # Added to, not exchanged: nobody waits for a result, which took 1.3 us of 9.
+        tl.atomic_add(Counters + QUEUE, -tiles - tl.num_programs(0), sem="relaxed")
         for block in range(0, m_blocks):
-            tl.atomic_xchg(Ready + block, 0, sem="relaxed")
+            tl.atomic_add(Ready + block, -rank_blocks, sem="relaxed")
 
 
 # fmt: off

@@ -1,15 +1,14 @@
-"""Torch's own two products, where they are the fastest, helped in two places.
+"""Torch's own products, where they are the fastest, helped in two places.
 
 The pivoted form's outputs are put in order by one pass of a kernel. In training the pair form's
-factors are kept side by side, P = [SVh; A] and Q = [U, alpha B], from the first backward on, and
-only the adapter's slices are written anew, where laying all of them side by side would read and
-write every factor once a call.
+factors are kept side by side, P = [SVh; A] and Q = [U, B], from the first backward on, and only the
+adapter's slices are written anew, where laying all of them side by side would read and write every
+factor once a call. The products are the same ones either way, and so are the bits.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -26,24 +25,33 @@ def forward(x, SVh, U, A, B, bias, alpha, pivots, problem: Problem) -> tuple[Ten
         order = products.output_order(pivots, problem.others)
         y = launch.weave(h_s, h_s @ U.T, bias, order)
         return products.add_adapter(y, x, A, B, alpha)
-    kept = _kept.get(SVh) if pivots is None and problem.lora_rank else None
-    if kept is None or not kept.serves(SVh, U):
-        return products.forward(x, SVh, U, A, B, bias, alpha, pivots)
-    P, Q = kept.refreshed(A, B, alpha)
-    h = x @ P.T
-    return F.linear(h, Q, bias), h[:, problem.rank :].clone()
+    return products.forward(x, SVh, U, A, B, bias, alpha, pivots, _side_by_side)
 
 
-def backward_x(dy, SVh, U, A, B, alpha, pivots, problem: Problem) -> tuple[Tensor, Tensor | None]:
+def backward_x(dy, SVh, U, A, B, alpha, pivots) -> tuple[Tensor, Tensor | None]:
     """dy [M, N] -> (dx [M, K], dh_a [M, ra] = alpha dy B, None without an adapter)."""
-    if pivots is not None or not problem.lora_rank or _capturing(dy):
-        return products.backward_x(dy, SVh, U, A, B, alpha, pivots)
+
+    def kept_from_now_on(SVh, U, A, B):
+        if not _capturing(SVh) and not _serves(_kept.get(SVh), SVh, U):
+            _kept[SVh] = _SideBySide(SVh, U, A.shape[0])
+        return _side_by_side(SVh, U, A, B)
+
+    return products.backward_x(dy, SVh, U, A, B, alpha, pivots, kept_from_now_on)
+
+
+def _side_by_side(SVh, U, A, B) -> tuple[Tensor, Tensor]:
     kept = _kept.get(SVh)
-    if kept is None or not kept.serves(SVh, U):
-        kept = _kept[SVh] = _SideBySide(SVh, U, problem.lora_rank)
-    P, Q = kept.refreshed(A, B, alpha)
-    g = dy @ Q
-    return g @ P, g[:, problem.rank :]
+    if not _serves(kept, SVh, U):
+        return products.side_by_side(SVh, U, A, B)
+    return kept.refreshed(A, B)
+
+
+def _serves(kept: _SideBySide | None, SVh: Tensor, U: Tensor) -> bool:
+    """Whether what is kept is of these very factors, as they are now, and may be used: a CUDA graph
+    would go on using its memory after forget()."""
+    if kept is None or _capturing(SVh):
+        return False
+    return kept.U() is U and kept.stamp == _stamp(SVh, U)
 
 
 def forget(SVh: Tensor) -> None:
@@ -62,16 +70,11 @@ class _SideBySide:
         self.Q[:, :rank] = U
         self.U, self.stamp = TensorWeakRef(U), _stamp(SVh, U)
 
-    def serves(self, SVh: Tensor, U: Tensor) -> bool:
-        """Whether it is of these very factors, as they are now, and may be used: a CUDA graph would
-        go on using its memory after forget()."""
-        return self.U() is U and self.stamp == _stamp(SVh, U) and not _capturing(SVh)
-
-    def refreshed(self, A: Tensor, B: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    def refreshed(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """P and Q with this adapter."""
         rank = self.P.shape[0] - A.shape[0]
         self.P[rank:] = A
-        torch.mul(B, alpha, out=self.Q[:, rank:])
+        self.Q[:, rank:] = B
         return self.P, self.Q
 
 
