@@ -62,6 +62,18 @@ def test_factors_that_were_written_to_are_laid_out_again(changed):
     trained(inputs._replace(U=inputs.U + 0.25))
 
 
+def test_another_stream_lays_out_its_own(monkeypatch):
+    inputs = make_inputs(CASE, torch.float32)
+    trained(inputs)
+    kept = vendor._kept[inputs.SVh]
+    kept.P.fill_(float("nan"))
+    kept.refreshed = None
+    monkeypatch.setattr(vendor, "_stream", lambda tensor: 7)
+    svd_lora_linear(*inputs)
+    trained(inputs)
+    assert vendor._kept[inputs.SVh] is not kept
+
+
 def test_what_is_kept_goes_with_forget_and_with_the_factors():
     inputs = make_inputs(CASE, torch.float32)
     trained(inputs)

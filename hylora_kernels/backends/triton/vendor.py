@@ -8,6 +8,8 @@ factor once a call. The products are the same ones either way, and so are the bi
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
@@ -25,7 +27,8 @@ def forward(x, SVh, U, A, B, bias, alpha, pivots, problem: Problem) -> tuple[Ten
         order = products.output_order(pivots, problem.others)
         y = launch.weave(h_s, h_s @ U.T, bias, order)
         return products.add_adapter(y, x, A, B, alpha)
-    return products.forward(x, SVh, U, A, B, bias, alpha, pivots, _side_by_side)
+    with _one_at_a_time:
+        return products.forward(x, SVh, U, A, B, bias, alpha, pivots, _side_by_side)
 
 
 def backward_x(dy, SVh, U, A, B, alpha, pivots) -> tuple[Tensor, Tensor | None]:
@@ -36,7 +39,8 @@ def backward_x(dy, SVh, U, A, B, alpha, pivots) -> tuple[Tensor, Tensor | None]:
             _kept[SVh] = _SideBySide(SVh, U, A.shape[0])
         return _side_by_side(SVh, U, A, B)
 
-    return products.backward_x(dy, SVh, U, A, B, alpha, pivots, kept_from_now_on)
+    with _one_at_a_time:
+        return products.backward_x(dy, SVh, U, A, B, alpha, pivots, kept_from_now_on)
 
 
 def _side_by_side(SVh, U, A, B) -> tuple[Tensor, Tensor]:
@@ -47,11 +51,12 @@ def _side_by_side(SVh, U, A, B) -> tuple[Tensor, Tensor]:
 
 
 def _serves(kept: _SideBySide | None, SVh: Tensor, U: Tensor) -> bool:
-    """Whether what is kept is of these very factors, as they are now, and may be used: a CUDA graph
-    would go on using its memory after forget()."""
+    """Whether what is kept is of these very factors, as they are now, and may be used: another
+    stream could be multiplying by another adapter, and a CUDA graph would go on using its memory
+    after forget()."""
     if kept is None or _capturing(SVh):
         return False
-    return kept.U() is U and kept.stamp == _stamp(SVh, U)
+    return kept.U() is U and kept.stamp == _stamp(SVh, U) and kept.stream == _stream(SVh)
 
 
 def forget(SVh: Tensor) -> None:
@@ -68,7 +73,7 @@ class _SideBySide:
         self.Q = U.new_empty(U.shape[0], rank + lora_rank)
         self.P[:rank] = SVh
         self.Q[:, :rank] = U
-        self.U, self.stamp = TensorWeakRef(U), _stamp(SVh, U)
+        self.U, self.stamp, self.stream = TensorWeakRef(U), _stamp(SVh, U), _stream(SVh)
 
     def refreshed(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """P and Q with this adapter."""
@@ -80,6 +85,9 @@ class _SideBySide:
 
 # SVh -> its _SideBySide
 _kept = WeakTensorKeyDictionary()
+# From writing an adapter's slices to queueing the products that read them: two threads may call one
+# layer with two adapters.
+_one_at_a_time = threading.Lock()
 
 
 def _stamp(SVh: Tensor, U: Tensor) -> tuple:
@@ -88,6 +96,10 @@ def _stamp(SVh: Tensor, U: Tensor) -> tuple:
     if SVh.is_inference() or U.is_inference():
         return (object(),)
     return SVh._version, U._version
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def _capturing(tensor: Tensor) -> bool:
