@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hylora_kernels.products import backward, forward
+from hylora_kernels import products
+from hylora_kernels.products import backward
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward"]
 
 
 def is_available() -> bool:
@@ -29,6 +30,11 @@ def gains(x, SVh, U, A, B, bias, pivots) -> bool:
     """Whether a call that this room can serve is faster here than in the next room: there is none
     after it."""
     return True
+
+
+def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha."""
+    return products.forward(x, SVh, U, A, B, bias, alpha, pivots)
 
 
 def forget(SVh) -> None:
