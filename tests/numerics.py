@@ -12,9 +12,11 @@ import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hylora_kernels import SVDLoRALinear, backends, reference
 
@@ -214,10 +216,38 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float(difference.nan_to_num(float("inf")).max()) if difference.numel() else 0.0
 
 
-def assert_as_exact_as_formula(got: dict[str, Tensor | None], inputs: Inputs, dy: Tensor) -> None:
-    """Every tensor of `got` is within the tolerance of the float64 truth for these very inputs."""
+class OneAfterAnother(TorchFunctionMode):
+    """Inside it, products of float32 matrices add one number after the other, as a thread of a GPU
+    does, where a CPU's library adds up sixteen chains side by side."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.matmul or function is Tensor.__matmul__:
+            left, right = args
+            if left.dtype == torch.float32 and left.shape[1]:
+                return self._summed(left[:, :, None] * right[None], 1)
+        if function is Tensor.sum and args[0].dtype == torch.float32 and len(args[0]):
+            return self._summed(args[0], 0)
+        return function(*args, **(kwargs or {}))
+
+    def _summed(self, terms: Tensor, dim: int) -> Tensor:
+        chain = np.cumsum(terms.cpu().numpy(), axis=dim)  # torch's own adds in float64
+        return torch.from_numpy(chain).to(terms.device).select(dim, -1)
+
+
+def assert_as_exact_as_formula(
+    got: dict[str, Tensor | None], inputs: Inputs, dy: Tensor, chained: bool = False
+) -> None:
+    """Every tensor of `got` is within the tolerance of the float64 truth for these very inputs.
+
+    chained: the formula's own error is the larger of two ways to add, torch's and, in float32, one
+    number after the other.
+    """
     truth = by_reference(inputs.map(Tensor.double), dy.double())
     formula = by_reference(inputs, dy)
+    formulas = [formula]
+    if chained:
+        with OneAfterAnother():
+            formulas.append(by_reference(inputs, dy))
     for name, exact in truth.items():
         if exact is None:
             assert got[name] is None, f"{name} should be None"
@@ -227,10 +257,11 @@ def assert_as_exact_as_formula(got: dict[str, Tensor | None], inputs: Inputs, dy
         # The formula's own error is one throw of the dice, and a lucky one where there are few
         # numbers, so a few roundings on top are always allowed; in float64, where the formula is
         # the truth, more of them. The parts of a sum are of size 1, whatever it comes to.
-        roundings = {torch.float64: 64, torch.float32: 8}.get(dtype, 2)
+        roundings = 64 if dtype == torch.float64 else 2
         size = max(1.0, distance(exact, torch.zeros_like(exact)))
         slack = roundings * torch.finfo(dtype).eps * size
-        error, own = distance(got[name], exact), distance(formula[name], exact)
+        error = distance(got[name], exact)
+        own = max(distance(found[name], exact) for found in formulas)
         assert error <= 2 * own + slack, f"{name}: error {error:.3g}, the formula's own {own:.3g}"
 
 

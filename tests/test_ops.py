@@ -47,7 +47,7 @@ def test_forward_and_backward(case, dtype, room, device):
     dy = make_dy(inputs)
     with use_backend(room):
         got = by_op(svd_lora_linear, inputs, dy)
-    assert_as_exact_as_formula(got, inputs, dy)
+    assert_as_exact_as_formula(got, inputs, dy, chained=room == "triton")
 
 
 @every_room
