@@ -42,15 +42,15 @@ ROWS = (1, 16, 33, 200, 2048)  # one for each of config.py's steps
 
 
 def cases(machine: Machine, quick: bool) -> list[Case]:
-    """Each once. A plain call in all of its configurations, the other kinds of call in their first;
-    quick: the other kinds for one row alone."""
+    """Each once. Every kind of call in all of its configurations; quick: the plain one alone, the
+    others in their first, for one row."""
     target, found = machine.target, {}
     for M in ROWS:
         plain, *others = problems(M)
         for config in shipped(plain[0], target):
             found.setdefault(Case(plain[0], config))
-        for problem, tf32 in others if M in ((1,) if quick else (1, 16, 2048)) else ():
-            for config in shipped(problem, target)[:1]:
+        for problem, tf32 in others if M == 1 or not quick else ():
+            for config in shipped(problem, target)[: 1 if quick else None]:
                 found.setdefault(Case(problem, config, tf32))
     for problem, config in tuned(target):
         found.setdefault(Case(problem, config))
@@ -100,9 +100,7 @@ def tuned(target: configs.Target) -> Iterator[tuple[Problem, Config]]:
                 if winner == "vendor":
                     continue
                 config = Config(**winner)
-                known |= LAYER | {
-                    "M": min(rows for rows in ROWS if rows >= row["M"] or rows == ROWS[-1])
-                }
+                known |= LAYER | {"M": 16 if config.BM <= 16 else 2048}
                 if configs.why_illegal(config, known["dtype"], target) is None:
                     yield Problem(**known), config
 

@@ -19,6 +19,8 @@ from hylora_kernels.backends.triton.config import (
 )
 
 MOST = 2**31
+# Products and sums in one rounding: the default so far, which Triton 3.10 will turn.
+FUSION = {"enable_fp_fusion": True}
 INTERPRETED_PROGRAMS = 3  # the interpreter runs one after the other; more than one shows more
 
 
@@ -66,6 +68,7 @@ def dataflow(
         **constants(config, problem),
         num_warps=config.warps,
         num_stages=config.stages,
+        **FUSION,
     )
     return y, h_a
 
@@ -128,6 +131,7 @@ def thin(dh_a, x, h_a, dy, alpha, needs_db: bool, config: ThinConfig, lora_rank:
         **thin_constants(config, one.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
+        **FUSION,
     )
     return dA, dB, db
 
@@ -138,7 +142,7 @@ def weave(h_s: Tensor, t: Tensor, bias: Tensor | None, order: Tensor) -> Tensor:
     y = h_s.new_empty(M, N)
     BM, BN = (128, 256) if h_s.device.type == "cpu" else (16, 128)
     kernels.weave[(_cdiv(M, BM) * _cdiv(N, BN),)](
-        *(h_s, t, bias, order, y, M, N, rank, N - rank), BM=BM, BN=BN
+        *(h_s, t, bias, order, y, M, N, rank, N - rank), BM=BM, BN=BN, **FUSION
     )
     return y
 
