@@ -18,6 +18,7 @@
 #include "cpu/panels.h"
 #include "params.h"
 #include "run.h"
+#include "vendor.h"
 
 namespace hylora {
 namespace {
@@ -161,7 +162,10 @@ Tensor apply(Dual& d, const Tensor& x, Rows& rows, const std::optional<Tensor>& 
   rows.sizes.back() = d.N;
   Tensor y = empty_like_type(x, rows.sizes);
   d.x = rows.data, d.M = rows.M, d.ldx = rows.ld, d.y = y.data_ptr(), d.products = int(products);
-  run(d);
+  if (torch_is_faster(d))
+    through_torch(d);
+  else
+    run(d);
   return y;
 }
 

@@ -64,9 +64,10 @@ struct Thin {
   bool sums;
 };
 
+// To be packed, or float32 unpacked.
 struct Pack {
   Type type;
-  const void* W;  // [n, k] with strides
+  void* W;  // [n, k] with strides
   int64_t n, k, row_stride, column_stride;
   void* panels;
 };
@@ -85,6 +86,7 @@ struct Kernels {
   void (*weave)(const Dual&, void* block, int64_t row0, int64_t row1);
   void (*thin)(const Thin&, int64_t col0, int64_t col1);
   void (*pack)(const Pack&, int64_t panel0, int64_t panel1);
+  void (*unpack)(const Pack&, int64_t panel0, int64_t panel1);
 };
 
 constexpr int64_t kFewRows = 64;  // up to here threads split panels, above it rows

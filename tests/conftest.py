@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hylora_kernels.backends import triton as triton_room
-from hylora_kernels.backends.cpu import panels
+from hylora_kernels.backends.cpu import packed, panels
 
 # cuBLAS warns in deterministic mode without it; it has to be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -81,6 +81,7 @@ def _seeded_and_poisoned(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Deterministic mode leaves many rows of float32 to multiply-adds; limbs need the tests more.
     monkeypatch.setattr(panels, "six_products_serve", lambda: True)
+    monkeypatch.setattr(packed, "six_products_stay_faster", lambda: True)
 
 
 @pytest.fixture

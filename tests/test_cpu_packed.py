@@ -128,7 +128,7 @@ def test_opcheck(lora_rank, form, dtype):
         inputs = make_inputs(Case(M=M, lead_dims=lead_dims, lora_rank=lora_rank, form=form), dtype)
         packed = packed_of(inputs)
         op = getattr(torch.ops.hylora, f"cpu_{packed.call}").default
-        args = (inputs.x, *packed.args, packed.products or 0)
+        args = (inputs.x, *packed.args, packed.products)
         torch.library.opcheck(op, args, test_utils=tests if M == 17 else tests[:2])
 
 
@@ -156,6 +156,26 @@ def test_vmap_of_a_packed_layer_is_refused():
     packed = packed_of(inputs)
     with pytest.raises(NotImplementedError, match="no vmap rule"):
         torch.vmap(lambda x: cpu.forward_packed(x, packed))(inputs.x)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8])
+@pytest.mark.parametrize("form", ["pair", "dense"])
+@pytest.mark.parametrize("rows", [1024, 1037])
+def test_many_rows_of_float32_go_through_torch(rows, lora_rank, form, monkeypatch):
+    """Where limbs don't serve: weights unpacked a part at a time, the bias and alpha where they
+    belong."""
+    monkeypatch.setattr(packed_module, "six_products_stay_faster", lambda: False)
+    sizes = (70, 31000, 67) if form == "pair" else (70, 31000, 31000)
+    inputs = make_inputs(Case(M=rows, sizes=sizes, lora_rank=lora_rank, form=form), torch.float32)
+    for bias in (inputs.bias, None):
+        few = [inputs.x[:1000], *inputs[1:5], bias, *inputs[6:]]
+        packed = cpu.pack(*few[1:])
+        y = cpu.forward_packed(inputs.x, packed)
+        one = cpu.forward_packed(few[0], packed)
+        torch.testing.assert_close(y[:1000], one, rtol=1e-5, atol=1e-5)
+        assert torch.equal(cpu.forward_packed(inputs.x, packed), y)
+        wide = torch.cat((inputs.x, inputs.x), 1)[:, : inputs.x.shape[1]]
+        assert torch.equal(cpu.forward_packed(wide, packed), y), "rows need not be side by side"
 
 
 def test_thin_float32_is_laid_out_plain():

@@ -217,7 +217,7 @@ def test_a_measurement_chooses_between_limbs_and_multiply_adds(monkeypatch):
     assert products() == 6 and measured == [1]
     monkeypatch.undo()
     random_state = torch.get_rng_state()
-    panels._measure_six_products.cache_clear()
+    monkeypatch.setattr(panels, "_verdicts", panels._Verdicts())
     torch.set_default_dtype(torch.float64)  # it is no business of the measurement
     try:
         with FakeTensorMode():
@@ -225,8 +225,22 @@ def test_a_measurement_chooses_between_limbs_and_multiply_adds(monkeypatch):
     finally:
         torch.set_default_dtype(torch.float32)
     assert chosen in (0, 6) and products() == chosen
-    assert panels._measure_six_products.cache_info().misses == 1
+    assert panels._verdicts.said == [chosen == 6]
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_layer_is_packed_for_limbs_as_long_as_they_never_lost(monkeypatch):
+    monkeypatch.undo()
+    answers, clock = [True, True, False, True], [0.0]
+    monkeypatch.setattr(panels, "_measure_six_products", lambda: answers.pop(0))
+    monkeypatch.setattr(panels, "_verdicts", panels._Verdicts())
+    monkeypatch.setattr(panels.time, "monotonic", lambda: clock[0])
+    for moment, faster, left in ((0, True, 3), (0.5, True, 3), (2, True, 2), (4, False, 1)):
+        clock[0] = moment
+        assert panels.six_products_stay_faster() == faster and len(answers) == left
+    clock[0] = 9
+    assert not panels.six_products_stay_faster() and len(answers) == 1, "who lost is out"
+    assert panels.six_products_are_faster(), "what serves unpacked calls doesn't change"
 
 
 def test_what_limbs_hold(monkeypatch):

@@ -125,6 +125,7 @@ Kernels kernels_with() {
     thin_with<Fma<float>, float>(t, col0, col1);
   };
   table.pack = pack;
+  table.unpack = unpack;
   return table;
 }
 

@@ -114,5 +114,30 @@ static void pack(const Pack& p, int64_t panel0, int64_t panel1) {
   pack_panels<float>(p, panel0, panel1);
 }
 
+// One [k][32] panel of floats -> `rows` rows of W, `stride` numbers apart.
+static void unpack_panel(const float* panel, int64_t rows, int64_t k, int64_t stride, float* W) {
+  int64_t j = 0;
+#if defined(__AVX512BW__)
+  if (rows >= 32)
+    for (; j + 16 <= k; j += 16)
+      for (int half = 0; half < 2; half++) {
+        __m512i lines[16];
+        transpose16(reinterpret_cast<const char*>(panel + j * 32 + half * 16), 128, lines);
+#pragma GCC unroll 16
+        for (int n = 0; n < 16; n++)
+          _mm512_storeu_si512(W + (half * 16 + n) * stride + j, lines[n]);
+      }
+#endif
+  for (int64_t n = 0; n < (rows < 32 ? rows : 32); n++)
+    for (int64_t i = j; i < k; i++)
+      W[n * stride + i] = panel[i * 32 + n];
+}
+
+static void unpack(const Pack& p, int64_t panel0, int64_t panel1) {
+  for (int64_t panel = panel0; panel < panel1; panel++)
+    unpack_panel(static_cast<const float*>(p.panels) + panel * p.k * 32, p.n - panel * 32, p.k,
+                 p.row_stride, static_cast<float*>(p.W) + panel * 32 * p.row_stride);
+}
+
 }  // namespace
 }  // namespace hylora

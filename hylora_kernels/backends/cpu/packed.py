@@ -16,6 +16,7 @@ from hylora_kernels.backends.cpu.panels import (
     out_features_of,
     pack_matrix,
     products_for,
+    six_products_stay_faster,
 )
 
 
@@ -28,14 +29,16 @@ class Packed:
     args:     what follows x in the op's call, up to `products`. For "joined" that is the
               whole layer as one tensor, the bias, and N: a call with two tensors costs 3.7 us, one
               with six 8.6. For "plain" P, Q, the bias, and B itself, all but P may be None.
-    products: as the ops take it; None where float32's settings at the call decide.
+    products: as the ops take it.
+    float32:  it is, and limbs hold it: torch's settings at the call have a say in `products`.
     """
 
     room: ClassVar[str] = "cpu"
 
     call: str
     args: tuple
-    products: int | None
+    products: int
+    float32: bool
     dtype: torch.dtype
     shape: tuple[int]  # what x.shape[-1:] must be
     out_features: int
@@ -92,12 +95,15 @@ def pack(SVh, U, A, B, bias, alpha, pivots) -> Packed | None:
         layer = op("join")(*panels, table, K, rank, lora_rank, out_features, alpha)
         args = (layer, plain_bias, out_features)
     in_range = in_range_of(SVh.dtype, *((matrix, 1) for matrix in matrices))
-    # Where the call decides, what it decides by is measured now: no call waits for that.
-    products = products_for(SVh.dtype, in_range)
+    float32 = SVh.dtype == torch.float32 and in_range
+    products = 0 if float32 else products_for(SVh.dtype, in_range)
+    if float32 and six_products_stay_faster():
+        products = 6
     return Packed(
         call=call,
         args=args,
-        products=None if SVh.dtype == torch.float32 and in_range else products,
+        products=products,
+        float32=float32,
         dtype=SVh.dtype,
         shape=(K,),
         out_features=out_features,
@@ -126,8 +132,8 @@ def _layout(SVh, U, lora_rank, pivots) -> str:
 def forward_packed(x: Tensor, packed: Packed) -> Tensor:
     """x [..., K] of packed.dtype -> y [..., N]. What a decoded token waits for: keep it short."""
     products = packed.products
-    if products is None:
-        products = _float32_products()
+    if packed.float32:
+        products = _float32_products(products)
     if packed.call == "joined":
         return torch.ops.hylora.cpu_joined.default(x, *packed.args, products)
     if packed.call == "linear":
@@ -137,8 +143,9 @@ def forward_packed(x: Tensor, packed: Packed) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # compiled code is guarded by torch's settings as it is
-def _float32_products() -> int:
-    return products_for(torch.float32, True)
+def _float32_products(most: int) -> int:
+    products = products_for(torch.float32, True)
+    return products if products == 3 else min(products, most)
 
 
 def rows_packed(ids: Tensor, packed: Packed) -> Tensor:

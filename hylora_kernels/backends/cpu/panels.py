@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -87,16 +86,44 @@ def six_products_are_faster() -> bool:
     (0.56 TFLOP/s instead of 2.24, FMA untouched), and 6 products then take 1.2 to 1.6 times as long
     as multiply-adds, where at the full rate they take 0.6 times as long.
     """
-    if _measure_six_products.cache_info().currsize:  # no lock for a fork to catch in its hold
-        return _measure_six_products()
-    with _measuring:  # two at once would be slower than one
-        return _measure_six_products()
+    return _verdicts.first()
 
 
-_measuring = threading.Lock()
+def six_products_stay_faster() -> bool:
+    """The same for a layer that is packed, and will be used for long: measured again where the last
+    time is a second ago. The rate may change between two of those; who lost once is out."""
+    return _verdicts.every()
 
 
-@functools.cache
+class _Verdicts:
+    """What the measurements of this process said."""
+
+    def __init__(self):
+        self.said: list[bool] = []
+        self.when = -math.inf
+        self.measuring = threading.Lock()  # two at once would be slower than one
+
+    def first(self) -> bool:
+        if not self.said:  # no lock for a fork to catch in its hold, once there is one
+            with self.measuring:
+                if not self.said:
+                    self.measure()
+        return self.said[0]
+
+    def every(self) -> bool:
+        with self.measuring:
+            if all(self.said) and time.monotonic() - self.when > 1:
+                self.measure()
+        return all(self.said)
+
+    def measure(self) -> None:
+        self.said.append(_measure_six_products())
+        self.when = time.monotonic()
+
+
+_verdicts = _Verdicts()
+
+
 def _measure_six_products() -> bool:
     # Whoever traces a model (export does, with tensors that hold no numbers) isn't meant.
     with _disable_current_modes(), torch.inference_mode():
