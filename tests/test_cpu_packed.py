@@ -178,8 +178,14 @@ def test_many_rows_of_float32_go_through_torch(rows, lora_rank, form, monkeypatc
         assert torch.equal(cpu.forward_packed(wide, packed), y), "rows need not be side by side"
 
 
-def test_thin_float32_is_laid_out_plain():
-    for rank, lora_rank, call in ((16, 16, "plain"), (16, 17, "joined"), (33, 0, "joined")):
+def test_thin_or_padded_float32_is_laid_out_plain():
+    for rank, lora_rank, call in (
+        (16, 16, "plain"),
+        (16, 17, "plain"),  # 33 are padded to 64
+        (33, 0, "plain"),
+        (47, 13, "joined"),
+        (64, 0, "joined"),
+    ):
         inputs = make_inputs(Case(sizes=(64, 96, rank), lora_rank=lora_rank), torch.float32)
         assert packed_of(inputs).call == call
         assert packed_of(inputs.map(Tensor.bfloat16)).call == "joined"

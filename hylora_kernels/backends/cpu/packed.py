@@ -122,24 +122,32 @@ def _layout(SVh, U, lora_rank, pivots) -> str:
     dense = pivots is not None and not U.shape[0] and not lora_rank
     has_plain_layout = dense or pivots is None
     # Of a thin matrix most of a panel is padding. 29 random shapes of at most 32 ranks: 0.92 of two
-    # plain products' speed at one or two rows, 1.17 up to 64, 0.90 above; bfloat16 2 to 5.
-    plain_is_faster = SVh.dtype == torch.float32 and SVh.shape[0] + lora_rank <= 32
-    if has_plain_layout and plain_is_faster:
+    # plain products' speed at one or two rows, 1.17 up to 64, 0.90 above; bfloat16 2 to 5. More
+    # ranks with an eighth of padding or more: 0.82 to 0.95 (K = 1156, N = 103, r = 84, M = 2).
+    (rank, K), N = SVh.shape, out_features_of(SVh, U, pivots)
+    middle = rank + lora_rank
+    is_thin = middle <= 32
+    is_padded = 8 * (_padded(middle) * K + _padded(N) * middle) > 9 * middle * (K + N)
+    if SVh.dtype == torch.float32 and has_plain_layout and (is_thin or is_padded):
         return "plain"
     return "linear" if dense else "joined"
 
 
+def _padded(size: int) -> int:
+    return size + -size % 32
+
+
 def forward_packed(x: Tensor, packed: Packed) -> Tensor:
     """x [..., K] of packed.dtype -> y [..., N]. What a decoded token waits for: keep it short."""
+    if packed.call == "plain":
+        P, Q, bias, _ = packed.args
+        return F.linear(x, P, bias) if Q is None else F.linear(F.linear(x, P), Q, bias)
     products = packed.products
     if packed.float32:
         products = _float32_products(products)
     if packed.call == "joined":
         return torch.ops.hylora.cpu_joined.default(x, *packed.args, products)
-    if packed.call == "linear":
-        return torch.ops.hylora.cpu_linear.default(x, *packed.args, products)
-    P, Q, bias, _ = packed.args
-    return F.linear(x, P, bias) if Q is None else F.linear(F.linear(x, P), Q, bias)
+    return torch.ops.hylora.cpu_linear.default(x, *packed.args, products)
 
 
 @torch.compiler.assume_constant_result  # compiled code is guarded by torch's settings as it is
