@@ -1,0 +1,94 @@
+// Which kernel serves a call, with how many blocks, and the workspace it needs.
+#include "call.h"
+
+#include <algorithm>
+
+namespace hylora::cuda {
+namespace {
+
+constexpr int64_t kMostParts = 16;      // past it the sum of the parts costs what the split gains
+constexpr int64_t kLeastSteps = 4;      // of a part's contraction: below it only latency is left
+constexpr int64_t kMostThreads = 2048;  // of a multiprocessor, 1536 where shared memory is small
+
+int64_t shared_of_multiprocessor(int arch) {
+  const bool is_datacenter = arch == 90 || (arch >= 100 && arch < 120);
+  if (is_datacenter) return 228 << 10;
+  return (arch == 80 || arch == 87 ? 164 : 100) << 10;
+}
+
+// Blocks a multiprocessor holds at a time; each pays a KiB of shared memory on top of its own.
+int64_t residents(const Plan& p, int arch) {
+  const int64_t shared = shared_of_multiprocessor(arch);
+  const int64_t threads = shared > (100 << 10) ? kMostThreads : 1536;
+  const int64_t by_registers = 65536 / (128 * p.threads);
+  return std::max<int64_t>(
+      1, std::min({shared / (p.shared_bytes + 1024), threads / p.threads, by_registers}));
+}
+
+int64_t shared_bytes(Kernel kernel) {
+  const Tile& tile = kTiles[kernel];
+  const int64_t ticket = 16;
+  if (kernel == kDecode) return tile.warps * tile.rows * tile.columns * 4 + ticket;
+  const int64_t staged = 2 * tile.stages * tile.depth * (tile.rows + tile.columns);
+  return staged + 4 * tile.columns + ticket;
+}
+
+// Parts that give every one of `wanted` blocks a tile, none of them too short.
+int parts(int64_t tiles, int64_t wanted, int64_t steps) {
+  const int64_t by_length = std::max<int64_t>(1, steps / kLeastSteps);
+  return int(std::clamp<int64_t>(wanted / tiles, 1, std::min(by_length, kMostParts)));
+}
+
+}  // namespace
+
+Plan plan_as(const Dataflow& d, Kernel kernel, int split, int64_t programs) {
+  const Tile& tile = kTiles[kernel];
+  const int64_t ranks = rank_blocks(d, tile), row_blocks = blocks(d.M, tile.rows);
+  const int64_t tiles = row_blocks * (ranks * split + column_blocks(d, tile));
+  const int64_t cells = split > 1 ? row_blocks * ranks * split * tile.rows * tile.columns : 0;
+  return {kernel,
+          split,
+          std::min(programs, tiles),
+          ranks * tile.columns,
+          cells,
+          1 + row_blocks + row_blocks * ranks,
+          32 * tile.warps,
+          shared_bytes(kernel)};
+}
+
+Plan plan(const Dataflow& d, int multiprocessors, int arch) {
+  const Tile& large = kTiles[kTile128];
+  const bool has_few_rows = d.M <= kDecodeRows;
+  // Weights that run down their columns aren't what decode's 16-byte loads are made for.
+  const bool decodes = has_few_rows && !d.transposed;
+  const bool fills_with_large =
+      blocks(d.M, large.rows) * std::min(column_blocks(d, large), rank_blocks(d, large) * 2) >=
+      multiprocessors;
+  Kernel kernel = kTile64;
+  if (decodes)
+    kernel = kDecode;
+  else if (fills_with_large)
+    kernel = kTile128;
+
+  const Tile& tile = kTiles[kernel];
+  const int64_t programs = multiprocessors * residents(plan_as(d, kernel, 1, 1), arch);
+  const int64_t warps_along_k = decodes ? tile.warps : 1;
+  const int split = parts(blocks(d.M, tile.rows) * rank_blocks(d, tile), programs,
+                          blocks(d.K, tile.depth) / warps_along_k * (decodes ? kLeastSteps : 1));
+  return plan_as(d, kernel, split, programs);
+}
+
+Plan plan_as(const Thin& t, int split) {
+  const Tile& tile = kTiles[kThin];
+  const int64_t tiles = thin_tiles(t);
+  // A row of 16 more than the tile has: the sums of dy's rows, as tensor cores make them.
+  const int64_t cells = split > 1 ? tiles * split * (tile.rows + 16) * tile.columns : 0;
+  return {kThin, split, tiles * split, 0, cells, tiles, 32 * tile.warps, shared_bytes(kThin)};
+}
+
+Plan plan(const Thin& t, int multiprocessors, int arch) {
+  const int64_t wanted = multiprocessors * std::min<int64_t>(4, residents(plan_as(t, 1), arch));
+  return plan_as(t, parts(thin_tiles(t), wanted, blocks(t.M, kTiles[kThin].depth)));
+}
+
+}  // namespace hylora::cuda
