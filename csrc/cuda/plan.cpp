@@ -6,23 +6,13 @@
 namespace hylora::cuda {
 namespace {
 
-constexpr int64_t kMostParts = 16;      // past it the sum of the parts costs what the split gains
-constexpr int64_t kLeastSteps = 4;      // of a part's contraction: below it only latency is left
-constexpr int64_t kMostThreads = 2048;  // of a multiprocessor, 1536 where shared memory is small
+constexpr int64_t kMostParts = 16;  // past it the sum of the parts costs what the split gains
+constexpr int64_t kLeastSteps = 4;  // of a part's contraction: below it only latency is left
 
 int64_t shared_of_multiprocessor(int arch) {
   const bool is_datacenter = arch == 90 || (arch >= 100 && arch < 120);
   if (is_datacenter) return 228 << 10;
   return (arch == 80 || arch == 87 ? 164 : 100) << 10;
-}
-
-// Blocks a multiprocessor holds at a time; each pays a KiB of shared memory on top of its own.
-int64_t residents(const Plan& p, int arch) {
-  const int64_t shared = shared_of_multiprocessor(arch);
-  const int64_t threads = shared > (100 << 10) ? kMostThreads : 1536;
-  const int64_t by_registers = 65536 / (128 * p.threads);
-  return std::max<int64_t>(
-      1, std::min({shared / (p.shared_bytes + 1024), threads / p.threads, by_registers}));
 }
 
 int64_t shared_bytes(Kernel kernel) {
@@ -31,6 +21,12 @@ int64_t shared_bytes(Kernel kernel) {
   if (kernel == kDecode) return tile.warps * tile.rows * tile.columns * 4 + ticket;
   const int64_t staged = 2 * tile.stages * tile.depth * (tile.rows + tile.columns);
   return staged + 4 * tile.columns + ticket;
+}
+
+// Blocks a multiprocessor holds at a time; each pays a KiB of shared memory on top of its own.
+int64_t residents(Kernel kernel, int arch) {
+  const int64_t by_shared = shared_of_multiprocessor(arch) / (shared_bytes(kernel) + 1024);
+  return std::clamp<int64_t>(by_shared, 1, kTiles[kernel].residents);
 }
 
 // Parts that give every one of `wanted` blocks a tile, none of them too short.
@@ -71,7 +67,7 @@ Plan plan(const Dataflow& d, int multiprocessors, int arch) {
     kernel = kTile128;
 
   const Tile& tile = kTiles[kernel];
-  const int64_t programs = multiprocessors * residents(plan_as(d, kernel, 1, 1), arch);
+  const int64_t programs = multiprocessors * residents(kernel, arch);
   const int64_t warps_along_k = decodes ? tile.warps : 1;
   const int split = parts(blocks(d.M, tile.rows) * rank_blocks(d, tile), programs,
                           blocks(d.K, tile.depth) / warps_along_k * (decodes ? kLeastSteps : 1));
@@ -87,7 +83,7 @@ Plan plan_as(const Thin& t, int split) {
 }
 
 Plan plan(const Thin& t, int multiprocessors, int arch) {
-  const int64_t wanted = multiprocessors * std::min<int64_t>(4, residents(plan_as(t, 1), arch));
+  const int64_t wanted = multiprocessors * residents(kThin, arch);
   return plan_as(t, parts(thin_tiles(t), wanted, blocks(t.M, kTiles[kThin].depth)));
 }
 
