@@ -5,11 +5,10 @@
 // A line of SCRIPT is a word and name=value pairs:
 //   buffer name=x bytes=64 at=128 shift=2   64 bytes from byte 128 of INPUT, -1: NaN (all ones);
 //                                           `shift` bytes past a multiple of 16
-//   zeros name=c bytes=8
 //   dataflow type=0 x=x W1=w ... M=3 ... kernel=-1 split=1 programs=4 residents=4 seed=1
-//   thin ...                                kernel -1: the plan's own choice, for `processors`, `arch`
-//   write name=y                            to OUTPUT
-//   drop                                    every buffer
+//   thin ...                                kernel -1: the plan's own choice, for `processors`,
+//   `arch` toy which=mma_bf16 in=a out=b blocks=1  one of toys.h, 32 threads a block round type=0
+//   in=a out=b                 floats to numbers of a type write name=y to OUTPUT drop every buffer
 // A pointer that isn't named is null. Workspace is made here, of the size the plan names.
 #include <chrono>
 #include <cstdio>
@@ -23,6 +22,7 @@
 
 #include "call.h"
 #include "primitives.h"
+#include "toys.h"
 
 namespace {
 
@@ -66,7 +66,8 @@ float alpha_of(const Values& v) { return v.count("alpha") ? std::stof(v.at("alph
 // Launches with workspace around it and says what came of it.
 template <class Call>
 void launch(const Values& v, Call& call, const cuda::Plan& plan, void*& h) {
-  emulation::next_order = {uint64_t(integer(v, "seed")), int(integer(v, "residents", plan.programs))};
+  emulation::next_order = {uint64_t(integer(v, "seed")),
+                           int(integer(v, "residents", plan.programs))};
   Buffer workspace(size_t(call.M * plan.h_columns * 2), 0xFF);
   Buffer partial(size_t(plan.partial_floats * 4), 0xFF), counters(size_t(plan.counters * 4), 0);
   h = workspace.data;
@@ -123,6 +124,25 @@ void thin(const Values& v) {
          none);
 }
 
+void toy(const Values& v) {
+  const int blocks = int(integer(v, "blocks", 1));
+  Buffer counters(4, 0);
+  emulation::next_order = {uint64_t(integer(v, "seed")), blocks};
+  const cuda::Toy call{pointer<uint32_t>(v, "in"), pointer<uint32_t>(v, "out"),
+                       reinterpret_cast<int32_t*>(counters.data)};
+  for (const auto& [name, kernel] : cuda::kToys)
+    if (v.at("which") == name) cuda::run(kernel, blocks, 32, 512, nullptr, call);
+}
+
+void round_numbers(const Values& v) {
+  const float* in = pointer<float>(v, "in");
+  auto* out = pointer<uint16_t>(v, "out");
+  const bool is_bf16 = integer(v, "type") == 0;
+  for (size_t i = 0; i < buffers.at(v.at("in")).size() / 4; i++)
+    out[i] =
+        is_bf16 ? cuda::rounded<cuda::bf16>(in[i]).bits : cuda::rounded<cuda::fp16>(in[i]).bits;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -136,12 +156,11 @@ int main(int count, char** arguments) {
     Values v;
     for (std::string word; words >> word;)
       v[word.substr(0, word.find('='))] = word.substr(word.find('=') + 1);
-    if (verb == "buffer" || verb == "zeros") {
+    if (verb == "buffer") {
       const int64_t at = integer(v, "at", -1), bytes = integer(v, "bytes");
-      Buffer& buffer = buffers
-                           .try_emplace(v.at("name"), size_t(bytes), verb == "zeros" ? 0 : 0xFF,
-                                        size_t(integer(v, "shift")))
-                           .first->second;
+      Buffer& buffer =
+          buffers.try_emplace(v.at("name"), size_t(bytes), 0xFF, size_t(integer(v, "shift")))
+              .first->second;
       if (at >= 0) {
         input.seekg(at);
         input.read(reinterpret_cast<char*>(buffer.data), bytes);
@@ -150,6 +169,10 @@ int main(int count, char** arguments) {
       dataflow(v);
     } else if (verb == "thin") {
       thin(v);
+    } else if (verb == "toy") {
+      toy(v);
+    } else if (verb == "round") {
+      round_numbers(v);
     } else if (verb == "write") {
       const Buffer& buffer = buffers.at(v.at("name"));
       output.write(reinterpret_cast<const char*>(buffer.data), std::streamsize(buffer.size()));

@@ -45,8 +45,8 @@ DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
 
 template <class T>
 DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  constexpr auto what = std::is_same_v<T, bf16> ? emulation::Together::mma_bf16
-                                                : emulation::Together::mma_fp16;
+  constexpr auto what =
+      std::is_same_v<T, bf16> ? emulation::Together::mma_bf16 : emulation::Together::mma_fp16;
   const uint32_t in[6] = {a[0], a[1], a[2], a[3], b0, b1};
   uint32_t out[4];
   emulation::exchange(what, in, 6, out);
@@ -98,11 +98,10 @@ DEVICE void prefetch(const void* from) { *static_cast<const volatile char*>(from
 // The compiler's own atomics: ThreadSanitizer knows the order each of them asks for.
 DEVICE int add(int32_t* counter, int32_t value, int memory_order) {
   emulation::pause(false);
-  const int before = memory_order == __ATOMIC_RELAXED
-                         ? __atomic_fetch_add(counter, value, __ATOMIC_RELAXED)
-                     : memory_order == __ATOMIC_RELEASE
-                         ? __atomic_fetch_add(counter, value, __ATOMIC_RELEASE)
-                         : __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+  const int before =
+      memory_order == __ATOMIC_RELAXED   ? __atomic_fetch_add(counter, value, __ATOMIC_RELAXED)
+      : memory_order == __ATOMIC_RELEASE ? __atomic_fetch_add(counter, value, __ATOMIC_RELEASE)
+                                         : __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
   emulation::pause(true);
   return before;
 }

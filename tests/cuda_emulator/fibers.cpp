@@ -378,7 +378,8 @@ float from_fp16(uint16_t bits) {
     const float size = float(fraction) * 0x1p-24f;
     return sign ? -size : size;
   }
-  const uint32_t wide = sign | (exponent == 31 ? 255u << 23 : (exponent + 112) << 23) | fraction << 13;
+  const uint32_t wide =
+      sign | (exponent == 31 ? 255u << 23 : (exponent + 112) << 23) | fraction << 13;
   float value;
   memcpy(&value, &wide, 4);
   return value;
