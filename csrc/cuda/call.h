@@ -67,24 +67,6 @@ constexpr int64_t kDecodeRows = kTiles[kDecode].rows;
 // The least architecture: asynchronous copies and bf16 tensor cores.
 constexpr int kLeastArch = 80;
 
-constexpr int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
-
-// What a launch has to do, in tiles; kernels and plan count them here.
-inline int64_t rank_blocks(const Dataflow& d, const Tile& tile) {
-  return blocks(d.rank, tile.columns) + blocks(d.lora_rank, tile.columns);
-}
-inline int64_t column_blocks(const Dataflow& d, const Tile& tile) {
-  const bool scatters = d.pivots && !d.transposed;
-  return scatters ? blocks(d.others_count, tile.columns) + blocks(d.rank, tile.columns)
-                  : blocks(d.N, tile.columns);
-}
-inline int64_t thin_tiles(const Thin& t) {
-  const Tile& tile = kTiles[kThin];
-  const int64_t columns = (t.dA ? blocks(t.K, tile.columns) : 0) +  //
-                          (t.dB ? blocks(t.N, tile.columns) : 0);
-  return columns * blocks(t.lora_rank, tile.rows);
-}
-
 // The plan for a device of `multiprocessors`, arch as in sm_90.
 Plan plan(const Dataflow&, int multiprocessors, int arch);
 Plan plan(const Thin&, int multiprocessors, int arch);

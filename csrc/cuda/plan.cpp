@@ -6,8 +6,26 @@
 namespace hylora::cuda {
 namespace {
 
-constexpr int64_t kMostParts = 16;  // past it the sum of the parts costs what the split gains
-constexpr int64_t kLeastSteps = 4;  // of a part's contraction: below it only latency is left
+constexpr int64_t kMostParts = 16;  // past it their sum costs what the split gains
+
+int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+int64_t rank_blocks(const Dataflow& d, const Tile& tile) {
+  return blocks(d.rank, tile.columns) + blocks(d.lora_rank, tile.columns);
+}
+
+int64_t column_blocks(const Dataflow& d, const Tile& tile) {
+  const bool scatters = d.pivots && !d.transposed;
+  if (!scatters) return blocks(d.N, tile.columns);
+  return blocks(d.others_count, tile.columns) + blocks(d.rank, tile.columns);
+}
+
+int64_t thin_tiles(const Thin& t) {
+  const Tile& tile = kTiles[kThin];
+  const int64_t dA = t.dA ? blocks(t.K, tile.columns) : 0;
+  const int64_t dB = t.dB ? blocks(t.N, tile.columns) : 0;
+  return (dA + dB) * blocks(t.lora_rank, tile.rows);
+}
 
 int64_t shared_of_multiprocessor(int arch) {
   const bool is_datacenter = arch == 90 || (arch >= 100 && arch < 120);
@@ -29,10 +47,10 @@ int64_t residents(Kernel kernel, int arch) {
   return std::clamp<int64_t>(by_shared, 1, kTiles[kernel].residents);
 }
 
-// Parts that give every one of `wanted` blocks a tile, none of them too short.
-int parts(int64_t tiles, int64_t wanted, int64_t steps) {
-  const int64_t by_length = std::max<int64_t>(1, steps / kLeastSteps);
-  return int(std::clamp<int64_t>(wanted / tiles, 1, std::min(by_length, kMostParts)));
+// Parts that give each of `programs` blocks a tile, none shorter than `least` of the contraction.
+int parts(int64_t tiles, int64_t programs, int64_t depth, int64_t least) {
+  const int64_t most = std::clamp<int64_t>(depth / least, 1, kMostParts);
+  return int(std::clamp<int64_t>(programs / tiles, 1, most));
 }
 
 }  // namespace
@@ -68,10 +86,10 @@ Plan plan(const Dataflow& d, int multiprocessors, int arch) {
 
   const Tile& tile = kTiles[kernel];
   const int64_t programs = multiprocessors * residents(kernel, arch);
-  const int64_t warps_along_k = decodes ? tile.warps : 1;
-  const int split = parts(blocks(d.M, tile.rows) * rank_blocks(d, tile), programs,
-                          blocks(d.K, tile.depth) / warps_along_k * (decodes ? kLeastSteps : 1));
-  return plan_as(d, kernel, split, programs);
+  const int64_t tiles = blocks(d.M, tile.rows) * rank_blocks(d, tile);
+  // A step for every warp of decode's, which share them; of the tiles as many as are on their way.
+  const int64_t least = tile.depth * (decodes ? tile.warps : tile.stages);
+  return plan_as(d, kernel, parts(tiles, programs, d.K, least), programs);
 }
 
 Plan plan_as(const Thin& t, int split) {
@@ -83,8 +101,9 @@ Plan plan_as(const Thin& t, int split) {
 }
 
 Plan plan(const Thin& t, int multiprocessors, int arch) {
-  const int64_t wanted = multiprocessors * residents(kThin, arch);
-  return plan_as(t, parts(thin_tiles(t), wanted, blocks(t.M, kTiles[kThin].depth)));
+  const Tile& tile = kTiles[kThin];
+  const int64_t programs = multiprocessors * residents(kThin, arch);
+  return plan_as(t, parts(thin_tiles(t), programs, t.M, tile.depth * tile.stages));
 }
 
 }  // namespace hylora::cuda

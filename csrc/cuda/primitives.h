@@ -155,18 +155,18 @@ DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];"
 
 DEVICE int add_relaxed(int32_t* counter, int32_t value) {
   int before;
-  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], %2;"
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
                : "=r"(before)
                : "l"(counter), "r"(value)
                : "memory");
   return before;
 }
 DEVICE void add_release(int32_t* counter, int32_t value) {
-  asm volatile("red.add.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 DEVICE int add_acquire_release(int32_t* counter, int32_t value) {
   int before;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
                : "=r"(before)
                : "l"(counter), "r"(value)
                : "memory");

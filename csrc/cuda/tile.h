@@ -291,12 +291,12 @@ DEVICE bool sum_of_parts(float* sums, float* partial, int32_t* arrivals, int64_t
   if (*ticket != split - 1) return false;
 #pragma unroll
   for (int i = 0; i < COUNT; i++)
-    sums[i] = read_fresh(first + i * THREADS);
+    sums[i] = 0.0f;
 #pragma unroll 1
-  for (int other = 1; other < split; other++)
+  for (int n = 0; n < split; n++)
 #pragma unroll
     for (int i = 0; i < COUNT; i++)
-      sums[i] += read_fresh(first + (other * COUNT + i) * THREADS);
+      sums[i] += read_fresh(first + (n * COUNT + i) * THREADS);
   if (thread_index() == 0) add_relaxed(arrivals + place, -split);
   return true;
 }

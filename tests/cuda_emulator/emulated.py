@@ -27,9 +27,9 @@ COMPILER = shutil.which("g++")
 _COMMON = ("-std=c++17", "-DHYLORA_EMULATION", "-fno-strict-aliasing", "-g1", "-Wall", "-Wextra")
 _COMMON += ("-Wno-unknown-pragmas",)
 FLAGS = {
-    "plain": (*_COMMON, "-O1"),
+    "plain": (*_COMMON, "-Og"),
     "address": (*_COMMON, "-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": (*_COMMON, "-O1", "-fsanitize=thread"),
+    "thread": (*_COMMON, "-Og", "-fsanitize=thread"),
 }
 TILE_64, TILE_128, DECODE = range(3)  # call.h's Kernel
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
