@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import itertools
 import os
 import re
 import shlex
@@ -66,9 +65,12 @@ COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
 # Kernels share one signature and may not need all of it; vectors are never passed between files.
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 # A GPU that isn't among them takes the code of an older minor version (sm_103 that of sm_100), or
-# the PTX of the oldest here, which its driver compiles.
+# PTX of the oldest, which goes along and which its driver compiles.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 LEAST_ARCH = 80  # bf16 tensor cores, asynchronous copies
+# Of whose PTX machine code is made, that of the newest up to an arch: nvcc's front end takes 13 of
+# the 20 seconds that an arch would take by itself. Out of sm_80's, ptxas would spill on sm_120.
+FRONT_ENDS = (LEAST_ARCH, 120)
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_FLAGS += ["-Xfatbin", "-compress-all"]  # a quarter of the size
 # Checks as calls and -O1: the kernels are so long that checks in line take ten minutes to compile.
@@ -191,15 +193,11 @@ class Cuda(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        """Machine code for each arch, and PTX of the oldest for all other GPUs from there on.
-
-        The front end, 13 of 20 seconds, runs once for the archs of a major version: once for all,
-        ptxas would spill on sm_120."""
-        codes = {f"compute_{self.archs[0]}": [f"compute_{self.archs[0]}"]}
-        for _, group in itertools.groupby(self.archs, lambda arch: arch // 10):
-            group = list(group)
-            codes.setdefault(f"compute_{group[0]}", []).extend(f"sm_{arch}" for arch in group)
-        gencodes = [f"-gencode=arch={of},code=[{','.join(made)}]" for of, made in codes.items()]
+        codes = {FRONT_ENDS[0]: [f"compute_{FRONT_ENDS[0]}"]}
+        for arch in self.archs:
+            front_end = max(of for of in FRONT_ENDS if of <= arch)
+            codes.setdefault(front_end, []).append(f"sm_{arch}")
+        gencodes = [f"-gencode=arch=compute_{of},code=[{','.join(c)}]" for of, c in codes.items()]
         threads = os.environ.get("MAX_JOBS") or "0"  # 0: as many as there are cores
         return [*CUDA_FLAGS, "--threads", threads, *gencodes]
 
@@ -276,7 +274,7 @@ def cuda_macros(cuda: Cuda | NoCuda) -> list[str]:
     """What csrc/cuda_bindings.cpp is told of the machine code beside it."""
     if isinstance(cuda, NoCuda):
         return [f'-DHYLORA_NO_CUDA="{cuda}"']
-    return [f"-DHYLORA_CUDA_ARCHS={','.join(map(str, cuda.archs))}"]
+    return [f'-DHYLORA_CUDA_ARCHS="{" ".join(map(str, cuda.archs))}"']
 
 
 def escaped(words: list[str]) -> str:

@@ -30,37 +30,28 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-// ------------------------------------------------------------------------------------- what is
-// here
-
-#if defined(HYLORA_CUDA_ARCHS)
-constexpr int kArchs[] = {HYLORA_CUDA_ARCHS};  // ascending; PTX of the first serves all others
-#endif
+// ------------------------------------------------------------ what is here
 
 // The architectures that there is machine code for, as in "80 90"; "" where there is none at all.
 std::string archs() {
-  std::string names;
 #if defined(HYLORA_CUDA_ARCHS)
-  for (int arch : kArchs)
-    names += (names.empty() ? "" : " ") + std::to_string(arch);
+  return HYLORA_CUDA_ARCHS;
+#else
+  return "";
 #endif
-  return names;
 }
 
-// Why a GPU of this architecture can't be served, in words; "" where it can.
+// Why a GPU of this architecture can't be served, in words; "" where it can: by machine code or,
+// where there is none for it, by the PTX of the least one.
 std::string lacks(int64_t arch) {
 #if defined(HYLORA_EMULATION)
   return "";
 #elif defined(HYLORA_NO_CUDA)
   return "the library has no CUDA kernels: " HYLORA_NO_CUDA;
 #else
-  if (arch < cuda::kLeastArch)
-    return "serves GPUs from sm_" + std::to_string(cuda::kLeastArch) + " on, got sm_" +
-           std::to_string(arch);
-  if (arch < kArchs[0])
-    return "the library was built for GPUs from sm_" + std::to_string(kArchs[0]) +
-           " on (HYLORA_CUDA_ARCHS), got sm_" + std::to_string(arch);
-  return "";
+  if (arch >= cuda::kLeastArch) return "";
+  return "serves GPUs from sm_" + std::to_string(cuda::kLeastArch) + " on, got sm_" +
+         std::to_string(arch);
 #endif
 }
 
@@ -80,8 +71,7 @@ std::string driver_lacks() {
   return "";
 }
 
-// -------------------------------------------------------------------------------------------
-// checks
+// ------------------------------------------------------------ checks
 
 std::string shape_of(const Tensor& t) {
   std::string words = "[";
@@ -147,8 +137,7 @@ struct Like {
   }
 };
 
-// -----------------------------------------------------------------------------------------
-// launches
+// ------------------------------------------------------------ launches
 
 #if !defined(HYLORA_NO_CUDA)
 // The stream that torch works in. Its function is in torch's CUDA library, which a CPU build lacks;
@@ -257,10 +246,14 @@ void thin(const Maybe& dh_a, const Maybe& x, const Maybe& h_a, const Maybe& dy, 
   launch(t, plan, left, arch);
 }
 
-// ------------------------------------------------------------------------------------ workspace
-// sizes
+// ------------------------------------------------------------ workspace sizes
 
-using Sizes = std::tuple<int64_t, int64_t, int64_t>;  // columns of h, floats of partial, counters
+// Columns of h, floats of partial, counters; threads of a block and bytes of its shared memory.
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Sizes sizes_of(const cuda::Plan& plan) {
+  return {plan.h_columns, plan.partial_floats, plan.counters, plan.threads, plan.shared_bytes};
+}
 
 Sizes dataflow_sizes(bool transposed, bool pivoted, int64_t M, int64_t K, int64_t N, int64_t rank,
                      int64_t lora_rank, int64_t multiprocessors, int64_t arch) {
@@ -269,8 +262,7 @@ Sizes dataflow_sizes(bool transposed, bool pivoted, int64_t M, int64_t K, int64_
   d.transposed = transposed, d.pivots = pivoted ? &some_pivots : nullptr;
   d.M = M, d.K = K, d.N = N, d.rank = rank, d.lora_rank = lora_rank;
   d.others_count = pivoted ? (transposed ? K : N) - rank : 0;
-  const cuda::Plan plan = cuda::plan(d, int(multiprocessors), int(arch));
-  return {plan.h_columns, plan.partial_floats, plan.counters};
+  return sizes_of(cuda::plan(d, int(multiprocessors), int(arch)));
 }
 
 Sizes thin_sizes(int64_t M, int64_t K, int64_t N, int64_t lora_rank, int64_t multiprocessors,
@@ -279,8 +271,7 @@ Sizes thin_sizes(int64_t M, int64_t K, int64_t N, int64_t lora_rank, int64_t mul
   cuda::Thin t{};
   t.dA = K ? &there : nullptr, t.dB = N ? &there : nullptr;
   t.M = M, t.K = K, t.N = N, t.lora_rank = lora_rank;
-  const cuda::Plan plan = cuda::plan(t, int(multiprocessors), int(arch));
-  return {plan.h_columns, plan.partial_floats, plan.counters};
+  return sizes_of(cuda::plan(t, int(multiprocessors), int(arch)));
 }
 
 }  // namespace
@@ -302,9 +293,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
         " Tensor(d!)? partial, Tensor(e!) counters) -> ()");
   m.def("cuda_dataflow_sizes(bool transposed, bool pivoted, int M, int K, int N, int rank,"
         " int lora_rank, int multiprocessors, int arch)"
-        " -> (int h_columns, int partial, int counters)");
+        " -> (int h_columns, int partial, int counters, int threads, int shared)");
   m.def("cuda_thin_sizes(int M, int K, int N, int lora_rank, int multiprocessors, int arch)"
-        " -> (int h_columns, int partial, int counters)");
+        " -> (int h_columns, int partial, int counters, int threads, int shared)");
   m.def("cuda_archs() -> str");
   m.def("cuda_lacks(int arch) -> str");
   m.def("cuda_driver_lacks() -> str");

@@ -247,10 +247,7 @@ def test_the_library_says_which_gpus_it_serves(monkeypatch):
     reason = room._device_lacks(torch.device("cuda", 7))
     assert reason == (room.NO_KERNELS or "serves GPUs from sm_80 on, got sm_75")
     if not room.NO_KERNELS:
-        oldest, *_ = map(int, torch.ops.hylora.cuda_archs().split())
-        assert [torch.ops.hylora.cuda_lacks(arch) for arch in (oldest, 90, 103, 110, 130)] == 5 * [
-            ""
-        ]
+        assert torch.ops.hylora.cuda_lacks(80) == torch.ops.hylora.cuda_lacks(130) == ""
 
 
 def dataflow_arguments(transposed=False, pivoted=False, M=5, K=24, N=40, r=8, ra=4) -> dict:
@@ -264,7 +261,7 @@ def dataflow_arguments(transposed=False, pivoted=False, M=5, K=24, N=40, r=8, ra
     depth, width = (N, K) if transposed else (K, N)
     names = ("W1", "W1a", "W2", "W2a")
     sizes = (transposed, pivoted, M, depth, width, r, ra, *on_cpu.TARGET)
-    h_columns, cells, count = torch.ops.hylora.cuda_dataflow_sizes(*sizes)
+    h_columns, cells, count, *_ = torch.ops.hylora.cuda_dataflow_sizes(*sizes)
     return {
         "x": half(M, depth),
         **dict(zip(names, weights, strict=True)),
@@ -287,7 +284,7 @@ def thin_arguments(M=6, K=24, N=40, ra=4) -> dict:
     def half(*shape):
         return torch.randn(shape).half()
 
-    _, cells, count = torch.ops.hylora.cuda_thin_sizes(M, K, N, ra, *on_cpu.TARGET)
+    _, cells, count, *_ = torch.ops.hylora.cuda_thin_sizes(M, K, N, ra, *on_cpu.TARGET)
     given = {"dh_a": half(M, ra), "x": half(M, K), "h_a": half(M, ra), "dy": half(M, N)}
     given |= {"alpha": 0.5, "multiprocessors": on_cpu.TARGET[0], "arch": on_cpu.TARGET[1]}
     given |= {"dA": half(ra, K), "dB": half(N, ra), "db": half(N)}
@@ -390,7 +387,7 @@ def test_workspace_stays_small(M):
     """h and the parts of split sums are to stay in L2, 40 MB on the smallest of datacentres."""
     for K, N, r, ra in ((2048, 5632, 768, 32), (4096, 11008, 1536, 32)):
         sizes = torch.ops.hylora.cuda_dataflow_sizes(False, False, M, K, N, r, ra, 132, 90)
-        h_columns, cells, count = sizes
+        h_columns, cells, count, *_ = sizes
         assert r + ra <= h_columns < r + ra + 2 * 128
         assert 2 * M * h_columns + 4 * cells <= 40e6
         assert count <= 1 + math.ceil(M / 16) * (1 + h_columns // 16)

@@ -196,7 +196,7 @@ def _dataflow(x, W1, W1a, W2, W2a, bias, alpha, pivots, N, rank, transposed):
         bias = bias.contiguous()
     x, W1, W1a, W2, W2a = map(_in_rows, (x, W1, W1a, W2, W2a))
     target = _target(x.device)
-    h_columns, cells, count = _dataflow_sizes(
+    h_columns, cells, count, *_ = _dataflow_sizes(
         *(transposed, pivots is not None, M, K, N, rank, lora_rank, *target)
     )
     y, h = x.new_empty(M, N), x.new_empty(M, h_columns)
@@ -215,7 +215,7 @@ def _thin(dh_a, x, h_a, dy, alpha, need_db, M, K, N):
     """One launch: (dA [ra, K] = dh_a^T x, dB [N, ra] = alpha dy^T h_a, db [N] = sum of dy)."""
     one = h_a if dh_a is None else dh_a
     lora_rank, target = one.shape[1], _target(one.device)
-    _, cells, count = _thin_sizes(M, K, N, lora_rank, *target)
+    _, cells, count, *_ = _thin_sizes(M, K, N, lora_rank, *target)
     dA = one.new_empty(lora_rank, K) if K else None
     dB = one.new_empty(N, lora_rank) if N else None
     db = one.new_empty(N) if need_db else None
@@ -243,13 +243,14 @@ def _target(device: torch.device) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _dataflow_sizes(*problem) -> tuple[int, int, int]:
-    """What a launch needs: columns of h, float32 numbers of split sums, counters."""
+def _dataflow_sizes(*problem) -> tuple[int, ...]:
+    """What a launch needs: columns of h, float32 numbers of split sums, counters; threads of a
+    block, bytes of its shared memory."""
     return _ops.cuda_dataflow_sizes.default(*problem)
 
 
 @functools.lru_cache(maxsize=4096)
-def _thin_sizes(*problem) -> tuple[int, int, int]:
+def _thin_sizes(*problem) -> tuple[int, ...]:
     return _ops.cuda_thin_sizes.default(*problem)
 
 
