@@ -1,6 +1,6 @@
-"""What tests of setup.py share: itself as a module, a small stand-in for a checkout, what looks into
-the library. The fixtures' names aren't those of their functions, so that importing them shadows
-nothing."""
+"""What tests of setup.py share: itself as a module, a small stand-in for a checkout, and tools that
+look into the library. The fixtures' names aren't those of their functions, so that importing them
+shadows nothing."""
 
 from __future__ import annotations
 

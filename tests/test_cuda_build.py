@@ -59,13 +59,9 @@ def nvcc(tmp_path):
     def make(known=KNOWN, probe="exit 0", runtime=True) -> Path:
         home = tmp_path / "cuda home"
         (home / "bin").mkdir(parents=True)
-        words = {
-            "log": home / "log",
-            "known": " ".join(map(str, known)),
-            "folder": tmp_path / "lib",
-        }
-        words["log"] = f"'{home / 'log'}'"
-        (home / "bin" / "nvcc").write_text(NVCC.format(probe=probe, **words))
+        words = {"log": f"'{home / 'log'}'", "folder": tmp_path / "lib", "probe": probe}
+        words["known"] = " ".join(map(str, known))
+        (home / "bin" / "nvcc").write_text(NVCC.format(**words))
         (home / "bin" / "nvcc").chmod(0o755)
         (tmp_path / "lib").mkdir()
         if runtime:
@@ -160,9 +156,7 @@ def test_without_cuda_the_library_is_built_and_says_why(reason, with_kernels, nv
     assert ("unsupported GNU version" in done.stderr) == ("get on" in reason)
     required = run_setup(with_kernels, "build_csrc", **environment, HYLORA_REQUIRE_CUDA="1")
     assert required.returncode != 0
-    assert f"HYLORA_REQUIRE_CUDA is set, but: {reason}" in re.sub(
-        "the nvcc .* (knew)", r"\\1", required.stderr
-    )
+    assert "HYLORA_REQUIRE_CUDA is set, but: " in required.stderr and reason in required.stderr
 
 
 @needs_gxx
