@@ -20,8 +20,10 @@ from numerics import (
     make_inputs,
 )
 
-from hylora_kernels import backends, counters, svd_lora_linear, use_backend
+from hylora_kernels import backends, counters, selftest, svd_lora_linear, use_backend
 from hylora_kernels.backends import cuda as room
+from hylora_kernels.selftest_grid import Case as Trial
+from hylora_kernels.selftest_grid import Entry
 
 HALVES = (torch.bfloat16, torch.float16)
 needs_library = pytest.mark.skipif(
@@ -112,6 +114,34 @@ def test_alpha_zero_and_no_adapter_are_the_base(emulated):
     empty = inputs._replace(A=inputs.A[:0], B=inputs.B[:, :0])
     assert torch.equal(svd_lora_linear(*inputs), svd_lora_linear(*base))
     torch.testing.assert_close(svd_lora_linear(*empty), svd_lora_linear(*base))
+
+
+def test_selftest_covers_it(ops, monkeypatch):
+    """Both the room's own choice and its kernels, forward, backward and repeated."""
+
+    def few(name, device, full):
+        cases = [Trial(17, (37, 53, 7, 8), form) for form in ("pair", "pivoted")]
+        return [Entry(case, 1, HALVES) for case in cases]
+
+    monkeypatch.setattr(selftest, "plan", few)
+    monkeypatch.setattr(backends, "ROOMS", {"cuda": room})
+    with on_cpu.emulated():
+        report = selftest.selftest("cpu", repeats=1)
+    assert [(line.dtype, line.form, line.cases) for line in report.lines] == [
+        (dtype, form, 2) for dtype in ("bfloat16", "float16") for form in ("pair", "pivoted")
+    ]
+    assert not report.failures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not room.is_available(), reason=f"cuda: {room.why_not()}")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_on_a_gpu(dtype):
+    with room.forcing(room.KERNELS), use_backend("cuda"):
+        for case in CASES:
+            inputs = make_inputs(case, dtype, "cuda")
+            got, dy = run(inputs)
+            assert_as_exact_as_formula(got, inputs, dy)
 
 
 # ------------------------------------------------------------------------------ what serves a call
