@@ -20,7 +20,7 @@ from numerics import (
     make_inputs,
 )
 
-from hylora_kernels import backends, counters, selftest, svd_lora_linear, use_backend
+from hylora_kernels import backends, counters, info, selftest, svd_lora_linear, use_backend
 from hylora_kernels.backends import cuda as room
 from hylora_kernels.selftest_grid import Case as Trial
 from hylora_kernels.selftest_grid import Entry
@@ -278,6 +278,15 @@ def test_the_library_says_which_gpus_it_serves(monkeypatch):
     assert reason == (room.NO_KERNELS or "serves GPUs from sm_80 on, got sm_75")
     if not room.NO_KERNELS:
         assert torch.ops.hylora.cuda_lacks(80) == torch.ops.hylora.cuda_lacks(130) == ""
+
+
+@needs_library
+def test_info_says_what_the_library_was_compiled_for(monkeypatch):
+    rows = dict(info.info().rows())
+    names = ", ".join(f"sm_{arch}" for arch in torch.ops.hylora.cuda_archs().split())
+    assert rows["cuda code"] == (room.NO_KERNELS or f"{names}; PTX for others")
+    monkeypatch.setattr(room, "NO_KERNELS", "the library has no CUDA kernels: no nvcc was found")
+    assert dict(info.info().rows())["cuda code"] == room.NO_KERNELS
 
 
 def dataflow_arguments(transposed=False, pivoted=False, M=5, K=24, N=40, r=8, ra=4) -> dict:

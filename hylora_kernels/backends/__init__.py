@@ -35,6 +35,11 @@ def cpu_levels() -> tuple[str, dict[str, str]]:
     return cpu.levels()
 
 
+def cuda_code() -> str:
+    """The GPUs that the "cuda" backend has machine code for, or why it has none, in words."""
+    return cuda.code()
+
+
 @contextlib.contextmanager
 def use_backend(name: str):
     """Serve every call inside the `with` by backend `name` ("auto" or a key of

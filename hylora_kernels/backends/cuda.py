@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels import counters, products
-from hylora_kernels.library import MISSING
+from hylora_kernels.library import LIBRARY, MISSING
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS, PRODUCTS = "kernels", "products"
@@ -26,10 +26,22 @@ _ops = torch.ops.hylora
 
 def _no_kernels() -> str:
     """Why there are no kernels for any GPU, in words; "" where there are."""
-    return MISSING or ("" if _ops.cuda_archs.default() else _ops.cuda_lacks.default(0))
+    if MISSING:
+        return MISSING
+    if not hasattr(_ops, "cuda_archs"):
+        return f"{LIBRARY.name} is older than the package: build it again"
+    return "" if _ops.cuda_archs.default() else _ops.cuda_lacks.default(0)
 
 
 NO_KERNELS = _no_kernels()
+
+
+def code() -> str:
+    """What the library holds machine code for, or why there is none, in words."""
+    if NO_KERNELS:
+        return NO_KERNELS
+    names = ", ".join(f"sm_{arch}" for arch in _ops.cuda_archs.default().split())
+    return f"{names}; PTX for others"
 
 
 def is_available() -> bool:
