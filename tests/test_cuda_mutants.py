@@ -136,21 +136,21 @@ MUTANTS = {
     ),
     "ready said without release": Mutant(
         "dataflow.h",
-        "add_release(ready + row_block, 1)",
-        "add_relaxed(ready + row_block, 1)",
+        "add_release(ready(row_block), 1)",
+        "add_relaxed(ready(row_block), 1)",
         "race",
     ),
     "ready read without acquire": Mutant(
-        "dataflow.h", "load_acquire(ready + row_block)", "add_relaxed(ready + row_block, 0)", "race"
+        "dataflow.h", "load_acquire(ready(row_block))", "add_relaxed(ready(row_block), 0)", "race"
     ),
     "parts summed without acquire": Mutant(
         "tile.h",
-        "add_acquire_release(arrivals + place, 1)",
-        "add_relaxed(arrivals + place, 1)",
+        "add_acquire_release(arrival, 1)",
+        "add_relaxed(arrival, 1)",
         "race",
     ),
     "arrivals not reset": Mutant(
-        "tile.h", "add_relaxed(arrivals + place, -split);", "{}", "counters"
+        "tile.h", "add_relaxed(arrival, -split);", "{}", "counters"
     ),
     "the last part to come summed first": Mutant(
         "tile.h",
@@ -163,7 +163,7 @@ MUTANTS = {
         "tile.h", "chunk + (lane >> 4))", "chunk + 1 - (lane >> 4))", "numbers"
     ),
     "a pivot's bias given to another column": Mutant(
-        "dataflow.h", "scatters ? shared.columns[c] : e.begin + c", "e.begin + c", "numbers"
+        "dataflow.h", "[columns ? columns[c] : e.begin + c]", "[e.begin + c]", "numbers"
     ),
     "h_a scaled as the backward's": Mutant(
         "dataflow.h", "    if (d.transposed) scale();\n", "    scale();\n", "numbers"

@@ -20,32 +20,41 @@ struct Flow {
   bool x_aligned, w1_aligned, w1a_aligned, w2_aligned, w2a_aligned;
 };
 
-// How many tiles there are, and where in `counters` they are counted.
+// The pivoted form: y's columns go, or x's come, by the lists of pivots and others.
+DEVICE bool scatters(const Dataflow& d) { return d.pivots && !d.transposed; }
+DEVICE bool gathers(const Dataflow& d) { return d.pivots && d.transposed; }
+
+// How many tiles there are, and where in `counters` they are counted: the next ticket, the blocks
+// of h ready in each block of rows, the parts that have arrived at each block of h.
 struct Queue {
-  int rank_blocks, base_blocks, column_blocks, other_blocks, shrink_tiles, tiles;
-  int32_t *next, *ready, *arrivals;  // [1], [row blocks], [row blocks, rank blocks]
-  int row_blocks;
+  int32_t* counters;
+  int row_blocks, rank_blocks, base_blocks, column_blocks, other_blocks, shrink_tiles, tiles;
 
   template <class Shape>
   static DEVICE Queue of(const Flow& f) {
     const Dataflow& d = f.d;
     Queue q;
+    q.counters = d.counters;
     q.row_blocks = cover(d.M, Shape::ROWS);
     q.base_blocks = cover(d.rank, Shape::COLUMNS);
     q.rank_blocks = q.base_blocks + cover(d.lora_rank, Shape::COLUMNS);
-    const bool scatters = d.pivots && !d.transposed;
-    q.other_blocks = cover(scatters ? d.others_count : d.N, Shape::COLUMNS);
-    q.column_blocks = q.other_blocks + (scatters ? cover(d.rank, Shape::COLUMNS) : 0);
+    q.other_blocks = cover(scatters(d) ? d.others_count : d.N, Shape::COLUMNS);
+    q.column_blocks = q.other_blocks + (scatters(d) ? cover(d.rank, Shape::COLUMNS) : 0);
     q.shrink_tiles = q.row_blocks * q.rank_blocks * f.split;
     q.tiles = q.shrink_tiles + q.row_blocks * q.column_blocks;
-    q.next = d.counters, q.ready = q.next + 1, q.arrivals = q.ready + q.row_blocks;
     return q;
   }
+
+  DEVICE int32_t* ready(int row_block) const { return counters + 1 + row_block; }
+  DEVICE int32_t* arrivals(int place) const { return counters + 1 + row_blocks + place; }
+
+  // Tiles go through all blocks of a block of rows before the next.
+  DEVICE int row_block(int tile, int each) const { return row_blocks == 1 ? 0 : tile / each; }
 
   // The next ticket, the same for the whole block, when all of it is through with the last one.
   DEVICE int draw(int32_t* ticket) const {
     synchronize();
-    if (thread_index() == 0) *ticket = add_relaxed(next, 1);
+    if (thread_index() == 0) *ticket = add_relaxed(counters, 1);
     synchronize();
     return *ticket;
   }
@@ -53,12 +62,12 @@ struct Queue {
   // One more block of h is complete, once every thread's part of it is written.
   DEVICE void say_ready(int row_block) const {
     synchronize();
-    if (thread_index() == 0) add_release(ready + row_block, 1);
+    if (thread_index() == 0) add_release(ready(row_block), 1);
   }
 
   DEVICE void wait_until_ready(int row_block) const {
     if (thread_index() == 0)
-      while (load_acquire(ready + row_block) < rank_blocks) {
+      while (load_acquire(ready(row_block)) < rank_blocks) {
       }
     synchronize();
   }
@@ -67,9 +76,9 @@ struct Queue {
   // not exchanged: nobody waits for a result.
   DEVICE void reset(int last_ticket, int threads) const {
     if (last_ticket != tiles + block_count() - 1) return;
-    if (thread_index() == 0) add_relaxed(next, -tiles - block_count());
+    if (thread_index() == 0) add_relaxed(counters, -tiles - block_count());
     for (int block = thread_index(); block < row_blocks; block += threads)
-      add_relaxed(ready + block, -rank_blocks);
+      add_relaxed(ready(block), -rank_blocks);
   }
 };
 
@@ -79,21 +88,28 @@ struct Shrink {
   bool is_adapter;
 
   static DEVICE Shrink of(const Queue& q, int tile, int split) {
-    const int place = tile / split, rank_block = place % q.rank_blocks;
-    return {tile % split, place, place / q.rank_blocks, rank_block, rank_block >= q.base_blocks};
+    const int place = tile / split, row_block = q.row_block(place, q.rank_blocks);
+    const int rank_block = place - row_block * q.rank_blocks;
+    return {tile - place * split, place, row_block, rank_block, rank_block >= q.base_blocks};
   }
 };
 
-// One block of y. In the pivoted form the others' blocks come first, then the pivots'.
+// One block of y: the columns, or others, or pivots, from `begin` on and below `limit`. The others'
+// blocks come before the pivots'.
 struct Expand {
-  int row_block, column_block, begin;
+  int row_block, begin, limit;
   bool is_pivots;
 
-  static DEVICE Expand of(const Queue& q, int tile, int columns) {
-    const int column_block = tile % q.column_blocks;
+  static DEVICE Expand of(const Queue& q, const Dataflow& d, int tile, int columns) {
+    const int row_block = q.row_block(tile, q.column_blocks);
+    const int column_block = tile - row_block * q.column_blocks;
     const bool is_pivots = column_block >= q.other_blocks;
-    const int before = is_pivots ? q.other_blocks : 0;
-    return {tile / q.column_blocks, column_block, (column_block - before) * columns, is_pivots};
+    const int begin = (column_block - (is_pivots ? q.other_blocks : 0)) * columns;
+    return {row_block, begin,
+            int(is_pivots     ? d.rank
+                : scatters(d) ? d.others_count
+                              : d.N),
+            is_pivots};
   }
 };
 
@@ -105,12 +121,12 @@ DEVICE const T* as(const void* at) {
 template <class Shape, class T>
 DEVICE Range<T> shrink_range(const Flow& f, const Queue& q, const Shrink& s) {
   const Dataflow& d = f.d;
-  const bool gathers = d.pivots && d.transposed && !s.is_adapter;
-  const int depth = int(gathers ? d.others_count : d.K);
+  const bool by_list = gathers(d) && !s.is_adapter;
+  const int depth = int(by_list ? d.others_count : d.K);
   const int steps = cover(depth, Shape::DEPTH);
   Range<T> r;
   r.left = as<T>(d.x), r.left_stride = d.x_stride, r.left_aligned = f.x_aligned;
-  r.left_at = gathers ? d.others : nullptr;
+  r.left_at = by_list ? d.others : nullptr;
   r.right = as<T>(s.is_adapter ? d.W1a : d.W1);
   r.right_stride = s.is_adapter ? d.w1a_stride : d.w1_stride;
   r.right_aligned = s.is_adapter ? f.w1a_aligned : f.w1_aligned;
@@ -127,16 +143,14 @@ template <class Shape, class T>
 DEVICE Range<T> expand_range(const Flow& f, const Queue& q, const Expand& e, const int32_t* columns,
                              bool is_adapter) {
   const Dataflow& d = f.d;
-  const bool scatters = d.pivots && !d.transposed;
   Range<T> r;
   r.left = as<T>(d.h) + (is_adapter ? q.base_blocks * Shape::COLUMNS : 0);
   r.left_stride = q.rank_blocks * Shape::COLUMNS, r.left_aligned = true, r.left_at = nullptr;
   r.right = as<T>(is_adapter ? d.W2a : d.W2);
   r.right_stride = is_adapter ? d.w2a_stride : d.w2_stride;
   r.right_aligned = is_adapter ? f.w2a_aligned : f.w2_aligned;
-  r.right_at = is_adapter && scatters ? columns : nullptr;
-  r.right_begin = e.begin;
-  r.right_limit = int(e.is_pivots ? d.rank : scatters ? d.others_count : d.N);
+  r.right_at = is_adapter && scatters(d) ? columns : nullptr;
+  r.right_begin = e.begin, r.right_limit = e.limit;
   r.k = 0, r.depth = int(is_adapter ? d.lora_rank : d.rank);
   r.end = e.is_pivots && !is_adapter ? 0 : r.depth;  // a pivot is h itself
   return r;
@@ -147,17 +161,16 @@ DEVICE void finish_shrink(const Flow& f, const Queue& q, const Shrink& s, Sums<S
                           Shared<T, Shape>& shared) {
   const Dataflow& d = f.d;
   const int row0 = s.row_block * Shape::ROWS, rank0 = s.rank_block * Shape::COLUMNS;
-  const bool adds_pivots = d.pivots && d.transposed && !s.is_adapter && s.part == 0;
-  if (adds_pivots)
+  if (gathers(d) && !s.is_adapter && s.part == 0)
     each_pair(sums, [&](int row, int column, float& first, float& second) {
       if (row0 + row >= d.M) return;
       const T* x = as<T>(d.x) + (row0 + row) * d.x_stride;
       if (rank0 + column < d.rank) first += widened(x[d.pivots[rank0 + column]]);
       if (rank0 + column + 1 < d.rank) second += widened(x[d.pivots[rank0 + column + 1]]);
     });
-  if (f.split > 1 &&
-      !sum_of_parts<Sums<Shape>::COUNT, Shape::THREADS>(&sums.part[0][0][0], d.partial, q.arrivals,
-                                                        s.place, s.part, f.split, &shared.ticket))
+  if (f.split > 1 && !sum_of_parts<Sums<Shape>::COUNT, Shape::THREADS>(
+                         &sums.part[0][0][0], d.partial, q.arrivals(s.place), s.place, s.part,
+                         f.split, &shared.ticket))
     return;
 
   auto store = [&](void* to, int64_t stride, int column0) {
@@ -183,8 +196,7 @@ DEVICE void finish_expand(const Flow& f, const Queue& q, const Expand& e, Sums<S
                           Shared<T, Shape>& shared) {
   const Dataflow& d = f.d;
   const int row0 = e.row_block * Shape::ROWS;
-  const bool scatters = d.pivots && !d.transposed;
-  const int limit = int(e.is_pivots ? d.rank : scatters ? d.others_count : d.N);
+  const int32_t* columns = scatters(d) ? shared.columns : nullptr;
   const T* h = as<T>(d.h);
   const int64_t h_stride = q.rank_blocks * Shape::COLUMNS;
   each_pair(sums, [&](int row, int column, float& first, float& second) {
@@ -194,27 +206,22 @@ DEVICE void finish_expand(const Flow& f, const Queue& q, const Expand& e, Sums<S
     }
     if (!d.bias) return;
     auto bias_of = [&](int c) {
-      return e.begin + c < limit
-                 ? widened(as<T>(d.bias)[scatters ? shared.columns[c] : e.begin + c])
-                 : 0.0f;
+      if (e.begin + c >= e.limit) return 0.0f;
+      return widened(as<T>(d.bias)[columns ? columns[c] : e.begin + c]);
     };
     first += bias_of(column), second += bias_of(column + 1);
   });
   put_out(sums, shared.staged);
-  store_tile<T, Shape::ROWS, Shape::COLUMNS, Shape::THREADS>(shared.staged, static_cast<T*>(d.y),
-                                                             d.N, row0, d.M, e.begin, limit,
-                                                             scatters ? shared.columns : nullptr);
+  store_tile<T, Shape::ROWS, Shape::COLUMNS, Shape::THREADS>(
+      shared.staged, static_cast<T*>(d.y), d.N, row0, d.M, e.begin, e.limit, columns);
 }
 
 // Where an expand tile's columns stand in y.
 template <class Shape, class T>
 DEVICE void list_columns(const Dataflow& d, const Expand& e, Shared<T, Shape>& shared) {
   for (int c = thread_index(); c < Shape::COLUMNS; c += Shape::THREADS) {
-    const int at = e.begin + c;
-    if (e.is_pivots)
-      shared.columns[c] = at < d.rank ? d.pivots[at] : 0;
-    else
-      shared.columns[c] = at < d.others_count ? int32_t(d.others[at]) : 0;
+    const int at = at_most(e.begin + c, e.limit - 1);
+    shared.columns[c] = e.is_pivots ? d.pivots[at] : int32_t(d.others[at]);
   }
   synchronize();
 }
@@ -230,8 +237,8 @@ dataflow(ARGUMENT Flow f) {
   for (; ticket < q.tiles; ticket = q.draw(&shared.ticket)) {
     const bool shrinks = ticket < q.shrink_tiles;
     const Shrink s = Shrink::of(q, ticket, f.split);
-    const Expand e = Expand::of(q, ticket - q.shrink_tiles, Shape::COLUMNS);
-    if (!shrinks && d.pivots && !d.transposed) list_columns(d, e, shared);
+    const Expand e = Expand::of(q, d, ticket - q.shrink_tiles, Shape::COLUMNS);
+    if (!shrinks && scatters(d)) list_columns(d, e, shared);
     // One loop for all: every other one would be as long again in the binary.
     const Range<T> range = shrinks ? shrink_range<Shape, T>(f, q, s)
                                    : expand_range<Shape, T>(f, q, e, shared.columns, false);

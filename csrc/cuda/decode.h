@@ -25,74 +25,78 @@ struct Lines {
   int begin, end, depth;
 };
 
-// Numbers k to k + 7 of a row, zeros past its end.
+// Numbers k to k + 7 of a row, all of them there, 16 bytes aligned.
 template <class T, bool FRESH>
-DEVICE Chunk eight(const T* row, int k, int depth) {
-  Chunk chunk = {};
-  const int count = row ? depth - k : 0;
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-    if (i < count) {
-      const uint32_t bits = FRESH ? read_fresh(row + k + i).bits : row[k + i].bits;
-      chunk.word[i / 2] |= bits << i % 2 * 16;
-    }
-  return chunk;
-}
-
-// The same where all eight are there, 16 bytes aligned.
-template <class T, bool FRESH>
-DEVICE Chunk whole(const T* row, int k) {
+DEVICE Chunk eight(const T* row, int k) {
   if (!row) return {};
   const Chunk* at = reinterpret_cast<const Chunk*>(row + k);
   return FRESH ? read_fresh(at) : read_once(at);
 }
 
-template <class T>
-DEVICE void multiply(float (&sums)[2][4], const Chunk (&weight)[2], const Chunk (&row)[2],
-                     bool has_many_rows) {
+// Numbers k to k + 3, zeros past the row's end.
+template <class T, bool FRESH>
+DEVICE void read_four(uint32_t (&words)[2], const T* row, int k, int depth) {
+  const int count = row ? depth - k : 0;
+  words[0] = words[1] = 0;
 #pragma unroll
-  for (int half = 0; half < 4; half += 2) {
-    const uint32_t a[4] = {weight[0].word[half], weight[1].word[half], weight[0].word[half + 1],
-                           weight[1].word[half + 1]};
-    mma<T>(sums[0], a, row[0].word[half], row[0].word[half + 1]);
-    if (has_many_rows) mma<T>(sums[1], a, row[1].word[half], row[1].word[half + 1]);
-  }
+  for (int i = 0; i < 4; i++)
+    if (i < count)
+      words[i / 2] |= uint32_t((FRESH ? read_fresh(row + k + i) : row[k + i]).bits) << i % 2 * 16;
+}
+
+// sums += 16 k's worth: four numbers of each line a thread, two words.
+template <class T>
+DEVICE void add_four(float (&sums)[2][4], const uint32_t* low, const uint32_t* high,
+                     const uint32_t* row, const uint32_t* row_high, bool has_many_rows) {
+  const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
+  mma<T>(sums[0], a, row[0], row[1]);
+  if (has_many_rows) mma<T>(sums[1], a, row_high[0], row_high[1]);
+}
+
+// sums += the lines' product over BATCH times 32 of k, all loads before the first product.
+template <class T, bool FRESH, int BATCH>
+DEVICE void add_batch(float (&sums)[2][4], const Lines<T>& l, int k, int step, bool has_many_rows) {
+  Chunk weight[BATCH][2], row[BATCH][2];
+#pragma unroll
+  for (int i = 0; i < BATCH; i++)
+#pragma unroll
+    for (int high = 0; high < 2; high++) {
+      weight[i][high] = eight<T, false>(l.weight[high], k + i * step);
+      row[i][high] = eight<T, FRESH>(l.row[high], k + i * step);
+    }
+#pragma unroll
+  for (int i = 0; i < BATCH; i++)
+#pragma unroll
+    for (int w = 0; w < 4; w += 2)
+      add_four<T>(sums, weight[i][0].word + w, weight[i][1].word + w, row[i][0].word + w,
+                  row[i][1].word + w, has_many_rows);
 }
 
 // sums += the lines' product over this warp's share of k, every eighth 32. FRESH: the rows are h.
 template <class T, bool FRESH>
 DEVICE void add_lines(float (&sums)[2][4], const Lines<T>& l, bool has_many_rows) {
-  constexpr int STEP = DecodeShape::THREADS, BATCH = 2;
+  constexpr int STEP = 32 * DecodeShape::WARPS;
   const int lane_k = thread_index() % 4 * 8;
-  const int whole_end = l.aligned ? at_most(l.end, l.depth) - 31 : l.begin;
+  const int last_whole = l.aligned ? at_most(l.end, l.depth) - 32 : l.begin - 1;
   int k = l.begin + thread_index() / 32 * 32;
 #pragma unroll 1
-  for (; k + (BATCH - 1) * STEP < whole_end; k += BATCH * STEP) {
-    Chunk weight[BATCH][2], row[BATCH][2];
-#pragma unroll
-    for (int i = 0; i < BATCH; i++)
-#pragma unroll
-      for (int high = 0; high < 2; high++) {
-        weight[i][high] = whole<T, false>(l.weight[high], k + i * STEP + lane_k);
-        row[i][high] = whole<T, FRESH>(l.row[high], k + i * STEP + lane_k);
-      }
-#pragma unroll
-    for (int i = 0; i < BATCH; i++)
-      multiply<T>(sums, weight[i], row[i], has_many_rows);
+  for (; k + STEP <= last_whole; k += 2 * STEP)
+    add_batch<T, FRESH, 2>(sums, l, k + lane_k, STEP, has_many_rows);
+  if (k <= last_whole) {
+    add_batch<T, FRESH, 1>(sums, l, k + lane_k, STEP, has_many_rows);
+    k += STEP;
   }
 #pragma unroll 1
-  for (; k < l.end; k += STEP) {
-    Chunk weight[2], row[2];
-    const bool is_whole = k < whole_end;
-#pragma unroll
-    for (int high = 0; high < 2; high++) {
-      weight[high] = is_whole ? whole<T, false>(l.weight[high], k + lane_k)
-                              : eight<T, false>(l.weight[high], k + lane_k, l.depth);
-      row[high] = is_whole ? whole<T, FRESH>(l.row[high], k + lane_k)
-                           : eight<T, FRESH>(l.row[high], k + lane_k, l.depth);
+  for (; k < l.end; k += STEP)
+#pragma unroll 1
+    for (int half = lane_k; half < lane_k + 8; half += 4) {
+      uint32_t low[2], high[2], row[2], row_high[2];
+      read_four<T, false>(low, l.weight[0], k + half, l.depth);
+      read_four<T, false>(high, l.weight[1], k + half, l.depth);
+      read_four<T, FRESH>(row, l.row[0], k + half, l.depth);
+      read_four<T, FRESH>(row_high, l.row[1], k + half, l.depth);
+      add_four<T>(sums, low, high, row, row_high, has_many_rows);
     }
-    multiply<T>(sums, weight, row, has_many_rows);
-  }
 }
 
 // This thread's number of the tile, summed over the warps: column thread % 16, row thread / 16.
@@ -138,8 +142,9 @@ DEVICE void shrink(const Flow& f, const Queue& q, const Shrink& s, DecodeShared&
   float sums[2][4] = {};
   add_lines<T, false>(sums, l, d.M > 8);
   float sum = sum_of_warps(sums, shared);
-  if (f.split > 1 && !sum_of_parts<1, DecodeShape::THREADS>(&sum, d.partial, q.arrivals, s.place,
-                                                            s.part, f.split, &shared.ticket))
+  if (f.split > 1 &&
+      !sum_of_parts<1, DecodeShape::THREADS>(&sum, d.partial, q.arrivals(s.place), s.place, s.part,
+                                             f.split, &shared.ticket))
     return;
   const int column = rank0 + thread_index() % 16;
   const int64_t row = thread_index() / 16;
@@ -167,9 +172,8 @@ DEVICE void prefetch_rows(const void* at, int64_t stride, int row0, int64_t limi
 template <class T>
 DEVICE void expand(const Flow& f, const Queue& q, const Expand& e, DecodeShared& shared) {
   const Dataflow& d = f.d;
-  const int64_t limit = e.is_pivots ? d.rank : d.pivots ? d.others_count : d.N;
-  if (!e.is_pivots) prefetch_rows<T>(d.W2, d.w2_stride, e.begin, limit, d.rank);
-  // Where in y a column of the tile stands, below `limit`.
+  if (!e.is_pivots) prefetch_rows<T>(d.W2, d.w2_stride, e.begin, e.limit, d.rank);
+  // Where in y a column of the tile stands, below the limit.
   auto place = [&](int column) -> int64_t {
     return e.is_pivots ? d.pivots[column] : d.pivots ? d.others[column] : column;
   };
@@ -180,7 +184,7 @@ DEVICE void expand(const Flow& f, const Queue& q, const Expand& e, DecodeShared&
   l.begin = 0;
   if (!e.is_pivots) {  // a pivot is h itself
     set_rows(l.row, d.h, h_stride, 0, d.M);
-    set_rows(l.weight, d.W2, d.w2_stride, e.begin, limit);
+    set_rows(l.weight, d.W2, d.w2_stride, e.begin, e.limit);
     l.aligned = f.w2_aligned, l.end = l.depth = int(d.rank);
     add_lines<T, true>(sums, l, d.M > 8);
   }
@@ -189,7 +193,7 @@ DEVICE void expand(const Flow& f, const Queue& q, const Expand& e, DecodeShared&
 #pragma unroll
     for (int high = 0; high < 2; high++) {
       const int column = e.begin + thread_index() % 32 / 4 + 8 * high;
-      l.weight[high] = column < limit ? as<T>(d.W2a) + place(column) * d.w2a_stride : nullptr;
+      l.weight[high] = column < e.limit ? as<T>(d.W2a) + place(column) * d.w2a_stride : nullptr;
     }
     l.aligned = f.w2a_aligned, l.end = l.depth = int(d.lora_rank);
     add_lines<T, true>(sums, l, d.M > 8);
@@ -197,7 +201,7 @@ DEVICE void expand(const Flow& f, const Queue& q, const Expand& e, DecodeShared&
   float sum = sum_of_warps(sums, shared);
   const int column = e.begin + thread_index() % 16;
   const int64_t row = thread_index() / 16;
-  if (row >= d.M || column >= limit) return;
+  if (row >= d.M || column >= e.limit) return;
   if (e.is_pivots) sum += widened(read_fresh(as<T>(d.h) + row * h_stride + column));
   if (d.bias) sum += widened(as<T>(d.bias)[place(column)]);
   static_cast<T*>(d.y)[row * d.N + place(column)] = rounded<T>(sum);
@@ -207,13 +211,14 @@ template <class T>
 KERNEL(DecodeShape::THREADS, kTiles[kDecode].residents)
 decode(ARGUMENT Flow f) {
   auto& shared = *reinterpret_cast<DecodeShared*>(shared_memory());
-  const Queue q = Queue::of<DecodeShape>(f);
+  Queue q = Queue::of<DecodeShape>(f);
+  q.row_blocks = 1;  // which saves dividing by what is not known before
   int ticket = q.draw(&shared.ticket);
   for (; ticket < q.tiles; ticket = q.draw(&shared.ticket))
     if (ticket < q.shrink_tiles)
       shrink<T>(f, q, Shrink::of(q, ticket, f.split), shared);
     else
-      expand<T>(f, q, Expand::of(q, ticket - q.shrink_tiles, DecodeShape::COLUMNS), shared);
+      expand<T>(f, q, Expand::of(q, f.d, ticket - q.shrink_tiles, DecodeShape::COLUMNS), shared);
   q.reset(ticket, DecodeShape::THREADS);
 }
 

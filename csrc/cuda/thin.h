@@ -54,8 +54,8 @@ thin(ARGUMENT ThinFlow f) {
       sums, shared.staged, r, cover(r.end - r.k, Shape::DEPTH), rank0, int(t.lora_rank), [] {},
       [&] { return r; });
   if (f.split > 1 &&
-      !sum_of_parts<Sums<Shape>::COUNT, Shape::THREADS>(&sums.part[0][0][0], t.partial, t.counters,
-                                                        tile, part, f.split, &shared.ticket))
+      !sum_of_parts<Sums<Shape>::COUNT, Shape::THREADS>(
+          &sums.part[0][0][0], t.partial, t.counters + tile, tile, part, f.split, &shared.ticket))
     return;
 
   T* out = shared.staged;

@@ -188,28 +188,24 @@ DEVICE void contract(Sums<Shape>& sums, T* staged, Range<T> range, int steps, in
   for (int step = 0; step < early; step++)
     load_right<Shape>(staged + step * Shape::STAGE, range, range.k + step * Shape::DEPTH);
   ready();
-  // Both of one step; the early ones' right operand is there.
-  auto load = [&](int step, int slot) {
-    if (step < steps) {
+  int slot = 0, free = 0;  // where a stage is multiplied, and where one is loaded, AHEAD of it
+#pragma unroll 1
+  for (int step = -AHEAD; step < steps; step++) {
+    if (step >= 0) {
+      wait<AHEAD - 1>();
+      synchronize();  // everyone's copies are there, and everyone is through with the slot before
+    }
+    if (step + AHEAD < steps) {
       if (range.k >= range.end) range = next();
-      load_left<Shape>(staged + slot * Shape::STAGE, range, range.k, row0, row_limit);
-      if (step >= early) load_right<Shape>(staged + slot * Shape::STAGE, range, range.k);
+      load_left<Shape>(staged + free * Shape::STAGE, range, range.k, row0, row_limit);
+      if (step + AHEAD >= early) load_right<Shape>(staged + free * Shape::STAGE, range, range.k);
       range.k += Shape::DEPTH;
+      free = free + 1 == Shape::STAGES ? 0 : free + 1;
     }
     commit();
-  };
-#pragma unroll 1
-  for (int step = 0; step < AHEAD; step++)
-    load(step, step);
-  int slot = 0, free = AHEAD;
-#pragma unroll 1
-  for (int step = 0; step < steps; step++) {
-    wait<AHEAD - 1>();
-    synchronize();  // everyone's copies are there, and everyone is through with the slot before
-    load(step + AHEAD, free);
+    if (step < 0) continue;
     multiply<Shape>(sums, staged + slot * Shape::STAGE);
     slot = slot + 1 == Shape::STAGES ? 0 : slot + 1;
-    free = free + 1 == Shape::STAGES ? 0 : free + 1;
   }
 }
 
@@ -279,14 +275,14 @@ DEVICE int share(int steps, int part, int split) { return int(int64_t(part) * st
 // The sum of all parts in their order and true for the last part's block to arrive, else false. The
 // last one leaves its counter at zero.
 template <int COUNT, int THREADS>
-DEVICE bool sum_of_parts(float* sums, float* partial, int32_t* arrivals, int64_t place, int part,
+DEVICE bool sum_of_parts(float* sums, float* partial, int32_t* arrival, int64_t place, int part,
                          int split, int32_t* ticket) {
   float* first = partial + place * split * COUNT * THREADS + thread_index();
 #pragma unroll
   for (int i = 0; i < COUNT; i++)
     first[(part * COUNT + i) * THREADS] = sums[i];
   synchronize();
-  if (thread_index() == 0) *ticket = add_acquire_release(arrivals + place, 1);
+  if (thread_index() == 0) *ticket = add_acquire_release(arrival, 1);
   synchronize();
   if (*ticket != split - 1) return false;
 #pragma unroll
@@ -297,7 +293,7 @@ DEVICE bool sum_of_parts(float* sums, float* partial, int32_t* arrivals, int64_t
 #pragma unroll
     for (int i = 0; i < COUNT; i++)
       sums[i] += read_fresh(first + (n * COUNT + i) * THREADS);
-  if (thread_index() == 0) add_relaxed(arrivals + place, -split);
+  if (thread_index() == 0) add_relaxed(arrival, -split);
   return true;
 }
 
