@@ -290,8 +290,8 @@ def path(name: str) -> str:
 def ninja_file(folder: str, sanitize: str) -> str:
     """The build.ninja that makes folder/_csrc.so; paths are relative to the root.
 
-    Only libtorch_cpu is linked, by name: torch has loaded it before the library comes, so no folder
-    of this machine is written into it."""
+    Of torch libtorch_cpu alone is linked, by name: torch has loaded it before the library comes, so
+    no folder of this machine is written into it."""
     cxx, torch = compiler(), torch_folder()
     target = "0x{:02x}{:02x}{}".format(*TORCH_TARGET, "0" * 12)
     extra = SANITIZE_FLAGS.get(sanitize, []) + shlex.split(os.environ.get("HYLORA_CXXFLAGS", ""))
@@ -312,18 +312,26 @@ def ninja_file(folder: str, sanitize: str) -> str:
             commands["nvcc"] = [cuda.nvcc, *cuda.flags, "-Icsrc"]
             builds = [*(("nvcc", source, []) for source in kernels), *builds]
             link += [f"-L{cuda.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    commands["link"] = [*cxx, *extra]
+    return ninja_lines(folder, commands, builds, link)
+
+
+def ninja_lines(
+    folder: str, commands: dict[str, list[str]], builds: list[tuple], libraries: list[str]
+) -> str:
+    """commands: rule -> what it runs. builds: (rule, source, flags of its own)."""
     lines = ["ninja_required_version = 1.5", f"builddir = {path(folder)}"]
-    for name, command in commands.items():
+    for rule in sorted({rule for rule, _, _ in builds}):
         lines += [
-            f"rule {name}",
-            f"  command = {escaped(command)} $flags -MD -MF $out.d -c $in -o $out",
+            f"rule {rule}",
+            f"  command = {escaped(commands[rule])} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"  description = {name.replace('cxx', 'c++')} $in",
+            f"  description = {rule.replace('cxx', 'c++')} $in",
         ]
     lines += [
         "rule link",
-        f"  command = {escaped(cxx)} $in {escaped(extra + link)} -o $out",
+        f"  command = {escaped(commands['link'])} $in {escaped(libraries)} -o $out",
         "  description = link $out",
     ]
     objects = []

@@ -22,7 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hylora_kernels import backends, reference
-from hylora_kernels.backends import cuda as cuda_room
 from hylora_kernels.backends import triton as triton_room
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.devices import resolve_device
@@ -157,8 +156,8 @@ def _word(dtype: torch.dtype) -> str:
 
 def _launches(name: str, entry: Entry, dtype, device) -> list:
     """None, the room's own choice; in a GPU's room also the launches that may be chosen."""
-    if name == "cuda" and dtype in cuda_room.HALVES:
-        return [None, cuda_room.KERNELS]
+    if name == "cuda":
+        return [None, "kernels"] if dtype != torch.float32 else [None]
     if name != "triton" or not entry.launches:
         return [None]
     case, (K, N, r, ra) = entry.case, entry.case.sizes

@@ -18,7 +18,7 @@ from hylora_kernels import counters, products
 from hylora_kernels.library import LIBRARY, MISSING
 
 HALVES = (torch.bfloat16, torch.float16)
-KERNELS, PRODUCTS = "kernels", "products"
+KERNELS, PRODUCTS = "kernels", "products"  # what forcing() takes
 DEVICE = "cuda"  # the tests have the kernels emulated on a CPU
 
 _ops = torch.ops.hylora
