@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 
 PIP = .venv/bin/python -m pip install --disable-pip-version-check
 SOURCES = $(wildcard setup.py hylora_kernels tests examples benchmarks)
-CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # What runs on the instrumented copies; tests/test_cpu_safety.py starts such runs itself.
 SANITIZED = $(filter-out %/test_cpu_safety.py,$(wildcard tests/test_cpu*.py))
 BENCH_JSON = runs/bench/$(shell date +%Y%m%d-%H%M%S).json

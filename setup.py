@@ -7,11 +7,16 @@
 
 The library is plain C++ on LibTorch's stable ABI: no Python symbol in it, so one file serves every
 Python and every torch from 2.10 on. Each file of csrc/cpu/ named in ISA is compiled for that
-instruction set and nothing newer, all others for the compiler's baseline.
+instruction set and nothing newer, all others for the compiler's baseline. Where there is an nvcc
+the GPU's kernels come into the same file, and with them a runtime of their own: no library of CUDA
+has to be there when it is loaded.
 
     CXX                     the compiler, with arguments if need be (g++, else clang++, else c++)
-    HYLORA_CXXFLAGS         flags added to every compilation and to the link
+    HYLORA_CXXFLAGS         flags added to every compilation by it and to the link
     HYLORA_REQUIRE_CSRC=1   no library, for whatever reason, is an error
+    CUDA_HOME               where nvcc is (else the one on PATH, else that of /usr/local/cuda)
+    HYLORA_CUDA_ARCHS       GPUs to compile for: "80 90" (CUDA_ARCHS below), "none"
+    HYLORA_REQUIRE_CUDA=1   no CUDA kernels, for whatever reason, is an error
     HYLORA_SANITIZE=address|undefined     build_csrc makes build/<that>/_csrc.so and nothing else;
                             HYLORA_CSRC=<path> loads it
     MAX_JOBS                compilations at once (ninja's default)
@@ -29,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -59,6 +64,15 @@ KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
 # Kernels share one signature and may not need all of it; vectors are never passed between files.
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+# A GPU that isn't among them takes the code of an older minor version (sm_103 that of sm_100), or
+# PTX of the oldest, which goes along and which its driver compiles.
+CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+LEAST_ARCH = 80  # bf16 tensor cores, asynchronous copies
+# Of whose PTX machine code is made, that of the newest up to an arch: nvcc's front end takes 13 of
+# the 20 seconds that an arch would take by itself. Out of sm_80's, ptxas would spill on sm_120.
+FRONT_ENDS = (LEAST_ARCH, 120)
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS += ["-Xfatbin", "-compress-all"]  # a quarter of the size
 # Checks as calls and -O1: the kernels are so long that checks in line take ten minutes to compile.
 SANITIZE_FLAGS = {
     "address": [
@@ -85,6 +99,11 @@ class CannotBuild(Exception):
 
 class DoesNotCompile(CannotBuild):
     """All that is needed is there, but the sources didn't compile."""
+
+
+class NoCuda(Exception):
+    """Why there are no CUDA kernels in the library, in words; without a path, for they go into it
+    to be said at run time."""
 
 
 def compiler() -> list[str]:
@@ -138,9 +157,14 @@ def knows(cxx: list[str], flags: list[str], instruction: str) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def sources_of(suffix: str) -> list[str]:
+    """The files of csrc/, relative to the root."""
+    return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(f"csrc/**/*.{suffix}"))
+
+
 def plan(cxx: list[str]) -> dict[str, list[str]]:
     """Source file, relative to the root -> its flags; without those this compiler can't make."""
-    sources = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.cpp"))
+    sources = sources_of("cpp")
     if not sources:
         raise CannotBuild("there are no sources in csrc/")
     x86 = is_x86(cxx)
@@ -160,6 +184,99 @@ def plan(cxx: list[str]) -> dict[str, list[str]]:
     return {source: flags + macros for source, flags in files.items()}
 
 
+class Cuda(NamedTuple):
+    """What makes the GPU's kernels. libraries: where libcudart_static.a is. archs: 90 is sm_90."""
+
+    nvcc: str
+    libraries: str
+    archs: list[int]
+
+    @property
+    def flags(self) -> list[str]:
+        codes = {FRONT_ENDS[0]: [f"compute_{FRONT_ENDS[0]}"]}
+        for arch in self.archs:
+            front_end = max(of for of in FRONT_ENDS if of <= arch)
+            codes.setdefault(front_end, []).append(f"sm_{arch}")
+        gencodes = [f"-gencode=arch=compute_{of},code=[{','.join(c)}]" for of, c in codes.items()]
+        threads = os.environ.get("MAX_JOBS") or "0"  # 0: as many as there are cores
+        return [*CUDA_FLAGS, "--threads", threads, *gencodes]
+
+
+def wanted_archs() -> list[int]:
+    """HYLORA_CUDA_ARCHS, ascending."""
+    given = os.environ.get("HYLORA_CUDA_ARCHS", "")
+    words = re.split(r"[\s,;]+", given.strip())
+    if words == ["none"]:
+        raise NoCuda("HYLORA_CUDA_ARCHS was none when the library was built")
+    if words == [""]:
+        return list(CUDA_ARCHS)
+    if not all(re.fullmatch(r"\d{2,3}", word) and int(word) >= LEAST_ARCH for word in words):
+        raise SystemExit(
+            f'HYLORA_CUDA_ARCHS must be "none" or numbers from {LEAST_ARCH} on as in "80 90", got '
+            f"{given!r}"
+        )
+    return sorted({int(word) for word in words})
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    places = [Path(home, "bin")] if home else [None, Path("/usr/local/cuda/bin")]
+    found = filter(None, (shutil.which("nvcc", path=place) for place in places))
+    nvcc = next(found, None)
+    if nvcc is None:
+        raise NoCuda("no nvcc was found when the library was built")
+    return nvcc
+
+
+def find_cuda() -> Cuda:
+    """Raises NoCuda where the kernels can't be compiled, or aren't wanted."""
+    wanted, nvcc = wanted_archs(), find_nvcc()
+
+    def ask(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([nvcc, *words], capture_output=True, text=True)
+
+    known = set(map(int, re.findall(r"sm_(\d+)", ask("--list-gpu-code").stdout)))
+    archs = [arch for arch in wanted if arch in known]
+    left_out = ", ".join(f"sm_{arch}" for arch in wanted if arch not in known)
+    if not archs:
+        raise NoCuda(f"the nvcc that built the library knew none of {left_out}")
+    if left_out:
+        print(f"hylora_kernels: {nvcc} leaves out {left_out}", file=sys.stderr)
+    named = re.findall(r'"-L([^"]+)"', ask("--dryrun", "-x", "cu", "-c", os.devnull).stderr)
+    libraries = [folder for folder in named if Path(folder, "libcudart_static.a").is_file()]
+    if not libraries:
+        raise NoCuda("libcudart_static.a wasn't there when the library was built")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cstdint>\n__global__ void probe() {}\n")
+        probe = ask("-std=c++17", "-cubin", f"-arch=sm_{archs[0]}", "-o", os.devnull, str(source))
+    if probe.returncode != 0:
+        print(probe.stderr.strip(), file=sys.stderr)
+        raise NoCuda("nvcc didn't get on with the C++ compiler when the library was built")
+    return Cuda(nvcc, libraries[0], archs)
+
+
+def cuda_or_reason(sanitize: str) -> Cuda | NoCuda:
+    """What compiles the kernels, or why there will be none, said once; an error where they are
+    required."""
+    try:
+        if sanitize:
+            raise NoCuda(f"a copy for -fsanitize={sanitize} has none")
+        return find_cuda()
+    except NoCuda as reason:
+        if not sanitize and os.environ.get("HYLORA_REQUIRE_CUDA", "0") not in ("", "0"):
+            raise SystemExit(f"HYLORA_REQUIRE_CUDA is set, but: {reason}") from None
+        print(f"hylora_kernels: no CUDA kernels: {reason}", file=sys.stderr)
+        return reason
+
+
+def cuda_macros(cuda: Cuda | NoCuda) -> list[str]:
+    """What csrc/cuda_bindings.cpp is told of the machine code beside it."""
+    if isinstance(cuda, NoCuda):
+        return [f'-DHYLORA_NO_CUDA="{cuda}"']
+    return [f'-DHYLORA_CUDA_ARCHS="{" ".join(map(str, cuda.archs))}"']
+
+
 def escaped(words: list[str]) -> str:
     """Words as they stand in a build.ninja: quoted for the shell, $ doubled for ninja."""
     return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
@@ -173,8 +290,8 @@ def path(name: str) -> str:
 def ninja_file(folder: str, sanitize: str) -> str:
     """The build.ninja that makes folder/_csrc.so; paths are relative to the root.
 
-    Only libtorch_cpu is linked, by name: torch has loaded it before the library comes, so no folder
-    of this machine is written into it."""
+    Of torch libtorch_cpu alone is linked, by name: torch has loaded it before the library comes, so
+    no folder of this machine is written into it."""
     cxx, torch = compiler(), torch_folder()
     target = "0x{:02x}{:02x}{}".format(*TORCH_TARGET, "0" * 12)
     extra = SANITIZE_FLAGS.get(sanitize, []) + shlex.split(os.environ.get("HYLORA_CXXFLAGS", ""))
@@ -185,23 +302,42 @@ def ninja_file(folder: str, sanitize: str) -> str:
     if sys.platform.startswith("linux"):
         link += [f"-Wl,--version-script={folder}/nothing.map"]
         link += [] if sanitize else ["-Wl,-z,defs"]  # a missing function is the linker's error
-    lines = [
-        "ninja_required_version = 1.5",
-        f"builddir = {path(folder)}",
-        "rule cxx",
-        f"  command = {escaped([*cxx, *common])} $flags {escaped(extra)} -MD -MF $out.d "
-        "-c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = c++ $in",
+    commands = {"cxx": [*cxx, *common]}
+    builds = [("cxx", source, flags + extra) for source, flags in plan(cxx).items()]
+    if kernels := sources_of("cu"):
+        cuda = cuda_or_reason(sanitize)
+        binding = "csrc/cuda_bindings.cpp"
+        builds = [(r, s, f + cuda_macros(cuda) if s == binding else f) for r, s, f in builds]
+        if isinstance(cuda, Cuda):
+            commands["nvcc"] = [cuda.nvcc, *cuda.flags, "-Icsrc"]
+            builds = [*(("nvcc", source, []) for source in kernels), *builds]
+            link += [f"-L{cuda.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    commands["link"] = [*cxx, *extra]
+    return ninja_lines(folder, commands, builds, link)
+
+
+def ninja_lines(
+    folder: str, commands: dict[str, list[str]], builds: list[tuple], libraries: list[str]
+) -> str:
+    """commands: rule -> what it runs. builds: (rule, source, flags of its own)."""
+    lines = ["ninja_required_version = 1.5", f"builddir = {path(folder)}"]
+    for rule in sorted({rule for rule, _, _ in builds}):
+        lines += [
+            f"rule {rule}",
+            f"  command = {escaped(commands[rule])} $flags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"  description = {rule.replace('cxx', 'c++')} $in",
+        ]
+    lines += [
         "rule link",
-        f"  command = {escaped(cxx)} $in {escaped(extra + link)} -o $out",
+        f"  command = {escaped(commands['link'])} $in {escaped(libraries)} -o $out",
         "  description = link $out",
     ]
     objects = []
-    for source, flags in plan(cxx).items():
+    for rule, source, flags in builds:
         objects.append(path(f"{folder}/{source.removeprefix('csrc/')}.o"))
-        lines += [f"build {objects[-1]}: cxx {path(source)}", f"  flags = {escaped(flags)}"]
+        lines += [f"build {objects[-1]}: {rule} {path(source)}", f"  flags = {escaped(flags)}"]
     lines.append(f"build {path(f'{folder}/_csrc.so')}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 

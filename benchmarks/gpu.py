@@ -112,7 +112,10 @@ def forward(layer: Layer, quick: bool, compiled: bool, rounds: int) -> list[dict
     """A row for each rival and regime."""
     x = torch.randn(layer.M, layer.K, device=DEVICE).to(DTYPE)
     weights = rivals.random_weights(layer)
-    calls = {name: rivals.forward_calls(name, layer, x, weights) for name in rivals.FORWARD}
+    calls = {
+        name: rivals.forward_calls(name, layer, x, weights)
+        for name in rivals.names_of(rivals.FORWARD)
+    }
     config = _best_launch(layer, calls["one_launch"], quick)
     calls["one_launch"] = [rivals.under(config, call) for call in calls["one_launch"]]
     for name, rival in calls.items():
@@ -157,7 +160,9 @@ def training(layer: Layer, rounds: int) -> list[dict]:
     """A row for each rival: forward and backward with gradients of x, A and B."""
     x = torch.randn(layer.M, layer.K, device=DEVICE).to(DTYPE).requires_grad_()
     dy = torch.randn(layer.M, layer.N, device=DEVICE).to(DTYPE)
-    steps = {name: rivals.training_step(name, layer, x, dy) for name in rivals.TRAINING}
+    steps = {
+        name: rivals.training_step(name, layer, x, dy) for name in rivals.names_of(rivals.TRAINING)
+    }
     regimes = {
         "graph": {name: (graph_of([step] * 2), 2) for name, step in steps.items()},
         "eager": {name: (step, 1) for name, step in steps.items()},
@@ -246,6 +251,8 @@ def run(quick: bool, compiled: bool, out: Path) -> None:
         f"{device}, torch {torch.__version__}: {found['hbm'] / 1e12:.2f} TB/s, "
         f"{found['product'] / 1e12:.0f} TFLOP/s in bf16; LoRA on dense: {lora}"
     )
+    if reason := rivals.cuda_room.why_not():
+        say(f"without cuda_launch: {reason}")
     measured, trained, failures = [], [], []
 
     def attempt(words: str, function: Callable, *arguments) -> list[dict]:

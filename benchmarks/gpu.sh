@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: tests, selftest, tuning, benchmarks.
+# Everything that needs a GPU, in one go: build, tests, selftest, tuning, benchmarks.
 #
 #   benchmarks/gpu.sh                       builds .venv first (CUDA torch, a few minutes)
-#   PYTHON=python3 benchmarks/gpu.sh        with a Python that has torch; nothing is installed
+#   PYTHON=python3 benchmarks/gpu.sh        with a Python that has torch; nothing is installed, the
+#                                           library is built in place, its CUDA part where nvcc is
 #
 #   OUT     folder of the results (runs/gpu)
 #   QUICK   1: two layers, few rows: about five minutes on an H100
-#   STEPS   which to run ("tests selftest tune bench compare")
+#   STEPS   which to run ("build tests selftest tune bench compare")
 #   LIMIT   seconds that each step may take (1200)
 #
 # A step that fails or hangs doesn't keep the others from running. The exit code is that of the
@@ -14,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-runs/gpu} QUICK=${QUICK:-0} LIMIT=${LIMIT:-1200}
-STEPS=${STEPS:-tests selftest tune bench compare}
+STEPS=${STEPS:-build tests selftest tune bench compare}
 if [ -z "${PYTHON:-}" ]; then
   make venv || exit
   PYTHON=.venv/bin/python
@@ -60,6 +61,9 @@ print(torch.cuda.get_device_properties(0))
 PY
 } 2>&1 | tee -a "$LOG"
 if [ "${PIPESTATUS[0]}" -ne 0 ]; then exit 1; fi
+
+arch=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+HYLORA_CUDA_ARCHS=${HYLORA_CUDA_ARCHS:-$arch} step build "$PYTHON" setup.py --quiet build_csrc
 
 # Tests that run on a GPU, in the files whose imports are there, on several cores where pytest-xdist
 # is: most of the time is compilation.

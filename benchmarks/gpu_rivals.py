@@ -3,6 +3,7 @@ them best.
 
 auto        svd_lora_linear as a user calls it
 one_launch  the Triton kernel, whatever the table says
+cuda_launch the CUDA C++ kernels, whatever the backend cuda would choose
 four_gemms  the formula, product by product
 two_vendor  x P^T and h Q^T on factors packed ahead, P = [SVh; A], Q = [U, alpha B]; a pivoted
             layer as the pair that it equals
@@ -22,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hylora_kernels import reference, svd_lora_linear
+from hylora_kernels import reference, svd_lora_linear, use_backend
+from hylora_kernels.backends import cuda as cuda_room
 from hylora_kernels.backends import triton as room
 from hylora_kernels.backends.triton import config as configs
 
 ALPHA = 0.7
-FORWARD = ("auto", "one_launch", "four_gemms", "two_vendor", "dense", "peft")
-TRAINING = ("auto", "four_gemms", "peft")
+FORWARD = ("auto", "one_launch", "cuda_launch", "four_gemms", "two_vendor", "dense", "peft")
+TRAINING = ("auto", "cuda_launch", "four_gemms", "peft")
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
 
@@ -155,6 +157,9 @@ def maker(name: str, layer: Layer) -> Callable[[Weights], tuple[Callable, list[T
     def auto(w: Weights):
         return lambda x: svd_lora_linear(x, *w[:5], ALPHA, w.pivots), [w.A, w.B]
 
+    def cuda_launch(w: Weights):
+        return by_cuda(auto(w)[0]), [w.A, w.B]
+
     def four_gemms(w: Weights):
         both = (None, None)
         if w.pivots is not None:
@@ -171,8 +176,12 @@ def maker(name: str, layer: Layer) -> Callable[[Weights], tuple[Callable, list[T
     def dense(w: Weights):
         return functools.partial(F.linear, weight=_dense_weight(w), bias=w.bias), []
 
-    makers = {"auto": auto, "one_launch": auto, "four_gemms": four_gemms, "dense": dense}
-    return (makers | {"two_vendor": two_vendor, "peft": lambda w: lora_on_dense(w, layer)})[name]
+    makers = {"auto": auto, "one_launch": auto, "cuda_launch": cuda_launch, "dense": dense}
+    return (
+        makers
+        | {"four_gemms": four_gemms}
+        | {"two_vendor": two_vendor, "peft": lambda w: lora_on_dense(w, layer)}
+    )[name]
 
 
 def weight_bytes(name: str, layer: Layer) -> int:
@@ -224,6 +233,21 @@ def under(config, call: Callable) -> Callable:
     return run
 
 
+def by_cuda(function: Callable) -> Callable:
+    """The function by the CUDA C++ kernels."""
+
+    def run(*given):
+        with use_backend("cuda"), cuda_room.forcing(cuda_room.KERNELS):
+            return function(*given)
+
+    return run
+
+
+def names_of(contest: tuple[str, ...]) -> list[str]:
+    """Those of FORWARD or TRAINING that are there."""
+    return [name for name in contest if name != "cuda_launch" or cuda_room.is_available()]
+
+
 def training_step(name: str, layer: Layer, x: Tensor, dy: Tensor) -> Callable:
     """Forward and backward: gradients of x, A and B."""
     function, trained = maker(name, layer)(random_weights(layer))
@@ -232,13 +256,13 @@ def training_step(name: str, layer: Layer, x: Tensor, dy: Tensor) -> Callable:
     def step():
         return torch.autograd.grad(function(x), wanted, dy)
 
-    return step
+    return by_cuda(step) if name == "cuda_launch" else step
 
 
 def launches(layer: Layer, quick: bool) -> list[configs.Config]:
     """The launches that tuning may pick; with quick the default one alone."""
     target = room._target(torch.device("cuda", torch.cuda.current_device()))
-    found = [configs.one_launch(layer.problem, target)]
+    found = [configs.first_choice(layer.problem, target)]
     if not quick:
         found += [c for c in configs.candidates(layer.problem, target) if c != configs.VENDOR]
     return list(dict.fromkeys(found))

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from roofline_gpu import CANDIDATES, FORMS, GPUS, MODES, Layer, predict
+from roofline_gpu import FORMS, GPUS, MODES, Layer, predict
 
 # The design's first estimate, microseconds of a replayed graph on an H100, kept to compare with:
 # (K, N, r, ra) -> M -> four GEMMs, two vendor GEMMs, h on chip, one launch; dense where it was
@@ -86,7 +86,7 @@ def design_rows(gpu: str, form: str, mode: str, warm: bool) -> str:
     regime = f"{mode}{' warm' if warm else ''}"
     title = f"PREDICTION, {gpu}, {form} form, {regime}, microseconds"
     note = " (in brackets the first estimate)" if comparable else ""
-    return f"{title}{note}\n" + markdown(["layer (r+ra)", "M", *CANDIDATES], rows)
+    return f"{title}{note}\n" + markdown(["layer (r+ra)", "M", *predicted], rows)
 
 
 def breakdown(layer: Layer, gpu: str, warm: bool) -> str:

@@ -60,6 +60,7 @@ class Calibration:
 
     vendor: Shares = Shares(0.78, 0.90)
     one_launch: Shares = Shares(0.66, 0.85)
+    cuda_launch: Shares | None = Shares(0.55, 0.80)  # None: not an NVIDIA
     on_chip: dict[int, float] = field(  # rows of a block -> share of the tensor cores' rate
         default_factory=lambda: {16: 0.15, 32: 0.28, 64: 0.45, 128: 0.55}
     )
@@ -69,11 +70,13 @@ class Calibration:
     wait: float = 1.5e-6  # seconds between the phases of the one launch
     host_vendor: float = 6e-6  # seconds of the host for an op of torch
     host_triton: float = 18e-6  # and for a launch through Triton
+    host_cuda: float = 12e-6  # through the C++ binding: on a CPU's clock as two ops of torch's
 
 
 _ADA = Calibration(  # slower tensor cores, easier to keep busy
     vendor=Shares(0.85, 0.90),
     one_launch=Shares(0.80, 0.85),
+    cuda_launch=Shares(0.70, 0.80),
     on_chip={16: 0.18, 32: 0.336, 64: 0.54, 128: 0.66},
 )
 CALIBRATIONS = {
@@ -86,11 +89,20 @@ CALIBRATIONS = {
         wait=2.5e-6,
         host_vendor=20e-6,
         host_triton=70e-6,
+        host_cuda=40e-6,
+        cuda_launch=Shares(0.37, 0.60),  # mma.sync reaches about 0.62 of what wgmma does
     ),
     "A100": Calibration(),
-    "L4": replace(_ADA, vendor=Shares(0.60, 0.90), one_launch=Shares(0.55, 0.85)),  # 72 W
+    "L4": replace(  # 72 W
+        _ADA,
+        vendor=Shares(0.60, 0.90),
+        one_launch=Shares(0.55, 0.85),
+        cuda_launch=Shares(0.50, 0.80),
+    ),
     "RTX 4090": _ADA,
-    "MI300X": Calibration(vendor=Shares(0.55, 0.80), one_launch=Shares(0.45, 0.75)),
+    "MI300X": Calibration(
+        vendor=Shares(0.55, 0.80), one_launch=Shares(0.45, 0.75), cuda_launch=None
+    ),
 }
 
 
@@ -257,8 +269,20 @@ def two_vendor(layer: Layer, machine: Machine) -> Prediction:
 
 
 def one_launch(layer: Layer, machine: Machine) -> Prediction:
-    """PREDICTION: the kernel of this project. h stays in L2; one wait between the phases."""
-    M, shares = layer.M, machine.calibration.one_launch
+    """PREDICTION: the Triton kernel of this project."""
+    calibration = machine.calibration
+    return _dataflow(layer, machine, calibration.one_launch, calibration.host_triton)
+
+
+def cuda_launch(layer: Layer, machine: Machine) -> Prediction:
+    """PREDICTION: the same design in CUDA C++. Its shares are guesses: none has run."""
+    calibration = machine.calibration
+    return _dataflow(layer, machine, calibration.cuda_launch, calibration.host_cuda)
+
+
+def _dataflow(layer: Layer, machine: Machine, shares: Shares, host: float) -> Prediction:
+    """h stays in L2; one wait between the phases."""
+    M = layer.M
     expand = {"shares": shares, "x_near": True}
     stages = [
         machine.product("x P^T", M, layer.R, layer.K, shares=shares, y_near=True),
@@ -268,7 +292,7 @@ def one_launch(layer: Layer, machine: Machine) -> Prediction:
         layer.form == "pivoted"
     ):  # the pivots' share of y: h_s itself, and an adapter if there is one
         stages.append(machine.product("pivots", M, layer.r, layer.ra, **expand))
-    return machine.predict(stages, 1, machine.calibration.host_triton, machine.calibration.wait)
+    return machine.predict(stages, 1, host, machine.calibration.wait)
 
 
 def on_chip(layer: Layer, machine: Machine) -> Prediction:
@@ -309,6 +333,7 @@ CANDIDATES = {
     "on_chip": on_chip,
     "one_launch": one_launch,
     "dense": dense,
+    "cuda_launch": cuda_launch,
 }
 
 
@@ -319,8 +344,10 @@ def machine_named(gpu: str, warm: bool = False) -> Machine:
 
 
 def predict(layer: Layer, gpu: str = "H100", warm: bool = False) -> dict[str, Prediction]:
-    """PREDICTION of every candidate, by name. warm only counts where the weights stay in L2."""
+    """PREDICTION of every candidate that the GPU runs, by name. warm only counts where the weights
+    stay in L2."""
     at = machine_named(gpu, warm)
     if warm and not at.keeps(layer.R * (layer.K + layer.others)):
         at = replace(at, warm=False)
-    return {name: candidate(layer, at) for name, candidate in CANDIDATES.items()}
+    runs = [name for name in CANDIDATES if name != "cuda_launch" or at.calibration.cuda_launch]
+    return {name: CANDIDATES[name](layer, at) for name in runs}

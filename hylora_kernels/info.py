@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from hylora_kernels import storage
-from hylora_kernels.backends import available_backends, cpu_levels
+from hylora_kernels.backends import available_backends, cpu_levels, cuda_code
 from hylora_kernels.report import Report, format_bytes
 
 PACKAGES = (
@@ -67,12 +67,14 @@ class Cache(Report):
 @dataclass(frozen=True)
 class Info(Report):
     """backends: name -> "" where it can be used, or the reason why not. cpu_level: the instruction
-    set that the backend "cpu" uses, or ""; cpu_levels: all it has kernels for -> "" or why not."""
+    set that the backend "cpu" uses, or ""; cpu_levels: all it has kernels for -> "" or why not.
+    cuda_code: the GPUs that the backend "cuda" was compiled for, or why for none."""
 
     environment: Environment
     backends: dict[str, str]
     cpu_level: str
     cpu_levels: dict[str, str]
+    cuda_code: str
     cache: Cache
 
     def rows(self) -> list[tuple[str, str]]:
@@ -91,12 +93,13 @@ class Info(Report):
         if self.cpu_level:
             rows.append(("cpu level", f"{self.cpu_level} (HYLORA_ISA forces another)"))
             rows += [(f"cpu {k}", reason) for k, reason in self.cpu_levels.items() if reason]
+        rows.append(("cuda code", self.cuda_code))
         rows.append(("cache", f"{self.cache.path}, {format_bytes(self.cache.bytes)}"))
         return rows
 
 
 def info() -> Info:
-    return Info(environment(), available_backends(), *cpu_levels(), cache())
+    return Info(environment(), available_backends(), *cpu_levels(), cuda_code(), cache())
 
 
 def cache() -> Cache:

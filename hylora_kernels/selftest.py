@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hylora_kernels import backends, reference
-from hylora_kernels.backends import triton as gpu_room
+from hylora_kernels.backends import triton as triton_room
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.devices import resolve_device
 from hylora_kernels.ops import svd_lora_linear
@@ -155,18 +155,20 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _launches(name: str, entry: Entry, dtype, device) -> list:
-    """None, the room's own choice; in the Triton room also the launches that may be chosen."""
+    """None, the room's own choice; in a GPU's room also the launches that may be chosen."""
+    if name == "cuda":
+        return [None, "kernels"] if dtype != torch.float32 else [None]
     if name != "triton" or not entry.launches:
         return [None]
     case, (K, N, r, ra) = entry.case, entry.case.sizes
     rank, pivoted = (N if case.form == "dense" else r), case.form != "pair"
     problem = configs.Problem(case.M, K, N, rank, ra, dtype, pivoted)
-    found = configs.candidates(problem, gpu_room._target(device))
+    found = configs.candidates(problem, triton_room._target(device))
     return [None, *[c for c in found if c is not configs.VENDOR][: entry.launches]]
 
 
-def _forced(config):
-    return nullcontext() if config is None else gpu_room.forcing(config)
+def _forced(name: str, config):
+    return nullcontext() if config is None else backends.ROOMS[name].forcing(config)
 
 
 def _compile(entries: list[Entry], device: torch.device, seed: int) -> None:
@@ -179,8 +181,8 @@ def _compile(entries: list[Entry], device: torch.device, seed: int) -> None:
             for dtype in entry.dtypes:
                 call = entry.case.call(dtype, device, seed)
                 for config in _launches("triton", entry, dtype, device)[1:]:
-                    with gpu_room.forcing(config, compile_only=True):
-                        run(gpu_room, call, (True, False, False, False))
+                    with triton_room.forcing(config, compile_only=True):
+                        run(triton_room, call, (True, False, False, False))
 
 
 # --------------------------------------------------------------------------------------- judgement
@@ -200,7 +202,7 @@ class _Tally:
         self.cases += 1
         words = str(case) if config is None else f"{case} by {config}"
         try:
-            with _forced(config):
+            with _forced(self.name, config):
                 self._judge(case, words, config is not None)
         # A kernel may fail in any way at all, and the report is to say which one and how.
         except Exception as error:

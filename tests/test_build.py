@@ -3,67 +3,26 @@ what the finished library holds. Most of it runs on a small stand-in for csrc/."
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-
-import hylora_kernels
-
-ROOT = Path(hylora_kernels.__file__).resolve().parents[1]
-LEVELS = ("avx2", "avx512", "avx512_bf16", "amx_bf16")
+from building import (
+    LEVELS,
+    ROOT,
+    a_checkout,  # noqa: F401
+    a_setup_py,  # noqa: F401
+    needs_gxx,
+    run_setup,
+    the_library,  # noqa: F401
+    tool,
+)
 
 if not (ROOT / "setup.py").is_file():
     pytest.skip("needs a checkout", allow_module_level=True)
-
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
-
-
-@pytest.fixture
-def setup_py(monkeypatch):
-    spec = importlib.util.spec_from_file_location("hylora_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in ("CXX", "HYLORA_CXXFLAGS", "HYLORA_SANITIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return module
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A copy of what a build needs, with a small csrc/ that compiles in no time."""
-    folder = tmp_path / "check out"  # a space, for the quoting
-    (folder / "hylora_kernels").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "hylora_kernels" / "__init__.py").write_text("")
-    (folder / "csrc" / "cpu").mkdir(parents=True)
-    (folder / "csrc" / "params.h").write_text("#pragma once\n")
-    (folder / "csrc" / "bindings.cpp").write_text(
-        '#include "params.h"\nint binding() { return 1; }\n'
-    )
-    for level in ("scalar", *LEVELS):
-        source = f"namespace {{ int f() {{ return 0; }} }}\nint {level}() {{ return f(); }}\n"
-        (folder / "csrc" / "cpu" / f"{level}.cpp").write_text(source)
-    return folder
-
-
-def run_setup(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if k != "CXX" and not k.startswith("HYLORA_")}
-    return subprocess.run(
-        [sys.executable, "setup.py", *words],
-        cwd=folder,
-        env=clean | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def only_wheel(folder: Path) -> tuple[str, list[str]]:
@@ -242,22 +201,6 @@ def test_kernels_include_no_library_code(path):
 
 
 # What the finished library holds
-
-
-def tool(name: str, *words: object) -> str:
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} isn't installed")
-    return subprocess.run(
-        [name, *map(str, words)], capture_output=True, text=True, check=True
-    ).stdout
-
-
-@pytest.fixture
-def library():
-    path = ROOT / "hylora_kernels" / "_csrc.so"
-    if not path.is_file():
-        pytest.skip("hylora_kernels/_csrc.so isn't built")
-    return path
 
 
 def objects(name: str) -> Path:

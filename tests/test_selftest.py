@@ -175,7 +175,8 @@ def test_layouts_hold_the_sizes_they_say(layout):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_plans_cover_what_they_should(full):
-    for name, device in (("triton", "cuda"), ("eager", "cuda"), ("cpu", "cpu"), ("triton", "cpu")):
+    on_cuda = [(name, "cuda") for name in ("triton", "cuda", "eager")]
+    for name, device in (*on_cuda, ("cpu", "cpu"), ("triton", "cpu")):
         entries = plan(name, torch.device(device), full)
         assert {entry.case.form for entry in entries} == set(FORMS)
         assert len({entry.case.M for entry in entries}) >= 2
@@ -271,11 +272,17 @@ def test_shapes_option():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["triton", "cuda", "eager"])
 @pytest.mark.parametrize("form", FORMS)
-def test_races_on_a_gpu(form):
+def test_races_on_a_gpu(form, name):
+    room = backends.ROOMS[name]
+    if reason := room.why_not():
+        pytest.skip(reason)
     device = torch.device("cuda")
     calls = [Case(17, (64, 96, 32, 16), form).call(torch.bfloat16, device, 0)]
     other = Case(17, (64, 96, 32, 16), form).call(torch.bfloat16, device, 1)
     calls.append(calls[0]._replace(x=other.x, A=other.A, B=other.B, dy=other.dy))
-    for room in (backends.ROOMS["triton"], eager):
-        races(room, calls, 5, forced=False)
+    races(room, calls, 5, forced=False)
+    if name == "cuda":
+        with room.forcing(room.KERNELS):
+            races(room, calls, 5, forced=True)

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from hylora_kernels import counters
 from hylora_kernels.backends import triton as room
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton.config import (
@@ -216,13 +217,11 @@ def test_an_unlisted_architecture_gets_the_least_shared_memory():
 
 @pytest.mark.skipif(not room._interpreted(), reason="counts on the interpreter's device, a CPU")
 def test_counters_are_kept_zero_and_grow():
-    from hylora_kernels.backends.triton import launch
-
     cpu = torch.device("cpu")
-    few = launch._counters(cpu, 10)
-    assert launch._counters(cpu, 20) is few and not few.any()
-    many = launch._counters(cpu, len(few) + 1)
-    assert len(many) > len(few) and launch._counters(cpu, 5) is many
+    few = counters.zeros(cpu, 10)
+    assert counters.zeros(cpu, 20) is few and not few.any()
+    many = counters.zeros(cpu, len(few) + 1)
+    assert len(many) > len(few) and counters.zeros(cpu, 5) is many
 
 
 @pytest.mark.parametrize("K", [1, 6])

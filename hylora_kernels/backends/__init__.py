@@ -14,10 +14,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from hylora_kernels.backends import cpu, eager, triton
+from hylora_kernels.backends import cpu, cuda, eager, triton
 
 # Fastest first; eager is last, since it serves everything.
-ROOMS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "eager": eager}
+ROOMS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "eager": eager}
 
 # A plain global, so process-wide: torch.compile guards on it and retraces when it changes, which it
 # can do neither for a ContextVar nor for a threading.local.
@@ -33,6 +33,11 @@ def cpu_levels() -> tuple[str, dict[str, str]]:
     """(the instruction set that the "cpu" backend uses, or ""; every one it has kernels for -> ""
     where this machine has it, or the reason why not)."""
     return cpu.levels()
+
+
+def cuda_code() -> str:
+    """The GPUs that the "cuda" backend has machine code for, or why it has none, in words."""
+    return cuda.code()
 
 
 @contextlib.contextmanager

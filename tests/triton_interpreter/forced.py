@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from unittest import mock
 
+from hylora_kernels import counters
 from hylora_kernels.backends.triton import launch
 from hylora_kernels.backends.triton.config import Config, Target, ThinConfig
 
@@ -33,7 +34,7 @@ def forced(tiles: Tiles, kernels: ModuleType | None = None) -> Iterator[None]:
     Raises NotAllZero after a launch that leaves a counter other than zero.
     """
     target = Target("interpreter", 0, tiles.programs)
-    counters: dict = {}  # fresh ones: a launch that failed leaves any number in its own
+    kept: dict = {}  # fresh counters: a launch that failed leaves any number in its own
 
     def launching(function, **choice):
         signature = inspect.signature(function)
@@ -42,7 +43,7 @@ def forced(tiles: Tiles, kernels: ModuleType | None = None) -> Iterator[None]:
             bound = signature.bind(*args, **kwargs)
             bound.arguments.update(choice)
             result = function(*bound.args, **bound.kwargs)
-            for name, zeros in counters.items():
+            for name, zeros in kept.items():
                 if zeros.any():
                     raise NotAllZero(f"{name}: {zeros.nonzero().flatten().tolist()}")
             return result
@@ -51,7 +52,6 @@ def forced(tiles: Tiles, kernels: ModuleType | None = None) -> Iterator[None]:
 
     flow = launching(launch.dataflow, config=tiles.flow, target=target)
     thin = launching(launch.thin, config=tiles.thin)
-    with mock.patch.multiple(
-        launch, dataflow=flow, thin=thin, kernels=kernels or launch.kernels, _kept=counters
-    ):
+    made = {"dataflow": flow, "thin": thin, "kernels": kernels or launch.kernels}
+    with mock.patch.multiple(launch, **made), mock.patch.object(counters, "_kept", kept):
         yield

@@ -1,23 +1,20 @@
-"""Weights as the kernels read them: the library itself, packing, what is kept from call to call."""
+"""Weights as the kernels read them: packing, what is kept from call to call."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
 import statistics
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-# HYLORA_CSRC names another build of it: the instrumented ones of `make sanitize`.
-LIBRARY = Path(os.environ.get("HYLORA_CSRC") or Path(__file__).parents[2] / "_csrc.so")
+from hylora_kernels.library import MISSING, in_words
+
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 EMIT, SCALED, INPUT = 1, 2, 4  # flags of cpu_dual: emit the adapter's h, scaled; order sorts x
 
@@ -26,22 +23,17 @@ EMIT, SCALED, INPUT = 1, 2, 4  # flags of cpu_dual: emit the adapter's h, scaled
 LIMBS_LOW, LIMBS_HIGH = 2.0**-60, 2.0**60
 
 
-def _load() -> tuple[str, str]:
+def _level() -> tuple[str, str]:
     """(the level in use, "") or ("", why this room can't be used), in words."""
-    if not LIBRARY.is_file():
-        return "", (
-            f"{LIBRARY.name} was not built when the package was installed: "
-            "pip install it again where there is a C++ compiler (g++ or clang)"
-        )
+    if MISSING:
+        return "", MISSING
     try:
-        torch.ops.load_library(LIBRARY)
         return torch.ops.hylora.cpu_isa.default(), ""
-    except (OSError, RuntimeError) as error:  # another torch, or what HYLORA_ISA asks for
-        line = str(error).splitlines()[0]
-        return "", re.sub(r"^\w+, \S+:\d+, ", "", line)  # where in our sources it was said
+    except RuntimeError as error:  # what HYLORA_ISA asks for
+        return "", in_words(error)
 
 
-LEVEL, REFUSAL = _load()
+LEVEL, REFUSAL = _level()
 
 
 def op(name: str):

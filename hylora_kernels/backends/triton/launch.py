@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import threading
 
 import torch
 from torch import Tensor
 
+from hylora_kernels import counters
 from hylora_kernels.backends.triton import kernels
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
@@ -56,13 +56,13 @@ def dataflow(
     if config.split > 1:
         cells = rank_tiles * config.split * config.BM * config.BR
         partial = x.new_empty(cells, dtype=torch.float32)
-    counters = _counters(x.device, 1 + _cdiv(M, config.BM) + rank_tiles)
+    zeros = counters.zeros(x.device, 1 + _cdiv(M, config.BM) + rank_tiles)
     programs = min(config.tiles(problem), config.residents * target.multiprocessors)
     run = functools.partial(kernels.dataflow.warmup, grid=(1,))
     if not compile_only:
         run = kernels.dataflow[(programs,)]
     run(
-        *(x, W1, W1a, W2, W2a, bias, y, h, h_a, partial, counters, pivots, others),
+        *(x, W1, W1a, W2, W2a, bias, y, h, h_a, partial, zeros, pivots, others),
         *(M, depth, width, problem.rank, problem.lora_rank, problem.others, h_columns),
         *(*x.stride(), *w1, *w1a, *W2.stride(), *w2a, alpha),
         **constants(config, problem),
@@ -126,7 +126,7 @@ def thin(dh_a, x, h_a, dy, alpha, needs_db: bool, config: ThinConfig, lora_rank:
     dy_strides = dy.stride() if h_a is not None else (0, 0)
     kernels.thin[(tiles * config.split,)](
         *(dh_a, x if dh_a is not None else None, dA, h_a, dy if h_a is not None else None, dB, db),
-        *(partial, _counters(one.device, tiles), M, K, N, lora_rank, *x_strides, *dy_strides),
+        *(partial, counters.zeros(one.device, tiles), M, K, N, lora_rank, *x_strides, *dy_strides),
         alpha,
         **thin_constants(config, one.dtype),
         num_warps=config.warps,
@@ -163,55 +163,6 @@ def precision(dtype: torch.dtype) -> str:
     tensor cores may round it to tf32."""
     exact = torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact or dtype != torch.float32 else "tf32"
-
-
-# ---------------------------------------------------------------------------------------- counters
-
-# (device, stream, thread) -> int32 zeros. A launch leaves them as it found them, and launches of
-# one stream follow one another, so they are cleared once, when they are made.
-_kept: dict[tuple, Tensor] = {}
-_LEAST = 1024
-
-# device -> (zeros, what is not given out yet). A graph may be replayed at any time, in any stream:
-# what a captured launch counts with belongs to it alone.
-_reserves: dict[torch.device, tuple[Tensor, int]] = {}
-_RESERVE = 1 << 20
-_lock = threading.Lock()
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    """int32 zeros [at least count] that no other launch counts with at the same time."""
-    if device.type != "cuda":
-        key = device, 0, threading.get_ident()
-    elif torch.cuda.is_current_stream_capturing():
-        return _reserved(device, count)
-    else:
-        key = device, torch.cuda.current_stream(device).cuda_stream, 0
-        if device not in _reserves:
-            _make_reserve(device)
-    counters = _kept.get(key)
-    if counters is None or len(counters) < count:
-        counters = torch.zeros(max(count, _LEAST), dtype=torch.int32, device=device)
-        _kept[key] = counters
-    return counters
-
-
-def _make_reserve(device: torch.device) -> None:
-    with _lock:
-        if device not in _reserves:
-            zeros = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
-            _reserves[device] = zeros, 0
-
-
-def _reserved(device: torch.device, count: int) -> Tensor:
-    """A part of the reserve; where there is none left, or none yet, zeros that the graph clears."""
-    with _lock:
-        zeros, used = _reserves.get(device, (None, _RESERVE))
-        end = used + _cdiv(count, 32) * 32
-        if end > _RESERVE:
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _reserves[device] = zeros, end
-        return zeros[used:end]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The Triton room's ops on fake CUDA tensors, without a GPU: shapes, devices, compile, export.
+"""The GPU's rooms on fake CUDA tensors, without a GPU: shapes, devices, compile, export.
 
 Autograd can't be among them: torch's CPU build asks a CUDA device guard for every gradient it
 records. The backward op itself is called instead.
@@ -10,17 +10,21 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from hylora_kernels import svd_lora_linear, use_backend
-from hylora_kernels.backends import triton as room
+from hylora_kernels import backends, svd_lora_linear, use_backend
 
 FORMS = ("pair", "pivoted")
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def room(request):
+    return request.param
+
+
 @pytest.fixture
-def fake(monkeypatch):
+def fake(room, monkeypatch):
     """A function that makes fake CUDA inputs, (x, SVh, U, A, B, bias, alpha, pivots); the room is
     forced and, as there is no device to ask, refuses nothing."""
-    monkeypatch.setattr(room, "unsupported", lambda *call: None)
+    monkeypatch.setattr(backends.ROOMS[room], "unsupported", lambda *call: None)
 
     def make(form, lora_rank=2, dtype=torch.bfloat16):
         def empty(*shape, dtype=dtype):
@@ -31,18 +35,18 @@ def fake(monkeypatch):
         U = empty(9 if pivots is None else 5, 4)
         return empty(2, 3, 16), empty(4, 16), U, A, B, empty(9), 0.5, pivots
 
-    with FakeTensorMode(), use_backend("triton"):
+    with FakeTensorMode(), use_backend(room):
         yield make
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("form", FORMS)
-def test_shapes_and_devices(form, lora_rank, fake):
+def test_shapes_and_devices(form, lora_rank, room, fake):
     x, SVh, U, A, B, bias, alpha, pivots = fake(form, lora_rank)
     y = svd_lora_linear(x, SVh, U, A, B, bias, alpha, pivots)
     assert (y.shape, y.device.type, y.dtype) == ((2, 3, 9), "cuda", torch.bfloat16)
     h_a, adapter = y.new_empty(6, lora_rank), bool(lora_rank)
-    gradients = torch.ops.hylora.triton_backward(
+    gradients = getattr(torch.ops.hylora, f"{room}_backward")(
         *(y, x, h_a, SVh, U, A, B, alpha, pivots, [True, adapter, adapter, True])
     )
     shapes = [(2, 3, 16), (2, 16), (9, 2), (9,)] if adapter else [(2, 3, 16), (0,), (0,), (9,)]
@@ -69,9 +73,9 @@ class Call(torch.nn.Module):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_export(form, fake):
+def test_export(form, room, fake):
     x, SVh, U, _, _, bias, _, pivots = fake(form)
     length = {1: torch.export.Dim("length")}
     module = Call(SVh, U, bias, pivots)
     program = torch.export.export(module, (x,), dynamic_shapes=(length,))
-    assert "hylora.triton_forward" in str(program.graph)
+    assert f"hylora.{room}_forward" in str(program.graph)

@@ -1,0 +1,184 @@
+// Runs launches that a script describes, so that one process serves many.
+//
+//   driver SCRIPT INPUT OUTPUT
+//
+// A line of SCRIPT is a word and name=value pairs:
+//   buffer name=x bytes=64 at=128 shift=2   64 bytes from byte 128 of INPUT, -1: NaN (all ones);
+//                                           `shift` bytes past a multiple of 16
+//   dataflow type=0 x=x W1=w ... M=3 ... kernel=-1 split=1 programs=4 residents=4 seed=1
+//   thin ...                                kernel -1: the plan's own choice, for `processors`,
+//   `arch` toy which=mma_bf16 in=a out=b blocks=1  one of toys.h, 32 threads a block round type=0
+//   in=a out=b                 floats to numbers of a type write name=y to OUTPUT drop every buffer
+// A pointer that isn't named is null. Workspace is made here, of the size the plan names.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "call.h"
+#include "primitives.h"
+#include "toys.h"
+
+namespace {
+
+using namespace hylora;
+
+using Values = std::map<std::string, std::string>;
+
+// Of its exact size on the heap, so that AddressSanitizer sees what is past its end.
+class Buffer {
+ public:
+  Buffer(size_t bytes, int fill, size_t shift = 0) : bytes_(bytes) {
+    if (posix_memalign(&base_, 128, bytes + shift + !(bytes + shift))) abort();
+    data = static_cast<unsigned char*>(base_) + shift;
+    memset(base_, fill, bytes + shift);
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { free(base_); }
+  size_t size() const { return bytes_; }
+  unsigned char* data;
+
+ private:
+  void* base_;
+  size_t bytes_;
+};
+
+std::map<std::string, Buffer> buffers;
+
+int64_t integer(const Values& v, const char* name, int64_t otherwise = 0) {
+  const auto found = v.find(name);
+  return found == v.end() ? otherwise : std::stoll(found->second);
+}
+
+template <class To = void>
+To* pointer(const Values& v, const char* name) {
+  const auto found = v.find(name);
+  return found == v.end() ? nullptr : reinterpret_cast<To*>(buffers.at(found->second).data);
+}
+
+float alpha_of(const Values& v) { return v.count("alpha") ? std::stof(v.at("alpha")) : 1.0f; }
+
+// Launches with workspace around it and says what came of it.
+template <class Call>
+void launch(const Values& v, Call& call, const cuda::Plan& plan, void*& h) {
+  emulation::next_order = {uint64_t(integer(v, "seed")),
+                           int(integer(v, "residents", plan.programs))};
+  Buffer workspace(size_t(call.M * plan.h_columns * 2), 0xFF);
+  Buffer partial(size_t(plan.partial_floats * 4), 0xFF), counters(size_t(plan.counters * 4), 0);
+  h = workspace.data;
+  call.partial = reinterpret_cast<float*>(partial.data);
+  call.counters = reinterpret_cast<int32_t*>(counters.data);
+  const auto begin = std::chrono::steady_clock::now();
+  const char* error = cuda::launch(call, plan, nullptr);
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  int64_t left = 0;
+  for (int64_t i = 0; i < plan.counters; i++)
+    left += call.counters[i] != 0;
+  printf("kernel=%d split=%d programs=%lld order=%llx seconds=%.4f left=%lld error=%s\n",
+         plan.kernel, plan.split, (long long)plan.programs,
+         (unsigned long long)emulation::last_hash, took.count(), (long long)left, error);
+  fflush(stdout);
+}
+
+void dataflow(const Values& v) {
+  cuda::Dataflow d{};
+  d.type = cuda::Type(integer(v, "type")), d.transposed = integer(v, "transposed");
+  d.x = pointer(v, "x"), d.W1 = pointer(v, "W1"), d.W1a = pointer(v, "W1a");
+  d.W2 = pointer(v, "W2"), d.W2a = pointer(v, "W2a"), d.bias = pointer(v, "bias");
+  d.y = pointer(v, "y"), d.h_a = pointer(v, "h_a");
+  d.pivots = pointer<int32_t>(v, "pivots"), d.others = pointer<int64_t>(v, "others");
+  d.M = integer(v, "M"), d.K = integer(v, "K"), d.N = integer(v, "N"), d.rank = integer(v, "rank");
+  d.lora_rank = integer(v, "lora_rank"), d.others_count = integer(v, "others_count");
+  d.x_stride = integer(v, "x_stride");
+  d.w1_stride = integer(v, "w1_stride"), d.w1a_stride = integer(v, "w1a_stride");
+  d.w2_stride = integer(v, "w2_stride"), d.w2a_stride = integer(v, "w2a_stride");
+  d.alpha = alpha_of(v);
+  const int64_t kernel = integer(v, "kernel", -1);
+  const cuda::Plan plan =
+      kernel < 0 ? cuda::plan(d, int(integer(v, "processors", 4)), int(integer(v, "arch", 90)))
+                 : cuda::plan_as(d, cuda::Kernel(kernel), int(integer(v, "split", 1)),
+                                 integer(v, "programs", 1));
+  launch(v, d, plan, d.h);
+}
+
+void thin(const Values& v) {
+  cuda::Thin t{};
+  t.type = cuda::Type(integer(v, "type"));
+  t.dh_a = pointer(v, "dh_a"), t.x = pointer(v, "x");
+  t.h_a = pointer(v, "h_a"), t.dy = pointer(v, "dy");
+  t.dA = pointer(v, "dA"), t.dB = pointer(v, "dB"), t.db = pointer(v, "db");
+  t.M = integer(v, "M"), t.K = integer(v, "K"), t.N = integer(v, "N");
+  t.lora_rank = integer(v, "lora_rank");
+  t.x_stride = integer(v, "x_stride"), t.dy_stride = integer(v, "dy_stride");
+  t.alpha = alpha_of(v);
+  const int64_t split = integer(v, "split", -1);
+  void* none;
+  launch(v, t,
+         split < 0 ? cuda::plan(t, int(integer(v, "processors", 4)), int(integer(v, "arch", 90)))
+                   : cuda::plan_as(t, int(split)),
+         none);
+}
+
+void toy(const Values& v) {
+  const int blocks = int(integer(v, "blocks", 1));
+  Buffer counters(4, 0);
+  emulation::next_order = {uint64_t(integer(v, "seed")), blocks};
+  const cuda::Toy call{pointer<uint32_t>(v, "in"), pointer<uint32_t>(v, "out"),
+                       reinterpret_cast<int32_t*>(counters.data)};
+  for (const auto& [name, kernel] : cuda::kToys)
+    if (v.at("which") == name) cuda::run(kernel, blocks, 32, 512, nullptr, call);
+}
+
+void round_numbers(const Values& v) {
+  const float* in = pointer<float>(v, "in");
+  auto* out = pointer<uint16_t>(v, "out");
+  const bool is_bf16 = integer(v, "type") == 0;
+  for (size_t i = 0; i < buffers.at(v.at("in")).size() / 4; i++)
+    out[i] =
+        is_bf16 ? cuda::rounded<cuda::bf16>(in[i]).bits : cuda::rounded<cuda::fp16>(in[i]).bits;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 4) return fprintf(stderr, "driver SCRIPT INPUT OUTPUT\n"), 2;
+  std::ifstream script(arguments[1]), input(arguments[2], std::ios::binary);
+  std::ofstream output(arguments[3], std::ios::binary);
+  for (std::string line; std::getline(script, line);) {
+    std::istringstream words(line);
+    std::string verb;
+    words >> verb;
+    Values v;
+    for (std::string word; words >> word;)
+      v[word.substr(0, word.find('='))] = word.substr(word.find('=') + 1);
+    if (verb == "buffer") {
+      const int64_t at = integer(v, "at", -1), bytes = integer(v, "bytes");
+      Buffer& buffer =
+          buffers.try_emplace(v.at("name"), size_t(bytes), 0xFF, size_t(integer(v, "shift")))
+              .first->second;
+      if (at >= 0) {
+        input.seekg(at);
+        input.read(reinterpret_cast<char*>(buffer.data), bytes);
+      }
+    } else if (verb == "dataflow") {
+      dataflow(v);
+    } else if (verb == "thin") {
+      thin(v);
+    } else if (verb == "toy") {
+      toy(v);
+    } else if (verb == "round") {
+      round_numbers(v);
+    } else if (verb == "write") {
+      const Buffer& buffer = buffers.at(v.at("name"));
+      output.write(reinterpret_cast<const char*>(buffer.data), std::streamsize(buffer.size()));
+    } else if (verb == "drop") {
+      buffers.clear();
+    }
+  }
+  return output.good() && input.good() ? 0 : 4;
+}

@@ -1,0 +1,65 @@
+"""The cuda room on a CPU: its ops, compiled with the emulated kernels, and the room made to believe
+that a CPU is its device."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from hylora_kernels.backends import cuda as room
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+COMPILER = shutil.which("g++")
+TARGET = (3, 80)  # multiprocessors, architecture
+TORCH_TARGET = "0x020a000000000000"  # setup.py's
+
+
+def build() -> Path:
+    """The ops as a library, built once for all workers of a test run."""
+    folder = Path(os.environ["HYLORA_CACHE"]) / "cuda_emulated"
+    folder.mkdir(exist_ok=True)
+    library = folder / "ops.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(library)
+    return library
+
+
+def _compile(library: Path) -> None:
+    torch_folder = Path(torch.__file__).parent
+    command = [COMPILER, "-shared", "-fPIC", "-std=c++17", "-O1", "-fno-strict-aliasing"]
+    command += [
+        "-fvisibility=hidden",
+        "-DHYLORA_EMULATION",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+    ]
+    command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", f"-I{HERE}"]
+    command += ["-isystem", torch_folder / "include", "-Wno-unknown-pragmas", "-x", "c++"]
+    command += [
+        CSRC / "cuda_bindings.cpp",
+        CSRC / "cuda" / "plan.cpp",
+        CSRC / "cuda" / "kernels.cu",
+    ]
+    command += [HERE / "fibers.cpp", "-x", "none", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    command += ["-Wl,-z,defs", "-o", library.with_suffix(".tmp")]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    library.with_suffix(".tmp").rename(library)
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[None]:
+    """Inside it the room serves tensors on the CPU; the library must be loaded."""
+    on_a_cpu = {"DEVICE": "cpu", "why_not": lambda: "", "_target": lambda device: TARGET}
+    with mock.patch.multiple(room, **on_a_cpu, _device_lacks=lambda device: ""):
+        yield
