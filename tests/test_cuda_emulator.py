@@ -300,7 +300,7 @@ WATCHED = [
     Case(M=16, sizes=(37, 53, 7), lora_rank=0, bias=False),
     Case(M=3, sizes=(72, 136, 40)),
 ]
-THREADS = ("64", "64 split", "128 split", "decode split")
+THREADS = ("64 split", "128 split", "decode split")
 
 
 def _watch(sanitizer: str, points) -> float:

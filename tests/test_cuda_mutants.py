@@ -149,9 +149,7 @@ MUTANTS = {
         "add_relaxed(arrival, 1)",
         "race",
     ),
-    "arrivals not reset": Mutant(
-        "tile.h", "add_relaxed(arrival, -split);", "{}", "counters"
-    ),
+    "arrivals not reset": Mutant("tile.h", "add_relaxed(arrival, -split);", "{}", "counters"),
     "the last part to come summed first": Mutant(
         "tile.h",
         "(n * COUNT + i) * THREADS);",
