@@ -43,7 +43,7 @@ ROWS = (1, 16, 33, 200, 2048)  # one for each of config.py's steps
 
 def cases(machine: Machine, quick: bool) -> list[Case]:
     """Each once. Every kind of call in all of its configurations; quick: the plain one alone, the
-    others in their first, for one row."""
+    others in their first, for one row, and what a table adds in one kind of call each."""
     target, found = machine.target, {}
     for M in ROWS:
         plain, *others = problems(M)
@@ -52,8 +52,11 @@ def cases(machine: Machine, quick: bool) -> list[Case]:
         for problem, tf32 in others if M == 1 or not quick else ():
             for config in shipped(problem, target)[: 1 if quick else None]:
                 found.setdefault(Case(problem, config, tf32))
+    known = {case.config for case in found}
     for problem, config in tuned(target):
-        found.setdefault(Case(problem, config))
+        if not quick or config not in known:
+            found.setdefault(Case(problem, config))
+            known.add(config)
     for M in (2048,) if quick else (64, 2048, 8000):
         for ra, dtype in ((32, torch.bfloat16), (8, torch.float16), (64, torch.float32)):
             problem = Problem(M, **LAYER, lora_rank=ra, dtype=dtype, direction=BACKWARD)
