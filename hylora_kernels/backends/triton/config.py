@@ -244,6 +244,8 @@ def candidates(problem: Problem, target: Target) -> list[Config | Vendor]:
             config = replace(config, BK=min(config.BK, 512))
         if problem.direction == BACKWARD or target.kind != "cuda":
             config = replace(config, prefetch=False)
+        if is_blackwell and target.arch < 120 and gathers and config.BM >= 64:
+            continue  # what is gathered isn't copied asynchronously on sm_100, and 9 were spilled
         config = _fitting(config, problem, target)
         if config not in found and not why_illegal(config, problem.dtype, target):
             found.append(config)
