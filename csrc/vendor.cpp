@@ -16,8 +16,7 @@ using torch::stable::Tensor;
 constexpr int64_t kRowsForTorch = 1024;
 // Weights unpacked at a time: enough columns for a product, little enough to stay in L3.
 constexpr int64_t kUnpackedBytes = 8 << 20;
-// Scratch is kept, so the middle of any number of rows must not decide how large it grows;
-// unpacking once more for so many rows costs 1 % of their products.
+// Scratch is kept, so the number of rows must not decide how large it grows.
 constexpr int64_t kRowsAtATime = 4096;
 
 Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t row_stride,
