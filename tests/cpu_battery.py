@@ -1,5 +1,5 @@
 """Every op of the C++ CPU library on ragged shapes, as a program: a crash ends its process alone,
-and instrumented copies of the library run it too.
+and an instrumented copy of the library runs it too.
 
     python tests/cpu_battery.py LIBRARY [--guard] [--quick]
 

@@ -67,8 +67,6 @@ def test_reasons_for_no_library(setup_py, monkeypatch):
         setup_py.compiler()
     with pytest.raises(setup_py.CannotBuild, match="ninja isn't there"):
         setup_py.ninja()
-    with pytest.raises(setup_py.CannotBuild, match="HYLORA_SANITIZE must be one of address, undef"):
-        setup_py.compile_csrc("thread")
     monkeypatch.setattr(setup_py.importlib.metadata, "version", lambda _: "2.9.1+cpu")
     with pytest.raises(setup_py.CannotBuild, match=r"2\.9\.1\+cpu is older than 2\.10"):
         setup_py.torch_folder()
@@ -110,13 +108,13 @@ def test_sources_that_do_not_compile(checkout):
 
 
 @needs_gxx
-@pytest.mark.parametrize("kind", ["address", "undefined"])
-def test_instrumented_copies_lie_elsewhere(checkout, kind):
-    done = run_setup(checkout, "build_csrc", HYLORA_SANITIZE=kind)
+def test_the_instrumented_copy_lies_elsewhere(checkout):
+    done = run_setup(checkout, "build_csrc", HYLORA_SANITIZE="1")
     if "cannot find" in done.stdout + done.stderr:
-        pytest.skip(f"this g++ has no library for -fsanitize={kind}")
+        pytest.skip("this g++ has no library for its sanitizers")
     assert done.returncode == 0, done.stderr
-    assert (checkout / "build" / kind / "_csrc.so").is_file()
+    library = checkout / "build" / "sanitized" / "_csrc.so"
+    assert b"__asan_init" in library.read_bytes()
     assert not (checkout / "hylora_kernels" / "_csrc.so").exists()
 
 
@@ -153,7 +151,7 @@ def test_flags_of_every_file(setup_py):
     wanted["csrc/cpu/amx_bf16.cpp"] = avx512 | {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"}
     assert machine == {source: wanted.get(source, set()) for source in plan}
     assert "-O2" in plan["csrc/bindings.cpp"] and "-O3" in plan["csrc/cpu/scalar.cpp"]
-    rules = setup_py.ninja_file("build/csrc", "")
+    rules = setup_py.ninja_file("build/csrc", False)
     assert "native" not in rules and "-ffast-math" not in rules
 
 
