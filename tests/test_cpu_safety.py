@@ -230,6 +230,24 @@ def test_a_forked_child_computes_the_same_bits(parent, child):
     assert done.stdout.split() == ["0"], done.stderr
 
 
+FORK_WHILE_MEASURING = """
+import os, signal
+from hylora_kernels.backends.cpu import panels
+with panels._verdicts.measuring:  # as another thread would
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if panels.six_products_stay_faster() in (True, False) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@linux
+def test_a_child_forked_while_limbs_are_measured_is_not_locked_out():
+    done = python("-c", FORK_WHILE_MEASURING, limit=120)
+    assert done.stdout.split() == ["0"], done.stderr
+
+
 class Products(Dataset):
     """Item i: problem i's result, computed in the worker."""
 

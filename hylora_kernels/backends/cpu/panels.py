@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import threading
 import time
@@ -96,7 +97,7 @@ class _Verdicts:
         self.measuring = threading.Lock()  # two at once would be slower than one
 
     def first(self) -> bool:
-        if not self.said:  # no lock for a fork to catch in its hold, once there is one
+        if not self.said:
             with self.measuring:
                 if not self.said:
                     self.measure()
@@ -112,8 +113,14 @@ class _Verdicts:
         self.said.append(_measure_six_products())
         self.when = time.monotonic()
 
+    def forked(self) -> None:
+        """In a child that was forked while another thread measured the lock would stay locked."""
+        self.measuring = threading.Lock()
+
 
 _verdicts = _Verdicts()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_verdicts.forked)
 
 
 def _measure_six_products() -> bool:
