@@ -36,6 +36,13 @@ def zeros(device: torch.device, count: int) -> Tensor:
     return kept
 
 
+def forget(zeros: Tensor) -> None:
+    """Don't give these out again: their launch didn't come to its end, and the next would wait for
+    tiles that nobody makes."""
+    for key in [key for key, kept in _kept.items() if kept is zeros]:
+        _kept.pop(key, None)
+
+
 def _make_reserve(device: torch.device) -> None:
     with _lock:
         if device not in _reserves:

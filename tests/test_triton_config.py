@@ -224,6 +224,25 @@ def test_counters_are_kept_zero_and_grow():
     assert len(many) > len(few) and counters.zeros(cpu, 5) is many
 
 
+def test_a_launch_that_breaks_off_does_not_hold_up_the_next(monkeypatch):
+    """As on Ctrl-C in the interpreter: what it has counted would hold up the next for ever."""
+    from hylora_kernels.backends.triton import kernels
+
+    class BrokenOff:
+        def __getitem__(self, grid):
+            return self.warmup
+
+        def warmup(self, *given, **named):
+            given[10].fill_(1)  # Counters
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "dataflow", BrokenOff())
+    x, SVh, U = torch.ones(2, 16), torch.ones(4, 16), torch.ones(8, 4)
+    with pytest.raises(KeyboardInterrupt), room.forcing(Config(16, 16, 16, 16, 16, swap=True)):
+        room.forward(x, SVh, U, None, None, None, 1.0, None)
+    assert not counters.zeros(torch.device("cpu"), 1).any()
+
+
 @pytest.mark.parametrize("K", [1, 6])
 @pytest.mark.parametrize("ranks", [(1, 1), (1, 3), (4, 1), (4, 3)], ids=str)
 @pytest.mark.parametrize("of_base", ["rows", "columns", "neither"])

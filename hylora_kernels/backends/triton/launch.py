@@ -61,15 +61,19 @@ def dataflow(
     run = functools.partial(kernels.dataflow.warmup, grid=(1,))
     if not compile_only:
         run = kernels.dataflow[(programs,)]
-    run(
-        *(x, W1, W1a, W2, W2a, bias, y, h, h_a, partial, zeros, pivots, others),
-        *(M, depth, width, problem.rank, problem.lora_rank, problem.others, h_columns),
-        *(*x.stride(), *w1, *w1a, *W2.stride(), *w2a, alpha),
-        **constants(config, problem),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **FUSION,
-    )
+    try:
+        run(
+            *(x, W1, W1a, W2, W2a, bias, y, h, h_a, partial, zeros, pivots, others),
+            *(M, depth, width, problem.rank, problem.lora_rank, problem.others, h_columns),
+            *(*x.stride(), *w1, *w1a, *W2.stride(), *w2a, alpha),
+            **constants(config, problem),
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **FUSION,
+        )
+    except BaseException:  # an interpreter that was interrupted, too
+        counters.forget(zeros)
+        raise
     return y, h_a
 
 
@@ -122,17 +126,21 @@ def thin(dh_a, x, h_a, dy, alpha, needs_db: bool, config: ThinConfig, lora_rank:
     if config.split > 1:
         cells = tiles * config.split * config.BC * (config.BA + 1)
         partial = one.new_empty(cells, dtype=torch.float32)
-    x_strides = x.stride() if dh_a is not None else (0, 0)
-    dy_strides = dy.stride() if h_a is not None else (0, 0)
-    kernels.thin[(tiles * config.split,)](
-        *(dh_a, x if dh_a is not None else None, dA, h_a, dy if h_a is not None else None, dB, db),
-        *(partial, counters.zeros(one.device, tiles), M, K, N, lora_rank, *x_strides, *dy_strides),
-        alpha,
-        **thin_constants(config, one.dtype),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **FUSION,
-    )
+    x, x_strides = (x, x.stride()) if dh_a is not None else (None, (0, 0))
+    dy, dy_strides = (dy, dy.stride()) if h_a is not None else (None, (0, 0))
+    zeros = counters.zeros(one.device, tiles)
+    try:
+        kernels.thin[(tiles * config.split,)](
+            *(dh_a, x, dA, h_a, dy, dB, db, partial, zeros, M, K, N, lora_rank),
+            *(*x_strides, *dy_strides, alpha),
+            **thin_constants(config, one.dtype),
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **FUSION,
+        )
+    except BaseException:
+        counters.forget(zeros)
+        raise
     return dA, dB, db
 
 
