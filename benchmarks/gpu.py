@@ -33,6 +33,7 @@ ROWS, QUICK_ROWS = (1, 16, 64, 256, 2048, 8192), (1, 16, 256, 2048)
 QUICK_SHAPES = tune.SHAPES[2:4]
 TRAINING_ROWS = (2048, 8192)
 WARM_UP_TO = 64  # rows: beyond it the weights are read once for many, from wherever
+WARM_CALLS = 20  # in one graph or one run, of the same weights
 FORMS = ("pair", "pivoted")
 
 
@@ -125,12 +126,16 @@ def forward(layer: Layer, quick: bool, compiled: bool, rounds: int) -> list[dict
         "eager cold": {name: (one_by_one(rival), len(rival)) for name, rival in calls.items()},
     }
     if layer.M <= WARM_UP_TO:
-        again = {name: (graph_of(rival[:1] * 20), 20) for name, rival in calls.items()}
+        again = {
+            name: (graph_of(rival[:1] * WARM_CALLS), WARM_CALLS) for name, rival in calls.items()
+        }
         regimes["graph warm"] = again
     if compiled:
         names = ("auto", "four_gemms", "two_vendor")
         made = {f"{n} compiled": rivals.compiled_call(n, layer, x, weights) for n in names}
-        regimes["eager warm"] = {name: (one_by_one([call] * 20), 20) for name, call in made.items()}
+        regimes["eager warm"] = {
+            name: (one_by_one([call] * WARM_CALLS), WARM_CALLS) for name, call in made.items()
+        }
     sizes = {"K": layer.K, "N": layer.N, "r": layer.r, "ra": layer.ra, "M": layer.M}
     rows = []
     for regime, contest in regimes.items():
@@ -295,7 +300,7 @@ def run(quick: bool, compiled: bool, out: Path) -> None:
         show(one)
     say(f"{report['seconds']:.0f} s; written to {out}: layers.json, gpu.json, table.txt")
     if failures:
-        sys.exit(f"{len(failures)} layers failed, the first: {failures[0]}")
+        sys.exit(f"layers that failed: {len(failures)}, the first: {failures[0]}")
 
 
 def main() -> None:

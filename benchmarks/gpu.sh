@@ -6,7 +6,7 @@
 #                                           library is built in place, its CUDA part where nvcc is
 #
 #   OUT     folder of the results (runs/gpu)
-#   QUICK   1: two layers, few rows: about five minutes on an H100
+#   QUICK   1: two layers, few rows, nothing compiled: about five minutes on an H100
 #   STEPS   which to run ("build tests selftest tune bench compare")
 #   LIMIT   seconds that each step may take (1200)
 #
@@ -19,13 +19,14 @@ STEPS=${STEPS:-build tests selftest tune bench compare}
 if [ -z "${PYTHON:-}" ]; then
   make venv || exit
   PYTHON=.venv/bin/python
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt peft # a rival
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 LOG=$OUT/log.txt
 : >"$LOG"
-quick=()
-if [ "$QUICK" = 1 ]; then quick=(--quick); fi
+quick=() compile=(--compile)
+if [ "$QUICK" = 1 ]; then quick=(--quick) compile=(); fi
 failed=0
 summary=()
 
@@ -91,7 +92,7 @@ if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 step tests "$PYTHON" -m pytest -m gpu -q "${workers[@]}" "${files[@]}"
 step selftest "$PYTHON" -m hylora_kernels selftest --device cuda --json "$OUT/selftest.json"
 step tune "$PYTHON" -m hylora_kernels tune --device cuda "${quick[@]}" --json "$OUT/tune.json"
-step bench "$PYTHON" benchmarks/gpu.py "${quick[@]}" --out "$OUT"
+step bench "$PYTHON" benchmarks/gpu.py "${quick[@]}" "${compile[@]}" --out "$OUT"
 card=$("$PYTHON" -c '
 import torch
 known = ("H100", "A100", "L4", "RTX 4090", "MI300X")

@@ -1,10 +1,9 @@
 """The cuda room and its binding, its kernels emulated on the CPU: what it computes, what it leaves
-to torch, what it refuses. test_cuda_on_cpu.py tests the kernels themselves."""
+to torch, what it refuses. test_cuda_emulator.py tests the kernels themselves."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -20,7 +19,15 @@ from numerics import (
     make_inputs,
 )
 
-from hylora_kernels import backends, counters, info, selftest, svd_lora_linear, use_backend
+from hylora_kernels import (
+    backends,
+    counters,
+    info,
+    selftest,
+    svd_lora_linear,
+    tune,
+    use_backend,
+)
 from hylora_kernels.backends import cuda as room
 from hylora_kernels.selftest_grid import Case as Trial
 from hylora_kernels.selftest_grid import Entry
@@ -421,12 +428,28 @@ def test_split_sums_need_their_workspace(ops):
 
 
 @needs_library
-@pytest.mark.parametrize("M", [1, 16, 17, 64, 2048])
-def test_workspace_stays_small(M):
-    """h and the parts of split sums are to stay in L2, 40 MB on the smallest of datacentres."""
-    for K, N, r, ra in ((2048, 5632, 768, 32), (4096, 11008, 1536, 32)):
-        sizes = torch.ops.hylora.cuda_dataflow_sizes(False, False, M, K, N, r, ra, 132, 90)
-        h_columns, cells, count, *_ = sizes
-        assert r + ra <= h_columns < r + ra + 2 * 128
+@pytest.mark.parametrize("gpu", [(132, 90), (108, 80), (58, 89), (148, 100)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "backward"])
+def test_plans_for_real_gpus(transposed, gpu):
+    """No more parts than there are blocks for, none of a few steps, and a workspace that stays in
+    L2: 40 MB on the smallest of datacentres."""
+    multiprocessors, _ = gpu
+    for (K, N, r, ra), M in itertools.product(tune.SHAPES, (1, 16, 17, 64, 256, 2048)):
+        depth, width = (N, K) if transposed else (K, N)
+        sizes = torch.ops.hylora.cuda_dataflow_sizes
+        h_columns, cells, count, threads, shared = sizes(
+            *(transposed, False, M, depth, width, r, ra, *gpu)
+        )
+        decodes = M <= 16 and not transposed
+        side = 16 if decodes else {128: 64, 256: 128}[threads]
+        assert h_columns == side * (-(-r // side) + -(-ra // side))
+        row_blocks = -(-M // side)
+        tiles = row_blocks * h_columns // side
+        assert count == 1 + row_blocks + tiles
+        split, rest = divmod(cells, tiles * side * side)
+        assert rest == 0 and split != 1
+        residents = 2 if side == 128 else 3
+        assert split == 0 or tiles * split <= residents * multiprocessors
+        assert split == 0 or depth // split >= (256 if decodes else 96)
         assert 2 * M * h_columns + 4 * cells <= 40e6
-        assert count <= 1 + math.ceil(M / 16) * (1 + h_columns // 16)
+        assert shared <= 99 * 1024
