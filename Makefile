@@ -10,8 +10,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
 
-# Bytecode is made of what is imported, when it is: of torch's files alone all takes 27 seconds.
-PIP = .venv/bin/python -m pip install --disable-pip-version-check --no-compile
+# With bytecode, which takes 40 seconds: under PYTHONDONTWRITEBYTECODE each import would make it anew.
+PIP = .venv/bin/python -m pip install --disable-pip-version-check --compile
 SOURCES = $(wildcard setup.py hylora_kernels tests examples benchmarks)
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # What runs on the instrumented copy; tests/test_cpu_safety.py starts such runs itself.
