@@ -10,7 +10,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
 
-# With bytecode, which takes 40 seconds: under PYTHONDONTWRITEBYTECODE each import would make it anew.
+# With bytecode, whatever the environment says: under PYTHONDONTWRITEBYTECODE every import would make
+# it anew (a process that imports this package: 17 seconds instead of 5).
 PIP = .venv/bin/python -m pip install --disable-pip-version-check --compile
 SOURCES = $(wildcard setup.py hylora_kernels tests examples benchmarks)
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
