@@ -15,8 +15,8 @@ BENCH_ARGS ?=
 PIP = .venv/bin/python -m pip install --disable-pip-version-check --compile
 SOURCES = $(wildcard setup.py hylora_kernels tests examples benchmarks)
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-# What runs on the instrumented copy; tests/test_cpu_safety.py starts such runs itself.
-SANITIZED = $(filter-out %/test_cpu_safety.py,$(wildcard tests/test_cpu*.py))
+# What runs on the instrumented copy; tests/backends/cpu/test_safety.py starts such runs itself.
+SANITIZED = $(filter-out %/test_safety.py %/test_isa.py,$(wildcard tests/backends/cpu/test_*.py))
 FOR_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 BENCH_JSON = runs/bench/$(shell date +%Y%m%d-%H%M%S).json
 

@@ -6,10 +6,10 @@
                                             don't compile are an error
 
 The library is plain C++ on LibTorch's stable ABI: no Python symbol in it, so one file serves every
-Python and every torch from 2.10 on. Each file of csrc/cpu/ named in ISA is compiled for that
-instruction set and nothing newer, all others for the compiler's baseline. Where there is an nvcc
-the GPU's kernels come into the same file, and with them a runtime of their own: no library of CUDA
-has to be there when it is loaded.
+Python and every torch from 2.10 on. Each file of csrc/cpu/kernels/ named in ISA is compiled for
+that instruction set and nothing newer, all others for the compiler's baseline. Where there is an
+nvcc the GPU's kernels come into the same file, and with them a runtime of their own: no library of
+CUDA has to be there when it is loaded.
 
     CXX                     the compiler, with arguments if need be (g++, else clang++, else c++)
     HYLORA_CXXFLAGS         flags added to every compilation by it and to the link
@@ -161,13 +161,13 @@ def plan(cxx: list[str]) -> dict[str, list[str]]:
     files = {}
     for source in sources:
         name = Path(source).stem
-        if not source.startswith("csrc/cpu/"):
+        if not source.startswith("csrc/cpu/kernels/"):
             files[source] = BINDING_FLAGS
         elif name not in ISA or not x86:  # elsewhere those files compile to nothing
             files[source] = KERNEL_FLAGS
         elif knows(cxx, *ISA[name]):
             files[source] = KERNEL_FLAGS + ISA[name][0]
-    left_out = [name for name in ISA if f"csrc/cpu/{name}.cpp" not in files]
+    left_out = [name for name in ISA if f"csrc/cpu/kernels/{name}.cpp" not in files]
     if left_out:
         print(f"hylora_kernels: {cxx[0]} leaves out {', '.join(left_out)}", file=sys.stderr)
     macros = [f"-DHYLORA_NO_{name.upper()}" for name in left_out]
@@ -260,7 +260,7 @@ def cuda_or_reason(sanitize: bool) -> Cuda | NoCuda:
 
 
 def cuda_macros(cuda: Cuda | NoCuda) -> list[str]:
-    """What csrc/cuda_bindings.cpp is told of the machine code beside it."""
+    """What csrc/cuda/bindings.cpp is told of the machine code beside it."""
     if isinstance(cuda, NoCuda):
         return [f'-DHYLORA_NO_CUDA="{cuda}"']
     return [f'-DHYLORA_CUDA_ARCHS="{" ".join(map(str, cuda.archs))}"']
@@ -296,7 +296,7 @@ def ninja_file(folder: str, sanitize: bool) -> str:
     builds = [("cxx", source, flags + extra) for source, flags in plan(cxx).items()]
     if kernels := sources_of("cu"):
         cuda = cuda_or_reason(sanitize)
-        binding = "csrc/cuda_bindings.cpp"
+        binding = "csrc/cuda/bindings.cpp"
         builds = [(r, s, f + cuda_macros(cuda) if s == binding else f) for r, s, f in builds]
         if isinstance(cuda, Cuda):
             commands["nvcc"] = [cuda.nvcc, *cuda.flags, "-Icsrc"]

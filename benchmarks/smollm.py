@@ -8,9 +8,9 @@ import torch
 from layers import Shape, random_factors
 from torch import nn
 
-from hylora_kernels import models
-from hylora_kernels.compression.structure import linears
-from hylora_kernels.linear import SVDLoRALinear, factor_count
+from hylora_kernels.layers.linear import SVDLoRALinear, factor_count
+from hylora_kernels.model import load as models
+from hylora_kernels.model.structure import linears
 
 KEEP = 0.6
 

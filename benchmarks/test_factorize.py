@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hylora_kernels.factorize import truncated_svd
+from hylora_kernels.layers.factorize import truncated_svd
 
 KEEP = 0.6
 

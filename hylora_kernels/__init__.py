@@ -10,7 +10,7 @@ import sys
 from types import ModuleType
 
 from hylora_kernels.backends import available_backends, use_backend
-from hylora_kernels.linear import SVD_LoRA_Linear, SVDLoRALinear
+from hylora_kernels.layers.linear import SVD_LoRA_Linear, SVDLoRALinear
 from hylora_kernels.ops import svd_lora_linear
 
 __version__ = "0.1.0"
@@ -20,14 +20,14 @@ _PIPELINE = {
     "add_adapters": "compression",
     "merge_adapters": "compression",
     "analyze_spectrum": "compression",
-    "finetune": "finetune",
-    "evaluate": "evaluate",
-    "generate": "generate",
-    "save_pretrained": "checkpoint",
-    "load_pretrained": "checkpoint",
-    "optimize_for_inference": "inference",
-    "restore_from_inference": "inference",
-    "load_model": "models",
+    "finetune": "recovery.finetune",
+    "evaluate": "evaluation.evaluate",
+    "generate": "inference.generate",
+    "save_pretrained": "model.checkpoint",
+    "load_pretrained": "model.checkpoint",
+    "optimize_for_inference": "inference.optimize",
+    "restore_from_inference": "inference.optimize",
+    "load_model": "model.load",
 }
 
 __all__ = [

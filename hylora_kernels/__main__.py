@@ -1,5 +1,5 @@
 """`python -m hylora_kernels` is `hylora`."""
 
-from hylora_kernels.cli import app
+from hylora_kernels.cli.main import app
 
 app(prog_name="hylora")

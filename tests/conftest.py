@@ -87,7 +87,7 @@ def _seeded_and_poisoned(monkeypatch):
 @pytest.fixture
 def plain_plot(monkeypatch):
     """Drawing takes longer than any training here; test_report takes the real picture."""
-    module = sys.modules["hylora_kernels.finetune"]
+    module = sys.modules["hylora_kernels.recovery.finetune"]
     monkeypatch.setattr(module, "loss_plot", lambda curves, path: path.write_text(str(curves)))
 
 
@@ -95,9 +95,9 @@ def plain_plot(monkeypatch):
 def saved(tmp_path_factory):
     """A checkpoint; tests that alter one copy it."""
     folder = tmp_path_factory.mktemp("saved")
-    import checkpoints
+    from helpers import checkpoints
 
-    from hylora_kernels.checkpoint import save_pretrained
+    from hylora_kernels.model.checkpoint import save_pretrained
 
     torch.manual_seed(0)
     save_pretrained(checkpoints.build("llama, scaled rope"), folder)

@@ -13,7 +13,7 @@ import torch
 from torch import nn, randn, tensor
 
 from hylora_kernels import SVDLoRALinear, svd_lora_linear, use_backend
-from hylora_kernels.factorize import pivot_rows, truncated_svd
+from hylora_kernels.layers.factorize import pivot_rows, truncated_svd
 
 K, N, R, RA = 6, 5, 3, 2
 FLOATS = "float64, float32, bfloat16, float16"

@@ -6,9 +6,9 @@ import runpy
 from pathlib import Path
 
 import pytest
-import tiny
+from helpers import tiny
 
-from hylora_kernels.data import python_docs_text
+from hylora_kernels.text.sources import python_docs_text
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

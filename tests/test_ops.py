@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from numerics import (
+from helpers.numerics import (
     CASES,
     DTYPES,
     GRADS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import (
+from helpers.numerics import (
     GRADS,
     Case,
     Inputs,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import numerics
 import pytest
 import torch
-from numerics import AXES, CASES, Case, make_dy, make_inputs
+from helpers import numerics
+from helpers.numerics import AXES, CASES, Case, make_dy, make_inputs
 from torch import Tensor
 
 from hylora_kernels import reference

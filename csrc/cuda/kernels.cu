@@ -1,7 +1,7 @@
 // The kernels that there are, and which one a plan asks for.
+#include "adapter_gradients.h"
 #include "dataflow.h"
 #include "decode.h"
-#include "thin.h"
 
 namespace hylora::cuda {
 namespace {

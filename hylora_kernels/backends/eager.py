@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hylora_kernels import products
-from hylora_kernels.products import backward
+from hylora_kernels.backends.shared import torch_products as products
+from hylora_kernels.backends.shared.torch_products import backward
 
 __all__ = ["backward"]
 

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.checkpoint import adopt
 from hylora_kernels.compression.factors import factorize_model, open_workspace, timed
 from hylora_kernels.compression.ranks import DENSE, adapter_rank, allocate, curve
 from hylora_kernels.compression.refit import refit as refit_blocks
 from hylora_kernels.compression.replace import build_layer, put
-from hylora_kernels.compression.structure import Structure, as_matrix, discover
 from hylora_kernels.compression.whiten import METHODS
 from hylora_kernels.compression.workspace import fingerprint
-from hylora_kernels.data import token_blocks
-from hylora_kernels.inference import refuse_packed
-from hylora_kernels.linear import FORMS, SVDLoRALinear, freeze_all_but_adapters
-from hylora_kernels.models import load_model, tokenizer_of
-from hylora_kernels.report import Report
+from hylora_kernels.inference.optimize import refuse_packed
+from hylora_kernels.layers.linear import FORMS, SVDLoRALinear, freeze_all_but_adapters
+from hylora_kernels.model.checkpoint import adopt
+from hylora_kernels.model.load import load_model, tokenizer_of
+from hylora_kernels.model.structure import Structure, as_matrix, discover
+from hylora_kernels.support.report import Report
+from hylora_kernels.text.sources import token_blocks
 
 FACTORIZERS = ("gram", "exact", "randomized")
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression import calibration
-from hylora_kernels.compression.structure import Structure, as_matrix
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import Workspace, fingerprint
-from hylora_kernels.storage import require_disk
+from hylora_kernels.model.structure import Structure, as_matrix
+from hylora_kernels.support.storage import require_disk
 
 
 def open_workspace(

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hylora_kernels.compression.calibration import gram
-from hylora_kernels.compression.structure import Structure, as_matrix
 from hylora_kernels.compression.whiten import Factors
-from hylora_kernels.factorize import wide
+from hylora_kernels.layers.factorize import wide
+from hylora_kernels.model.structure import Structure, as_matrix
 
 RIDGE = 4.0  # of the mean diagonal, for a factored layer
 DENSE_RIDGE = 1e-3  # the same, for a layer that stays dense: its W is refitted whole

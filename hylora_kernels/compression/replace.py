@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hylora_kernels.checkpoint import adopt
-from hylora_kernels.compression.structure import as_matrix, linears
 from hylora_kernels.compression.whiten import Factors
-from hylora_kernels.inference import refuse_packed
-from hylora_kernels.linear import SVDLoRALinear, freeze_all_but_adapters
+from hylora_kernels.inference.optimize import refuse_packed
+from hylora_kernels.layers.linear import SVDLoRALinear, freeze_all_but_adapters
+from hylora_kernels.model.checkpoint import adopt
+from hylora_kernels.model.structure import as_matrix, linears
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

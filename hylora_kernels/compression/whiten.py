@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hylora_kernels.factorize import truncated_svd, wide
+from hylora_kernels.layers.factorize import truncated_svd, wide
 
 METHODS = ("two_sided", "whitened", "svd")
 INPUT_DAMPING, GRADIENT_DAMPING = 1e-3, 1e-2  # of the mean diagonal

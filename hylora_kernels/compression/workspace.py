@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hylora_kernels.compression.whiten import Factors
-from hylora_kernels.storage import atomic_path, cache_dir
+from hylora_kernels.support.storage import atomic_path, cache_dir
 
 LAYOUT = 1  # raised whenever the files' meaning or the algorithm's numbers change
 

@@ -46,7 +46,7 @@ def _compile(library: Path) -> None:
     command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", f"-I{HERE}"]
     command += ["-isystem", torch_folder / "include", "-Wno-unknown-pragmas", "-x", "c++"]
     command += [
-        CSRC / "cuda_bindings.cpp",
+        CSRC / "cuda" / "bindings.cpp",
         CSRC / "cuda" / "plan.cpp",
         CSRC / "cuda" / "kernels.cu",
     ]

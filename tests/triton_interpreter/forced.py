@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from unittest import mock
 
-from hylora_kernels import counters
+from hylora_kernels.backends.shared import counters
 from hylora_kernels.backends.triton import launch
 from hylora_kernels.backends.triton.config import Config, Target, ThinConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from hylora_kernels.library import MISSING, in_words
+from hylora_kernels.backends.shared.library import MISSING, in_words
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 EMIT, SCALED, INPUT = 1, 2, 4  # flags of cpu_dual: emit the adapter's h, scaled; order sorts x

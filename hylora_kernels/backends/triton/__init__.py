@@ -19,8 +19,8 @@ import os
 import torch
 from torch import Tensor
 
-from hylora_kernels import products
-from hylora_kernels.backends.triton import vendor
+from hylora_kernels.backends.shared import torch_products as products
+from hylora_kernels.backends.triton import torch_products as vendor
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
     FORWARD,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hylora_kernels import storage
+from hylora_kernels.support import storage
 
 _log = logging.getLogger(__name__)
 FORWARD, BACKWARD = "forward", "backward"

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from hylora_kernels import counters
+from hylora_kernels.backends.shared import counters
 from hylora_kernels.backends.triton import kernels
 from hylora_kernels.backends.triton.config import (
     BACKWARD,

@@ -1,0 +1,282 @@
+// The products in plain fused multiply-adds: rows of floats times a panel, at any vector width.
+#pragma once
+#include "../call.h"
+#include "vector.h"
+
+#define HYLORA_LAMBDA __attribute__((always_inline))
+
+namespace hylora {
+namespace {
+
+// One stretch of k of a tile of 32 rows and one or two panels: rows of `a` (lda elements apart)
+// times a panel. Planes hold the limbs of both; without limbs, b_plane is where the second panel of
+// a pair starts.
+template <class A>
+struct Step {
+  const A* a;
+  int64_t lda;
+  const void* b;
+  int64_t k;
+  int64_t a_plane = 0, b_plane = 0;
+};
+
+// Where row r, vector i of a 32 x 32 tile lies: the tile is kept as AMX stores it, four 16 x 16
+// quarters.
+HYLORA_INLINE int tile_at(int r, int i) {
+  int column = i * W;
+  return (r >> 4) * 512 + (column >> 4) * 256 + (r & 15) * 16 + (column & 15);
+}
+
+// A row of a tile, given where it starts.
+HYLORA_INLINE Row tile_row(const float* sums) {
+  Row row;
+  for (int i = 0; i < P; i++)
+    row.v[i] = load(sums + tile_at(0, i));
+  return row;
+}
+
+// Number k of MR rows, three rows a pointer: the addresses are pointer + 0, 1 or 2 strides,
+// so few registers hold them all. (With one offset a row, the compiler reloads them every k.)
+template <class A, int MR>
+struct RowPointers {
+  static constexpr int kThirds = (MR + 2) / 3;
+  const char* third[kThirds];
+  int64_t stride;
+
+  HYLORA_MEMBER RowPointers(const A* a, int64_t lda) : stride(lda * int64_t(sizeof(A))) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kThirds; i++)
+      third[i] = reinterpret_cast<const char*>(a + 3 * i * lda);
+  }
+  HYLORA_MEMBER const A* at(int r) const {
+    return reinterpret_cast<const A*>(third[r / 3] + (r % 3) * stride);
+  }
+  HYLORA_MEMBER void advance(int count) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kThirds; i++) {
+      third[i] += count * int64_t(sizeof(A));
+      asm("" : "+r"(third[i]));
+    }
+  }
+};
+
+// The sums of MR rows by the vectors of one or two panels, in registers. U > 1 keeps that many
+// apart, so that few rows don't wait for one another's additions.
+template <int MR, int U, int kVectors>
+struct Sums {
+  V v[U][MR][kVectors];
+
+  HYLORA_MEMBER Sums() {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++)
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; i++)
+          v[u][r][i] = V{};
+  }
+  HYLORA_MEMBER void add(int u, int r, V factor, const V* w) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++)
+      v[u][r][i] = fma(factor, w[i], v[u][r][i]);
+  }
+  // to = (from or 0) + the sums, as rows r0 and on of a tile, or of one for each panel.
+  HYLORA_MEMBER void hand_over(const float* from, float* to, int r0) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; i++) {
+        const int at = i / P * 1024 + tile_at(r0 + r, i % P);
+        V total = v[0][r][i];
+#pragma GCC unroll 4
+        for (int u = 1; u < U; u++)
+          total += v[u][r][i];
+        if (from) total += load(from + at);
+        store(to + at, total);
+      }
+  }
+};
+
+// k a turn of the loop below: of what a turn costs beside its multiply-adds, only loads are left.
+constexpr int kTurn = 4;
+
+// Rows r0 to r0 + MR times a stretch of one or two [k][32] panels. Every turn fetches `Lines` more
+// lines of each, `ahead` bytes on. Not inlined: among a tile's other loops the compiler runs out of
+// registers.
+template <class T, int MR, int U, int Vectors, int Lines>
+HYLORA_APART void fma_rows(const Step<float>& step, const float* from, float* to, int r0,
+                           int64_t ahead) {
+  constexpr int Wide = (Vectors + P - 1) / P;
+  Sums<MR, U, Vectors> sums;
+  RowPointers<float, MR> a(step.a + r0 * step.lda, step.lda);
+  const T* b = static_cast<const T*>(step.b);
+  auto one = [&](int u) HYLORA_LAMBDA {
+    V w[Vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; i++)
+      w[i] = load(b + i / P * step.b_plane + u * 32 + i % P * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; r++)
+      sums.add(u % U, r, splat(a.at(r)[u]), w);
+  };
+  const char* fetch = reinterpret_cast<const char*>(b) + ahead;
+  int64_t k = 0;
+  for (; k + kTurn <= step.k; k += kTurn) {
+#pragma GCC unroll 16
+    for (int line = 0; line < Wide * Lines; line++)
+      __builtin_prefetch(fetch + line / Wide * 64 + line % Wide * step.b_plane * sizeof(T));
+    fetch += 64 * Lines;
+#pragma GCC unroll 4
+    for (int u = 0; u < kTurn; u++)
+      one(u);
+    a.advance(kTurn), b += kTurn * 32;
+  }
+  for (; k < step.k; k++) {
+    one(0);
+    a.advance(1), b += 32;
+  }
+  sums.hand_over(from, to, r0);
+}
+
+// The same over bf16 tiles: each 32-bit lane holds the weights of an even and an odd k, so widening
+// is one shift and one mask.
+template <int MR, int U, bool Cold>
+HYLORA_APART void fma_rows_paired(const Step<float>& step, const float* from, float* to, int r0) {
+  Sums<MR, U, P> sums;
+  RowPointers<float, MR> a(step.a + r0 * step.lda, step.lda);
+  const bf16* b = static_cast<const bf16*>(step.b);
+  const int64_t pairs = ceil_div(step.k, 2);
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    const bf16* line = b + (pair >> 4) * 1024 + (pair & 15) * 32;
+    if constexpr (Cold) {
+      __builtin_prefetch(reinterpret_cast<const char*>(line) + 4096);
+      __builtin_prefetch(reinterpret_cast<const char*>(line) + 5120);
+    }
+    V even[P], odd[P];
+#pragma GCC unroll 8
+    for (int i = 0; i < P; i++) {
+      int column = i * W;
+      VU both = *reinterpret_cast<const VUu*>(line + (column >> 4) * 512 + (column & 15) * 2);
+      even[i] = bits_as_float(both << 16);
+      odd[i] = bits_as_float(both & 0xffff0000u);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; r++) {
+      sums.add(0, r, splat(a.at(r)[0]), even);
+      sums.add(U - 1, r, splat(a.at(r)[1]), odd);
+    }
+    a.advance(2);
+  }
+  sums.hand_over(from, to, r0);
+}
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// The rows of the middle and of x are floats; panels hold T.
+template <class T>
+struct Fma {
+  using A = float;
+  static constexpr int kPlanes = 1;
+  static constexpr bool kTiles = false;
+  static constexpr bool kPaired = sizeof(T) == 2 && __is_same(T, bf16);
+  // Panels a tile: of 64 columns 6 rows fit the registers, so 10 loads feed 24 multiply-adds where
+  // 8 rows of 32 columns need 10 for 16 (1.08x).
+  static constexpr int kWide = kPaired || W < 16 ? 1 : 2;
+  static constexpr int64_t kStretch = 96;  // k: what is summed in one chain
+  static constexpr int64_t kChunk = 8;     // k-blocks a pass over a block of rows
+  static constexpr int64_t kRows = 192;    // rows a block
+
+  explicit Fma(int) {}
+  void begin(int) {}
+  void end() {}
+
+  // to = (from or 0) + sum over steps, `rows` of 32 rows. Every stretch of k is summed from zero
+  // and then added: rounding errors grow with the length of a chain, and the stretch stays in L1.
+  template <class Interleave>
+  void tile(const Step<float>* steps, int count, const float* from, float* to, int rows,
+            int64_t columns, bool cold, Interleave&& step) {
+    step();
+    for (int s = 0; s < count; s++)
+      for (int64_t k = 0; k < steps[s].k; k += kStretch) {
+        Step<float> piece = steps[s];
+        piece.a += k;
+        piece.b = static_cast<const T*>(piece.b) + k * 32;
+        piece.k = piece.k - k < kStretch ? piece.k - k : kStretch;
+        if constexpr (kWide == 2)
+          wide_stretch(piece, from, to, rows, columns, cold);
+        else if constexpr (W == 16)
+          stretch<P, 8, 4, 2, 1>(piece, from, to, rows, cold);
+        else if constexpr (W == 8)
+          stretch<P, 3, 1>(piece, from, to, rows, cold);
+        else
+          stretch<P, 1>(piece, from, to, rows, cold);
+        from = to;
+      }
+    if (from != to)
+      for (int i = 0; i < 1024 * (columns > 32 ? kWide : 1); i++)
+        to[i] = from ? from[i] : 0.0f;
+  }
+
+  // A vector without a column is left out, for most ranks are no multiple of 64: K = 1267, r = 33,
+  // M = 1316 in 2.1 ms instead of 2.5. A panel alone is summed as in a pair: the same bits.
+  static void wide_stretch(const Step<float>& step, const float* from, float* to, int rows,
+                           int64_t columns, bool cold) {
+    if (columns > 48) return stretch<4, 6, 4, 2, 1>(step, from, to, rows, cold);
+    if (columns > 32) return stretch<3, 6, 4, 2, 1>(step, from, to, rows, cold);
+    if (columns > 16) return stretch<2, 6, 4, 2, 1>(step, from, to, rows, cold);
+    stretch<1, 6, 4, 2, 1>(step, from, to, rows, cold);
+  }
+
+  // `rows` in groups of Most rows as long as there are that many, then of More..., and so on. What
+  // lies 8 KB ahead in a cold panel is fetched by all groups together, so that memory works while
+  // any of them multiplies.
+  template <int Vectors, int Most, int... More>
+  HYLORA_INLINE void stretch(const Step<float>& step, const float* from, float* to, int rows,
+                             bool cold) {
+    constexpr int kLines = kTurn * int(sizeof(T)) / 2;           // a turn and panel
+    const bool odd_few = Most == 6 && (rows == 3 || rows == 5);  // 2 + 1 and 4 + 1
+    const int groups = odd_few ? 2 : (rows + Most - 1) / Most;
+    const int lines = !cold ? 0 : groups == 1 ? kLines : groups == 2 ? kLines / 2 : kLines / 4 + 1;
+    const int64_t share = ceil_div(step.k, kTurn) * lines * 64;
+    int64_t ahead = 8192;
+    int r = 0;
+    auto groups_of = [&](auto mr) HYLORA_LAMBDA {
+      constexpr int MR = decltype(mr)::value;
+      constexpr int few = W < 16 ? 2 : kPaired ? 8 : 4;
+      constexpr int U = MR >= few ? 1 : W < 16 || MR > 1 ? 2 : 4;
+      // 8 rows are twice 4 rather than 6 and 2.
+      for (; rows - r >= MR && !(MR == 6 && rows - r == 8); r += MR, ahead += share)
+        if constexpr (kPaired)
+          group_of_paired<MR, (U > 1 ? 2 : 1)>(step, from, to, r, cold && r == 0);
+        else if (lines == 0)
+          fma_rows<T, MR, U, Vectors, 0>(step, from, to, r, ahead);
+        else if (lines == kLines)
+          fma_rows<T, MR, U, Vectors, kLines>(step, from, to, r, ahead);
+        else if (lines == kLines / 2)
+          fma_rows<T, MR, U, Vectors, kLines / 2>(step, from, to, r, ahead);
+        else
+          fma_rows<T, MR, U, Vectors, kLines / 4 + 1>(step, from, to, r, ahead);
+    };
+    groups_of(Int<Most>());
+    (groups_of(Int<More>()), ...);
+  }
+
+  template <int MR, int U>
+  HYLORA_INLINE void group_of_paired(const Step<float>& step, const float* from, float* to, int r0,
+                                     bool cold) {
+    if (cold)
+      fma_rows_paired<MR, U, true>(step, from, to, r0);
+    else
+      fma_rows_paired<MR, U, false>(step, from, to, r0);
+  }
+
+  static HYLORA_MEMBER Row row(const float* sums) { return tile_row(sums); }
+  static HYLORA_MEMBER void put(float* at, int64_t, const Row& value) { store_row(at, value); }
+  static HYLORA_MEMBER Row get(const float* at, int64_t) { return load_row(at); }
+};
+
+}  // namespace
+}  // namespace hylora

@@ -1,0 +1,316 @@
+// The ops of the cuda room, on LibTorch's stable ABI: every check of a tensor is here, the kernels
+// see the structs of cuda/call.h. What a launch needs, results and workspace, comes as tensors.
+//
+// One library serves torch with CUDA and without: nothing of CUDA is asked of the loader. In the
+// emulator's build (tests/cuda_emulator) the same ops serve tensors on the CPU.
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "call.h"
+
+#if !defined(HYLORA_NO_CUDA) && !defined(HYLORA_EMULATION)
+// Of the static runtime, whose headers only nvcc is sure to find.
+extern "C" int cudaDriverGetVersion(int*);
+extern "C" int cudaRuntimeGetVersion(int*);
+#endif
+
+namespace hylora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+// ------------------------------------------------------------ what is here
+
+// The architectures that there is machine code for, as in "80 90"; "" where there is none at all.
+std::string archs() {
+#if defined(HYLORA_CUDA_ARCHS)
+  return HYLORA_CUDA_ARCHS;
+#else
+  return "";
+#endif
+}
+
+// Why a GPU of this architecture can't be served, in words; "" where it can: by machine code or,
+// where there is none for it, by the PTX of the least one.
+std::string lacks(int64_t arch) {
+#if defined(HYLORA_EMULATION)
+  return "";
+#elif defined(HYLORA_NO_CUDA)
+  return "the library has no CUDA kernels: " HYLORA_NO_CUDA;
+#else
+  if (arch >= cuda::kLeastArch) return "";
+  return "serves GPUs from sm_" + std::to_string(cuda::kLeastArch) + " on, got sm_" +
+         std::to_string(arch);
+#endif
+}
+
+// Why the driver can't run the kernels, in words; "" where it can.
+std::string driver_lacks() {
+#if !defined(HYLORA_NO_CUDA) && !defined(HYLORA_EMULATION)
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  auto version = [](int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+  };
+  if (driver / 1000 < runtime / 1000)
+    return "the kernels were built with CUDA " + version(runtime) + ", the driver knows " +
+           version(driver) + ": update it, or build the library with an older nvcc";
+#endif
+  return "";
+}
+
+// ------------------------------------------------------------ checks
+
+std::string shape_of(const Tensor& t) {
+  std::string words = "[";
+  for (int64_t i = 0; i < t.dim(); i++)
+    words += (i ? ", " : "") + std::to_string(t.size(i));
+  return words + "]";
+}
+
+cuda::Type type_of(const Tensor& t, const char* name) {
+  const bool known = t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
+  STD_TORCH_CHECK(known, name, " must be bfloat16 or float16");
+  return t.scalar_type() == ScalarType::Half ? cuda::Type::fp16 : cuda::Type::bf16;
+}
+
+// What all tensors of a call share: `first` has it.
+struct Like {
+  const Tensor& first;
+  const char* name;
+
+  void check(const Tensor& t, const char* its_name, ScalarType type) const {
+    const bool here =
+        t.is_cuda() == first.is_cuda() && t.get_device_index() == first.get_device_index();
+    STD_TORCH_CHECK(here, its_name, " must be on the device of ", name);
+    STD_TORCH_CHECK(t.scalar_type() == type, its_name, " has the wrong dtype");
+  }
+
+  // The pointer of a matrix [rows, columns] of first's dtype; *stride is that of its rows.
+  void* matrix(const Tensor& t, const char* its_name, int64_t rows, int64_t columns,
+               int64_t* stride) const {
+    check(t, its_name, first.scalar_type());
+    const bool fits = t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+    STD_TORCH_CHECK(fits, its_name, " must be [", rows, ", ", columns, "], got ", shape_of(t));
+    STD_TORCH_CHECK(columns <= 1 || t.stride(1) == 1, its_name,
+                    " must be contiguous in its last dimension, got stride ", t.stride(1));
+    *stride = t.stride(0);
+    return t.data_ptr();
+  }
+
+  // The pointer of numbers in one piece: `count` of them, or of workspace at least as many.
+  void* piece(const Tensor& t, const char* its_name, ScalarType type, int64_t count,
+              bool workspace = false) const {
+    check(t, its_name, type);
+    STD_TORCH_CHECK(t.is_contiguous(), its_name, " must lie in one piece");
+    STD_TORCH_CHECK(t.numel() == count || (workspace && t.numel() > count), its_name, " must have ",
+                    workspace ? "at least " : "", count, " numbers, got ", shape_of(t));
+    return t.data_ptr();
+  }
+
+  // The same of first's dtype; null where there is none.
+  void* piece_or_null(const Maybe& t, const char* its_name, int64_t count) const {
+    return t ? piece(*t, its_name, first.scalar_type(), count) : nullptr;
+  }
+
+  void workspace(const Maybe& partial, const Tensor& counters, const cuda::Plan& plan,
+                 float** partial_at, int32_t** counters_at) const {
+    STD_TORCH_CHECK(partial || !plan.partial_floats, "partial must be given: ", plan.partial_floats,
+                    " numbers");
+    *partial_at = partial ? static_cast<float*>(piece(*partial, "partial", ScalarType::Float,
+                                                      plan.partial_floats, true))
+                          : nullptr;
+    *counters_at =
+        static_cast<int32_t*>(piece(counters, "counters", ScalarType::Int, plan.counters, true));
+  }
+};
+
+// ------------------------------------------------------------ launches
+
+#if !defined(HYLORA_NO_CUDA)
+// The stream that torch works in. Its function is in torch's CUDA library, which a CPU build lacks;
+// torch doesn't load that one globally, so it is asked for by name.
+void* stream_of(const Tensor& t) {
+  if (!t.is_cuda()) return nullptr;
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const auto current = [] {
+    const char* name = "aoti_torch_get_current_cuda_stream";
+    void* found = dlsym(RTLD_DEFAULT, name);
+    if (void* library = found ? nullptr : dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY))
+      found = dlsym(library, name);
+    return reinterpret_cast<Function>(found);
+  }();
+  STD_TORCH_CHECK(current, "this torch has no CUDA: aoti_torch_get_current_cuda_stream is missing");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(current(t.get_device_index(), &stream));
+  return stream;
+}
+#endif
+
+template <class Call>
+void launch(const Call& call, const cuda::Plan& plan, const Tensor& on, int64_t arch) {
+  const std::string reason = lacks(arch);
+  STD_TORCH_CHECK(reason.empty(), reason);
+#if !defined(HYLORA_NO_CUDA)
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (on.is_cuda()) guard.emplace(on.get_device_index());
+  const char* error = cuda::launch(call, plan, stream_of(on));
+  STD_TORCH_CHECK(!*error, "the CUDA launch failed: ", error);
+#endif
+}
+
+void dataflow(const Tensor& x, const Tensor& W1, const Maybe& W1a, const Tensor& W2,
+              const Maybe& W2a, const Maybe& bias, const Maybe& pivots, const Maybe& others,
+              double alpha, bool transposed, int64_t multiprocessors, int64_t arch, const Tensor& y,
+              const Tensor& h, const Maybe& h_a, const Maybe& partial, const Tensor& counters) {
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && W1.dim() == 2 && (!W1a || W1a->dim() == 2),
+                  "x, y, W1 and W1a must be matrices");
+  STD_TORCH_CHECK(W1a.has_value() == W2a.has_value(), "W1a and W2a must come together");
+  STD_TORCH_CHECK(pivots.has_value() == others.has_value(), "pivots and others must come together");
+  const Like like{x, "x"};
+  cuda::Dataflow d{};
+  d.type = type_of(x, "x"), d.transposed = transposed, d.alpha = float(alpha);
+  d.M = x.size(0), d.K = x.size(1), d.N = y.size(1);
+  d.rank = W1.size(transposed), d.lora_rank = W1a ? W1a->size(transposed) : 0;
+  STD_TORCH_CHECK(d.M && d.K && d.N && d.rank, "no dimension may be empty, got x ", shape_of(x),
+                  ", W1 ", shape_of(W1), " and y ", shape_of(y));
+  int64_t depth = d.K, width = d.N, y_stride;
+  if (pivots) {
+    (transposed ? depth : width) -= d.rank;
+    d.others_count = transposed ? depth : width;
+    STD_TORCH_CHECK(d.others_count > 0, "pivots must be fewer than the outputs, got ", d.rank);
+    d.pivots = static_cast<int32_t*>(like.piece(*pivots, "pivots", ScalarType::Int, d.rank));
+    d.others =
+        static_cast<int64_t*>(like.piece(*others, "others", ScalarType::Long, d.others_count));
+  }
+  // As stored: forward the contraction runs along the rows, transposed down the columns.
+  auto weight = [&](const Tensor& t, const char* name, int64_t outputs, int64_t inputs,
+                    int64_t* stride) {
+    return transposed ? like.matrix(t, name, inputs, outputs, stride)
+                      : like.matrix(t, name, outputs, inputs, stride);
+  };
+  d.x = like.matrix(x, "x", d.M, d.K, &d.x_stride);
+  d.W1 = weight(W1, "W1", d.rank, depth, &d.w1_stride);
+  d.W2 = weight(W2, "W2", width, d.rank, &d.w2_stride);
+  if (W1a) {
+    d.W1a = weight(*W1a, "W1a", d.lora_rank, d.K, &d.w1a_stride);
+    d.W2a = weight(*W2a, "W2a", d.N, d.lora_rank, &d.w2a_stride);
+  }
+  d.bias = like.piece_or_null(bias, "bias", d.N);
+  d.h_a = like.piece_or_null(h_a, "h_a", d.M * d.lora_rank);
+  d.y = like.matrix(y, "y", d.M, d.N, &y_stride);
+  STD_TORCH_CHECK(y.is_contiguous(), "y must lie in one piece");
+  const cuda::Plan plan = cuda::plan(d, int(multiprocessors), int(arch));
+  d.h = like.piece(h, "h", x.scalar_type(), d.M * plan.h_columns, true);
+  like.workspace(partial, counters, plan, &d.partial, &d.counters);
+  launch(d, plan, x, arch);
+}
+
+void thin(const Maybe& dh_a, const Maybe& x, const Maybe& h_a, const Maybe& dy, double alpha,
+          int64_t multiprocessors, int64_t arch, const Maybe& dA, const Maybe& dB, const Maybe& db,
+          const Maybe& partial, const Tensor& counters) {
+  STD_TORCH_CHECK(dh_a.has_value() == dA.has_value() && x.has_value() == dA.has_value() &&
+                      h_a.has_value() == dB.has_value() && dy.has_value() == dB.has_value() &&
+                      (dA || dB) && (dB || !db),
+                  "dh_a, x and dA, or h_a, dy and dB, or all must be given, db with dB alone");
+  const Tensor& left = dA ? *dh_a : *h_a;
+  const Like like{left, dA ? "dh_a" : "h_a"};
+  STD_TORCH_CHECK(left.dim() == 2 && (!x || x->dim() == 2) && (!dy || dy->dim() == 2),
+                  "dh_a, x, h_a and dy must be matrices");
+  cuda::Thin t{};
+  t.type = type_of(left, like.name), t.alpha = float(alpha);
+  t.M = left.size(0), t.lora_rank = left.size(1);
+  t.K = x ? x->size(1) : 0, t.N = dy ? dy->size(1) : 0;
+  STD_TORCH_CHECK(t.M && t.lora_rank && (!dA || t.K) && (!dB || t.N), "no dimension may be empty");
+  t.dh_a = like.piece_or_null(dh_a, "dh_a", t.M * t.lora_rank);
+  t.h_a = like.piece_or_null(h_a, "h_a", t.M * t.lora_rank);
+  t.dA = like.piece_or_null(dA, "dA", t.lora_rank * t.K);
+  t.dB = like.piece_or_null(dB, "dB", t.N * t.lora_rank);
+  t.db = like.piece_or_null(db, "db", t.N);
+  if (x) t.x = like.matrix(*x, "x", t.M, t.K, &t.x_stride);
+  if (dy) t.dy = like.matrix(*dy, "dy", t.M, t.N, &t.dy_stride);
+  const cuda::Plan plan = cuda::plan(t, int(multiprocessors), int(arch));
+  like.workspace(partial, counters, plan, &t.partial, &t.counters);
+  launch(t, plan, left, arch);
+}
+
+// ------------------------------------------------------------ workspace sizes
+
+// Columns of h, floats of partial, counters; threads of a block and bytes of its shared memory.
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Sizes sizes_of(const cuda::Plan& plan) {
+  return {plan.h_columns, plan.partial_floats, plan.counters, plan.threads, plan.shared_bytes};
+}
+
+Sizes dataflow_sizes(bool transposed, bool pivoted, int64_t M, int64_t K, int64_t N, int64_t rank,
+                     int64_t lora_rank, int64_t multiprocessors, int64_t arch) {
+  static const int32_t some_pivots = 0;
+  cuda::Dataflow d{};
+  d.transposed = transposed, d.pivots = pivoted ? &some_pivots : nullptr;
+  d.M = M, d.K = K, d.N = N, d.rank = rank, d.lora_rank = lora_rank;
+  d.others_count = pivoted ? (transposed ? K : N) - rank : 0;
+  return sizes_of(cuda::plan(d, int(multiprocessors), int(arch)));
+}
+
+Sizes thin_sizes(int64_t M, int64_t K, int64_t N, int64_t lora_rank, int64_t multiprocessors,
+                 int64_t arch) {
+  static int32_t there = 0;
+  cuda::Thin t{};
+  t.dA = K ? &there : nullptr, t.dB = N ? &there : nullptr;
+  t.M = M, t.K = K, t.N = N, t.lora_rank = lora_rank;
+  return sizes_of(cuda::plan(t, int(multiprocessors), int(arch)));
+}
+
+}  // namespace
+}  // namespace hylora
+
+#if defined(HYLORA_EMULATION)
+STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
+  m.impl("cuda_dataflow", TORCH_BOX(&hylora::dataflow));
+  m.impl("cuda_thin", TORCH_BOX(&hylora::thin));
+}
+#else
+STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
+  m.def("cuda_dataflow(Tensor x, Tensor W1, Tensor? W1a, Tensor W2, Tensor? W2a, Tensor? bias,"
+        " Tensor? pivots, Tensor? others, float alpha, bool transposed, int multiprocessors,"
+        " int arch, Tensor(a!) y, Tensor(b!) h, Tensor(c!)? h_a, Tensor(d!)? partial,"
+        " Tensor(e!) counters) -> ()");
+  m.def("cuda_thin(Tensor? dh_a, Tensor? x, Tensor? h_a, Tensor? dy, float alpha,"
+        " int multiprocessors, int arch, Tensor(a!)? dA, Tensor(b!)? dB, Tensor(c!)? db,"
+        " Tensor(d!)? partial, Tensor(e!) counters) -> ()");
+  m.def("cuda_dataflow_sizes(bool transposed, bool pivoted, int M, int K, int N, int rank,"
+        " int lora_rank, int multiprocessors, int arch)"
+        " -> (int h_columns, int partial, int counters, int threads, int shared)");
+  m.def("cuda_thin_sizes(int M, int K, int N, int lora_rank, int multiprocessors, int arch)"
+        " -> (int h_columns, int partial, int counters, int threads, int shared)");
+  m.def("cuda_archs() -> str");
+  m.def("cuda_lacks(int arch) -> str");
+  m.def("cuda_driver_lacks() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hylora, CUDA, m) {
+  m.impl("cuda_dataflow", TORCH_BOX(&hylora::dataflow));
+  m.impl("cuda_thin", TORCH_BOX(&hylora::thin));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hylora, CompositeExplicitAutograd, m) {
+  m.impl("cuda_dataflow_sizes", TORCH_BOX(&hylora::dataflow_sizes));
+  m.impl("cuda_thin_sizes", TORCH_BOX(&hylora::thin_sizes));
+  m.impl("cuda_archs", TORCH_BOX(&hylora::archs));
+  m.impl("cuda_lacks", TORCH_BOX(&hylora::lacks));
+  m.impl("cuda_driver_lacks", TORCH_BOX(&hylora::driver_lacks));
+}
+#endif

@@ -1,0 +1,1 @@
+"""Perplexity, size and speed."""

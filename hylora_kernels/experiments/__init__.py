@@ -1,0 +1,1 @@
+"""Runs over many models: a sweep and the demo."""

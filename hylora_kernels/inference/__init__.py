@@ -1,0 +1,1 @@
+"""Packing a model for inference, and generating text."""

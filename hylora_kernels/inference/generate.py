@@ -1,0 +1,163 @@
+"""Text generation: transformers' generate with every setting said, text handed out as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.generation.streamers import BaseStreamer
+
+from hylora_kernels.evaluation.evaluate import context_length
+from hylora_kernels.support.devices import input_device
+
+
+def generate(
+    model: nn.Module,
+    tokenizer,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    chat: bool = False,
+    seed: int = 0,
+    stream: Callable[[str], object] | None = None,
+) -> str:
+    """The text that continues `prompt`: up to max_new_tokens, or to the model's end of text.
+
+    temperature: 0 is greedy; above, tokens are drawn by `seed` among the likeliest that make up
+                 top_p of the probability.
+    chat:        the prompt is a user's message, put into the tokenizer's chat template.
+    stream:      called with each piece of text as soon as it is certain; together they are the
+                 result.
+
+    Of the model's own generation settings only its end-of-text tokens count. The caller's random
+    state stays as it was. Raises ValueError for an empty prompt, one beyond the model's context, a
+    number that can't be, and a tokenizer without what it takes.
+    """
+    _check(tokenizer, prompt, max_new_tokens, temperature, top_p, chat)
+    ids = _encode(tokenizer, prompt, chat)
+    most = context_length(model)
+    if most is not None and ids.shape[1] + max_new_tokens > most:
+        raise ValueError(
+            f"prompt has {ids.shape[1]} tokens, which with max_new_tokens={max_new_tokens} "
+            f"is beyond the model's context of {most}"
+        )
+    device = input_device(model)
+    ids = ids.to(device)
+    pieces = _Pieces(tokenizer, stream)
+    was_training = model.training
+    model.eval()
+    try:
+        with forked_rng(device):
+            seed_rng(device, seed)
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=pieces,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
+                top_p=top_p if temperature else None,
+                top_k=0 if temperature else None,
+                num_beams=1,
+                repetition_penalty=1.0,
+                pad_token_id=_pad_token(model, tokenizer),
+            )
+    finally:
+        model.train(was_training)
+    return "".join(pieces.texts)
+
+
+class _Pieces(BaseStreamer):
+    """Turns tokens into pieces of text, each as soon as no token to come can change it.
+
+    A character may take several tokens. They are decoded behind the piece before them, since some
+    tokenizers drop a leading space.
+    """
+
+    def __init__(self, tokenizer, stream):
+        self.tokenizer, self.stream = tokenizer, stream
+        self.texts: list[str] = []
+        self.tokens: list[int] | None = (
+            None  # None: the prompt is still to come, as the first thing put
+        )
+        self.before = self.sent = 0  # tokens[before:sent] are the last piece
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.tokens is None:
+            self.tokens = []
+            return
+        self.tokens += value.flatten().tolist()
+        text = self._decode(self.before, None)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._send(text)
+
+    def end(self) -> None:
+        self._send(self._decode(self.before, None))
+
+    def _send(self, text: str) -> None:
+        piece = text[len(self._decode(self.before, self.sent)) :]
+        self.before, self.sent = self.sent, len(self.tokens)
+        if piece:
+            self.texts.append(piece)
+            if self.stream is not None:
+                self.stream(piece)
+
+    def _decode(self, start: int, stop: int | None) -> str:
+        return self.tokenizer.decode(
+            self.tokens[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """At the end, put back the random state of the CPU, and of CUDA if `device` is of it."""
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with torch.random.fork_rng(list(devices)):
+        yield
+
+
+def seed_rng(device: torch.device, seed: int) -> None:
+    """Seed the CPU's random state, and that of `device`'s kind."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def _encode(tokenizer, prompt, chat) -> torch.Tensor:
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    return tokenizer(prompt, return_tensors="pt").input_ids
+
+
+def _pad_token(model, tokenizer) -> int | None:
+    """Never used with one prompt; given so that transformers doesn't warn that it chose one."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    end = model.generation_config.eos_token_id
+    return end[0] if isinstance(end, list) else end
+
+
+def _check(tokenizer, prompt, max_new_tokens, temperature, top_p, chat) -> None:
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given to generate text, got None")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt must be a text that is not empty, got {prompt!r}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature must be 0 (greedy) or positive and finite, got {temperature}"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "chat needs a tokenizer with a chat template, which this one lacks: leave chat=False"
+        )

@@ -1,0 +1,1 @@
+"""The modules that a model is made of."""

@@ -1,0 +1,154 @@
+"""What runs here: versions, devices, what the CPU can do, backends and why not, the cache."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from hylora_kernels.backends import available_backends, cpu_levels, cuda_code
+from hylora_kernels.support import storage
+from hylora_kernels.support.report import Report, format_bytes
+
+PACKAGES = (
+    "hylora-kernels",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "datasets",
+)
+# The instruction sets that decide how fast a linear is, as /proc/cpuinfo spells them, under the
+# field that lists them: x86's and Arm's.
+ISA_FLAGS = {
+    "flags": ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"),
+    "Features": ("asimd", "asimddp", "bf16", "i8mm", "sve"),
+}
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Device:
+    """name: as torch takes it ("cuda:0"); memory: bytes."""
+
+    name: str
+    model: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Environment(Report):
+    """versions: package -> version, None where it isn't installed. cpu_capability: what torch picks
+    its kernels for. isa: flag -> whether this CPU has it; empty where the system doesn't say."""
+
+    versions: dict[str, str | None]
+    system: str
+    devices: list[Device]
+    cores: int
+    threads: int
+    cpu_capability: str
+    isa: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Cache(Report):
+    """Bytes of files in the folder that HYLORA_CACHE, or else the system, names."""
+
+    path: Path
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Info(Report):
+    """backends: name -> "" where it can be used, or the reason why not. cpu_level: the instruction
+    set that the backend "cpu" uses, or ""; cpu_levels: all it has kernels for -> "" or why not.
+    cuda_code: the GPUs that the backend "cuda" was compiled for, or why for none."""
+
+    environment: Environment
+    backends: dict[str, str]
+    cpu_level: str
+    cpu_levels: dict[str, str]
+    cuda_code: str
+    cache: Cache
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What there is to print: a name and a line each."""
+        env = self.environment
+        rows = [(name, version or "not installed") for name, version in env.versions.items()]
+        rows.append(("system", env.system))
+        rows += [(d.name, f"{d.model}, {format_bytes(d.memory)}") for d in env.devices]
+        rows.append(("threads", f"{env.threads} of {env.cores} cores"))
+        rows.append(("CPU kernels", f"{env.cpu_capability} (what torch picks them for)"))
+        if env.isa:
+            for word, wanted in (("CPU has", True), ("CPU lacks", False)):
+                flags = ", ".join(flag for flag, has in env.isa.items() if has is wanted)
+                rows.append((word, flags or "none of those asked for"))
+        rows += [(f"backend {k}", reason or "available") for k, reason in self.backends.items()]
+        if self.cpu_level:
+            rows.append(("cpu level", f"{self.cpu_level} (HYLORA_ISA forces another)"))
+            rows += [(f"cpu {k}", reason) for k, reason in self.cpu_levels.items() if reason]
+        rows.append(("cuda code", self.cuda_code))
+        rows.append(("cache", f"{self.cache.path}, {format_bytes(self.cache.bytes)}"))
+        return rows
+
+
+def info() -> Info:
+    return Info(environment(), available_backends(), *cpu_levels(), cuda_code(), cache())
+
+
+def cache() -> Cache:
+    return Cache(storage.cache_root(), storage.cache_size())
+
+
+def environment() -> Environment:
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return Environment(
+        versions=versions,
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        devices=_devices(),
+        cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        isa=_isa(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[Device]:
+    memory = psutil.virtual_memory().total
+    found = [Device("cpu", _cpu_field("model name") or platform.processor() or "CPU", memory)]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(Device(f"cuda:{index}", properties.name, properties.total_memory))
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", "Apple GPU (shares the CPU's memory)", memory))
+    return found
+
+
+def _isa() -> dict[str, bool]:
+    for field, flags in ISA_FLAGS.items():
+        if listed := _cpu_field(field).split():
+            return {flag: flag in listed for flag in flags}
+    return {}
+
+
+def _cpu_field(name: str) -> str:
+    """The first CPU's field in /proc/cpuinfo; "" where there is none."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in fields if key.strip() == name), "")

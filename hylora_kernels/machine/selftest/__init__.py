@@ -1,0 +1,1 @@
+"""Every backend against float64, and the same call repeated."""

@@ -1,0 +1,306 @@
+"""Does every backend compute the formula, on this very machine, and the same bits each time?
+
+Every backend that can be used here is run forward and backward over a grid of shapes and held
+against the formula in float64. It may be off by twice what the plain formula, four products in the
+same dtype, is off itself. Then the same calls are repeated (selftest_races.py): a race shows as
+bits that differ. Memory that nobody has written is NaN in half of the runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hylora_kernels import backends, reference
+from hylora_kernels.backends import triton as triton_room
+from hylora_kernels.backends.triton import config as configs
+from hylora_kernels.machine.selftest.grid import DTYPES, FORMS, Call, Case, Entry, plan
+from hylora_kernels.machine.selftest.races import Race, races, run
+from hylora_kernels.ops import svd_lora_linear
+from hylora_kernels.support.devices import resolve_device
+from hylora_kernels.support.report import Report, table
+
+GRADS = ("dx", "dA", "dB", "db")
+CPU_REPEATS, GPU_REPEATS, INTERPRETED_REPEATS = 3, 20, 1
+
+
+@dataclass(frozen=True)
+class Line:
+    """One backend, dtype and form. worst: the largest error over the one allowed, in the case that
+    `where` names. failures: what is wrong, in words; none where all is well."""
+
+    backend: str
+    device: str
+    dtype: str
+    form: str
+    cases: int
+    worst: float
+    where: str
+    repeats: int
+    bit_equal: bool
+    failures: list[str]
+
+
+@dataclass(frozen=True)
+class SelftestReport(Report):
+    """devices: name -> model. skipped: what was not tested -> why not."""
+
+    torch: str
+    devices: dict[str, str]
+    seconds: float
+    lines: list[Line] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> list[str]:
+        return [failure for line in self.lines for failure in line.failures]
+
+    def render(self):
+        columns = ("backend", "device", "dtype", "form", "cases", "worst error / allowed")
+        rows = [
+            (
+                *(line.backend, line.device, line.dtype, line.form, line.cases, line.worst),
+                f"{line.repeats} x {'bit-equal' if line.bit_equal else 'DIFFERENT'}",
+                "FAILED" if line.failures else "ok",
+            )
+            for line in self.lines
+        ]
+        where = ", ".join(f"{name}: {model}" for name, model in self.devices.items())
+        return table(f"selftest on {where}", (*columns, "repeated", "verdict"), rows)
+
+
+def selftest(
+    device: str = "auto", full: bool = False, repeats: int | None = None, seed: int = 0
+) -> SelftestReport:
+    """Every backend that can be used on `device` ("auto": on the CPU and, if there is one, a GPU).
+
+    full:    more sizes, and every launch that tuning may pick in every dtype: many minutes on a
+             GPU, most of them compilation.
+    repeats: how often each call is repeated; by default 20 times on a GPU and 3 on a CPU.
+
+    What fails is in the report's lines. Raises ValueError for a device that isn't there.
+    """
+    # cuBLAS repeats itself on several streams only with a workspace of its own.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    first = resolve_device(device)
+    found = {first.type: first}
+    if device == "auto":
+        found["cpu"] = torch.device("cpu")
+    start, lines, skipped = time.perf_counter(), [], {}
+    for name, room in backends.ROOMS.items():
+        if reason := room.why_not():
+            skipped[name] = reason
+            continue
+        for where in found.values():
+            lines += _test_room(name, where, full, repeats, seed, skipped)
+    models = {str(where): _model_of(where) for where in found.values()}
+    return SelftestReport(torch.__version__, models, time.perf_counter() - start, lines, skipped)
+
+
+def _model_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def _test_room(name, device, full, repeats, seed, skipped) -> list[Line]:
+    interpreted = name == "triton" and device.type == "cpu"
+    if repeats is None:
+        repeats = GPU_REPEATS if device.type == "cuda" else CPU_REPEATS
+        repeats = INTERPRETED_REPEATS if interpreted else repeats
+    entries = plan(name, device, full)
+    if reason := _refusal(name, entries[0], entries[0].dtypes[0], device):
+        skipped[f"{name} on {device}"] = reason
+        return []
+    if interpreted:
+        skipped[f"{name} bfloat16 on {device}"] = "Triton's interpreter gets its products wrong"
+    elif name == "triton":
+        _compile(entries, device, seed)
+    lines, total = [], sum(len(entry.dtypes) for entry in entries)
+    with tqdm(total=total, desc=f"{name} on {device}", unit="case", disable=None) as bar:
+        for dtype, form in itertools.product(DTYPES, FORMS):
+            chosen = [e for e in entries if e.case.form == form and dtype in e.dtypes]
+            if chosen and (reason := _refusal(name, chosen[0], dtype, device)):
+                skipped[f"{name} {_word(dtype)} on {device}"] = reason
+                continue
+            tally = _Tally(name, device, dtype, repeats, seed)
+            for entry in chosen:
+                for config in _launches(name, entry, dtype, device):
+                    tally.add(entry.case, config)
+                bar.update()
+            if chosen:
+                lines.append(tally.line(form))
+    return lines
+
+
+def _refusal(name: str, entry: Entry, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a room can't serve calls of a dtype on a device."""
+    x, SVh, U, A, B, bias, _, pivots, _ = entry.case.call(dtype, device, 0)
+    return backends.ROOMS[name].unsupported(x, SVh, U, A, B, bias, pivots)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# -------------------------------------------------------------------------------------- launches
+
+
+def _launches(name: str, entry: Entry, dtype, device) -> list:
+    """None, the room's own choice; in a GPU's room also the launches that may be chosen."""
+    if name == "cuda":
+        return [None, "kernels"] if dtype != torch.float32 else [None]
+    if name != "triton" or not entry.launches:
+        return [None]
+    case, (K, N, r, ra) = entry.case, entry.case.sizes
+    rank, pivoted = (N if case.form == "dense" else r), case.form != "pair"
+    problem = configs.Problem(case.M, K, N, rank, ra, dtype, pivoted)
+    found = configs.candidates(problem, triton_room._target(device))
+    return [None, *[c for c in found if c is not configs.VENDOR][: entry.launches]]
+
+
+def _forced(name: str, config):
+    return nullcontext() if config is None else backends.ROOMS[name].forcing(config)
+
+
+def _compile(entries: list[Entry], device: torch.device, seed: int) -> None:
+    """Compile the launches of these cases on all cores: one by one they take seconds each."""
+    import triton
+
+    workers = ThreadPoolExecutor(os.cpu_count())
+    with workers, triton.AsyncCompileMode(workers, ignore_errors=True):
+        for entry in tqdm(entries, desc="compiling", unit="case", disable=None):
+            for dtype in entry.dtypes:
+                call = entry.case.call(dtype, device, seed)
+                for config in _launches("triton", entry, dtype, device)[1:]:
+                    with triton_room.forcing(config, compile_only=True):
+                        run(triton_room, call, (True, False, False, False))
+
+
+# --------------------------------------------------------------------------------------- judgement
+
+
+class _Tally:
+    """What has been found for one line."""
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, repeats: int, seed):
+        self.name, self.device, self.dtype = name, device, dtype
+        self.repeats, self.seed = repeats, seed
+        self.cases, self.worst, self.where, self.bit_equal = 0, 0.0, "", True
+        self.failures: list[str] = []
+
+    def add(self, case: Case, config) -> None:
+        """Judge a case under a forced launch, or None."""
+        self.cases += 1
+        words = str(case) if config is None else f"{case} by {config}"
+        try:
+            with _forced(self.name, config):
+                self._judge(case, words, config is not None)
+        # A kernel may fail in any way at all, and the report is to say which one and how.
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            self._fail(words, f"{type(error).__name__}: {text}", float("inf"))
+
+    def _judge(self, case: Case, words: str, forced: bool) -> None:
+        calls = [case.call(self.dtype, self.device, self.seed + i) for i in range(2)]
+        # The other call of a layer: its frozen factors are the same.
+        calls[1] = calls[0]._replace(**{n: getattr(calls[1], n) for n in ("x", "A", "B", "dy")})
+        expected, bound = _truth(calls[0])
+        interpreted = self.name == "triton" and self.device.type == "cpu"
+        for poison in (True,) if interpreted else (True, False):
+            with poisoned(poison):
+                got = _by_autograd(self.name, calls[0])
+                for tensor, exact in expected.items():
+                    ratio = _distance(got[tensor], exact) / bound[tensor]
+                    if not ratio <= 1:
+                        self._fail(words, f"{tensor}: error {ratio:.3g} x what is allowed", ratio)
+                    elif ratio > self.worst:
+                        self.worst, self.where = ratio, f"{words}: {tensor}"
+                if poison and not interpreted:
+                    continue
+                try:
+                    races(backends.ROOMS[self.name], calls, self.repeats, forced)
+                except Race as race:
+                    self.bit_equal = False
+                    self._fail(words, str(race), self.worst)
+
+    def _fail(self, words: str, what: str, ratio: float) -> None:
+        self.failures.append(f"{self.name} {_word(self.dtype)} on {self.device}: {words}: {what}")
+        if not ratio <= self.worst:
+            self.worst, self.where = ratio, words
+
+    def line(self, form: str) -> Line:
+        kind = self.name, str(self.device), _word(self.dtype), form, self.cases
+        found = self.worst, self.where, self.repeats, self.bit_equal, self.failures
+        return Line(*kind, *found)
+
+
+def _truth(call: Call) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """y and the gradients in float64, and how far off a result may be: twice the plain formula's
+    own error in the call's dtype, and a few roundings.
+
+    The formula's error is one throw of the dice, and a lucky one where there are few numbers.
+    """
+    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in call]
+    exact, plain = _by_formula(Call(*wide)), _by_formula(call)
+    bound = {}
+    for name, truth in exact.items():
+        size = max(1.0, float(truth.abs().max()))
+        roundings = 8 if truth.numel() <= 256 else 2
+        slack = roundings * torch.finfo(call.x.dtype).eps * size
+        bound[name] = 2 * _distance(plain[name], truth) + slack
+    return exact, bound
+
+
+def _by_formula(call: Call) -> dict[str, Tensor]:
+    *inputs, dy = call
+    x, SVh, U, A, B, bias, alpha, pivots = inputs
+    y, h_a = reference.forward(*inputs)
+    grads = reference.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots)
+    named = {"y": y} | dict(zip(GRADS, grads, strict=True))
+    if bias is None:
+        del named["db"]
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _by_autograd(name: str, call: Call) -> dict[str, Tensor]:
+    leaves = {n: getattr(call, n) for n in ("x", "A", "B", "bias")}
+    leaves = {n: t.detach().requires_grad_() for n, t in leaves.items() if t is not None}
+    with backends.use_backend(name):
+        y = svd_lora_linear(*call._replace(**leaves)[:-1])
+    grads = torch.autograd.grad(y, list(leaves.values()), call.dy)
+    names = [{"bias": "db"}.get(n, f"d{n}") for n in leaves]
+    return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, in float64; infinite if there is a NaN or the shapes differ."""
+    if a.shape != b.shape:
+        return float("inf")
+    difference = (a.double() - b.double()).abs()
+    return float(difference.nan_to_num(float("inf")).max())
+
+
+@contextmanager
+def poisoned(on: bool) -> Iterator[None]:
+    """Memory that comes without a value holds NaN inside the `with`, or (False) what it held."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = on
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Dd]eterministic")
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)

@@ -1,0 +1,334 @@
+"""Measure what serves a layer fastest on this GPU, and keep it in a table that the backend reads.
+
+Every candidate of a problem is checked against the others' result first. Then all of them are timed
+in turns: as replays of a CUDA graph with the weights in L2 ("warm") and displaced from it ("cold",
+as a model's other layers displace them), and called one by one from Python ("eager", cold). Graphs
+are decided by their cold times, eager calls by theirs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hylora_kernels.backends import triton as room
+from hylora_kernels.backends.triton import config as configs
+from hylora_kernels.backends.triton.config import BACKWARD, FORWARD, VENDOR, Problem, table_path
+from hylora_kernels.support.report import Report, table
+from hylora_kernels.support.storage import write_json
+
+# K, N, r, ra: SmolLM2's, TinyLlama's and Llama 7B's at keeps between 0.5 and 0.8.
+SHAPES = (
+    (576, 576, 144, 16),
+    (576, 1536, 208, 16),
+    (2048, 2048, 512, 32),
+    (2048, 5632, 768, 32),
+    (5632, 2048, 768, 32),
+    (4096, 4096, 1024, 32),
+    (4096, 11008, 1536, 32),
+)
+ROWS = (1, 4, 16, 64, 256, 2048)
+BACKWARD_ROWS = (256, 2048)
+WARM_CALLS = 10  # in one graph, of the same weights
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call. config: the candidate's fields, or "vendor"."""
+
+    config: dict | str
+    graph_warm: float
+    graph_cold: float
+    eager: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem and what was measured for it. graph, eager: the winners."""
+
+    M: int
+    K: int
+    N: int
+    rank: int
+    lora_rank: int
+    dtype: str
+    pivoted: bool
+    direction: str
+    graph: dict | str
+    eager: dict | str
+    timings: list[Timing]
+
+
+@dataclass(frozen=True)
+class TuneReport(Report):
+    """device, torch and triton say where it holds; copied_gbs is the device's own read + write
+    bandwidth, measured beside it."""
+
+    device: str
+    torch: str
+    triton: str
+    copied_gbs: float
+    rows: list[Row] = field(default_factory=list)
+
+    def render(self):
+        """A line a problem: times of the vendor's products and of the best launch, in
+        microseconds."""
+        columns = (
+            "problem",
+            "vendor cold",
+            "one launch cold",
+            "ratio",
+            "warm",
+            "eager",
+            "graph by",
+        )
+        return table(f"tuned on {self.device}", columns, [_cells(row) for row in self.rows])
+
+
+def _cells(row: Row) -> tuple:
+    vendor = next(t for t in row.timings if t.config == "vendor")
+    others = [t for t in row.timings if t.config != "vendor"]
+    form = "pivoted" if row.pivoted else "pair"
+    name = f"{row.K}x{row.N} r{row.rank}+{row.lora_rank} M={row.M} {form} {row.dtype}"
+    name += " backward" if row.direction == BACKWARD else ""
+    if not others:
+        return name, f"{1e6 * vendor.graph_cold:.1f}", "-", "-", "-", "-", "vendor"
+    best = {
+        key: min(getattr(t, key) for t in others) for key in ("graph_cold", "graph_warm", "eager")
+    }
+    ratios = [f"{getattr(vendor, key) / best[key]:.2f}" for key in best]
+    words = "vendor" if row.graph == "vendor" else _words(row.graph)
+    return (
+        name,
+        f"{1e6 * vendor.graph_cold:.1f}",
+        f"{1e6 * best['graph_cold']:.1f}",
+        *ratios,
+        words,
+    )
+
+
+def _words(config: dict) -> str:
+    return " ".join(f"{name}{int(value)}" for name, value in config.items())
+
+
+def tune(
+    device: str = "cuda",
+    shapes: Sequence[tuple[int, int, int, int]] = SHAPES,
+    rows: Sequence[int] = ROWS,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    forms: Sequence[str] = ("pair", "pivoted"),
+    directions: Sequence[str] = (FORWARD, BACKWARD),
+    candidates: Callable = configs.candidates,
+    save: Path | None = None,
+) -> TuneReport:
+    """Measure every problem of shapes (K, N, r, ra) x rows x dtypes x forms x directions.
+
+    They are written to `save`, by default where the backend looks for this device's table, in the
+    place of what the file says of the same problems, and after every problem, so an interruption
+    loses one. Raises ValueError where the backend can't serve the device, FloatingPointError where
+    a candidate's result is wrong.
+    """
+    where = torch.device(device)
+    if where.type != "cuda":
+        raise ValueError(f"device must be a GPU, got {device!r}")
+    if reason := room.why_not():
+        raise ValueError(f"device must be one that backend 'triton' serves: {reason}")
+    where = torch.device(
+        "cuda", torch.cuda.current_device() if where.index is None else where.index
+    )
+    target, name = room._target(where), torch.cuda.get_device_name(where)
+    problems = [
+        Problem(M, K, N, rank, lora_rank, dtype, form == "pivoted", direction)
+        for (K, N, r, ra), dtype, form, direction in itertools.product(
+            shapes, dtypes, forms, directions
+        )
+        for rank, lora_rank in dict.fromkeys([(r + ra, 0), (r, ra)])  # adapter merged, and not
+        for M in rows
+        if direction == FORWARD or M in BACKWARD_ROWS
+    ]
+    import triton
+
+    report = TuneReport(name, torch.__version__, triton.__version__, _copy_bandwidth(where) / 1e9)
+    save = save or table_path(name)
+    before = json.loads(save.read_text())["rows"] if save.is_file() else []
+    compile_all(problems, where, target, candidates)
+    for problem in tqdm(problems, desc="tuning", unit="problem"):
+        report.rows.append(measure(problem, where, candidates(problem, target)))
+        _save(report, before, save)
+    configs.table.cache_clear()
+    room._chosen.cache_clear()
+    return report
+
+
+def _save(report: TuneReport, before: list[dict], path: Path) -> None:
+    """Write the report, and what was in the file before of other problems."""
+    sizes = [f.name for f in dataclasses.fields(Problem)]
+    whole = report.to_dict()
+    measured = {tuple(row[size] for size in sizes) for row in whole["rows"]}
+    kept = [row for row in before if tuple(row[size] for size in sizes) not in measured]
+    write_json(path, whole | {"rows": kept + whole["rows"]})
+
+
+def compile_all(problems, device, target, candidates) -> None:
+    """Compile what will be measured, on all cores: one by one it takes seconds a kernel."""
+    import triton
+
+    seen = set()
+    workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    with workers, triton.AsyncCompileMode(workers, ignore_errors=True):
+        for problem in tqdm(problems, desc="compiling", unit="problem", delay=2):
+            call = None
+            for config in candidates(problem, target):
+                compiled = (
+                    config,
+                    problem.dtype,
+                    problem.pivoted,
+                    problem.direction,
+                    problem.lora_rank > 0,
+                    problem.M == 1,
+                    problem.M % 16,
+                )
+                if config is VENDOR or compiled in seen:
+                    continue
+                seen.add(compiled)
+                call = call or _calls(problem, device, 1)[0]
+                with room.forcing(config, compile_only=True):
+                    call()
+
+
+def measure(problem: Problem, device: torch.device, candidates, rounds: int = 7) -> Row:
+    """All candidates of a problem, timed in turns."""
+    copies = _copies_that_displace(problem, device)
+    calls = _calls(problem, device, copies)
+    expected = None
+    contests: dict[str, dict[int, tuple[Callable, int]]] = {
+        "graph_warm": {},
+        "graph_cold": {},
+        "eager": {},
+    }
+    for index, config in enumerate(candidates):
+        with room.forcing(config):
+            y = calls[0]()
+            if expected is None:
+                expected = y.double()
+            error = float((y.double() - expected).norm() / expected.norm())
+            if not error < 2e-2:
+                raise FloatingPointError(
+                    f"{config} computes {problem} with relative error {error:.1e}"
+                )
+            contests["graph_warm"][index] = _graph(calls[:1] * WARM_CALLS), WARM_CALLS
+            contests["graph_cold"][index] = _graph(calls), len(calls)
+        contests["eager"][index] = _eager(calls, config), len(calls)
+    found = {kind: _in_turns(contest, rounds) for kind, contest in contests.items()}
+    timings = [
+        Timing(_plain(config), *(found[kind][index] for kind in contests))
+        for index, config in enumerate(candidates)
+    ]
+    fields = dataclasses.asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch.")}
+    winners = {
+        kind: min(timings, key=lambda t, k=key: getattr(t, k)).config
+        for kind, key in (("graph", "graph_cold"), ("eager", "eager"))
+    }
+    return Row(**fields, **winners, timings=timings)
+
+
+def _plain(config) -> dict | str:
+    return "vendor" if config is VENDOR else dataclasses.asdict(config)
+
+
+def _graph(calls) -> Callable:
+    """A CUDA graph of all the calls, as one call."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def _eager(calls, config) -> Callable:
+    def run():
+        with room.forcing(config):
+            for call in calls:
+                call()
+
+    return run
+
+
+def _in_turns(contest: dict, rounds: int, budget: float = 0.05) -> dict:
+    """The median seconds a call of each of (run, calls a run)."""
+    samples = {index: [] for index in contest}
+    repeats = {}
+    for index, (run, _) in contest.items():
+        run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        repeats[index] = max(1, min(20, round(budget / rounds / max(seconds, 1e-6))))
+    for _ in range(rounds):
+        for index, (run, count) in contest.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(repeats[index]):
+                run()
+            end.record()
+            end.synchronize()
+            samples[index].append(begin.elapsed_time(end) / 1e3 / repeats[index] / count)
+    return {index: statistics.median(values) for index, values in samples.items()}
+
+
+def _copies_that_displace(problem: Problem, device) -> int:
+    """So many copies of the weights that going round them, each comes from memory."""
+    size = problem.dtype.itemsize * (problem.rank + problem.lora_rank) * (problem.K + problem.N)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(4, min(300, math.ceil(2 * cache / size)))
+
+
+def _calls(problem: Problem, device, copies: int) -> list[Callable[[], Tensor]]:
+    """The problem's call on fresh random tensors, once for each copy of the weights."""
+    M, K, N, r, ra = problem.M, problem.K, problem.N, problem.rank, problem.lora_rank
+    kind = {"device": device, "dtype": problem.dtype}
+    forward = problem.direction == FORWARD
+    rows = torch.randn(M, K if forward else N, **kind)
+    pivots = None
+    if problem.pivoted:
+        pivots = torch.randperm(N, device=device)[:r].sort().values.int()
+    bias = torch.randn(N, **kind) if forward else None
+
+    def one():
+        SVh, U = torch.randn(r, K, **kind) / K**0.5, torch.randn(problem.others, r, **kind) / r**0.5
+        A = B = None
+        if ra:
+            A, B = torch.randn(ra, K, **kind) / K**0.5, torch.randn(N, ra, **kind) / ra**0.5
+        if forward:
+            return lambda: room.forward(rows, SVh, U, A, B, bias, 0.7, pivots)[0]
+        needs = (True, False, False, False)
+        return lambda: room.backward(rows, None, None, SVh, U, A, B, 0.7, pivots, needs)[0]
+
+    return [one() for _ in range(copies)]
+
+
+def _copy_bandwidth(device) -> float:
+    """Bytes read plus written a second, of a copy much larger than any cache."""
+    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    run = _in_turns({0: (lambda: target.copy_(source), 1)}, 7)
+    return 2 * source.nbytes / run[0]

@@ -1,0 +1,1 @@
+"""A causal language model as an object: loaded, looked at, saved."""

@@ -1,0 +1,104 @@
+"""A model as its config describes it, still without weights, and the places in it for tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model.tensorfile import CheckpointError
+
+
+@dataclass
+class Slot:
+    """A place in a model for a tensor."""
+
+    module: nn.Module
+    name: str
+    kind: str  # "parameter", "buffer", or "made": a buffer that the model makes for itself
+    tensor: Tensor
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """Put `tensor` there; what is there afterwards."""
+        if self.kind == "parameter":
+            tensor = nn.Parameter(tensor, requires_grad=self.tensor.requires_grad)
+        setattr(self.module, self.name, tensor)
+        return tensor
+
+
+def slots_of(model: nn.Module) -> dict[str, Slot]:
+    """Every place under its name in a state dict; tied places hold the same tensor."""
+    slots = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                slots[prefix + name] = Slot(module, name, "parameter", tensor)
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                kind = "made" if name in module._non_persistent_buffers_set else "buffer"
+                slots[prefix + name] = Slot(module, name, kind, tensor)
+    return slots
+
+
+def missing_from(slots: dict[str, Slot], names) -> list[str]:
+    """The slots that get no tensor from `names`, not even through one they are tied to."""
+    filled = {id(slots[name].tensor) for name in names}
+    return [n for n, slot in slots.items() if slot.kind != "made" and id(slot.tensor) not in filled]
+
+
+def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
+    """The model of a saved config: parameters on the meta device, the buffers it makes in place."""
+    config = dict(config)
+    modules = config.pop("quantization_config")["modules"]
+    model_class = _model_class(config, source)
+    # Parameters are taken off to meta one by one, as they are made. Under torch.device("meta") the
+    # rotary frequencies and masks, which are in no file, would be lost as well.
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = model_class._from_config(model_class.config_class.from_dict(config))
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{source}: no {model_class.__name__} comes of it: {error}"
+        ) from error
+    model.tie_weights()
+    for path, spec in modules.items():
+        try:
+            model.set_submodule(path, _empty_layer(model.get_submodule(path), **spec))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source}: modules[{path!r}]: {error}") from error
+    return model
+
+
+def _model_class(config: dict, source) -> type[PreTrainedModel]:
+    """The class that `config` names, from transformers or registered with its AutoModels."""
+    name, kind = (config.get("architectures") or [None])[0], config.get("model_type")
+    known = [getattr(transformers, str(name), None)]
+    if kind in CONFIG_MAPPING:
+        known.insert(0, AutoModelForCausalLM._model_mapping.get(CONFIG_MAPPING[kind], None))
+    for found in known:
+        if getattr(found, "__name__", None) == name and issubclass(found, PreTrainedModel):
+            return found
+    raise CheckpointError(f"{source}: transformers knows no model class {name!r}")
+
+
+def _empty_layer(
+    linear: nn.Module, *, rank, lora_rank, alpha, form, group=None, lora_dropout=0.0
+) -> SVDLoRALinear:
+    if isinstance(linear, Conv1D):
+        in_features, out_features = linear.weight.shape
+    elif isinstance(linear, nn.Linear):
+        in_features, out_features = linear.in_features, linear.out_features
+    else:
+        raise TypeError(f"{type(linear).__name__} is no linear layer")
+    if group is not None:
+        raise ValueError(f"group must be null, got {group!r}")
+    bias, sizes = linear.bias is not None, (in_features, out_features, rank, lora_rank)
+    return SVDLoRALinear(*sizes, bias, alpha, lora_dropout, form, device="meta")

@@ -1,0 +1,1 @@
+"""Training the adapters of a compressed model."""

@@ -1,0 +1,1 @@
+"""Files, devices, reports: what knows nothing of models."""

@@ -1,0 +1,1 @@
+"""Text as blocks of tokens, and where it comes from."""

@@ -1,0 +1,219 @@
+"""The rooms' common door, and the chooser: auto, forced, by environment, unknown, refusing."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.numerics import Case, every_form, every_room, make_inputs
+
+from hylora_kernels import available_backends, backends, ops, svd_lora_linear, use_backend
+
+DOOR = {
+    "is_available": "",
+    "unsupported": "x, SVh, U, A, B, bias, pivots",
+    "forward": "x, SVh, U, A, B, bias, alpha, pivots",
+    "backward": "dy, x, h_a, SVh, U, A, B, alpha, pivots, needs",
+    "why_not": "",
+    "gains": "x, SVh, U, A, B, bias, pivots",
+    "forget": "SVh",
+    "pack": "SVh, U, A, B, bias, alpha, pivots",
+    "forward_packed": "x, packed",
+    "rows_packed": "ids, packed",
+    "unpack": "packed",
+}
+
+
+@every_room
+def test_every_room_has_the_same_door(room):
+    for name, parameters in DOOR.items():
+        function = getattr(backends.ROOMS[room], name)
+        assert ", ".join(inspect.signature(function).parameters) == parameters
+
+
+@every_room
+def test_rooms_do_not_import_one_another(room):
+    home = backends.ROOMS[room].__name__
+    modules = [m for n, m in sys.modules.items() if n == home or n.startswith(home + ".")]
+    imports = re.compile(r"^\s*(?:from|import) +(hylora_kernels\S*)", re.MULTILINE)
+    for module in modules:
+        named = imports.findall(inspect.getsource(module))
+        rooms = {n for n in named if n.startswith("hylora_kernels.backends")}
+        own = (home, f"{home}.", "hylora_kernels.backends.shared")
+        assert all(n.startswith(own) for n in rooms), module.__name__
+
+
+def test_every_room_has_both_ops():
+    assert list(backends.ROOMS)[-1] == "eager", "the room that serves everything is asked last"
+    for room in backends.ROOMS:
+        assert ops._FORWARD_OPS[room] is getattr(torch.ops.hylora, f"{room}_forward").default
+        assert getattr(torch.ops.hylora, f"{room}_backward").default
+
+
+@every_form
+def test_eager_serves_everything(form):
+    room = backends.ROOMS["eager"]
+    assert room.is_available()
+    for dtype in (torch.float64, torch.float16):
+        x, SVh, U, A, B, bias, _, pivots = make_inputs(Case(M=0, form=form), dtype)
+        assert room.unsupported(x, SVh, U, A, B, bias, pivots) is None
+        assert room.gains(x, SVh, U, A, B, bias, pivots)
+        assert room.pack(SVh, U, A, B, bias, 1.0, pivots) is None
+
+
+def test_available_backends():
+    found = available_backends()
+    assert list(found) == list(backends.ROOMS)
+    assert found["eager"] == ""
+    for name, room in backends.ROOMS.items():
+        assert room.is_available() == (found[name] == "")
+
+
+def test_cpu_levels():
+    used, reasons = backends.cpu_levels()
+    assert list(reasons) == ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
+    if available_backends()["cpu"]:
+        assert used == ""
+    else:
+        assert reasons["scalar"] == "" and reasons[used] == ""
+
+
+@every_room
+def test_a_room_that_cannot_be_used_serves_nothing(room):
+    reason, inputs = backends.ROOMS[room].why_not(), make_inputs(Case(), torch.float32)
+    x, SVh, U, A, B, bias, _, pivots = inputs
+    if reason:
+        assert backends.ROOMS[room].unsupported(x, SVh, U, A, B, bias, pivots) == reason
+        with use_backend(room), pytest.raises(ValueError, match=re.escape(reason)):
+            svd_lora_linear(*inputs)
+
+
+# ------------------------------------------------------------------------------------- the chooser
+
+
+def choose(inputs=None) -> str:
+    x, SVh, U, A, B, bias, _, pivots = inputs or make_inputs(Case())
+    return backends.choose(x, SVh, U, A, B, bias, pivots)
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    """A room asked first that serves float64 alone, and gains by it unless the test says no."""
+
+    def unsupported(x, *others):
+        return None if x.dtype == torch.float64 else f"wants float64, got {x.dtype}"
+
+    room = SimpleNamespace(
+        why_not=lambda: "no such machine", unsupported=unsupported, gains=lambda *call: True
+    )
+    monkeypatch.setattr(backends, "ROOMS", {"picky": room, **backends.ROOMS})
+    monkeypatch.delenv("HYLORA_BACKEND", raising=False)
+    return room
+
+
+def test_auto_takes_the_first_room_that_serves(picky):
+    assert choose(make_inputs(Case())) == "picky"
+    assert choose(make_inputs(Case(), torch.float32)) != "picky"
+    assert available_backends()["picky"] == "no such machine"
+
+
+def test_auto_passes_over_a_room_that_gains_nothing(picky):
+    picky.gains = lambda *call: False
+    assert choose(make_inputs(Case())) == "eager"
+    with use_backend("picky"):
+        assert choose(make_inputs(Case())) == "picky", "forced, it serves what it can"
+
+
+def test_forced_room_that_cannot_serve_says_why(picky):
+    inputs = make_inputs(Case(), torch.float32)
+    message = r"backend 'picky' can't serve this call: wants float64, got torch\.float32"
+    with use_backend("picky"):
+        assert choose(make_inputs(Case())) == "picky"
+        with pytest.raises(ValueError, match=message):
+            choose(inputs)
+        with pytest.raises(ValueError, match=message):
+            svd_lora_linear(*inputs)
+    assert choose(inputs) != "picky"
+
+
+def test_use_backend_nests_and_ends_with_an_error(picky):
+    assert choose() == "picky"
+    with use_backend("eager"):
+        assert choose() == "eager"
+        with use_backend("auto"):
+            assert choose() == "picky"
+        assert choose() == "eager"
+    with pytest.raises(KeyError), use_backend("eager"):
+        raise KeyError
+    assert choose() == "picky"
+
+
+def test_use_backend_overrides_the_environment(picky, monkeypatch):
+    monkeypatch.setenv("HYLORA_BACKEND", "eager")
+    assert choose() == "eager"
+    with use_backend("picky"):
+        assert choose() == "picky"
+    with use_backend("auto"):
+        assert choose() == "picky"
+
+
+def test_unknown_names(monkeypatch):
+    message = r"use_backend must be one of \('auto', .*'eager'\), got 'gpu'"
+    with pytest.raises(ValueError, match=message), use_backend("gpu"):
+        pass
+    monkeypatch.setenv("HYLORA_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"HYLORA_BACKEND must be one of .*'eager'\), got 'gpu'"):
+        svd_lora_linear(*make_inputs(Case()))
+    with use_backend("eager"):
+        svd_lora_linear(*make_inputs(Case()))
+
+
+ISA_SCRIPT = """
+from hylora_kernels import available_backends
+print(available_backends()["cpu"])
+"""
+
+
+@pytest.mark.skipif(bool(available_backends()["cpu"]), reason="it has its reason already")
+def test_a_level_that_is_none_is_the_cpu_rooms_reason():
+    run = subprocess.run(
+        [sys.executable, "-c", ISA_SCRIPT],
+        env=os.environ | {"HYLORA_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith("HYLORA_ISA must be one of scalar, avx2,"), run.stdout
+
+
+SCRIPT = """
+import torch
+from hylora_kernels import svd_lora_linear, use_backend
+arguments = torch.ones(1, 2), torch.ones(1, 2), torch.ones(3, 1)
+try:
+    svd_lora_linear(*arguments)
+except ValueError as error:
+    print(error)
+with use_backend("auto"):
+    print(svd_lora_linear(*arguments).tolist())
+"""
+
+
+def test_environment_in_a_fresh_process():
+    """A wrong name is an error of the first call, not of the import, and is named."""
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | {"HYLORA_BACKEND": "gpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    names = ("auto", *backends.ROOMS)
+    error = f"HYLORA_BACKEND must be one of {names}, got 'gpu'"
+    assert run.stdout == f"{error}\n[[2.0, 2.0, 2.0]]\n", run.stderr

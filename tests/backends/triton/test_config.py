@@ -1,0 +1,265 @@
+"""What the Triton room launches: legality, defaults, the tuned table, counters. No GPU, no
+kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from hylora_kernels.backends import triton as room
+from hylora_kernels.backends.shared import counters
+from hylora_kernels.backends.triton import config as configs
+from hylora_kernels.backends.triton.config import (
+    BACKWARD,
+    FORWARD,
+    VENDOR,
+    Config,
+    Problem,
+    Target,
+    ThinConfig,
+    candidates,
+    chosen,
+    default,
+    thin_config,
+    why_illegal,
+)
+
+pytestmark = pytest.mark.skipif(not room.INSTALLED, reason=room.why_not())
+
+H100 = Target("cuda", 90, 132)
+TARGETS = [Target("cuda", arch, 108) for arch in (80, 86, 89, 90, 100, 120)]
+TARGETS.append(Target("hip", "gfx942", 304))
+BF16 = Problem(1, 2048, 2048, 512, 32, torch.bfloat16)
+ROWS = (1, 2, 16, 17, 64, 65, 256, 257, 2048, 100_000)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def of(**changes) -> Problem:
+    return dataclasses.replace(BF16, **changes)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: str(t.arch))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_candidate_is_legal_and_there_is_one(dtype, target):
+    for M in ROWS:
+        for direction in (FORWARD, BACKWARD):
+            for K in (16, 576, 11008):
+                problem = of(M=M, K=K, rank=8, dtype=dtype, direction=direction)
+                found = candidates(problem, target)
+                assert found[0] is VENDOR and len(found) > 1
+                assert not any(why_illegal(c, dtype, target) for c in found[1:])
+                assert len(set(found)) == len(found)
+                for config in found[1:]:
+                    steps = math.ceil(problem.depth / config.BK)
+                    assert config.split == 1 or steps >= 2 * config.split
+        thin = thin_config(of(M=M, dtype=dtype), target)
+        assert thin is VENDOR or why_illegal(thin, dtype, target) is None
+
+
+def test_only_nvidia_prefetches_and_only_forward():
+    assert any(c.prefetch for c in candidates(BF16, H100)[1:])
+    assert not any(c.prefetch for c in candidates(BF16, TARGETS[-1])[1:])
+    assert not any(c.prefetch for c in candidates(of(direction=BACKWARD), H100)[1:])
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (Config(16, 24, 32, 16, 32), "BR must be a power of two, at least 16, got 24"),
+        (Config(16, 16, 8, 16, 32), "BK must be a power of two, at least 16, got 8"),
+        (Config(1, 8, 64, 8, 64), "a single row is multiplied with swap alone"),
+        (Config(128, 256, 32, 256, 32, warps=4), "4 warps hold 128 sums a thread"),
+        (Config(128, 128, 128, 128, 128, warps=8, stages=4), "262144 bytes of shared memory"),
+        (ThinConfig(64, 64, 8), "BA must be a power of two, at least 16, got 8"),
+    ],
+)
+def test_why_illegal_names_what_is_wrong(config, words):
+    assert words in why_illegal(config, torch.bfloat16, H100)
+
+
+def test_a_single_row_may_have_any_tiles():
+    assert why_illegal(Config(1, 4, 1024, 2, 2048, swap=True), torch.float32, H100) is None
+
+
+def test_defaults():
+    few, many = of(M=1), of(M=2048)
+    assert isinstance(default(few, H100), Config) and default(many, H100) is VENDOR
+    assert default(of(direction=BACKWARD), H100) is VENDOR
+    merged = of(lora_rank=0)
+    assert isinstance(default(merged, H100, captured=True), Config)
+    assert default(merged, H100, captured=False) is VENDOR, "two products cost the host less"
+    large = of(lora_rank=0, K=4096, N=11008, rank=1568)
+    assert default(large, H100) is VENDOR
+    assert default(of(M=16, dtype=torch.float32), H100) is VENDOR
+    interpreter = Target("interpreter", 0, 3)
+    assert isinstance(default(many, interpreter), Config)
+
+
+def test_the_adapters_gradients_are_torchs_where_the_sums_are_long():
+    assert isinstance(thin_config(of(M=2048), H100), ThinConfig)
+    assert thin_config(of(M=8192, K=4096, N=11008), H100) is VENDOR
+
+
+def test_split_shares_cover_every_multiprocessor_but_not_more_than_there_is():
+    short = candidates(of(M=16, K=128), H100)[1]
+    assert short.split == 1
+    assert candidates(of(M=16, K=4096), H100)[1].split > 1
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Write rows for a device called "Card 1" where the room looks for them."""
+    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path))
+
+    def write(*rows):
+        configs.table.cache_clear()
+        path = configs.table_path("Card 1")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"rows": rows}))
+
+    yield write
+    configs.table.cache_clear()
+
+
+TILES = Config(16, 32, 64, 64, 64, split=2, swap=True)
+
+
+def row(problem=BF16, graph=TILES, eager=VENDOR) -> dict:
+    sizes = dataclasses.asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch.")}
+
+    def word(config):
+        return "vendor" if config is VENDOR else dataclasses.asdict(config)
+
+    return sizes | {"graph": word(graph), "eager": word(eager)}
+
+
+def test_the_table_decides_by_how_the_call_is_made(table):
+    table(row())
+    assert chosen(BF16, H100, "Card 1", captured=True) == TILES
+    assert chosen(BF16, H100, "Card 1", captured=False) is VENDOR
+    assert chosen(BF16, H100, "Card 2", captured=True) == default(BF16, H100)
+
+
+def test_without_a_table_one_line_of_the_log_names_the_command(table, caplog):
+    configs.table.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            chosen(BF16, H100, "Card 3", captured=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no measured table for Card 3: defaults serve; hylora tune --device cuda"
+    ]
+
+
+def test_the_nearest_row_of_the_same_kind_decides(table):
+    other = Config(16, 16, 64, 64, 64, swap=True)
+    table(row(of(M=16)), row(of(M=64), graph=other), row(of(M=16, pivoted=True), graph=VENDOR))
+    assert chosen(of(M=20), H100, "Card 1", True) == TILES
+    assert chosen(of(M=40), H100, "Card 1", True) == other
+    assert chosen(of(M=20, pivoted=True), H100, "Card 1", True) is VENDOR
+    far = of(M=16, K=16384, N=16384)
+    assert chosen(far, H100, "Card 1", True) == default(far, H100)
+    without = of(M=16, lora_rank=0)
+    assert chosen(without, H100, "Card 1", True) == default(without, H100)
+
+
+def test_a_row_that_does_not_fit_is_passed_over(table):
+    one_row = Config(1, 8, 64, 8, 64, swap=True)
+    table(row(of(M=1), graph=one_row), row(of(M=512), graph=Config(128, 128, 64, 256, 64, warps=8)))
+    assert chosen(of(M=1), H100, "Card 1", True) == one_row
+    assert chosen(of(M=3), H100, "Card 1", True) == default(of(M=3), H100)
+    small = Target("cuda", 86, 84)
+    assert chosen(of(M=512), small, "Card 1", True) == default(of(M=512), small)
+
+
+@pytest.mark.parametrize("path", sorted(configs.TUNED.glob("*.json")), ids=lambda p: p.stem)
+def test_tables_that_come_with_the_package(path):
+    whole = json.loads(path.read_text())
+    assert path.name == configs._file_name(whole["device"])
+    names = {f.name for f in dataclasses.fields(Problem)}
+    for found in whole["rows"]:
+        assert names <= set(found)
+        for winner in (found["graph"], found["eager"]):
+            if winner != "vendor":
+                assert why_illegal(Config(**winner), torch.bfloat16, H100) is None
+        best = min(found["timings"], key=lambda t: t["graph_cold"])
+        assert found["graph"] == best["config"]
+
+
+# ------------------------------------------------------------------------------- refusals, counters
+
+
+def test_what_the_room_refuses():
+    x, SVh, U = torch.randn(2, 5), torch.randn(3, 5), torch.randn(4, 3)
+    if room._interpreted():
+        assert room.unsupported(x, SVh, U, None, None, None, None) is None
+        assert "serves tensors on cpu" in room.unsupported(
+            x.to("meta"), SVh, U, None, None, None, None
+        )
+    assert "float64" in room.unsupported(x.double(), SVh, U, None, None, None, None) or not (
+        room._interpreted()
+    )
+    assert room.unsupported(x, SVh[:0], U, None, None, None, None) is not None
+    assert not room.gains(x, SVh, U, None, None, None, None), "a CPU gains nothing by playing GPU"
+
+
+def test_an_unlisted_architecture_gets_the_least_shared_memory():
+    assert Target("cuda", 121, 1).shared_bytes == 99 * 1024
+    assert Target("hip", "gfx1100", 1).shared_bytes == 64 * 1024
+    assert Target("cuda", 90, 1).shared_bytes == 227 * 1024
+
+
+@pytest.mark.skipif(not room._interpreted(), reason="counts on the interpreter's device, a CPU")
+def test_counters_are_kept_zero_and_grow():
+    cpu = torch.device("cpu")
+    few = counters.zeros(cpu, 10)
+    assert counters.zeros(cpu, 20) is few and not few.any()
+    many = counters.zeros(cpu, len(few) + 1)
+    assert len(many) > len(few) and counters.zeros(cpu, 5) is many
+
+
+def test_a_launch_that_breaks_off_does_not_hold_up_the_next(monkeypatch):
+    """As on Ctrl-C in the interpreter: what it has counted would hold up the next for ever."""
+    from hylora_kernels.backends.triton import kernels
+
+    class BrokenOff:
+        def __getitem__(self, grid):
+            return self.warmup
+
+        def warmup(self, *given, **named):
+            given[10].fill_(1)  # Counters
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "dataflow", BrokenOff())
+    x, SVh, U = torch.ones(2, 16), torch.ones(4, 16), torch.ones(8, 4)
+    with pytest.raises(KeyboardInterrupt), room.forcing(Config(16, 16, 16, 16, 16, swap=True)):
+        room.forward(x, SVh, U, None, None, None, 1.0, None)
+    assert not counters.zeros(torch.device("cpu"), 1).any()
+
+
+@pytest.mark.parametrize("K", [1, 6])
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 3), (4, 1), (4, 3)], ids=str)
+@pytest.mark.parametrize("of_base", ["rows", "columns", "neither"])
+@pytest.mark.parametrize("of_adapter", ["rows", "columns", "neither"])
+def test_base_and_adapter_are_contiguous_alike(of_base, of_adapter, ranks, K):
+    from hylora_kernels.backends.triton import launch
+
+    def laid_out(how, rows):
+        made = {
+            "rows": torch.randn(rows, K),
+            "columns": torch.randn(K, rows).T,
+            "neither": torch.randn(2 * rows, 2 * K)[::2, ::2],
+        }
+        return made[how]
+
+    given = laid_out(of_base, ranks[0]), laid_out(of_adapter, ranks[1])
+    base, adapter, *strides = launch._alike(*given)
+    assert [s == 1 for s in strides[0]] == [s == 1 for s in strides[1]]
+    for before, after, stride in zip(given, (base, adapter), strides, strict=True):
+        assert torch.equal(torch.as_strided(after, after.shape, stride), before)

@@ -1,0 +1,289 @@
+"""benchmarks/gpu.sh, gpu.py and `hylora tune` from one end to the other without a GPU: Triton's
+interpreter and the emulated CUDA kernels compute on the CPU, clocks and graphs are stand-ins. Times
+mean nothing here; that every rival runs, is checked and comes into the tables does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_emulator import on_cpu
+
+from hylora_kernels import use_backend
+from hylora_kernels.backends import triton as room
+from hylora_kernels.backends.triton import config as configs
+from hylora_kernels.backends.triton.config import BACKWARD, VENDOR, Config, Problem, Target
+from hylora_kernels.machine import tune
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import gpu
+import gpu_rivals
+import model_gpu
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: benchmarks/gpu.sh"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed"),
+]
+CPU = torch.device("cpu")
+SHAPE = (40, 56, 8, 16)  # K, N, r, ra
+LARGE = 65  # rows: weights aren't timed warm
+
+
+class Event:
+    """A CPU's clock as torch.cuda.Event."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        """Nothing is under way."""
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    properties = SimpleNamespace(L2_cache_size=1)
+    for name, stand_in in {
+        "Event": Event,
+        "synchronize": lambda: None,
+        "current_device": lambda: 0,
+        "get_device_name": lambda device=None: "Dry Run",
+        "get_device_properties": lambda device: properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(room, "_target", lambda device: Target("interpreter", 0, 3))
+
+
+def in_one(calls):
+    """As graphs are replayed: all the calls as one."""
+
+    def replay():
+        for call in calls:
+            call()
+
+    return replay
+
+
+@pytest.fixture
+def bench(clocks, monkeypatch):
+    """benchmarks/gpu.py on one small layer; a function of the folder for its results."""
+    if on_cpu.COMPILER is None or not hasattr(torch.ops.hylora, "cuda_dataflow"):
+        pytest.skip("the emulated kernels need g++ and hylora_kernels/_csrc.so")
+    torch.ops.load_library(on_cpu.build())
+    for module in (gpu, gpu_rivals):
+        monkeypatch.setattr(module, "DEVICE", CPU)
+    in_turns = gpu.in_turns
+    monkeypatch.setattr(gpu, "in_turns", lambda contest, rounds: in_turns(contest, 1))
+    monkeypatch.setattr(gpu, "limits", lambda: {"hbm": 1e12, "product": 1e14})
+    monkeypatch.setattr(gpu, "graph_of", in_one)
+    monkeypatch.setattr(gpu, "ROWS", (3, LARGE))
+    monkeypatch.setattr(gpu, "WARM_CALLS", 2)
+    monkeypatch.setattr(gpu, "TRAINING_ROWS", (17,))
+    monkeypatch.setattr(tune, "SHAPES", (SHAPE,))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+    def run(out, compiled=False):
+        with on_cpu.emulated(), use_backend("triton"):
+            gpu.run(False, compiled, out)
+
+    return run
+
+
+def test_the_benchmark_runs_every_rival(bench, tmp_path, capsys):
+    bench(tmp_path, compiled=True)
+    rows = json.loads((tmp_path / "layers.json").read_text())
+    compiled = ("auto compiled", "four_gemms compiled", "two_vendor compiled")
+    seen = {(r["form"], r["M"], r["regime"], r["candidate"]) for r in rows}
+    wanted = set()
+    for form in gpu.FORMS:
+        for M in gpu.ROWS:
+            regimes = ["graph cold", "eager cold", *(["graph warm"] if M < LARGE else [])]
+            wanted |= {(form, M, regime, r) for regime in regimes for r in gpu_rivals.FORWARD}
+            wanted |= {(form, M, "eager warm", r) for r in compiled}
+    assert seen == wanted
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["failures"] == []
+    trained = {(r["form"], r["regime"], r["candidate"]) for r in report["training"]}
+    assert trained == {
+        (f, regime, r)
+        for f in gpu.FORMS
+        for regime in ("graph", "eager")
+        for r in gpu_rivals.TRAINING
+    }
+    table = (tmp_path / "table.txt").read_text(encoding="utf-8")
+    assert "training step, pivoted, graph: microseconds" in table and "peft / auto" in table
+    capsys.readouterr()
+    model_gpu.main(["--gpu", "H100", "--compare", str(tmp_path / "layers.json")])
+    assert "two_vendor" in capsys.readouterr().out
+
+
+def test_a_rival_that_is_wrong_fails_its_layer_alone(bench, tmp_path, monkeypatch, capsys):
+    two_products = gpu_rivals.two_products
+
+    def wrong(x, *factors):
+        return two_products(x, *factors) * (1.1 if len(x) == LARGE else 1)
+
+    monkeypatch.setattr(gpu_rivals, "two_products", wrong)
+    monkeypatch.setattr(gpu, "FORMS", ("pair",))
+    with pytest.raises(SystemExit, match=r"failed: 1, the first: .*M=65.* two_vendor of"):
+        bench(tmp_path)
+    assert {r["M"] for r in json.loads((tmp_path / "layers.json").read_text())} == {3}
+
+
+@pytest.fixture
+def tuning(clocks, monkeypatch, tmp_path):
+    """tune.tune on the CPU, all of it but the compilation ahead; its table is `path`."""
+    calls, measure = tune._calls, tune.measure
+    monkeypatch.setattr(tune, "measure", functools.partial(measure, rounds=1))
+    monkeypatch.setattr(tune, "BACKWARD_ROWS", (5,))
+    monkeypatch.setattr(tune, "WARM_CALLS", 2)
+    monkeypatch.setattr(tune, "_calls", lambda problem, device, n: calls(problem, CPU, n))
+    monkeypatch.setattr(tune, "_graph", in_one)
+    monkeypatch.setattr(tune, "_copies_that_displace", lambda problem, device: 2)
+    monkeypatch.setattr(tune, "_copy_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr(tune, "compile_all", lambda *given: None)
+    path = tmp_path / "table.json"
+    options = {"shapes": (SHAPE,), "save": path, "candidates": _few}
+    return SimpleNamespace(run=functools.partial(tune.tune, **options), path=path)
+
+
+def _few(problem, target):
+    return [VENDOR, Config(16, 16, 32, 16, 32, swap=True)]
+
+
+def test_tuning_measures_every_problem_and_keeps_the_rest(tuning):
+    tuning.run(rows=(3,), directions=("forward",))
+    report = tuning.run(rows=(5,), forms=("pair",))
+    table = json.loads(tuning.path.read_text())
+    assert table["device"] == "Dry Run"
+    names = ("M", "rank", "lora_rank", "pivoted", "direction")
+    found = {tuple(row[name] for name in names) for row in table["rows"]}
+    ranks = [(24, 0), (8, 16)]
+    assert found == {(3, *rank, form, "forward") for rank in ranks for form in (False, True)} | {
+        (5, *rank, False, way) for rank in ranks for way in ("forward", BACKWARD)
+    }
+    for row in table["rows"]:
+        assert [t["config"] == "vendor" for t in row["timings"]] == [True, False]
+        by_graph, by_eager = (
+            min(row["timings"], key=lambda t, key=key: t[key]) for key in ("graph_cold", "eager")
+        )
+        assert (row["graph"], row["eager"]) == (by_graph["config"], by_eager["config"])
+        for winner in (row["graph"], row["eager"]):
+            assert winner == "vendor" or Config(**winner) == _few(None, None)[1]
+    assert len(report.render().rows) == 4
+
+
+def test_the_table_is_what_serves_afterwards(tuning, monkeypatch):
+    tuning.run(rows=(3,), forms=("pair",), directions=("forward",))
+    whole = json.loads(tuning.path.read_text())
+    mine = Config(16, 16, 64, 32, 32, swap=True)
+    for row in whole["rows"]:
+        row["graph"], row["eager"] = tune._plain(mine), "vendor"
+    path = configs.table_path("Dry Run")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole))
+    configs.table.cache_clear()
+    try:
+        problem = Problem(4, *SHAPE, dtype=torch.bfloat16)
+        target = Target("cuda", 90, 132)
+        assert configs.chosen(problem, target, "Dry Run", captured=True) == mine
+        assert configs.chosen(problem, target, "Dry Run", captured=False) is VENDOR
+    finally:
+        path.unlink()
+        configs.table.cache_clear()
+
+
+def test_a_candidate_that_is_wrong_is_refused(tuning, monkeypatch):
+    launch = room._launch
+
+    def wrong(*given):
+        y, h_a = launch(*given)
+        return y * 1.1, h_a
+
+    monkeypatch.setattr(room, "_launch", wrong)
+    with pytest.raises(FloatingPointError, match=r"Config\(BM=16.* computes Problem\(M=3"):
+        tuning.run(rows=(3,), forms=("pair",), directions=("forward",))
+
+
+# A Python that has everything; what it is asked to run is a line in $CALLS, and $FAILS tells what
+# of it goes wrong.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  -) cat >/dev/null; echo tests/test_ops.py; exit ;;
+  *capability*) echo 90; exit ;;
+  *get_device_name*) echo H100; exit ;;
+  *xdist*) exit 1 ;;
+esac
+echo "${HYLORA_CUDA_ARCHS:-} $*" >>"$CALLS"
+case "$*" in *$FAILS*) exit 3 ;; *$HANGS*) sleep 60 ;; esac
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """benchmarks/gpu.sh with that Python: (exit code, what it printed, what it ran)."""
+    if shutil.which("bash") is None or shutil.which("timeout") is None:
+        pytest.skip("needs bash and timeout")
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def run(fails="no such word", hangs="no such word", **options):
+        calls.write_text("")
+        paths = {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "CALLS": str(calls)}
+        done = subprocess.run(
+            ["bash", Path(gpu.__file__).with_name("gpu.sh")],
+            env=os.environ | paths | {"FAILS": fails, "HANGS": hangs} | options,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stderr == ""
+        return (
+            done.returncode,
+            done.stdout,
+            calls.read_text().replace(str(tmp_path), "").split("\n"),
+        )
+
+    return run
+
+
+def test_the_script_runs_every_step(script):
+    code, printed, calls = script()
+    assert code == 0 and printed.count("  ok") == 6
+    assert calls == [
+        "90 setup.py --quiet build_csrc",
+        " -m pytest -m gpu -q tests/test_ops.py",
+        " -m hylora_kernels selftest --device cuda --json /out/selftest.json",
+        " -m hylora_kernels tune --device cuda --json /out/tune.json",
+        " benchmarks/gpu.py --compile --out /out",
+        " benchmarks/model_gpu.py --gpu H100 --compare /out/layers.json",
+        "",
+    ]
+    _, _, calls = script(QUICK="1", STEPS="tune bench")
+    assert calls[0].endswith("tune --device cuda --quick --json /out/tune.json")
+    assert calls[1:] == [" benchmarks/gpu.py --quick --out /out", ""]
+
+
+def test_the_script_goes_on_where_a_step_fails_or_hangs(script):
+    code, printed, calls = script(fails="selftest", hangs="benchmarks/gpu.py", LIMIT="1")
+    assert code == 3 and len(calls) == 7
+    assert "FAILED (3)" in printed and "FAILED (over 1 s)" in printed
+    assert printed.count("  ok") == 4

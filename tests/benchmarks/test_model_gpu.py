@@ -1,0 +1,182 @@
+"""The analytic model of a GPU: against the design's first estimate, against the datasheet's bare
+rates, and what its command prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import model_gpu
+import roofline_gpu
+from roofline_gpu import CANDIDATES, FORMS, GPUS, MODES, Layer, predict
+
+LAYERS = [(2048, 2048, 512, 32), (4096, 11008, 1536, 32), (576, 1536, 208, 0)]
+ROWS = [1, 2, 7, 16, 17, 48, 64, 65, 127, 128, 129, 300, 1000, 2048, 2049, 8192, 20000]
+FIRST = [
+    (layer, M, list(CANDIDATES)[place], estimate)
+    for layer, by_rows in model_gpu.FIRST_ESTIMATE.items()
+    for M, estimates in by_rows.items()
+    for place, estimate in enumerate(estimates)
+]
+
+
+@pytest.mark.parametrize(("layer", "M", "candidate", "estimate"), FIRST)
+def test_within_five_percent_of_the_first_estimate(layer, M, candidate, estimate, monkeypatch):
+    monkeypatch.setitem(roofline_gpu.CALIBRATIONS, "H100", roofline_gpu.Calibration())
+    seconds = predict(Layer(M, *layer), "H100")[candidate].seconds()
+    assert 1e6 * seconds == pytest.approx(estimate, rel=0.05)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("form", FORMS)
+def test_more_rows_never_take_less_time(gpu, form):
+    for layer in LAYERS:
+        for warm in (False, True):
+            before = dict.fromkeys(CANDIDATES, 0.0)
+            for M in ROWS:
+                predicted = predict(Layer(M, *layer, form), gpu, warm)
+                for name, prediction in predicted.items():
+                    for mode in MODES:
+                        assert prediction.seconds(mode) > 0
+                    # up to rounding: waves / ceil(waves) is divided by and was multiplied by
+                    assert prediction.seconds() >= before[name] * (1 - 1e-12), (layer, M, name)
+                    before[name] = prediction.seconds()
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_beats_the_datasheet(gpu, form):
+    machine = GPUS[gpu]
+    for K, N, r, ra in LAYERS:
+        products = r * K + ra * (K + N) + (N - r if form == "pivoted" else N) * r
+        for M in ROWS:
+            predicted = predict(Layer(M, K, N, r, ra, form), gpu)
+            for name, prediction in predicted.items():
+                weights = K * N if name == "dense" else products
+                least = max(2 * M * weights / machine.tensor, 2 * weights / machine.hbm)
+                assert prediction.seconds("graph") > least, (name, M)
+                assert prediction.seconds("eager") >= prediction.seconds("graph")
+
+
+def test_what_bounds_a_layer():
+    few, many = (predict(Layer(M, 4096, 11008, 1536, 32)) for M in (1, 8192))
+    assert few["one_launch"].bound() == "HBM"
+    assert many["one_launch"].bound() == many["two_vendor"].bound() == "L2"
+    consumer = predict(Layer(8192, 4096, 11008, 1536, 32), "RTX 4090")
+    assert consumer["one_launch"].bound() == "tensor cores"
+    small = predict(Layer(1, 576, 576, 144, 16))
+    assert small["two_vendor"].bound("graph") == "launches"
+    assert small["one_launch"].bound("eager") == "host"
+    calibration = roofline_gpu.CALIBRATIONS["H100"]
+    assert small["one_launch"].seconds("eager") == calibration.host_triton
+    assert small["cuda_launch"].seconds("eager") == calibration.host_cuda
+
+
+def test_what_the_pivoted_form_and_a_warm_cache_save():
+    layer = (2048, 5632, 768, 32)
+    pair, pivoted = (predict(Layer(8192, *layer, form))["one_launch"] for form in FORMS)
+    assert pivoted.seconds() < 0.95 * pair.seconds()
+    cold, warm = (predict(Layer(1, *layer), warm=w)["two_vendor"].seconds() for w in (False, True))
+    assert warm < 0.9 * cold
+    too_much = Layer(1, 4096, 11008, 1536, 32)  # 47 MB of factors, L2 keeps 30 of its 50 MB
+    assert predict(too_much, warm=True) == predict(too_much, warm=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 64, 64, 8, 0, "both"), "form must be one of pair, pivoted, got 'both'"),
+        ((0, 64, 64, 8), "M, K, N and r must be at least 1"),
+        ((1, 64, 64, 64, 0, "pivoted"), "the pivoted form needs r < N, got r=64, N=64"),
+    ],
+)
+def test_an_impossible_layer_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Layer(*arguments)
+
+
+def test_an_unknown_gpu_is_refused_by_naming_the_known(capsys):
+    with pytest.raises(ValueError, match=r"one of H100, A100, L4, RTX 4090, MI300X, got 'V100'"):
+        predict(Layer(1, 64, 64, 8), "V100")
+    with pytest.raises(SystemExit):
+        model_gpu.main(["--gpu", "V100"])
+    refusal = capsys.readouterr().err
+    assert all(name in refusal for name in GPUS)
+
+
+def measured(candidate: str, slower: float, regime: str = "graph", M: int = 1) -> dict:
+    mode, _, cache = regime.partition(" ")
+    sizes = {"K": 2048, "N": 2048, "r": 512, "ra": 32, "M": M, "form": "pair"}
+    predicted = predict(Layer(M, 2048, 2048, 512, 32), "A100", warm=cache == "warm")
+    known = predicted.get(candidate)
+    seconds = 1e-5 if known is None else slower * known.seconds(mode)
+    return sizes | {"candidate": candidate, "seconds": seconds, "regime": regime}
+
+
+def test_measured_times_are_compared_row_by_row_and_in_the_mean(tmp_path, capsys):
+    path = tmp_path / "measured.json"
+    rows = [
+        measured("one_launch", 2.0),
+        measured("one_launch", 8.0, M=2048),
+        measured("two_vendor", 0.5, "eager"),
+        measured("two_vendor", 3.0, "graph warm"),
+        measured("peft", 1.0),
+    ]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    model_gpu.main(["--gpu", "A100", "--compare", str(path)])
+    by_row, means = capsys.readouterr().out.split("Geometric means")
+    ratios = [line.split(" | ")[-1].strip(" |") for line in by_row.splitlines()[3:8]]
+    assert ratios == ["2.00", "8.00", "0.50", "3.00", ""]
+    assert "| peft | graph | 10.0 | no prediction |" in by_row
+    assert [
+        line for line in means.splitlines() if line.startswith(("| one", "| two", "| peft"))
+    ] == [
+        "| one_launch | graph | 2 | 4.00 |",
+        "| two_vendor | eager | 1 | 0.50 |",
+        "| two_vendor | graph warm | 1 | 3.00 |",
+    ]
+
+
+def test_a_table_of_hylora_tune_is_compared(capsys):
+    root = Path(__file__).resolve().parents[2]
+    path = root / "hylora_kernels/backends/triton/tuned/nvidia-h100-80gb-hbm3.json"
+    rows = model_gpu.measured_rows(path)
+    assert {row["candidate"] for row in rows} == {"four_gemms", "two_vendor", "one_launch"}
+    ratios = [ratio for _, ratio in model_gpu.compared(rows, "H100")]
+    assert 0.8 < model_gpu.geometric_mean(ratios) < 1.3, "the model is fitted to this table"
+    model_gpu.main(["--compare", str(path)])
+    assert "| one_launch | graph cold | 168 |" in capsys.readouterr().out
+
+
+def test_an_unknown_regime_is_refused():
+    row = measured("dense", 1.0) | {"regime": "compiled"}
+    with pytest.raises(ValueError, match=r"regime must be graph or eager .*, got 'compiled'"):
+        model_gpu.comparison([row], "H100")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--gpu", "MI300X", "--mode", "eager", "--form", "pivoted", "--warm"],
+        ["--M", "1", "--K", "2048", "--N", "2048", "--rank", "512", "--lora-rank", "32"],
+    ],
+)
+def test_every_table_says_that_it_is_a_prediction(words, capsys):
+    model_gpu.main(words)
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert tables and all(table.startswith("PREDICTION, ") for table in tables)
+    names = CANDIDATES if "MI300X" not in words else set(CANDIDATES) - {"cuda_launch"}
+    assert all(name in table for name in names for table in tables)
+    assert all(("cuda_launch" in table) == ("cuda_launch" in names) for table in tables)
+
+
+def test_one_layer_needs_all_of_its_sizes(capsys):
+    with pytest.raises(SystemExit):
+        model_gpu.main(["--M", "1", "--K", "64"])
+    assert "needs all of --M, --K, --N and --rank" in capsys.readouterr().err

@@ -1,0 +1,238 @@
+"""The commands, from the words a user types to the files and the exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from helpers import tiny
+from typer.testing import CliRunner
+
+from hylora_kernels.cli import main as cli
+from hylora_kernels.cli import options
+from hylora_kernels.support import storage
+
+LINES = [f"The {a} dog of the {b} runs after {i} red cats and one bird." for i, (a, b) in enumerate(
+    (a, b) for a in ("old", "young", "small", "big") for b in ("king", "cook", "miller")
+)] * 20  # fmt: skip
+
+
+def run(*words, code: int = 0):
+    result = CliRunner().invoke(cli.app, list(map(str, words)))
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A dense model's folder and two texts."""
+    folder = tmp_path_factory.mktemp("cli")
+    text = "\n\n".join(LINES)
+    (folder / "text.txt").write_text(text)
+    model = tiny.llama(vocab_size=tiny.WORDS + 256, max_position_embeddings=256)
+    model.save_pretrained(folder / "dense")
+    tiny.tokenizer(text, "{{ messages[0]['content'] }}").save_pretrained(folder / "dense")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compressed(home):
+    out = home / "small"
+    words = ("--keep", 0.7, "--lora-rank", 4, "--rank-multiple", 4, "--samples", 4, "--length", 24)
+    text = ("--calibration", home / "text.txt")
+    return out, run(
+        "compress", home / "dense", "--out", out, *words, *text, "--json", home / "c.json"
+    )
+
+
+@pytest.fixture(scope="module")
+def recovered(home, compressed):
+    out = home / "recovered"
+    words = ("--data", home / "text.txt", "--steps", 3, "--length", 24)
+    return out, run("finetune", compressed[0], "--out", out, *words)
+
+
+def test_every_verb_is_there_and_says_what_it_does():
+    assert set(cli.VERBS) == {
+        "compress", "finetune", "evaluate", "generate", "analyze", "sweep", "info", "demo", "cache",
+        "selftest", "tune",
+    }  # fmt: skip
+    shown = run("--help").output
+    for verb in cli.VERBS:
+        assert verb in shown
+        page = run(verb, "--help").output
+        assert "--json" in page and "--debug" in page
+        if verb not in ("info", "cache"):
+            assert "--device" in page
+
+
+def test_as_a_module_it_is_the_same():
+    done = subprocess.run(
+        [sys.executable, "-m", "hylora_kernels", "info"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "backend eager" in done.stdout
+
+
+def test_compress_prints_kept_and_removed_and_writes_the_model(home, compressed):
+    out, result = compressed
+    for text in ("kept", "removed", "linears", "whole model", "merged", "as is", "trainable"):
+        assert text in result.output
+    written = json.loads((out / "compress.json").read_text())
+    assert written == json.loads((home / "c.json").read_text())
+    assert 0 < written["keep"] <= 0.7
+    assert (out / "model.safetensors").is_file() and (out / "config.json").is_file()
+
+
+def test_finetune_recovers_and_keeps_its_log(recovered):
+    out, result = recovered
+    assert "trained" in result.output and "3 steps" in result.output
+    assert json.loads((out / "finetune.json").read_text())["steps"] == 3
+    assert (out / "training" / "log.jsonl").read_text().count("\n") == 3
+
+
+def test_evaluate_counts_what_is_there(home, compressed, recovered, tmp_path):
+    for model in (home / "dense", compressed[0], recovered[0]):
+        words = ("--data", home / "text.txt", "--length", 24, "--limit", 3)
+        result = run("evaluate", model, *words, "--json", tmp_path / "e.json")
+        written = json.loads((tmp_path / "e.json").read_text())
+        assert written["perplexity"]["tokens"] == 3 * 23
+        assert "perplexity" in result.output and "/ total" in result.output
+        parameters = f"{written['size']['parameters']:,}"
+        assert parameters in result.output
+
+
+def test_generate_streams_the_text_alone_to_stdout(recovered, tmp_path):
+    words = ("The old", "--max-new-tokens", 5, "--json", tmp_path / "g.json")
+    result = run("generate", recovered[0], *words)
+    assert result.stdout == json.loads((tmp_path / "g.json").read_text())["text"] + "\n"
+    assert "parameters" in result.stderr
+    again = run("generate", recovered[0], *words, "--chat", "--temperature", 1, "--seed", 3)
+    assert again.stdout.strip() or again.stdout == "\n"
+
+
+def test_analyze_draws_and_writes(home, tmp_path):
+    run("analyze", home / "dense", "--png", tmp_path / "a.png", "--json", tmp_path / "a.json")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "a.json").read_text())
+
+
+def test_sweep_makes_a_table(home, tmp_path):
+    text = home / "text.txt"
+    result = run(
+        "sweep", home / "dense", "--out", tmp_path / "s", "--keep", "0.9,0.7", "--lora-rank", "0,4",
+        "--rank-multiple", 4, "--samples", 4, "--length", 24, "--limit", 3,
+        "--data", text, "--calibration", text,
+    )  # fmt: skip
+    assert "removed" in result.output
+    assert len(json.loads((tmp_path / "s" / "sweep.json").read_text())["cells"]) == 4
+
+
+def test_info_says_why_and_where(tmp_path):
+    shown = run("info", "--json", tmp_path / "i.json").output
+    written = json.loads((tmp_path / "i.json").read_text())
+    for text in ("torch", "triton", "cpu", "threads", "backend triton", "backend eager", "cache"):
+        assert text in shown
+    assert written["backends"]["eager"] == ""
+    assert written["cache"]["path"] == str(storage.cache_root())
+
+
+def test_cache_is_shown_and_cleared(monkeypatch, tmp_path):
+    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "cache"))
+    (storage.cache_dir("models") / "x").write_bytes(bytes(5000))
+    assert str(tmp_path / "cache") in run("cache").output
+    assert "5.1 kB" in run("cache").output
+    assert "deleted 5.1 kB" in run("cache", "--clear").output
+    assert storage.cache_size() == 0
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("evaluate", "no/such/folder/here"), "no/such/folder/here"),
+        (("evaluate", "{home}/dense", "--device", "tpu"), "device"),
+        (("evaluate", "{home}/dense", "--dtype", "int4"), "dtype"),
+        (("evaluate", "{home}/dense", "--data", "{home}/none.txt"), "none.txt"),
+        (("compress", "{home}/dense", "--out", "{home}/x", "--keep", 2), "keep"),
+        (("compress", "{home}/dense", "--out", "{home}/x", "--method", "best"), "method"),
+        (("compress", "{home}/dense", "--out", "{home}/x", "--ranks", "{oops"), "ranks"),
+        (("compress", "{home}/dense", "--out", "{home}/x", "--max-memory", "much"), "max-memory"),
+        (("compress", "{home}/dense", "--out", "{home}/dense"), "folder of the model"),
+        (("compress", "{home}/dense", "--out", "{home}"), "no model's"),
+        (("compress", "{home}/dense", "--out", "{home}/text.txt"), "is a file"),
+        (("finetune", "{home}/dense", "--out", "{home}/x"), "adapters"),
+        (("sweep", "{home}/dense", "--out", "{home}/x", "--keep", "0.8,low"), "keep"),
+    ],
+)
+def test_an_expected_error_is_one_line_and_exit_code_2(home, words, says):
+    result = run(*(str(word).replace("{home}", str(home)) for word in words), code=2)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and says in lines[0]
+    assert "Traceback" not in result.output
+    assert not (home / "x").exists()
+
+
+def failing(error: BaseException):
+    def verb(out: Path = Path("there")) -> None:
+        """Fail."""
+        raise error
+
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(cli.guarded(verb, "Kept in {out}."))
+    return app
+
+
+def test_debug_shows_the_error_itself(monkeypatch):
+    app = failing(ValueError("x is 3"))
+    assert CliRunner().invoke(app, []).exit_code == 2
+    assert isinstance(CliRunner().invoke(app, ["--debug"]).exception, ValueError)
+    monkeypatch.setenv("HYLORA_DEBUG", "1")
+    assert isinstance(CliRunner().invoke(app, []).exception, ValueError)
+
+
+def test_a_bug_is_no_expected_error():
+    assert isinstance(CliRunner().invoke(failing(KeyError("x")), []).exception, KeyError)
+
+
+def test_ctrl_c_says_what_is_kept():
+    result = CliRunner().invoke(failing(KeyboardInterrupt()), ["--out", "here"])
+    assert result.exit_code == 130
+    assert "interrupted. Kept in here." in result.stderr
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_what_is_kept_can_be_said_for_every_verb(verb):
+    function, kept = cli.VERBS[verb]
+    assert kept.format(**dict.fromkeys(function.__annotations__, "OUT"))
+
+
+@pytest.mark.parametrize(
+    "text, size", [("4GB", 4 * 10**9), ("512 MiB", 2**29), ("1.5gb", 15 * 10**8), ("100", 100)]
+)
+def test_sizes(text, size):
+    assert options.size_option(text, "max-memory") == size
+
+
+def test_ranks_are_a_name_or_json():
+    assert options.ranks_option("global") == "global"
+    assert options.ranks_option('{"mlp": 0.5, "q_proj": 64}') == {"mlp": 0.5, "q_proj": 64}
+
+
+def test_a_models_folder_may_be_written_again_and_another_may_not(tmp_path):
+    options.claim(tmp_path / "new", "model")
+    options.claim(tmp_path, "model")
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="files in it that are no model's"):
+        options.claim(tmp_path, "model")
+    options.claim(tmp_path, "model", mark="letter.txt")
+    (tmp_path / "config.json").write_text("{}")
+    options.claim(tmp_path, "model")

@@ -1,0 +1,192 @@
+"""The demonstration, dry: all its stages on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from helpers import tiny
+from safetensors import safe_open
+
+from hylora_kernels.experiments.demo import page as demo_page
+from hylora_kernels.experiments.demo import run as demonstration
+from hylora_kernels.experiments.demo.stages import HEADINGS, RECIPES, round_to_int8
+from hylora_kernels.model import load as models
+
+TEXT = [f"The {a} {b} went to the {c} and came back, number {i}.\n" for i, (a, b, c) in enumerate(
+    (a, b, c) for a in ("old", "young", "red") for b in ("man", "dog", "bird", "king")
+    for c in ("river", "hill", "town", "sea", "wood")
+)] * 12  # fmt: skip
+NAMES = [
+    "dense",
+    "dense int8",
+    "plain SVD",
+    "whitened SVD",
+    "two-sided SVD",
+    "two-sided SVD",
+    "two-sided SVD, pivoted",
+    "two-sided SVD, pivoted",
+    "HyLoRA",
+    "HyLoRA",
+    "dense + LoRA (control)",
+]
+KEYS = {
+    "name", "keep", "removed", "params_linear", "params_total", "bytes_total", "trainable", "ppl",
+    "ppl_out_of_domain", "prefill_tok_s", "decode_tok_s",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "tiny"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 192}
+    model = tiny.llama(vocab_size=tiny.WORDS + 256, tie_word_embeddings=True, **sizes)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny.tokenizer("".join(TEXT)).save_pretrained(folder)
+    shape = {"samples": 4, "length": 32, "blocks": 3, "new_tokens": 4, "steps": 3, "deep_steps": 2}
+    ranks = {"lora_rank": 4, "control_rank": 2, "rank_multiple": 4}
+    texts = {"train": TEXT[:300], "test": TEXT[300:], "out_of_domain": TEXT[::-1]}
+    return {"model": str(folder), "prompt": "The old", "progress": False, **shape, **ranks, **texts}
+
+
+@pytest.fixture(scope="module")
+def made(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return demonstration.demo(folder, **settings), folder
+
+
+def test_report_has_the_keys_and_stages_that_were_promised(made):
+    report, folder = made
+    written = json.loads((folder / "report.json").read_text())
+    assert written == report.to_dict()
+    assert list(written) == ["stages", "model", "data", "environment", "seconds"]
+    assert [stage["name"] for stage in written["stages"]] == NAMES
+    assert all(set(stage) >= KEYS for stage in written["stages"])
+    assert [s["target"] for s in written["stages"]] == [1, 1, 0.8, 0.8, *[0.8, 0.6] * 3, 1]
+    assert written["seconds"] == sum(stage["seconds"] for stage in written["stages"])
+
+
+def test_what_is_measured_where(made):
+    stages = {stage.label: stage for stage in made[0].stages}
+    both = {f"{n} {k}" for n in ("two-sided SVD, pivoted", "HyLoRA") for k in (0.8, 0.6)}
+    both |= {"dense", "dense + LoRA (control)"}
+    assert {label for label, s in stages.items() if s.ppl_out_of_domain is not None} == both
+    assert {label for label, s in stages.items() if s.decode_tok_s is None} == {"dense int8"}
+    continued = {label for label, s in stages.items() if s.sample is not None}
+    assert continued == {"dense", "plain SVD 0.8", "HyLoRA 0.8", "HyLoRA 0.6"}
+    steps = {label: len(s.losses) for label, s in stages.items() if s.losses}
+    assert steps == {"HyLoRA 0.8": 3, "HyLoRA 0.6": 2, "dense + LoRA (control)": 3}
+    assert all((s.trainable > 0) == bool(s.losses) for s in stages.values())
+
+
+def test_keep_is_what_the_counts_say_and_within_its_budget(made):
+    dense, *others = made[0].stages
+    for stage in (dense, *others):
+        assert stage.keep == stage.params_linear / dense.params_linear
+        assert stage.keep + stage.removed == pytest.approx(1)
+        assert stage.keep <= stage.target
+        rest = dense.params_total - dense.params_linear
+        assert stage.params_total == stage.params_linear + rest
+
+
+@pytest.mark.parametrize("keep", ["0.8", "0.6"])
+def test_the_saved_models_have_as_many_parameters_as_the_report_says(made, keep):
+    report, folder = made
+    (stage,) = (s for s in report.stages if s.label == f"HyLoRA {keep}")
+    counts, total_bytes = {}, 0
+    for file in (folder / f"hylora-{keep}").glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                part = tensors.get_tensor(name)
+                total_bytes += part.nbytes
+                if part.is_floating_point():
+                    counts[name] = part.numel()
+    linears = sum(count for name, count in counts.items() if "_proj" in name)
+    assert linears == stage.params_linear
+    assert sum(counts.values()) == stage.params_total
+    # in memory there are the rotary frequencies too, which are in no file
+    assert 0 <= stage.bytes_total - total_bytes < 1000
+    model, _ = models.load_model(folder / f"hylora-{keep}")
+    assert sum(p.numel() for p in model.parameters()) == stage.params_total
+
+
+def test_the_page_is_whole_and_names_no_address(made):
+    report, folder = made
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"https?:|//\w|<link|<script|src=", page)
+    for text in (*HEADINGS, *(s.label for s in report.stages), "<svg", "The old", "removed"):
+        assert text in page
+    assert page.count("<svg") == 2
+    assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in folder.iterdir()} == {
+        "report.json", "report.html", "stages.png", "stages.jsonl", "training",
+        "hylora-0.8", "hylora-0.6",
+    }  # fmt: skip
+
+
+def test_the_notes_and_the_table_say_kept_and_removed(made, capsys):
+    from hylora_kernels.support.report import show
+
+    notes = " ".join(demo_page.notes(made[0]))
+    for text in ("93 tokens", "3 blocks of 32", "keep and removed", "int8", "control"):
+        assert text in notes or text == "control"
+    assert "Q4_1" not in notes  # that is the demo's own model
+    show(made[0].render())
+    shown = capsys.readouterr().out
+    assert "keep" in shown and "removed" in shown and "HyLoRA 0.8" in shown
+
+
+def test_a_second_run_measures_nothing_and_a_cut_off_one_only_what_is_missing(
+    made, settings, monkeypatch
+):
+    report, folder = made
+    measured = []
+    measure = demonstration.measure
+
+    def watched(bench, recipe):
+        measured.append(recipe.label)
+        return measure(bench, recipe)
+
+    monkeypatch.setattr(demonstration, "measure", watched)
+    monkeypatch.setattr(demo_page, "write", lambda report, folder: None)
+    assert demonstration.demo(folder, **settings).stages == report.stages
+    assert measured == []
+    file = folder / "stages.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(lines) == len(RECIPES)
+    file.write_text("\n".join([*lines[:3], *lines[4:-1], lines[-1][:50]]))
+    again = demonstration.demo(folder, **settings).stages
+    assert measured == ["whitened SVD 0.8", "dense + LoRA (control)"]
+    for old, new in zip(report.stages, again, strict=True):
+        assert (old.ppl, old.losses, old.sample) == (new.ppl, new.losses, new.sample)
+
+
+def test_other_settings_use_nothing_of_an_earlier_run(made, settings, monkeypatch):
+    _, folder = made
+    before = (folder / "stages.jsonl").read_text()
+
+    def stop(bench, recipe):
+        raise KeyboardInterrupt(recipe.label)
+
+    monkeypatch.setattr(demonstration, "measure", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"^dense$"):
+        demonstration.demo(folder, **(settings | {"seed": 1}))
+    (folder / "stages.jsonl").write_text(before)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (3, 100), (2, 7)])
+def test_int8_is_within_half_a_step_of_every_group(shape):
+    weight = torch.randn(shape)
+    rounded, size = round_to_int8(weight)
+    groups = -(-shape[1] // 64)
+    assert size == weight.numel() + 2 * shape[0] * groups
+    for start in range(0, shape[1], 64):
+        part, got = weight[:, start : start + 64], rounded[:, start : start + 64]
+        step = part.abs().amax(1, keepdim=True) / 127
+        assert ((part - got).abs() <= 0.51 * step + 0.001 * part.abs()).all()
+
+
+def test_int8_leaves_zeros_alone():
+    assert torch.equal(round_to_int8(torch.zeros(2, 64))[0], torch.zeros(2, 64))

@@ -1,0 +1,108 @@
+"""The table of keeps, ranks and adapters: its cells, its files, and taking it up again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import tiny
+
+from hylora_kernels.evaluation.evaluate import perplexity
+from hylora_kernels.experiments import sweep as sweeping
+from hylora_kernels.support.report import show
+
+IDS = tiny.tokens(6, 24)
+OPTIONS = {"data": IDS, "calibration": IDS, "rank_multiple": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.llama()
+
+
+@pytest.fixture(scope="module")
+def made(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return sweeping.sweep(model, folder, (0.9, 0.6), (0, 4), **OPTIONS), folder
+
+
+def test_every_combination_is_a_cell_within_its_budget(made):
+    report, _ = made
+    asked = [(cell.keep_asked, cell.lora_rank) for cell in report.cells]
+    assert asked == [(0.9, 0), (0.9, 4), (0.6, 0), (0.6, 4)]
+    for cell in report.cells:
+        assert cell.kept <= cell.keep_asked and cell.removed == 1 - cell.kept
+        assert cell.params_linear == round(cell.kept * report.dense.params_linear)
+        assert (cell.trainable > 0) == (cell.lora_rank > 0)
+        assert cell.params_as_is >= cell.params_total
+    assert report.dense.kept == 1 and report.tokens == 6 * 23
+
+
+def test_the_given_model_is_left_as_it_is(made, model):
+    assert not any("SVD" in type(m).__name__ for m in model.modules())
+    assert made[0].dense.ppl == perplexity(model, IDS, progress=False).ppl
+
+
+def test_it_is_written_and_shown(made, capsys):
+    report, folder = made
+    assert json.loads((folder / "sweep.json").read_text()) == report.to_dict()
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((folder / "cells").iterdir())) == 5
+    show(report.render())
+    shown = capsys.readouterr().out
+    assert "removed" in shown and "dense" in shown and "0.9" in shown
+
+
+def test_a_second_run_is_read_from_the_files(made, model, monkeypatch):
+    report, folder = made
+    monkeypatch.setattr(sweeping, "compress", None)
+    assert sweeping.sweep(model, folder, (0.9, 0.6), (0, 4), **OPTIONS) == report
+
+
+def test_a_missing_cell_is_made_again_the_same(made, model):
+    _, folder = made
+    before = {file: file.read_text() for file in (folder / "cells").iterdir()}
+    lost = next(f for f, text in before.items() if '"keep_asked": 0.6' in text)
+    lost.unlink()
+    sweeping.sweep(model, folder, (0.9, 0.6), (0, 4), **OPTIONS)
+    old, new = json.loads(before[lost]), json.loads(lost.read_text())
+    assert {**old, "seconds": 0} == {**new, "seconds": 0}
+    untouched = {f: t for f, t in before.items() if f != lost}
+    assert {f: f.read_text() for f in untouched} == untouched
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"form": "pair"}, {"data": tiny.tokens(4, 24)}])
+def test_other_options_are_other_cells(made, model, change, monkeypatch):
+    _, folder = made
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping, "_cell", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweeping.sweep(model, folder, (0.9, 0.6), (0, 4), **(OPTIONS | change))
+
+
+def test_plain_ranks_and_recovery(model, tmp_path):
+    options = {**OPTIONS, "ranks": "global", "steps": 2, "form": "pair"}
+    report = sweeping.sweep(model, tmp_path, rank=(4, 8), lora_rank=(0, 2), **options)
+    assert [(c.rank, c.lora_rank, c.steps) for c in report.cells] == [
+        (4, 0, 0),
+        (4, 2, 2),
+        (8, 0, 0),
+        (8, 2, 2),
+    ]
+    assert report.cells[0].params_linear == report.cells[1].params_linear
+    assert report.cells[0].params_linear < report.cells[2].params_linear
+    # q, o [32, 32], k, v [16, 32], gate, up [48, 32], down [32, 48]; two blocks
+    assert report.cells[0].params_linear == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 80)
+
+
+def test_a_model_by_its_name_and_without_calibration(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    report = sweeping.sweep(
+        str(tmp_path / "model"), tmp_path / "out", (0.8,), (0,),
+        data=IDS, method="svd", rank_multiple=4, dtype="float32", progress=False,
+    )  # fmt: skip
+    assert report.cells[0].ppl > 1 and torch.isfinite(torch.tensor(report.cells[0].ppl))

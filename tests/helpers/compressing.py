@@ -1,0 +1,48 @@
+"""What the tests of compress() share: its small settings, and looking at models."""
+
+from __future__ import annotations
+
+import torch
+from helpers.zoo import tokens
+
+from hylora_kernels.compression import compress, linears
+from hylora_kernels.model.loss import token_loss
+
+IDS = tokens(6, 12)
+SMALL = {"rank_multiple": 4, "lora_rank": 4, "samples": 6, "refit_samples": 5, "progress": False}
+
+
+def compressed(model, keep=0.7, ids=IDS, **options):
+    return compress(model, keep, ids, **{"cache": False} | SMALL | options)
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def loss(model, ids):
+    with torch.no_grad():
+        total, count = token_loss(model, ids)
+    return float(total) / count
+
+
+def close(a, b, tolerance):
+    return float((a - b).double().norm()) <= tolerance * float(b.double().norm())
+
+
+def parts(model):
+    """path -> module of all linears that were candidates, in the order of `model`."""
+    return {path: model.get_submodule(path) for path in linears(model)}
+
+
+def counted(module):
+    """Parameters without the bias, from the tensors themselves."""
+    return sum(p.numel() for name, p in module.named_parameters() if name != "bias")
+
+
+def assert_same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name

@@ -1,0 +1,52 @@
+"""What the tests of finetune() share: a tiny model and its tokens, and looking at what moved."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+
+import torch
+from helpers import tiny
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from hylora_kernels.recovery.finetune import finetune
+
+BLOCKS = tiny.tokens(8, 16)
+train = functools.partial(finetune, progress=False)
+
+
+def model_of(dtype=torch.float32, **options):
+    return tiny.adapted(tiny.llama(dtype), **options)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def assert_differ(a: dict, b: dict) -> None:
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def watched_updates(watch):
+    """`watch` is called with the trained parameters before every update."""
+
+    def hook(optimizer, _args, _kwargs):
+        watch(optimizer.param_groups[0]["params"])
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,38 @@
+"""What the tests of optimize_for_inference share: a small model, its state, where it packs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny
+
+from hylora_kernels import available_backends
+from hylora_kernels.layers.linear import freeze_all_but_adapters
+
+WHY = available_backends()["cpu"]
+packs = pytest.mark.skipif(bool(WHY), reason=f"cpu: {WHY}")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+HINT = r"restore_from_inference\(model\) first"
+
+
+def llama(dtype=torch.bfloat16, tied=True, form="pivoted", **changes):
+    """A compressed model whose sizes are multiples of 32, so that panels need no filling."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 4}
+    model = tiny.llama(dtype, tie_word_embeddings=tied, **(sizes | changes))
+    return freeze_all_but_adapters(tiny.adapted(model, rank=32, lora_rank=32, form=form).eval())
+
+
+def state_of(model) -> dict:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(a: dict, b: dict) -> bool:
+    return list(a) == list(b) and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
+
+
+def logits(model, seed=0):
+    with torch.no_grad():
+        return model(input_ids=tiny.tokens(2, 12, seed=seed), use_cache=False).logits

