@@ -18,6 +18,7 @@ from hylora_kernels.backends.cpu.panels import (
     products_for,
     six_products_stay_faster,
 )
+from hylora_kernels.backends.shared.tracing import assume_constant_result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +151,7 @@ def forward_packed(x: Tensor, packed: Packed) -> Tensor:
     return torch.ops.hylora.cpu_linear.default(x, *packed.args, products)
 
 
-@torch.compiler.assume_constant_result  # compiled code is guarded by torch's settings as it is
+@assume_constant_result  # compiled code is guarded by torch's settings as it is
 def _float32_products(most: int) -> int:
     products = products_for(torch.float32, True)
     return products if products == 3 else min(products, most)

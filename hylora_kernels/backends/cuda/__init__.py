@@ -17,6 +17,7 @@ from torch import Tensor
 from hylora_kernels.backends.shared import counters
 from hylora_kernels.backends.shared import torch_products as products
 from hylora_kernels.backends.shared.library import LIBRARY, MISSING
+from hylora_kernels.backends.shared.tracing import assume_constant_result
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS, PRODUCTS = "kernels", "products"  # what forcing() takes
@@ -58,7 +59,7 @@ def why_not() -> str:
     return _driver_lacks() if torch.cuda.is_available() else "no CUDA device"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _driver_lacks() -> str:
     return _answer("cuda_driver_lacks")
 
@@ -77,7 +78,7 @@ def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
     return _device_lacks(x.device) or None
 
 
-@torch.compiler.assume_constant_result  # the device compiled for is the device
+@assume_constant_result  # the device compiled for is the device
 def _device_lacks(device: torch.device) -> str:
     return _answer("cuda_lacks", _target(device)[1])
 

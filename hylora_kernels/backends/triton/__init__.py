@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.backends.shared import torch_products as products
+from hylora_kernels.backends.shared.tracing import assume_constant_result
 from hylora_kernels.backends.triton import torch_products as vendor
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
@@ -79,7 +80,7 @@ def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # the device compiled for is the device
+@assume_constant_result  # the device compiled for is the device
 def _device_lacks(device: torch.device) -> str:
     target = _target(device)
     if target.kind == "cuda" and target.arch < LEAST_ARCH:
