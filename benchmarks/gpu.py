@@ -27,7 +27,7 @@ from rich.console import Console
 
 from hylora_kernels.backends import triton as room
 from hylora_kernels.machine import tune
-from hylora_kernels.support.report import show, table
+from hylora_kernels.support.console import show, table
 
 ROWS, QUICK_ROWS = (1, 16, 64, 256, 2048, 8192), (1, 16, 256, 2048)
 QUICK_SHAPES = tune.SHAPES[2:4]

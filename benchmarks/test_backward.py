@@ -19,8 +19,8 @@ from record import format_time, keep_ratios, record
 from timing import interleave
 
 from hylora_kernels import reference, svd_lora_linear, use_backend
-from hylora_kernels.layers.linear import freeze_all_but_adapters
 from hylora_kernels.model.loss import token_loss
+from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.recovery.run import training_mode
 
 STEP_TOKENS = 512

@@ -16,10 +16,10 @@ from hylora_kernels.ops import svd_lora_linear
 __version__ = "0.1.0"
 
 _PIPELINE = {
-    "compress": "compression",
-    "add_adapters": "compression",
-    "merge_adapters": "compression",
-    "analyze_spectrum": "compression",
+    "compress": "compression.compress",
+    "add_adapters": "model.adapters",
+    "merge_adapters": "model.adapters",
+    "analyze_spectrum": "compression.spectrum",
     "finetune": "recovery.finetune",
     "evaluate": "evaluation.evaluate",
     "generate": "inference.generate",

@@ -14,7 +14,7 @@ from hylora_kernels.cli.options import (
     shapes_option,
     write_report,
 )
-from hylora_kernels.support.report import format_bytes, format_seconds, show
+from hylora_kernels.support.console import format_bytes, format_seconds, show
 
 
 def info(json_path: Json = None) -> None:

@@ -41,7 +41,7 @@ from hylora_kernels.cli.options import (
     size_option,
     write_report,
 )
-from hylora_kernels.support.report import (
+from hylora_kernels.support.console import (
     format_bytes,
     format_seconds,
     kept_table,
@@ -83,14 +83,14 @@ def compress(
     json_path: Json = None,
 ) -> None:
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
-    from hylora_kernels import compression
+    from hylora_kernels.compression.compress import compress as compress_model
     from hylora_kernels.model import checkpoint
 
     claim(out, model)
     policy, memory = ranks_option(ranks), size_option(max_memory, "max-memory")
     loaded, tokenizer = _load(model, device, dtype)
     require_disk(out, _bytes(loaded), f"the compressed model in {out}")
-    loaded, report = compression.compress(
+    loaded, report = compress_model(
         loaded,
         keep=keep,
         calibration=calibration,
@@ -273,7 +273,7 @@ def analyze(
     json_path: Json = None,
 ) -> None:
     """Singular spectra of a model's linears: how much energy which rank keeps, what it costs."""
-    from hylora_kernels.compression import analyze_spectrum
+    from hylora_kernels.compression.spectrum import analyze_spectrum
 
     loaded, tokenizer = _load(model, device, dtype)
     report = analyze_spectrum(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.model.loss import eval_mode, has_plain_head, token_loss
+from hylora_kernels.model.loss import has_plain_head, token_loss
+from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.model.structure import Group, as_matrix
 
 

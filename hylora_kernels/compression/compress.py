@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.compression.factors import factorize_model, open_workspace, timed
+from hylora_kernels.compression.factors import factorize_model, open_workspace
 from hylora_kernels.compression.ranks import DENSE, adapter_rank, allocate, curve
 from hylora_kernels.compression.refit import refit as refit_blocks
-from hylora_kernels.compression.replace import build_layer, put
+from hylora_kernels.compression.replace import build_layer
 from hylora_kernels.compression.whiten import METHODS
-from hylora_kernels.compression.workspace import fingerprint
-from hylora_kernels.inference.optimize import refuse_packed
-from hylora_kernels.layers.linear import FORMS, SVDLoRALinear, freeze_all_but_adapters
+from hylora_kernels.layers.linear import FORMS, SVDLoRALinear
+from hylora_kernels.layers.packed import refuse_packed
 from hylora_kernels.model.checkpoint import adopt
 from hylora_kernels.model.load import load_model, tokenizer_of
+from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.structure import Structure, as_matrix, discover
+from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.report import Report
-from hylora_kernels.text.sources import token_blocks
+from hylora_kernels.support.timing import timed
+from hylora_kernels.text.blocks import token_blocks
 
 FACTORIZERS = ("gram", "exact", "randomized")
 
@@ -331,7 +333,7 @@ def _replace(model, structure, options, workspace, chosen, refitted, report, pro
                 linear, factors, total - layer.lora_rank, layer.lora_rank, U=refitted.get(path),
                 form=options.form, init=options.init, seed=options.seed + index,
             )  # fmt: skip
-            put(model, path, new)
+            model.set_submodule(path, new)
             kept = new.rank if options.init == "classic" else total
             squares = factors.S.double() ** 2
             layer.lost_energy = float(squares[kept:].sum() / squares.sum().clamp_min(1e-300))

@@ -3,8 +3,6 @@ analyze both start from."""
 
 from __future__ import annotations
 
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,9 +12,11 @@ from tqdm import tqdm
 
 from hylora_kernels.compression import calibration
 from hylora_kernels.compression.whiten import factorize_whitened
-from hylora_kernels.compression.workspace import Workspace, fingerprint
+from hylora_kernels.compression.workspace import Workspace
 from hylora_kernels.model.structure import Structure, as_matrix
+from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.storage import require_disk
+from hylora_kernels.support.timing import timed
 
 
 def open_workspace(
@@ -97,14 +97,6 @@ def factorize_model(
                     seed,
                 )
                 workspace.save(path, factors)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str):
-    """Add the wall seconds of the `with` to seconds[stage]."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def _require_finite(model: nn.Module) -> None:

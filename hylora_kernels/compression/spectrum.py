@@ -15,8 +15,10 @@ from hylora_kernels.compression.whiten import METHODS
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.model.structure import as_matrix, discover
-from hylora_kernels.support.report import Report, spectrum_plot, table
-from hylora_kernels.text.sources import token_blocks
+from hylora_kernels.support.console import table
+from hylora_kernels.support.plots import spectrum_plot
+from hylora_kernels.support.report import Report
+from hylora_kernels.text.blocks import token_blocks
 
 SHARES = (0.9, 0.95, 0.99, 0.999)
 RANKS = (16, 32, 64, 128, 256, 512, 1024)

@@ -8,8 +8,6 @@ per set of ranks, with each refitted block. Everything is safetensors, each file
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,12 +15,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hylora_kernels.compression.whiten import Factors
 from hylora_kernels.support.storage import atomic_path, cache_dir
-
-LAYOUT = 1  # raised whenever the files' meaning or the algorithm's numbers change
 
 
 class Workspace:
@@ -88,28 +84,6 @@ class Refits:
             file.name.removesuffix(".safetensors"): load_file(file)
             for file in self.folder.glob("*.safetensors")
         }
-
-
-def fingerprint(**parts) -> str:
-    """A short hash of JSON-able options and tensors; modules count by their parameters' names and
-    bytes."""
-    digest = hashlib.sha256(f"layout {LAYOUT}".encode())
-    for name, part in sorted(parts.items()):
-        digest.update(name.encode())
-        if isinstance(part, nn.Module):
-            for key, tensor in part.state_dict().items():
-                digest.update(key.encode())
-                _update(digest, tensor)
-        elif isinstance(part, Tensor):
-            _update(digest, part)
-        else:
-            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:20]
-
-
-def _update(digest, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -17,14 +17,18 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.compression import compress, merge_adapters
-from hylora_kernels.compression.workspace import fingerprint
-from hylora_kernels.evaluation.evaluate import model_size, perplexity
+from hylora_kernels.compression.compress import compress
+from hylora_kernels.evaluation.perplexity import perplexity
+from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model.adapters import merge_adapters
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.recovery.finetune import finetune
-from hylora_kernels.support.report import Report, format_bytes, format_ppl, sweep_plot, table
-from hylora_kernels.text.sources import token_blocks
+from hylora_kernels.support.console import format_bytes, format_ppl, table
+from hylora_kernels.support.hashing import fingerprint
+from hylora_kernels.support.plots import sweep_plot
+from hylora_kernels.support.report import Report
+from hylora_kernels.text.blocks import token_blocks
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-from hylora_kernels.evaluation.evaluate import context_length
+from hylora_kernels.model.context import context_length
 from hylora_kernels.support.devices import input_device
+from hylora_kernels.support.seeding import forked_rng, seed_rng
 
 
 def generate(
@@ -109,23 +109,6 @@ class _Pieces(BaseStreamer):
         return self.tokenizer.decode(
             self.tokens[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-
-
-@contextmanager
-def forked_rng(device: torch.device) -> Iterator[None]:
-    """At the end, put back the random state of the CPU, and of CUDA if `device` is of it."""
-    devices = range(torch.cuda.device_count()) if device.type == "cuda" else ()
-    with torch.random.fork_rng(list(devices)):
-        yield
-
-
-def seed_rng(device: torch.device, seed: int) -> None:
-    """Seed the CPU's random state, and that of `device`'s kind."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed_all(seed)
-    elif device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
 
 
 def _encode(tokenizer, prompt, chat) -> torch.Tensor:

@@ -293,16 +293,6 @@ class SVDLoRALinear(nn.Module):
 SVD_LoRA_Linear = SVDLoRALinear
 
 
-def freeze_all_but_adapters(model: nn.Module) -> nn.Module:
-    """Make A and B of the model's SVDLoRALinears the only parameters that require grad."""
-    model.requires_grad_(False)
-    for layer in model.modules():
-        if isinstance(layer, SVDLoRALinear) and layer.A is not None:
-            layer.A.requires_grad_()
-            layer.B.requires_grad_()
-    return model
-
-
 def _classic_adapter(out_features: int, in_features: int, lora_rank: int, seed: int):
     """A [ra, K] random with rows of norm about 1, B [N, ra] zero; None, None at lora_rank 0."""
     if not lora_rank:

@@ -13,7 +13,8 @@ import torch
 
 from hylora_kernels.backends import available_backends, cpu_levels, cuda_code
 from hylora_kernels.support import storage
-from hylora_kernels.support.report import Report, format_bytes
+from hylora_kernels.support.console import format_bytes
+from hylora_kernels.support.report import Report
 
 PACKAGES = (
     "hylora-kernels",

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from hylora_kernels.backends import triton as room
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton.config import BACKWARD, FORWARD, VENDOR, Problem, table_path
-from hylora_kernels.support.report import Report, table
+from hylora_kernels.support.console import table
+from hylora_kernels.support.report import Report
 from hylora_kernels.support.storage import write_json
 
 # K, N, r, ra: SmolLM2's, TinyLlama's and Llama 7B's at keeps between 0.5 and 0.8.

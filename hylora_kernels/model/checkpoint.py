@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from hylora_kernels.layers.linear import SVDLoRALinear, freeze_all_but_adapters
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.skeleton import Slot, build, missing_from, slots_of
 from hylora_kernels.model.tensorfile import CheckpointError, TensorFile, checksum
 from hylora_kernels.support.devices import resolve_device, resolve_dtype

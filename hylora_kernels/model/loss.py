@@ -8,12 +8,12 @@ making them all at once halves the speed of training on a CPU. 64 rows at a time
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hylora_kernels.model.modules import eval_mode
 
 _plain_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -82,18 +82,6 @@ def _mixed_loss(logits, labels, teacher_logits, distill) -> Tensor:
         return loss
     soft = F.cross_entropy(logits, teacher_logits.float().softmax(-1), reduction="sum")
     return (1 - distill) * loss + distill * soft
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval(), and back to what each of them was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -9,14 +9,19 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hylora_kernels.compression import merge_adapters
-from hylora_kernels.evaluation.evaluate import check_blocks, name_of
-from hylora_kernels.inference.optimize import refuse_packed
-from hylora_kernels.layers.linear import SVDLoRALinear, freeze_all_but_adapters
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.packed import refuse_packed
+from hylora_kernels.model.adapters import merge_adapters
+from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import tokenizer_of
-from hylora_kernels.recovery.run import Recipe, Run, frozen_hash, tensor_hash, training_mode
-from hylora_kernels.support.report import Report, loss_plot
-from hylora_kernels.text.sources import token_blocks
+from hylora_kernels.model.modules import freeze_all_but_adapters
+from hylora_kernels.recovery.recipe import Recipe
+from hylora_kernels.recovery.run import Run, frozen_hash, training_mode
+from hylora_kernels.support.hashing import tensor_hash
+from hylora_kernels.support.plots import loss_plot
+from hylora_kernels.support.report import Report
+from hylora_kernels.text.blocks import token_blocks
+from hylora_kernels.text.sources import source_name
 
 
 @dataclass
@@ -140,7 +145,7 @@ def finetune(
             merge_adapters(model)
     if run.folder is not None and run.losses:
         loss_plot({"training": run.losses}, run.folder / "loss.png")
-    return _report(run, stopped, total, name_of(data))
+    return _report(run, stopped, total, source_name(data))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,13 +8,12 @@ was not, and a checkpoint needs no random state.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,49 +23,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from hylora_kernels.inference.generate import forked_rng, seed_rng
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.structure import block_list, linears
+from hylora_kernels.support.hashing import tensor_hash
+from hylora_kernels.support.seeding import forked_rng, seed_rng
 from hylora_kernels.support.storage import atomic_path, require_disk, write_text
 
 SAVE_SECONDS = (
     60.0  # between checkpoints without save_every; the demo's, of 0.25 GB, takes half one
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that the trained adapters depend on; a run is resumed by the same recipe only."""
-
-    steps: int
-    lr: float
-    warmup: int
-    length: int
-    batch: int
-    accumulate: int
-    clip: float
-    chunk: int
-    distill: float
-    gradient_checkpointing: bool
-    seed: int
-    processes: int
-    data: str  # from here on hashes; the adapters' is of what they were before the first step
-    teacher: str
-    base: str
-    adapters: str
-
-    def learning_rate(self, step: int) -> float:
-        """Of step 1..steps: linear up to lr in the warm-up, then a cosine down to a tenth of it."""
-        if step <= self.warmup:
-            return self.lr * step / self.warmup
-        progress = (step - self.warmup) / (self.steps - self.warmup)
-        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-    @property
-    def blocks_per_step(self) -> int:
-        return self.batch * self.accumulate * self.processes
 
 
 @contextmanager
@@ -306,12 +273,3 @@ def frozen_hash(model: nn.Module) -> str:
             seen.add(id(tensor))  # a tied weight is read once
     scales = [f"{path} {layer.alpha} {layer.lora_dropout}\n" for path, layer in layers.items()]
     return tensor_hash(tensors.items(), "".join(scales))
-
-
-def tensor_hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
-    """sha256 over names, dtypes, shapes and bytes, and `text`."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

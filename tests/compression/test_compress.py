@@ -25,9 +25,10 @@ from helpers.numerics import pairwise
 from helpers.zoo import NAMES, ZOO, tokens, trained, zoo_model
 from torch import nn
 
-from hylora_kernels.compression import compress, linears, merge_adapters
+from hylora_kernels.compression.compress import compress
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model.structure import as_matrix
+from hylora_kernels.model.adapters import merge_adapters
+from hylora_kernels.model.structure import as_matrix, linears
 
 # -------------------------------------------------------------------- every architecture and option
 

@@ -9,7 +9,7 @@ import torch
 from helpers.zoo import NAMES, ZOO, paths_of, tokens, trained, zoo_model
 from transformers.pytorch_utils import Conv1D
 
-from hylora_kernels.compression import compress
+from hylora_kernels.compression.compress import compress
 from hylora_kernels.compression.refit import (
     BATCH,
     _forward,

@@ -10,7 +10,7 @@ import torch
 from helpers.compressing import IDS, SMALL, assert_same, compressed
 from helpers.zoo import paths_of, tokens, zoo_model
 
-from hylora_kernels.compression import compress
+from hylora_kernels.compression.compress import compress
 from hylora_kernels.compression.workspace import Refits, Workspace
 from hylora_kernels.support.storage import cache_dir
 

@@ -9,7 +9,8 @@ import torch
 from helpers.zoo import tokens, zoo_model
 from rich.console import Console
 
-from hylora_kernels.compression import analyze_spectrum, compress
+from hylora_kernels.compression.compress import compress
+from hylora_kernels.compression.spectrum import analyze_spectrum
 from hylora_kernels.model.structure import as_matrix, linears
 
 IDS = tokens(4, 12)

@@ -14,8 +14,11 @@ from helpers import tiny
 from safetensors.torch import save_file
 from transformers import GPT2Config, OPTConfig
 
-from hylora_kernels.compression import merge_adapters
-from hylora_kernels.evaluation.evaluate import evaluate, model_size, perplexity, throughput
+from hylora_kernels.evaluation.evaluate import evaluate
+from hylora_kernels.evaluation.perplexity import perplexity
+from hylora_kernels.evaluation.size import model_size
+from hylora_kernels.evaluation.speed import throughput
+from hylora_kernels.model.adapters import merge_adapters
 
 QUIET = {"progress": False}
 
@@ -198,7 +201,7 @@ def test_throughput_times_what_it_says(name, device, monkeypatch):
 
     model.register_forward_pre_hook(watch, with_kwargs=True)
     clock = SimpleNamespace(perf_counter=lambda: float(sum(forwards)))
-    monkeypatch.setattr(sys.modules["hylora_kernels.evaluation.evaluate"], "time", clock)
+    monkeypatch.setattr(sys.modules["hylora_kernels.evaluation.speed"], "time", clock)
     found = throughput(model, prompt_tokens=20, new_tokens=7)
     assert forwards == [20] * 5 + [1] * 8  # a warm-up of each, and the prompt that is gone on from
     assert (found.prefill_tok_s, found.decode_tok_s) == (1.0, 1.0)

@@ -127,7 +127,7 @@ def test_the_page_is_whole_and_names_no_address(made):
 
 
 def test_the_notes_and_the_table_say_kept_and_removed(made, capsys):
-    from hylora_kernels.support.report import show
+    from hylora_kernels.support.console import show
 
     notes = " ".join(demo_page.notes(made[0]))
     for text in ("93 tokens", "3 blocks of 32", "keep and removed", "int8", "control"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import tiny
 
-from hylora_kernels.evaluation.evaluate import perplexity
+from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.experiments import sweep as sweeping
-from hylora_kernels.support.report import show
+from hylora_kernels.support.console import show
 
 IDS = tiny.tokens(6, 24)
 OPTIONS = {"data": IDS, "calibration": IDS, "rank_multiple": 4, "progress": False}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from helpers.zoo import tokens
 
-from hylora_kernels.compression import compress, linears
+from hylora_kernels.compression.compress import compress
 from hylora_kernels.model.loss import token_loss
+from hylora_kernels.model.structure import linears
 
 IDS = tokens(6, 12)
 SMALL = {"rank_multiple": 4, "lora_rank": 4, "samples": 6, "refit_samples": 5, "progress": False}

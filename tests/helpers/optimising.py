@@ -7,7 +7,7 @@ import torch
 from helpers import tiny
 
 from hylora_kernels import available_backends
-from hylora_kernels.layers.linear import freeze_all_but_adapters
+from hylora_kernels.model.modules import freeze_all_but_adapters
 
 WHY = available_backends()["cpu"]
 packs = pytest.mark.skipif(bool(WHY), reason=f"cpu: {WHY}")

@@ -22,13 +22,10 @@ from hylora_kernels import (
     use_backend,
 )
 from hylora_kernels.cli import model_commands as commands
-from hylora_kernels.evaluation.evaluate import evaluate, perplexity, throughput
-from hylora_kernels.inference.optimize import (
-    PackedEmbedding,
-    PackedLinear,
-    PackedSVDLoRALinear,
-    held_by,
-)
+from hylora_kernels.evaluation.evaluate import evaluate
+from hylora_kernels.evaluation.perplexity import perplexity
+from hylora_kernels.evaluation.speed import throughput
+from hylora_kernels.layers.packed import PackedEmbedding, PackedLinear, PackedSVDLoRALinear, held_by
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,8 @@ from hylora_kernels import (
     restore_from_inference,
     save_pretrained,
 )
-from hylora_kernels.evaluation.evaluate import model_size
-from hylora_kernels.inference.optimize import (
-    held_by,
-)
+from hylora_kernels.evaluation.size import model_size
+from hylora_kernels.layers.packed import held_by
 
 
 def live_bytes() -> int:

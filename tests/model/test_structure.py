@@ -10,9 +10,8 @@ from helpers.zoo import NAMES, ZOO, paths_of, zoo_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hylora_kernels.compression import linears
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model.structure import as_matrix, computes_linear, discover, select
+from hylora_kernels.model.structure import as_matrix, computes_linear, discover, linears, select
 
 
 class Toy(nn.Module):

@@ -19,7 +19,7 @@ from helpers.finetuning import (
     watched_updates,
 )
 
-from hylora_kernels.evaluation.evaluate import perplexity
+from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.recovery import run as training
 from hylora_kernels.recovery.run import Run, frozen_hash
 

@@ -6,14 +6,8 @@ import tempfile
 from pathlib import Path
 
 from hylora_kernels.experiments.demo.stages import HEADINGS, DemoReport, Stage
-from hylora_kernels.support.report import (
-    embedded_svg,
-    format_bytes,
-    format_ppl,
-    format_seconds,
-    loss_plot,
-    stages_plot,
-)
+from hylora_kernels.support.console import format_bytes, format_ppl, format_seconds
+from hylora_kernels.support.plots import embedded_svg, loss_plot, stages_plot
 from hylora_kernels.support.storage import write_text
 
 TEMPLATES = Path(__file__).parent

@@ -26,7 +26,7 @@ from hylora_kernels.experiments.demo.stages import (
 from hylora_kernels.machine.info import environment
 from hylora_kernels.model import load as models
 from hylora_kernels.support import storage
-from hylora_kernels.support.report import format_bytes, format_ppl, format_seconds
+from hylora_kernels.support.console import format_bytes, format_ppl, format_seconds
 
 STAGES = "stages.jsonl"
 # With the demo's own model: three sets of factors and two of refits; two models and checkpoints.

@@ -12,23 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.compression import add_adapters, compress
-from hylora_kernels.compression.workspace import fingerprint
-from hylora_kernels.evaluation.evaluate import model_size, perplexity, throughput
+from hylora_kernels.compression.compress import compress
+from hylora_kernels.evaluation.perplexity import perplexity
+from hylora_kernels.evaluation.size import model_size
+from hylora_kernels.evaluation.speed import throughput
 from hylora_kernels.inference.generate import generate
 from hylora_kernels.machine.info import Environment
 from hylora_kernels.model import load as models
+from hylora_kernels.model.adapters import add_adapters
 from hylora_kernels.model.checkpoint import save_pretrained
 from hylora_kernels.recovery.finetune import FinetuneReport, finetune
-from hylora_kernels.support.report import (
-    Report,
-    format_bytes,
-    format_ppl,
-    report_lines,
-    stage_label,
-    table,
-)
-from hylora_kernels.text.sources import token_blocks
+from hylora_kernels.support.console import format_bytes, format_ppl, report_lines, table
+from hylora_kernels.support.hashing import fingerprint
+from hylora_kernels.support.plots import stage_label
+from hylora_kernels.support.report import Report
+from hylora_kernels.text.blocks import token_blocks
 
 PROMPT = "The old man sat down by the window and looked at the river. He"
 GROUP = 64  # weights that share one scale in the int8 row

@@ -27,8 +27,9 @@ from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.machine.selftest.grid import DTYPES, FORMS, Call, Case, Entry, plan
 from hylora_kernels.machine.selftest.races import Race, races, run
 from hylora_kernels.ops import svd_lora_linear
+from hylora_kernels.support.console import table
 from hylora_kernels.support.devices import resolve_device
-from hylora_kernels.support.report import Report, table
+from hylora_kernels.support.report import Report
 
 GRADS = ("dx", "dA", "dB", "db")
 CPU_REPEATS, GPU_REPEATS, INTERPRETED_REPEATS = 3, 20, 1

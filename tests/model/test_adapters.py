@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers.zoo import NAMES, ZOO, tokens, zoo_model
 
-from hylora_kernels.compression import add_adapters, linears, merge_adapters
-from hylora_kernels.compression.replace import put
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model.adapters import add_adapters, merge_adapters
+from hylora_kernels.model.structure import linears
 
 IDS = tokens(3, 12)
 
@@ -88,10 +88,3 @@ def test_refusals():
         ValueError, match="model must be dense to take adapters, but its layer model"
     ):
         add_adapters(model)
-
-
-def test_put():
-    model, new = zoo_model("llama"), torch.nn.Identity()
-    put(model, "model.layers.1.mlp.act_fn", new)
-    put(model, "lm_head", new)
-    assert model.model.layers[1].mlp.act_fn is new is model.lm_head

@@ -1,0 +1,69 @@
+"""Perplexity over blocks of tokens, every token counted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hylora_kernels.model.context import check_blocks
+from hylora_kernels.model.loss import token_loss
+from hylora_kernels.model.modules import eval_mode
+from hylora_kernels.support.console import format_ppl
+from hylora_kernels.support.devices import input_device
+from hylora_kernels.support.report import Report
+
+
+@dataclass
+class Perplexity(Report):
+    """ppl = exp(nll), nll in nats a token over `tokens` predictions: length - 1 in each block."""
+
+    ppl: float
+    nll: float
+    tokens: int
+    blocks: int
+    length: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, blocks: Tensor, batch: int = 4, progress: bool = True
+) -> Perplexity:
+    """blocks int64 [n, L]: each on its own, its first token given, the other L - 1 all counted.
+
+    Raises FloatingPointError naming the block whose loss is not finite, ValueError for blocks
+    of another kind or longer than the model's context, or batch < 1.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    check_blocks(model, blocks)
+    device = input_device(model)
+    nll, tokens = 0.0, 0
+    bar = tqdm(total=len(blocks), desc="perplexity", unit="block", disable=not progress)
+    with eval_mode(model), bar:
+        for start in range(0, len(blocks), batch):
+            ids = blocks[start : start + batch].to(device)
+            loss, count = token_loss(model, ids)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"perplexity: {_not_finite(model, ids, start)}")
+            nll, tokens = nll + float(loss), tokens + count
+            bar.set_postfix(ppl=format_ppl(math.exp(min(nll / tokens, 700))), refresh=False)
+            bar.update(len(ids))
+    mean = nll / tokens
+    if mean > 700:
+        raise FloatingPointError(
+            f"perplexity: exp of a mean loss of {mean:.1f} nats is beyond float64"
+        )
+    return Perplexity(math.exp(mean), mean, tokens, *blocks.shape)
+
+
+def _not_finite(model, ids, start) -> str:
+    for place, block in enumerate(ids):
+        loss, _ = token_loss(model, block[None])
+        if not math.isfinite(loss):
+            return f"the loss of block {start + place} is {float(loss)}"
+    last = start + len(ids) - 1
+    return f"the loss of blocks {start} to {last} is not finite together, yet each alone is"

@@ -1,0 +1,109 @@
+"""True size: parameters, buffers and bytes, in memory and on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.packed import PackedLinear, held_by
+from hylora_kernels.model.structure import linears
+from hylora_kernels.support.report import Report
+
+
+@dataclass
+class Kept(Report):
+    """Parameters dense, as held now, and with the adapters merged; keep and removed of dense."""
+
+    dense: int
+    as_is: int
+    merged: int
+    keep_as_is: float
+    removed_as_is: float
+    keep_merged: float
+    removed_merged: float
+
+
+@dataclass
+class ModelSize(Report):
+    """Counts and bytes; what is held twice (tied) counts once, pivots are buffers.
+
+    resident_bytes: the whole storages of all parameters and buffers.
+    file_bytes:     of the folder's .safetensors, or None.
+    linears:        the weights that compression is about, those left dense included; no biases.
+    model:          every parameter.
+    """
+
+    parameters: int
+    buffers: int
+    trainable: int
+    parameter_bytes: int
+    buffer_bytes: int
+    trainable_bytes: int
+    resident_bytes: int
+    file_bytes: int | None
+    linears: Kept
+    model: Kept
+
+
+def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
+    """Count everything the model holds; with `path`, a folder, its .safetensors files too.
+
+    What is packed for inference counts as the parameters it is made of, and with the bytes that it
+    takes. Raises ValueError if there are no files.
+    """
+    packed = held_by(model)
+    panels = {id(tensor) for held in packed for tensor in held.tensors}
+    parameters, all_buffers = list(model.parameters()), list(model.buffers())
+    buffers = [b for b in all_buffers if id(b) not in panels]
+    trainable = [p for p in parameters if p.requires_grad]
+    total = sum(p.numel() for p in parameters) + sum(held.count for held in packed)
+    targets = linears(model).values()
+    dense = sum(_count(layer, "dense") for layer in targets)
+    as_is = sum(_count(layer, "as_is") for layer in targets)
+    merged = sum(_count(layer, "merged") for layer in targets)
+    return ModelSize(
+        parameters=total,
+        buffers=sum(b.numel() for b in buffers),
+        trainable=sum(p.numel() for p in trainable),
+        parameter_bytes=sum(part.nbytes for part in (*parameters, *packed)),
+        buffer_bytes=sum(b.nbytes for b in buffers),
+        trainable_bytes=sum(p.nbytes for p in trainable),
+        resident_bytes=_storage_bytes(parameters + all_buffers),
+        file_bytes=None if path is None else _file_bytes(Path(path)),
+        linears=_kept(dense, as_is, merged),
+        model=_kept(total - as_is + dense, total, total - as_is + merged),
+    )
+
+
+def _count(layer: nn.Module, which: str) -> int:
+    if isinstance(layer, PackedLinear):
+        return layer.held.count
+    if not isinstance(layer, SVDLoRALinear):
+        return layer.weight.numel()
+    if which == "dense":
+        return layer.in_features * layer.out_features
+    return layer.parameter_count(merged=which == "merged")
+
+
+def _kept(dense: int, as_is: int, merged: int) -> Kept:
+    keep_as_is, keep_merged = as_is / max(dense, 1), merged / max(dense, 1)
+    return Kept(dense, as_is, merged, keep_as_is, 1 - keep_as_is, keep_merged, 1 - keep_merged)
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the distinct storages; on the meta device, which has none, of the tensors."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr() or id(tensor)] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _file_bytes(folder: Path) -> int:
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"path must be a folder with .safetensors files, got {folder}")
+    return sum(file.stat().st_size for file in files)

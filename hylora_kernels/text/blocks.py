@@ -1,0 +1,124 @@
+"""Text as blocks of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import LongTensor, Tensor
+from tqdm import tqdm
+
+from hylora_kernels.support.storage import atomic_path, cache_dir
+from hylora_kernels.text.sources import read_text
+
+PIECE = 8_000_000  # characters; up to here a text is tokenized in one go
+
+
+CACHED_FROM = 1_000_000  # characters; about a second of tokenizing
+
+
+def token_blocks(
+    data: LongTensor | list[str] | str | os.PathLike,
+    tokenizer=None,
+    length: int = 512,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> LongTensor:
+    """Contiguous blocks of tokens [n, length], int64, on the CPU.
+
+    data:      token ids [n, L] (taken as they are, L need not be `length`), a list of texts,
+               "brown", "python-docs", a .txt, .jsonl or .parquet file, or a hub id "name" or
+               "name:config" (the texts being the column "text", or the only one with strings).
+    tokenizer: needed unless `data` is token ids. No BOS or other special token is added.
+    split:     "train" or "test" of "brown", any split of a hub id; without meaning elsewhere.
+    limit:     at most that many blocks: the first ones, or, with a `seed`, a random choice.
+
+    The texts are joined by blank lines, tokenized and cut; a remainder shorter than `length` is
+    dropped. Raises ValueError naming the argument, and the number of tokens if there are too few.
+    """
+    for name, value, least in (("length", length, 2), ("limit", limit, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    if seed is not None and not isinstance(seed, int):
+        raise ValueError(f"seed must be an int or None, got {seed!r}")
+    if isinstance(data, Tensor):
+        blocks = _checked_ids(data, tokenizer)
+    else:
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given unless data is a tensor of token ids")
+        wanted = limit * length if limit is not None and seed is None else None
+        ids = _tokenize(read_text(data, split), tokenizer, wanted, progress)
+        if len(ids) < length:
+            raise ValueError(f"data has {len(ids)} tokens, less than one block of {length}")
+        blocks = ids[: len(ids) // length * length].view(-1, length)
+    if limit is None or limit >= len(blocks):
+        return blocks
+    if seed is None:
+        return blocks[:limit].clone()
+    chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    return blocks[chosen[:limit]]
+
+
+def _checked_ids(ids: Tensor, tokenizer) -> LongTensor:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"data must be int64 token ids, got {ids.dtype}")
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(f"data must be token ids [n >= 1, L >= 2], got shape {list(ids.shape)}")
+    low, high = int(ids.min()), int(ids.max())
+    most = len(tokenizer) if tokenizer is not None else high + 1
+    if low < 0 or high >= most:
+        raise ValueError(f"data must be token ids in [0, {most}), got {low} to {high}")
+    return ids.to("cpu", torch.int64)
+
+
+def _tokenize(text: str, tokenizer, wanted: int | None, progress: bool) -> LongTensor:
+    """The tokens of `text`, at least `wanted` of them if there are so many (all if None)."""
+    if len(text) < CACHED_FROM:
+        return _encode(text, tokenizer)
+    path = cache_dir("tokens") / f"{_fingerprint(text, tokenizer)}.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)["ids"].long()
+        except SafetensorError:
+            path.unlink()  # cut off by hand or a full disk: made again
+    pieces, ids, count = _pieces(text), [], 0
+    for piece in tqdm(pieces, "tokenizing", unit="piece", disable=not progress or len(pieces) < 2):
+        ids.append(_encode(piece, tokenizer))
+        count += len(ids[-1])
+        if wanted is not None and count >= wanted and len(ids) < len(pieces):
+            return torch.cat(ids)
+    found = torch.cat(ids)
+    with atomic_path(path) as temporary:
+        save_file({"ids": found.int()}, temporary)
+    return found
+
+
+def _encode(text: str, tokenizer) -> LongTensor:
+    # verbose=False: a text longer than the model's context is what is wanted here
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _pieces(text: str) -> list[str]:
+    """`text` cut after blank lines into pieces of about PIECE characters."""
+    pieces, start = [], 0
+    while len(text) - start > PIECE:
+        end = text.find("\n\n", start + PIECE)
+        if end < 0:
+            break
+        pieces.append(text[start : end + 2])
+        start = end + 2
+    return [*pieces, text[start:]]
+
+
+def _fingerprint(text: str, tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    digest = hashlib.sha256(f"{type(tokenizer).__name__} {PIECE} {rules}".encode())
+    digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,53 @@
+"""Numbers in words, tables and lines."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hylora_kernels.support import console
+
+
+def test_words():
+    assert [console.format_bytes(n) for n in (0, 999, 1000, 269_030_000, 2.5e12)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "269.0 MB",
+        "2.5 TB",
+    ]
+    assert [console.format_count(n) for n in (7, 1234, 134_515_008, 1.1e9)] == [
+        "7",
+        "1.23 k",
+        "134.52 M",
+        "1.10 B",
+    ]
+    assert [console.format_ppl(p) for p in (None, 45.281, 128.44, 1.4e7)] == [
+        "-",
+        "45.28",
+        "128.4",
+        "1.4e+07",
+    ]
+    assert [console.format_seconds(s) for s in (2.04, 75.2, 3725)] == [
+        "2.0 s",
+        "1 min 15 s",
+        "1 h 02 min",
+    ]
+    assert console.kept_removed(0.8) == "keep 0.800 (removed 0.200)"
+
+
+def test_the_parameter_line_counts_a_tied_weight_once():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False), nn.Linear(10, 2))
+    model[1].weight = model[0].weight
+    model[0].weight.requires_grad_(False)
+    line = console.report_lines(model)
+    assert line == "trainable 22 / total 62 parameters (35.48 %)"
+
+
+def test_a_table_shows_every_cell_and_takes_brackets_literally(capsys):
+    rows = [["[bold]x[/nonsense]", 1234567, 0.123456, None], ["y", 2, 1.4e7, True]]
+    console.show(console.table("a [title]", ["name", "count", "share", "more"], rows))
+    shown = capsys.readouterr().out
+    for text in ("[bold]x[/nonsense]", "1,234,567", "0.1235", "-", "1.4e+07", "True", "a [title]"):
+        assert text in shown
+    console.show("plain [red]line[/red]")
+    assert capsys.readouterr().out == "plain [red]line[/red]\n"
