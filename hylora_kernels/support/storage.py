@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
 from tqdm import tqdm
 
 # The marker that backup tools know. It also says which folders are ours to count and to delete, so
@@ -27,7 +26,11 @@ QUIET_BELOW = 100_000_000  # bytes; smaller needs are no news
 
 def cache_root() -> Path:
     """$HYLORA_CACHE, or the user's cache folder of the system; not created here."""
-    root = os.environ.get("HYLORA_CACHE") or platformdirs.user_cache_dir("hylora_kernels")
+    root = os.environ.get("HYLORA_CACHE")
+    if not root:
+        import platformdirs  # here, so that HYLORA_CACHE serves where the package is missing
+
+        root = platformdirs.user_cache_dir("hylora_kernels")
     return Path(root).expanduser().absolute()
 
 

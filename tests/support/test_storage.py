@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import namedtuple
 
+import platformdirs
 import pytest
 
 from hylora_kernels.support import storage
@@ -27,7 +28,7 @@ def test_cache_dir_follows_the_environment(root):
 
 def test_cache_dir_without_the_environment_is_the_systems(tmp_path, monkeypatch):
     monkeypatch.delenv("HYLORA_CACHE", raising=False)
-    monkeypatch.setattr(storage.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     assert storage.cache_dir("data") == tmp_path / "hylora_kernels" / "data"
 
 
