@@ -92,13 +92,13 @@ if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 step tests "$PYTHON" -m pytest -m gpu -q "${workers[@]}" "${files[@]}"
 step selftest "$PYTHON" -m hylora_kernels selftest --device cuda --json "$OUT/selftest.json"
 step tune "$PYTHON" -m hylora_kernels tune --device cuda "${quick[@]}" --json "$OUT/tune.json"
-step bench "$PYTHON" benchmarks/gpu.py "${quick[@]}" "${compile[@]}" --out "$OUT"
+step bench "$PYTHON" benchmarks/gpu_layers.py "${quick[@]}" "${compile[@]}" --out "$OUT"
 card=$("$PYTHON" -c '
 import torch
 known = ("H100", "A100", "L4", "RTX 4090", "MI300X")
 print(next((k for k in known if k in torch.cuda.get_device_name(0)), ""))')
 if [ -n "$card" ]; then
-  step compare "$PYTHON" benchmarks/model_gpu.py --gpu "$card" --compare "$OUT/layers.json"
+  step compare "$PYTHON" benchmarks/gpu_prediction.py --gpu "$card" --compare "$OUT/layers.json"
 fi
 
 printf '\n==== summary\n' | tee -a "$LOG"

@@ -4,8 +4,8 @@ them best.
 auto        svd_lora_linear as a user calls it
 one_launch  the Triton kernel, whatever the table says
 cuda_launch the CUDA C++ kernels, whatever the backend cuda would choose
-four_gemms  the formula, product by product
-two_vendor  x P^T and h Q^T on factors packed ahead, P = [SVh; A], Q = [U, alpha B]; a pivoted
+four_products  the formula, product by product
+two_products  x P^T and h Q^T on factors packed ahead, P = [SVh; A], Q = [U, alpha B]; a pivoted
             layer as the pair that it equals
 dense       F.linear with the matrix that was compressed
 peft        peft's LoRA of the same rank on that matrix; its arithmetic where peft isn't installed
@@ -24,13 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hylora_kernels import reference, svd_lora_linear, use_backend
-from hylora_kernels.backends import cuda as cuda_room
-from hylora_kernels.backends import triton as room
+from hylora_kernels.backends import cuda, triton
 from hylora_kernels.backends.triton import config as configs
 
 ALPHA = 0.7
-FORWARD = ("auto", "one_launch", "cuda_launch", "four_gemms", "two_vendor", "dense", "peft")
-TRAINING = ("auto", "cuda_launch", "four_gemms", "peft")
+FORWARD = ("auto", "one_launch", "cuda_launch", "four_products", "two_products", "dense", "peft")
+TRAINING = ("auto", "cuda_launch", "four_products", "peft")
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
 
@@ -111,7 +110,7 @@ def formula(x, SVh, U, A, B, bias, pivots, others):
     return y if A is None else y + ALPHA * ((x @ A.T) @ B.T)
 
 
-def two_products(x, P, Q, bias):
+def shrink_and_expand(x, P, Q, bias):
     return F.linear(F.linear(x, P), Q, bias)
 
 
@@ -132,7 +131,7 @@ class Lora(nn.Module):
 def lora_on_dense(weights: Weights, layer: Layer) -> tuple[Callable, list[Tensor]]:
     """(the layer, its trainable A and B)."""
     dense = nn.Linear(layer.K, layer.N, device="meta")
-    dense.weight = nn.Parameter(_dense_weight(weights), requires_grad=False)
+    dense.weight = nn.Parameter(_dense(weights), requires_grad=False)
     dense.bias = nn.Parameter(weights.bias, requires_grad=False)
     if LoraConfig is None:
         made = Lora(dense, layer.lora_rank)
@@ -146,42 +145,40 @@ def lora_on_dense(weights: Weights, layer: Layer) -> tuple[Callable, list[Tensor
     return model[0], trainable
 
 
-def _dense_weight(weights: Weights) -> Tensor:
+def _dense(weights: Weights) -> Tensor:
     SVh, U, A, B, _, pivots = weights
     return reference.dense_weight(SVh, U, A, B, ALPHA, pivots)
 
 
-def maker(name: str, layer: Layer) -> Callable[[Weights], tuple[Callable, list[Tensor]]]:
-    """From weights to (a function of x, the A and B that it trains)."""
+def maker(name: str) -> Callable[[Weights, Layer], tuple[Callable, list[Tensor]]]:
+    """From weights and layer to (a function of x, the A and B that it trains)."""
+    return {
+        "auto": _auto,
+        "one_launch": _auto,
+        "cuda_launch": lambda w, layer: (by_cuda(_auto(w, layer)[0]), [w.A, w.B]),
+        "four_products": _four_products,
+        "two_products": _two_products,
+        "dense": lambda w, _: (functools.partial(F.linear, weight=_dense(w), bias=w.bias), []),
+        "peft": lora_on_dense,
+    }[name]
 
-    def auto(w: Weights):
-        return lambda x: svd_lora_linear(x, *w[:5], ALPHA, w.pivots), [w.A, w.B]
 
-    def cuda_launch(w: Weights):
-        return by_cuda(auto(w)[0]), [w.A, w.B]
+def _auto(w: Weights, _: Layer):
+    return lambda x: svd_lora_linear(x, *w[:5], ALPHA, w.pivots), [w.A, w.B]
 
-    def four_gemms(w: Weights):
-        both = (None, None)
-        if w.pivots is not None:
-            both = room.products.part_order(w.pivots, layer.others).split((layer.r, layer.others))
-        return lambda x: formula(x, *w[:5], *both), [w.A, w.B]
 
-    def two_vendor(w: Weights):
-        U = reference.full_U(w.U, w.pivots)
-        P, Q = w.SVh, U.contiguous()
-        if w.A is not None:
-            P, Q = torch.cat((P, w.A)), torch.cat((Q, (ALPHA * w.B.float()).to(DTYPE)), 1)
-        return lambda x: two_products(x, P, Q, w.bias), []
+def _four_products(w: Weights, layer: Layer):
+    both = (None, None)
+    if w.pivots is not None:
+        both = triton.products.part_order(w.pivots, layer.others).split((layer.r, layer.others))
+    return lambda x: formula(x, *w[:5], *both), [w.A, w.B]
 
-    def dense(w: Weights):
-        return functools.partial(F.linear, weight=_dense_weight(w), bias=w.bias), []
 
-    makers = {"auto": auto, "one_launch": auto, "cuda_launch": cuda_launch, "dense": dense}
-    return (
-        makers
-        | {"four_gemms": four_gemms}
-        | {"two_vendor": two_vendor, "peft": lambda w: lora_on_dense(w, layer)}
-    )[name]
+def _two_products(w: Weights, _: Layer):
+    P, Q = w.SVh, reference.full_U(w.U, w.pivots).contiguous()
+    if w.A is not None:
+        P, Q = torch.cat((P, w.A)), torch.cat((Q, (ALPHA * w.B.float()).to(DTYPE)), 1)
+    return lambda x: shrink_and_expand(x, P, Q, w.bias), []
 
 
 def weight_bytes(name: str, layer: Layer) -> int:
@@ -189,7 +186,7 @@ def weight_bytes(name: str, layer: Layer) -> int:
     if name in ("dense", "peft"):
         extra = layer.lora_rank * (layer.K + layer.N) if name == "peft" else 0
         return DTYPE.itemsize * (layer.K * layer.N + extra)
-    pivoted_as_pair = name == "two_vendor" and layer.form == "pivoted"
+    pivoted_as_pair = name == "two_products" and layer.form == "pivoted"
     return DTYPE.itemsize * (layer.r * (layer.K + layer.N) if pivoted_as_pair else layer.weights)
 
 
@@ -198,16 +195,16 @@ def forward_calls(name: str, layer: Layer, x: Tensor, weights: Weights) -> list[
     each comes from memory."""
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     count = max(2, min(512, math.ceil(2.5 * cache / weight_bytes(name, layer))))
-    make, calls = maker(name, layer), []
+    calls = []
     for _ in range(count):
         copy = Weights(*(None if t is None else t.clone() for t in weights))
-        calls.append(functools.partial(make(copy)[0], x))
+        calls.append(functools.partial(maker(name)(copy, layer)[0], x))
     return calls
 
 
 def compiled_call(name: str, layer: Layer, x: Tensor, weights: Weights) -> Callable:
     torch._dynamo.reset()
-    return functools.partial(torch.compile(maker(name, layer)(weights)[0], dynamic=False), x)
+    return functools.partial(torch.compile(maker(name)(weights, layer)[0], dynamic=False), x)
 
 
 def check(y: Tensor, x: Tensor, weights: Weights, name: str) -> None:
@@ -227,7 +224,7 @@ def under(config, call: Callable) -> Callable:
     """The call by a forced launch."""
 
     def run():
-        with room.forcing(config):
+        with triton.forcing(config):
             return call()
 
     return run
@@ -237,7 +234,7 @@ def by_cuda(function: Callable) -> Callable:
     """The function by the CUDA C++ kernels."""
 
     def run(*given):
-        with use_backend("cuda"), cuda_room.forcing(cuda_room.KERNELS):
+        with use_backend("cuda"), cuda.forcing(cuda.KERNELS):
             return function(*given)
 
     return run
@@ -245,12 +242,12 @@ def by_cuda(function: Callable) -> Callable:
 
 def names_of(contest: tuple[str, ...]) -> list[str]:
     """Those of FORWARD or TRAINING that are there."""
-    return [name for name in contest if name != "cuda_launch" or cuda_room.is_available()]
+    return [name for name in contest if name != "cuda_launch" or cuda.is_available()]
 
 
 def training_step(name: str, layer: Layer, x: Tensor, dy: Tensor) -> Callable:
     """Forward and backward: gradients of x, A and B."""
-    function, trained = maker(name, layer)(random_weights(layer))
+    function, trained = maker(name)(random_weights(layer), layer)
     wanted = [x, *(t.requires_grad_() for t in trained if t is not None)]
 
     def step():
@@ -261,7 +258,7 @@ def training_step(name: str, layer: Layer, x: Tensor, dy: Tensor) -> Callable:
 
 def launches(layer: Layer, quick: bool) -> list[configs.Config]:
     """The launches that tuning may pick; with quick the default one alone."""
-    target = room._target(torch.device("cuda", torch.cuda.current_device()))
+    target = triton._target(torch.device("cuda", torch.cuda.current_device()))
     found = [configs.first_choice(layer.problem, target)]
     if not quick:
         found += [c for c in configs.candidates(layer.problem, target) if c != configs.VENDOR]

@@ -1,6 +1,6 @@
-"""benchmarks/gpu.sh, gpu.py and `hylora tune` from one end to the other without a GPU: Triton's
-interpreter and the emulated CUDA kernels compute on the CPU, clocks and graphs are stand-ins. Times
-mean nothing here; that every rival runs, is checked and comes into the tables does.
+"""benchmarks/gpu.sh, gpu_layers.py and `hylora tune` from one end to the other without a GPU:
+Triton's interpreter and the emulated CUDA kernels compute on the CPU, clocks and graphs are stand-ins.
+Times mean nothing here; that every rival runs, is checked and comes into the tables does.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from hylora_kernels.machine import tune
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import gpu
+import gpu_layers
+import gpu_prediction
 import gpu_rivals
-import model_gpu
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: benchmarks/gpu.sh"),
@@ -83,25 +83,25 @@ def in_one(calls):
 
 @pytest.fixture
 def bench(clocks, monkeypatch):
-    """benchmarks/gpu.py on one small layer; a function of the folder for its results."""
+    """benchmarks/gpu_layers.py on one small layer; a function of the folder for its results."""
     if on_cpu.COMPILER is None or not hasattr(torch.ops.hylora, "cuda_dataflow"):
         pytest.skip("the emulated kernels need g++ and hylora_kernels/_csrc.so")
     torch.ops.load_library(on_cpu.build())
-    for module in (gpu, gpu_rivals):
+    for module in (gpu_layers, gpu_rivals):
         monkeypatch.setattr(module, "DEVICE", CPU)
-    in_turns = gpu.in_turns
-    monkeypatch.setattr(gpu, "in_turns", lambda contest, rounds: in_turns(contest, 1))
-    monkeypatch.setattr(gpu, "limits", lambda: {"hbm": 1e12, "product": 1e14})
-    monkeypatch.setattr(gpu, "graph_of", in_one)
-    monkeypatch.setattr(gpu, "ROWS", (3, LARGE))
-    monkeypatch.setattr(gpu, "WARM_CALLS", 2)
-    monkeypatch.setattr(gpu, "TRAINING_ROWS", (17,))
+    in_turns = gpu_layers.in_turns
+    monkeypatch.setattr(gpu_layers, "in_turns", lambda contest, rounds: in_turns(contest, 1))
+    monkeypatch.setattr(gpu_layers, "limits", lambda: {"hbm": 1e12, "product": 1e14})
+    monkeypatch.setattr(gpu_layers, "graph_of", in_one)
+    monkeypatch.setattr(gpu_layers, "ROWS", (3, LARGE))
+    monkeypatch.setattr(gpu_layers, "WARM_CALLS", 2)
+    monkeypatch.setattr(gpu_layers, "TRAINING_ROWS", (17,))
     monkeypatch.setattr(tune, "SHAPES", (SHAPE,))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
     def run(out, compiled=False):
         with on_cpu.emulated(), use_backend("triton"):
-            gpu.run(False, compiled, out)
+            gpu_layers.run(False, compiled, out)
 
     return run
 
@@ -109,11 +109,11 @@ def bench(clocks, monkeypatch):
 def test_the_benchmark_runs_every_rival(bench, tmp_path, capsys):
     bench(tmp_path, compiled=True)
     rows = json.loads((tmp_path / "layers.json").read_text())
-    compiled = ("auto compiled", "four_gemms compiled", "two_vendor compiled")
+    compiled = ("auto compiled", "four_products compiled", "two_products compiled")
     seen = {(r["form"], r["M"], r["regime"], r["candidate"]) for r in rows}
     wanted = set()
-    for form in gpu.FORMS:
-        for M in gpu.ROWS:
+    for form in gpu_layers.FORMS:
+        for M in gpu_layers.ROWS:
             regimes = ["graph cold", "eager cold", *(["graph warm"] if M < LARGE else [])]
             wanted |= {(form, M, regime, r) for regime in regimes for r in gpu_rivals.FORWARD}
             wanted |= {(form, M, "eager warm", r) for r in compiled}
@@ -123,26 +123,26 @@ def test_the_benchmark_runs_every_rival(bench, tmp_path, capsys):
     trained = {(r["form"], r["regime"], r["candidate"]) for r in report["training"]}
     assert trained == {
         (f, regime, r)
-        for f in gpu.FORMS
+        for f in gpu_layers.FORMS
         for regime in ("graph", "eager")
         for r in gpu_rivals.TRAINING
     }
     table = (tmp_path / "table.txt").read_text(encoding="utf-8")
     assert "training step, pivoted, graph: microseconds" in table and "peft / auto" in table
     capsys.readouterr()
-    model_gpu.main(["--gpu", "H100", "--compare", str(tmp_path / "layers.json")])
-    assert "two_vendor" in capsys.readouterr().out
+    gpu_prediction.main(["--gpu", "H100", "--compare", str(tmp_path / "layers.json")])
+    assert "two_products" in capsys.readouterr().out
 
 
 def test_a_rival_that_is_wrong_fails_its_layer_alone(bench, tmp_path, monkeypatch, capsys):
-    two_products = gpu_rivals.two_products
+    right = gpu_rivals.shrink_and_expand
 
     def wrong(x, *factors):
-        return two_products(x, *factors) * (1.1 if len(x) == LARGE else 1)
+        return right(x, *factors) * (1.1 if len(x) == LARGE else 1)
 
-    monkeypatch.setattr(gpu_rivals, "two_products", wrong)
-    monkeypatch.setattr(gpu, "FORMS", ("pair",))
-    with pytest.raises(SystemExit, match=r"failed: 1, the first: .*M=65.* two_vendor of"):
+    monkeypatch.setattr(gpu_rivals, "shrink_and_expand", wrong)
+    monkeypatch.setattr(gpu_layers, "FORMS", ("pair",))
+    with pytest.raises(SystemExit, match=r"failed: 1, the first: .*M=65.* two_products of"):
         bench(tmp_path)
     assert {r["M"] for r in json.loads((tmp_path / "layers.json").read_text())} == {3}
 
@@ -249,7 +249,7 @@ def script(tmp_path):
         calls.write_text("")
         paths = {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "CALLS": str(calls)}
         done = subprocess.run(
-            ["bash", Path(gpu.__file__).with_name("gpu.sh")],
+            ["bash", Path(gpu_layers.__file__).with_name("gpu.sh")],
             env=os.environ | paths | {"FAILS": fails, "HANGS": hangs} | options,
             capture_output=True,
             text=True,
@@ -273,17 +273,17 @@ def test_the_script_runs_every_step(script):
         " -m pytest -m gpu -q tests/test_ops.py",
         " -m hylora_kernels selftest --device cuda --json /out/selftest.json",
         " -m hylora_kernels tune --device cuda --json /out/tune.json",
-        " benchmarks/gpu.py --compile --out /out",
-        " benchmarks/model_gpu.py --gpu H100 --compare /out/layers.json",
+        " benchmarks/gpu_layers.py --compile --out /out",
+        " benchmarks/gpu_prediction.py --gpu H100 --compare /out/layers.json",
         "",
     ]
     _, _, calls = script(QUICK="1", STEPS="tune bench")
     assert calls[0].endswith("tune --device cuda --quick --json /out/tune.json")
-    assert calls[1:] == [" benchmarks/gpu.py --quick --out /out", ""]
+    assert calls[1:] == [" benchmarks/gpu_layers.py --quick --out /out", ""]
 
 
 def test_the_script_goes_on_where_a_step_fails_or_hangs(script):
-    code, printed, calls = script(fails="selftest", hangs="benchmarks/gpu.py", LIMIT="1")
+    code, printed, calls = script(fails="selftest", hangs="benchmarks/gpu_layers.py", LIMIT="1")
     assert code == 3 and len(calls) == 7
     assert "FAILED (3)" in printed and "FAILED (over 1 s)" in printed
     assert printed.count("  ok") == 4

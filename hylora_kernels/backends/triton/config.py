@@ -161,7 +161,7 @@ def why_illegal(config: Config | ThinConfig, dtype: torch.dtype, target: Target)
 
 
 def default(problem: Problem, target: Target, captured: bool = True) -> Config | Vendor:
-    """What is launched where nothing has been measured: what an H100 showed (benchmarks/gpu.py).
+    """What is launched where nothing has been measured: what an H100 showed (benchmarks/gpu_layers.py).
 
     captured: in a CUDA graph. Called one by one, a launch of Triton's costs the host as much as
     three of torch's products (70 us against 45 for two of them), so two are left to torch.

@@ -2,7 +2,7 @@
 
 Every product takes the longest of three times: its multiply-adds on the tensor cores, its bytes
 from HBM, its bytes from L2; a launch adds the time to fill and to drain the machine. In eager mode
-the host may be slower than all of that. bf16 or fp16, forward. model_gpu.py is the command.
+the host may be slower than all of that. bf16 or fp16, forward. gpu_prediction.py is the command.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TILE = 128  # sides of the tiles that are dealt to the units
 class Gpu:
     """hbm, l2: bytes/s. l2_bytes: what all units share. tensor: dense bf16 FLOP/s with float32
     sums. units: SMs or CUs. gap: seconds between two kernels of a replayed graph. reuse: rows and
-    columns of the tile that a vendor's product reads its operands once for."""
+    columns of the tile for which torch's product reads its operands once."""
 
     hbm: float
     l2: float
@@ -58,7 +58,7 @@ class Shares:
 class Calibration:
     """Every figure of the model that no datasheet gives: the first estimate's, assumptions all."""
 
-    vendor: Shares = Shares(0.78, 0.90)
+    torch: Shares = Shares(0.78, 0.90)
     one_launch: Shares = Shares(0.66, 0.85)
     cuda_launch: Shares | None = Shares(0.55, 0.80)  # None: not an NVIDIA
     on_chip: dict[int, float] = field(  # rows of a block -> share of the tensor cores' rate
@@ -68,13 +68,13 @@ class Calibration:
     kept: float = 0.60  # share of L2 that a tensor may fill and be found there by the next kernel
     ramp: float = 1.5e-6  # seconds to fill and to drain the machine, each launch
     wait: float = 1.5e-6  # seconds between the phases of the one launch
-    host_vendor: float = 6e-6  # seconds of the host for an op of torch
+    host_torch: float = 6e-6  # seconds of the host for an op of torch
     host_triton: float = 18e-6  # and for a launch through Triton
     host_cuda: float = 12e-6  # through the C++ binding: on a CPU's clock as two ops of torch's
 
 
 _ADA = Calibration(  # slower tensor cores, easier to keep busy
-    vendor=Shares(0.85, 0.90),
+    torch=Shares(0.85, 0.90),
     one_launch=Shares(0.80, 0.85),
     cuda_launch=Shares(0.70, 0.80),
     on_chip={16: 0.18, 32: 0.336, 64: 0.54, 128: 0.66},
@@ -87,7 +87,7 @@ CALIBRATIONS = {
         one_launch=Shares(0.60, 0.68),
         ramp=2.5e-6,
         wait=2.5e-6,
-        host_vendor=20e-6,
+        host_torch=20e-6,
         host_triton=70e-6,
         host_cuda=40e-6,
         cuda_launch=Shares(0.37, 0.60),  # mma.sync reaches about 0.62 of what wgmma does
@@ -95,13 +95,13 @@ CALIBRATIONS = {
     "A100": Calibration(),
     "L4": replace(  # 72 W
         _ADA,
-        vendor=Shares(0.60, 0.90),
+        torch=Shares(0.60, 0.90),
         one_launch=Shares(0.55, 0.85),
         cuda_launch=Shares(0.50, 0.80),
     ),
     "RTX 4090": _ADA,
     "MI300X": Calibration(
-        vendor=Shares(0.55, 0.80), one_launch=Shares(0.45, 0.75), cuda_launch=None
+        torch=Shares(0.55, 0.80), one_launch=Shares(0.45, 0.75), cuda_launch=None
     ),
 }
 
@@ -203,8 +203,8 @@ class Machine:
         """[M, K] times [K, N]. x_near, y_near: the left operand is read, and the result left, in L2
         alone."""
         gpu, rows = self.gpu, min(TILE, max(16, 1 << (M - 1).bit_length()))
-        shares = shares or self.calibration.vendor
-        down, across = gpu.reuse if shares == self.calibration.vendor else (128, 256)
+        shares = shares or self.calibration.torch
+        down, across = gpu.reuse if shares == self.calibration.torch else (128, 256)
         flops = 2.0 * math.ceil(M / rows) * rows * N * K  # rows of a tile beyond M cost as well
         far = N * K + (0 if x_near else M * K) + (0 if y_near else M * N)
         near = M * K * math.ceil(N / across) + N * K * math.ceil(M / down) + M * N
@@ -218,7 +218,7 @@ class Machine:
     def columns(self, what: str, M: int, N: int, times: int) -> Stage:
         """`times` readings or writings of a [M, N] matrix, one number after another."""
         size, near = BYTES * M * N * times, self.warm or self.keeps(M, N)
-        hbm = 0.0 if near else size / (self.gpu.hbm * self.calibration.vendor.hbm)
+        hbm = 0.0 if near else size / (self.gpu.hbm * self.calibration.torch.hbm)
         return Stage(what, 0.0, hbm, size / (self.gpu.l2 * self.calibration.pass_l2))
 
     def predict(self, stages, launches: int, host: float, wait: float = 0.0) -> Prediction:
@@ -226,13 +226,13 @@ class Machine:
         return Prediction(tuple(stages), launches, overhead, host)
 
     def by_torch(self, stages: list[Stage]) -> Prediction:
-        return self.predict(stages, len(stages), len(stages) * self.calibration.host_vendor)
+        return self.predict(stages, len(stages), len(stages) * self.calibration.host_torch)
 
 
 # ----------------------------------------------------------------------------------- the candidates
 
 
-def four_gemms(layer: Layer, machine: Machine) -> Prediction:
+def four_products(layer: Layer, machine: Machine) -> Prediction:
     """PREDICTION: the formula as it stands. The sum is a pass of its own, as is sorting the
     pivoted form's outputs."""
     M, K, N, r, ra = layer.M, layer.K, layer.N, layer.r, layer.ra
@@ -252,7 +252,7 @@ def four_gemms(layer: Layer, machine: Machine) -> Prediction:
     return machine.by_torch(stages)
 
 
-def two_vendor(layer: Layer, machine: Machine) -> Prediction:
+def two_products(layer: Layer, machine: Machine) -> Prediction:
     """PREDICTION: h = x P^T, y = h Q^T on packed factors. A pivoted layer multiplies by the
     equivalent pair's Q, or makes its others and pivots apart and sorts them: the quicker counts."""
     M, R = layer.M, layer.R
@@ -299,7 +299,7 @@ def on_chip(layer: Layer, machine: Machine) -> Prediction:
     """PREDICTION: h of a block of rows in shared memory, both products in one program, which
     streams both factors whole. Programs that share a block's outputs each make its h anew."""
     gpu, best = machine.gpu, None
-    hbm = gpu.hbm * machine.calibration.vendor.hbm
+    hbm = gpu.hbm * machine.calibration.torch.hbm
     M, K, R, outputs = layer.M, layer.K, layer.R, layer.others
     far = BYTES * (M * K + R * K + outputs * R + M * layer.N)
     for rows, share in machine.calibration.on_chip.items():
@@ -328,8 +328,8 @@ def dense(layer: Layer, machine: Machine) -> Prediction:
 
 
 CANDIDATES = {
-    "four_gemms": four_gemms,
-    "two_vendor": two_vendor,
+    "four_products": four_products,
+    "two_products": two_products,
     "on_chip": on_chip,
     "one_launch": one_launch,
     "dense": dense,

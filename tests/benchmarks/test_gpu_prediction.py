@@ -11,15 +11,15 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import model_gpu
-import roofline_gpu
-from roofline_gpu import CANDIDATES, FORMS, GPUS, MODES, Layer, predict
+import gpu_prediction
+import gpu_roofline
+from gpu_roofline import CANDIDATES, FORMS, GPUS, MODES, Layer, predict
 
 LAYERS = [(2048, 2048, 512, 32), (4096, 11008, 1536, 32), (576, 1536, 208, 0)]
 ROWS = [1, 2, 7, 16, 17, 48, 64, 65, 127, 128, 129, 300, 1000, 2048, 2049, 8192, 20000]
 FIRST = [
     (layer, M, list(CANDIDATES)[place], estimate)
-    for layer, by_rows in model_gpu.FIRST_ESTIMATE.items()
+    for layer, by_rows in gpu_prediction.FIRST_ESTIMATE.items()
     for M, estimates in by_rows.items()
     for place, estimate in enumerate(estimates)
 ]
@@ -27,7 +27,7 @@ FIRST = [
 
 @pytest.mark.parametrize(("layer", "M", "candidate", "estimate"), FIRST)
 def test_within_five_percent_of_the_first_estimate(layer, M, candidate, estimate, monkeypatch):
-    monkeypatch.setitem(roofline_gpu.CALIBRATIONS, "H100", roofline_gpu.Calibration())
+    monkeypatch.setitem(gpu_roofline.CALIBRATIONS, "H100", gpu_roofline.Calibration())
     seconds = predict(Layer(M, *layer), "H100")[candidate].seconds()
     assert 1e6 * seconds == pytest.approx(estimate, rel=0.05)
 
@@ -66,13 +66,13 @@ def test_nothing_beats_the_datasheet(gpu, form):
 def test_what_bounds_a_layer():
     few, many = (predict(Layer(M, 4096, 11008, 1536, 32)) for M in (1, 8192))
     assert few["one_launch"].bound() == "HBM"
-    assert many["one_launch"].bound() == many["two_vendor"].bound() == "L2"
+    assert many["one_launch"].bound() == many["two_products"].bound() == "L2"
     consumer = predict(Layer(8192, 4096, 11008, 1536, 32), "RTX 4090")
     assert consumer["one_launch"].bound() == "tensor cores"
     small = predict(Layer(1, 576, 576, 144, 16))
-    assert small["two_vendor"].bound("graph") == "launches"
+    assert small["two_products"].bound("graph") == "launches"
     assert small["one_launch"].bound("eager") == "host"
-    calibration = roofline_gpu.CALIBRATIONS["H100"]
+    calibration = gpu_roofline.CALIBRATIONS["H100"]
     assert small["one_launch"].seconds("eager") == calibration.host_triton
     assert small["cuda_launch"].seconds("eager") == calibration.host_cuda
 
@@ -81,7 +81,9 @@ def test_what_the_pivoted_form_and_a_warm_cache_save():
     layer = (2048, 5632, 768, 32)
     pair, pivoted = (predict(Layer(8192, *layer, form))["one_launch"] for form in FORMS)
     assert pivoted.seconds() < 0.95 * pair.seconds()
-    cold, warm = (predict(Layer(1, *layer), warm=w)["two_vendor"].seconds() for w in (False, True))
+    cold, warm = (
+        predict(Layer(1, *layer), warm=w)["two_products"].seconds() for w in (False, True)
+    )
     assert warm < 0.9 * cold
     too_much = Layer(1, 4096, 11008, 1536, 32)  # 47 MB of factors, L2 keeps 30 of its 50 MB
     assert predict(too_much, warm=True) == predict(too_much, warm=False)
@@ -104,7 +106,7 @@ def test_an_unknown_gpu_is_refused_by_naming_the_known(capsys):
     with pytest.raises(ValueError, match=r"one of H100, A100, L4, RTX 4090, MI300X, got 'V100'"):
         predict(Layer(1, 64, 64, 8), "V100")
     with pytest.raises(SystemExit):
-        model_gpu.main(["--gpu", "V100"])
+        gpu_prediction.main(["--gpu", "V100"])
     refusal = capsys.readouterr().err
     assert all(name in refusal for name in GPUS)
 
@@ -123,12 +125,12 @@ def test_measured_times_are_compared_row_by_row_and_in_the_mean(tmp_path, capsys
     rows = [
         measured("one_launch", 2.0),
         measured("one_launch", 8.0, M=2048),
-        measured("two_vendor", 0.5, "eager"),
-        measured("two_vendor", 3.0, "graph warm"),
+        measured("two_products", 0.5, "eager"),
+        measured("two_products", 3.0, "graph warm"),
         measured("peft", 1.0),
     ]
     path.write_text(json.dumps(rows), encoding="utf-8")
-    model_gpu.main(["--gpu", "A100", "--compare", str(path)])
+    gpu_prediction.main(["--gpu", "A100", "--compare", str(path)])
     by_row, means = capsys.readouterr().out.split("Geometric means")
     ratios = [line.split(" | ")[-1].strip(" |") for line in by_row.splitlines()[3:8]]
     assert ratios == ["2.00", "8.00", "0.50", "3.00", ""]
@@ -137,26 +139,26 @@ def test_measured_times_are_compared_row_by_row_and_in_the_mean(tmp_path, capsys
         line for line in means.splitlines() if line.startswith(("| one", "| two", "| peft"))
     ] == [
         "| one_launch | graph | 2 | 4.00 |",
-        "| two_vendor | eager | 1 | 0.50 |",
-        "| two_vendor | graph warm | 1 | 3.00 |",
+        "| two_products | eager | 1 | 0.50 |",
+        "| two_products | graph warm | 1 | 3.00 |",
     ]
 
 
 def test_a_table_of_hylora_tune_is_compared(capsys):
     root = Path(__file__).resolve().parents[2]
     path = root / "hylora_kernels/backends/triton/tuned/nvidia-h100-80gb-hbm3.json"
-    rows = model_gpu.measured_rows(path)
-    assert {row["candidate"] for row in rows} == {"four_gemms", "two_vendor", "one_launch"}
-    ratios = [ratio for _, ratio in model_gpu.compared(rows, "H100")]
-    assert 0.8 < model_gpu.geometric_mean(ratios) < 1.3, "the model is fitted to this table"
-    model_gpu.main(["--compare", str(path)])
+    rows = gpu_prediction.measured_rows(path)
+    assert {row["candidate"] for row in rows} == {"four_products", "two_products", "one_launch"}
+    ratios = [ratio for _, ratio in gpu_prediction.compared(rows, "H100")]
+    assert 0.8 < gpu_prediction.geometric_mean(ratios) < 1.3, "the model is fitted to this table"
+    gpu_prediction.main(["--compare", str(path)])
     assert "| one_launch | graph cold | 168 |" in capsys.readouterr().out
 
 
 def test_an_unknown_regime_is_refused():
     row = measured("dense", 1.0) | {"regime": "compiled"}
     with pytest.raises(ValueError, match=r"regime must be graph or eager .*, got 'compiled'"):
-        model_gpu.comparison([row], "H100")
+        gpu_prediction.comparison([row], "H100")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_an_unknown_regime_is_refused():
     ],
 )
 def test_every_table_says_that_it_is_a_prediction(words, capsys):
-    model_gpu.main(words)
+    gpu_prediction.main(words)
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert tables and all(table.startswith("PREDICTION, ") for table in tables)
     names = CANDIDATES if "MI300X" not in words else set(CANDIDATES) - {"cuda_launch"}
@@ -178,5 +180,5 @@ def test_every_table_says_that_it_is_a_prediction(words, capsys):
 
 def test_one_layer_needs_all_of_its_sizes(capsys):
     with pytest.raises(SystemExit):
-        model_gpu.main(["--M", "1", "--K", "64"])
+        gpu_prediction.main(["--M", "1", "--K", "64"])
     assert "needs all of --M, --K, --N and --rank" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """One layer on a GPU, forward and a training step, against its rivals in the same process.
 
-    python benchmarks/gpu.py [--quick] [--compile] [--out runs/gpu]
+    python benchmarks/gpu_layers.py [--quick] [--compile] [--out runs/gpu]
 
-Writes layers.json (what model_gpu.py --compare reads), gpu.json (limits, training, means) and
+Writes layers.json (what gpu_prediction.py --compare reads), gpu.json (limits, training, means) and
 table.txt. All in bfloat16. Regimes: "graph cold", replays of a CUDA graph that goes round copies of
 the weights larger than L2; "graph warm", the same weights again and again; "eager cold", called
 from Python. A ratio is a rival's time over that of `auto`: above 1, auto is faster.
@@ -25,7 +25,7 @@ import torch
 from gpu_rivals import DEVICE, DTYPE, Layer
 from rich.console import Console
 
-from hylora_kernels.backends import triton as room
+from hylora_kernels.backends import cuda, triton
 from hylora_kernels.machine import tune
 from hylora_kernels.support.console import show, table
 
@@ -131,7 +131,7 @@ def forward(layer: Layer, quick: bool, compiled: bool, rounds: int) -> list[dict
         }
         regimes["graph warm"] = again
     if compiled:
-        names = ("auto", "four_gemms", "two_vendor")
+        names = ("auto", "four_products", "two_products")
         made = {f"{n} compiled": rivals.compiled_call(n, layer, x, weights) for n in names}
         regimes["eager warm"] = {
             name: (one_by_one([call] * WARM_CALLS), WARM_CALLS) for name, call in made.items()
@@ -256,7 +256,7 @@ def run(quick: bool, compiled: bool, out: Path) -> None:
         f"{device}, torch {torch.__version__}: {found['hbm'] / 1e12:.2f} TB/s, "
         f"{found['product'] / 1e12:.0f} TFLOP/s in bf16; LoRA on dense: {lora}"
     )
-    if reason := rivals.cuda_room.why_not():
+    if reason := cuda.why_not():
         say(f"without cuda_launch: {reason}")
     measured, trained, failures = [], [], []
 
@@ -309,8 +309,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile too, one layer")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     given = parser.parse_args()
-    if reason := room.why_not() or ("" if torch.cuda.is_available() else "no CUDA device"):
-        sys.exit(f"benchmarks/gpu.py needs a GPU: {reason}")
+    if reason := triton.why_not() or ("" if torch.cuda.is_available() else "no CUDA device"):
+        sys.exit(f"benchmarks/gpu_layers.py needs a GPU: {reason}")
     torch.manual_seed(0)
     run(given.quick, given.compile, given.out)
 

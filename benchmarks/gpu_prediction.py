@@ -1,12 +1,12 @@
 """PREDICTION, nothing here is measured: how long a GPU should take for one layer.
 
-    python benchmarks/model_gpu.py                          the design's rows, on an H100
-    python benchmarks/model_gpu.py --gpu A100 --M 1 --K 2048 --N 2048 --rank 512 --lora-rank 32
-    python benchmarks/model_gpu.py --compare measured.json  measured over predicted, row by row
+    python benchmarks/gpu_prediction.py                          the design's rows, on an H100
+    python benchmarks/gpu_prediction.py --gpu A100 --M 1 --K 2048 --N 2048 --rank 512 --lora-rank 32
+    python benchmarks/gpu_prediction.py --compare measured.json  measured over predicted, row by row
 
-The model is roofline_gpu.py. A measured file is a table of `hylora tune`, or a JSON list of {K, N,
+The model is gpu_roofline.py. A measured file is a table of `hylora tune`, or a JSON list of {K, N,
 r, ra, M, form, candidate, seconds, regime}: form "pair" or "pivoted"; candidate a name of
-roofline_gpu.CANDIDATES; regime "graph" or "eager" and, where all that is read was in L2 already,
+gpu_roofline.CANDIDATES; regime "graph" or "eager" and, where all that is read was in L2 already,
 "warm" ("graph warm").
 """
 
@@ -21,10 +21,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from roofline_gpu import FORMS, GPUS, MODES, Layer, predict
+from gpu_roofline import FORMS, GPUS, MODES, Layer, predict
 
 # The design's first estimate, microseconds of a replayed graph on an H100, kept to compare with:
-# (K, N, r, ra) -> M -> four GEMMs, two vendor GEMMs, h on chip, one launch; dense where it was
+# (K, N, r, ra) -> M -> four products, two products, h on chip, one launch; dense where it was
 # estimated.
 FIRST_ESTIMATE = {
     (2048, 2048, 512, 32): {
@@ -116,11 +116,11 @@ def measured_rows(path: Path) -> list[dict]:
         sizes["form"] = "pivoted" if tuned["pivoted"] else "pair"
         launches = [t for t in tuned["timings"] if t["config"] != "vendor"]
         torchs = next(t for t in tuned["timings"] if t["config"] == "vendor")
-        timings = {"four_gemms" if ra else "two_vendor": torchs}
+        timings = {"four_products" if ra else "two_products": torchs}
         if launches:
             timings["one_launch"] = min(launches, key=lambda t: t["graph_cold"])
         if ra and (r + ra) * (K + N) < M * N:  # torch's factors are laid side by side each call
-            del timings["four_gemms"]
+            del timings["four_products"]
         for candidate, timing in timings.items():
             for cache in ("cold", "warm"):
                 seconds = timing[f"graph_{cache}"]
