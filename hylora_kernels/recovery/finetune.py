@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def finetune(
     resume: bool = True,
     seed: int = 0,
     progress: bool = True,
+    on_step: Callable[[int], object] | None = None,
 ) -> FinetuneReport:
     """Train A and B of every SVDLoRALinear on the next token, in place, where the model stands.
 
@@ -90,6 +92,9 @@ def finetune(
     merge:      fold the adapters into the base at the end; else they stay, in their own dtype.
     output_dir: takes log.jsonl (a line a step), loss.png and checkpoint/, written at the end and
                 every `save_every` steps (None: every minute) and taken up again with resume=True.
+    on_step:    called with the number of steps done, before the first step (0, or where a resumed
+                run goes on) and after each, in every process; `model` then has those adapters. It
+                may evaluate the model, must leave it as it was, and takes no part in `seconds`.
 
     AdamW (0.9, 0.95) without weight decay on float32 masters of A and B. Of all dropouts only the
     adapters' acts. Afterwards the model is in eval(), with all but the adapters frozen. A loss or
@@ -138,7 +143,7 @@ def finetune(
         run = Run(model, adapters, blocks, recipe, accelerator, teacher, folder)
         if resume:
             run.load()
-        stopped = run.train(save_every, progress)
+        stopped = run.train(save_every, progress, on_step)
         if frozen_hash(model) != recipe.base:
             raise RuntimeError("the frozen base changed in training: its hash is another one now")
         if merge:

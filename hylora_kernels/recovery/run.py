@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -99,7 +99,12 @@ class Run:
         self.seconds = 0.0
         self.good_steps, self.good = 0, [p.detach().clone() for p in self.parameters]
 
-    def train(self, save_every: int | None, progress: bool) -> str:
+    def train(
+        self,
+        save_every: int | None,
+        progress: bool,
+        on_step: Callable[[int], object] | None = None,
+    ) -> str:
         """Do the steps that are left; returns "", or why not all were done."""
         if self.folder is not None:  # adapters and two moments, and those of the last time
             size = 6 * sum(p.nbytes for p in self.parameters)
@@ -108,6 +113,8 @@ class Run:
         shown = progress and self.accelerator.is_main_process
         bar = tqdm(total=steps, initial=done, desc="finetune", unit="step", disable=not shown)
         with bar, self._log() as log, forked_rng(self.device):
+            if on_step is not None:
+                on_step(done)
             for step in range(done + 1, steps + 1):
                 fields = self._step(step)
                 if not math.isfinite(fields["loss"] + fields["grad_norm"]):
@@ -119,6 +126,8 @@ class Run:
                 if step == steps or (late if save_every is None else step % save_every == 0):
                     self.save()
                     saved_at = time.monotonic()
+                if on_step is not None:
+                    on_step(step)
         self.good_steps = len(self.losses)
         return ""
 

@@ -73,6 +73,30 @@ def test_resumed_run_ends_with_the_same_bits(dtype, tmp_path, monkeypatch):
     assert logged[0] == logged[1] == report.losses
 
 
+def test_on_step_sees_every_step_and_an_evaluation_in_it_changes_no_bit(tmp_path, monkeypatch):
+    make = functools.partial(model_of, torch.bfloat16, dropout=0.2)
+    options = {"steps": 6, "lr": 1e-2, "merge": False}
+    plain, watched, ppls = make(), make(), {}
+    train(plain, BLOCKS, **options)
+
+    def evaluate(step):
+        ppls[step] = perplexity(watched, BLOCKS, progress=False).ppl
+
+    untrained = perplexity(watched, BLOCKS, progress=False).ppl
+    train(watched, BLOCKS, **options, on_step=evaluate)
+    assert list(ppls) == [0, 1, 2, 3, 4, 5, 6]
+    assert ppls[0] == pytest.approx(untrained, rel=1e-2) and ppls[6] < ppls[0]
+    assert_same(state(watched), state(plain))
+
+    options |= {"save_every": 2, "output_dir": tmp_path}
+    revive, seen = killed_at(monkeypatch, 4), []
+    with pytest.raises(Killed):
+        train(make(), BLOCKS, **options, on_step=seen.append)
+    revive()
+    train(make(), BLOCKS, **options, on_step=seen.append)
+    assert seen == [0, 1, 2, 3, 2, 3, 4, 5, 6]
+
+
 def test_a_finished_run_is_only_read_again(tmp_path):
     first, again = model_of(), model_of()
     options = {"steps": 3, "output_dir": tmp_path}
