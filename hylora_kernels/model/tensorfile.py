@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hylora_kernels.support.hashing import tensor_bytes
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,11 +38,7 @@ class CheckpointError(ValueError):
 
 def checksum(tensor: Tensor) -> str:
     """The crc32 of a CPU tensor's bytes, 8 hex digits: against accidents, not against forgery."""
-    return f"{zlib.crc32(_bytes(tensor.contiguous())):08x}"
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class TensorFile:
         """The tensor, in CPU memory of its own; its checksum must be `expected` if given."""
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        data = _bytes(tensor)
+        data = tensor_bytes(tensor)
         with self.path.open("rb") as file:
             file.seek(entry.start)
             if file.readinto(data) != entry.length:

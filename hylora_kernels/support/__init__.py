@@ -1,1 +1,1 @@
-"""Files, devices, reports: what knows nothing of models."""
+"""Files, devices, hashes, reports, tables and pictures. Imports nothing else of the package."""

@@ -9,35 +9,44 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-LAYOUT = 1  # raised whenever the files' meaning or the algorithm's numbers change
+LAYOUT = 1  # raise it when the meaning of cached files or the algorithm's numbers change
 
 
-def fingerprint(**parts) -> str:
-    """A short hash of JSON-able options and tensors; modules count by their parameters' names and
-    bytes."""
+def fingerprint(**parts: object) -> str:
+    """20 hex digits that change with any part: the name of a cached result.
+
+    A part is a tensor, a module (its state_dict counts: names, dtypes, shapes, bytes) or anything
+    that json.dumps takes; other values count by their str().
+    """
     digest = hashlib.sha256(f"layout {LAYOUT}".encode())
     for name, part in sorted(parts.items()):
         digest.update(name.encode())
         if isinstance(part, nn.Module):
             for key, tensor in part.state_dict().items():
-                digest.update(key.encode())
-                _update(digest, tensor)
+                digest.update(f"{key}{_kind(tensor)}".encode())
+                digest.update(tensor_bytes(tensor))
         elif isinstance(part, Tensor):
-            _update(digest, part)
+            digest.update(_kind(part).encode())
+            digest.update(tensor_bytes(part))
         else:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:20]
 
 
-def _update(digest, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
 def tensor_hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
-    """sha256 over names, dtypes, shapes and bytes, and `text`."""
+    """sha256, 64 hex digits, over `text` and each tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name} {_kind(tensor)}\n".encode())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, row-major: its own memory if contiguous on the CPU, else a copy."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())

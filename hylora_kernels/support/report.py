@@ -1,8 +1,5 @@
-"""Reports: what a command found, as a dataclass, as JSON, in words, as a table, as a picture.
-
-Every public function that measures something returns a dataclass that inherits from Report. The
-pictures take plain numbers and a path; the ending of the path (.png, .svg) is the format.
-"""
+"""Reports: every public function that measures something returns a dataclass that is a Report, and
+a Report can be written as JSON."""
 
 from __future__ import annotations
 
@@ -17,28 +14,30 @@ import torch
 
 from hylora_kernels.support.storage import write_text
 
-# ------------------------------------------------------------------------------------------ as data
-
 
 class Report:
-    """A mixin for dataclasses: to_dict, to_json and save, nested reports included."""
+    """A mixin for dataclasses that may hold other Reports: to_dict(), to_json() and save()."""
 
     def to_dict(self) -> dict:
-        """The fields as JSON's own types (plain() says how)."""
+        """The fields in JSON's own types, converted as plain() does."""
         return plain(self)
 
     def to_json(self) -> str:
+        """to_dict() as JSON text, indented by two."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def save(self, path: str | Path) -> Path:
-        """Write to_json() to `path`, whole or not at all."""
+        """Write to_json() to `path`, atomically; returns the path."""
         write_text(path, self.to_json() + "\n")
         return Path(path)
 
 
 def plain(value: object) -> object:
-    """`value` in JSON's own types: dataclasses as dicts, tensors and tuples as lists, Paths, dtypes
-    and devices as strings, the floats that JSON has no word for as "NaN", "Infinity", "-Infinity".
+    """`value` in JSON's own types.
+
+    Dataclasses become dicts, tensors and tuples lists, sets sorted lists, enums their values, paths,
+    dtypes and devices strings. JSON has no word for floats that are not finite: they become "NaN",
+    "Infinity" and "-Infinity", which float() reads back.
 
     Raises TypeError for anything else, so that no report says `<object at 0x...>`.
     """
@@ -67,6 +66,3 @@ def plain(value: object) -> object:
 
 def _word_of(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-# ---------------------------------------------------------------------------------------- on screen

@@ -1,4 +1,4 @@
-"""Random state: seeded for one run, put back afterwards."""
+"""Torch's random state: seeded for one run, restored afterwards."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """At the end, put back the random state of the CPU, and of CUDA if `device` is of it."""
+    """Restore the CPU's random state at the end of the block; on a CUDA device, every GPU's too."""
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(list(devices)):
         yield
 
 
 def seed_rng(device: torch.device, seed: int) -> None:
-    """Seed the CPU's random state, and that of `device`'s kind."""
+    """Seed the CPU's random state and that of every device of `device`'s type."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)

@@ -1,4 +1,4 @@
-"""Reports: as data, in words, as tables, as pictures."""
+"""Reports as JSON."""
 
 from __future__ import annotations
 

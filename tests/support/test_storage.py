@@ -1,4 +1,4 @@
-"""The cache folder, atomic writing, room on the disk."""
+"""The cache folder, atomic writes, disk space."""
 
 from __future__ import annotations
 
