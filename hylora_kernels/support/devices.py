@@ -39,7 +39,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device that a causal language model takes token ids on: its embedding's, packed or not."""
+    """The device that a causal LM takes token ids on: that of its embedding, packed or not."""
     embedding = model.get_input_embeddings()
     return next(chain(embedding.parameters(), embedding.buffers())).device
 

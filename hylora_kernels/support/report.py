@@ -35,9 +35,9 @@ class Report:
 def plain(value: object) -> object:
     """`value` in JSON's own types.
 
-    Dataclasses become dicts, tensors and tuples lists, sets sorted lists, enums their values, paths,
-    dtypes and devices strings. JSON has no word for floats that are not finite: they become "NaN",
-    "Infinity" and "-Infinity", which float() reads back.
+    Dataclasses become dicts, tensors and tuples lists, sets sorted lists, enums their values;
+    paths, dtypes and devices become strings. JSON has no word for floats that are not finite: they
+    become "NaN", "Infinity" and "-Infinity", which float() reads back.
 
     Raises TypeError for anything else, so that no report says `<object at 0x...>`.
     """

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# Backup tools skip a folder with this file. It also marks the folders that this package made, the only
-# ones that are counted and deleted: HYLORA_CACHE may point at a folder with other files in it.
+# Backup tools skip a folder with this file. It also marks the folders that this package made. Only
+# those are counted and deleted: HYLORA_CACHE may point at a folder with other files in it.
 TAG = "CACHEDIR.TAG"
 TAG_TEXT = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
