@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,22 +12,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression.factors import factorize_model, open_workspace
+from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.ranks import DENSE, adapter_rank, allocate, curve
 from hylora_kernels.compression.refit import refit as refit_blocks
 from hylora_kernels.compression.replace import build_layer
-from hylora_kernels.compression.whiten import METHODS
-from hylora_kernels.layers.linear import FORMS, SVDLoRALinear
+from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import refuse_packed
 from hylora_kernels.model.checkpoint import adopt
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.structure import Structure, as_matrix, discover
 from hylora_kernels.support.hashing import fingerprint
+from hylora_kernels.support.options import reported_options, takes_options
 from hylora_kernels.support.report import Report
 from hylora_kernels.support.timing import timed
 from hylora_kernels.text.blocks import token_blocks
-
-FACTORIZERS = ("gram", "exact", "randomized")
 
 
 @dataclass
@@ -81,146 +80,52 @@ class CompressReport(Report):
     peak_rss: int = 0
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of compress() that decide its result, checked once."""
-
-    keep: float
-    method: str
-    ranks: str | dict
-    lora_rank: int
-    init: str
-    form: str
-    factorizer: str
-    refit: bool
-    rank_multiple: int
-    count: str
-    samples: int
-    length: int
-    refit_samples: int
-    seed: int
-
-    def __post_init__(self):
-        for name, allowed in (
-            ("method", METHODS),
-            ("form", FORMS),
-            ("factorizer", FACTORIZERS),
-            ("init", ("next", "classic")),
-            ("count", ("merged", "as_is")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name, least in (
-            ("lora_rank", 0),
-            ("rank_multiple", 1),
-            ("samples", 1),
-            ("length", 2),
-            ("refit_samples", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-        if not isinstance(self.keep, int | float) or isinstance(self.keep, bool):
-            raise TypeError(f"keep must be a number, got {type(self.keep).__name__}")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be in (0, 1], got {self.keep}")
-        if self.refit and self.method == "svd":
-            raise ValueError(
-                "refit needs method 'two_sided' or 'whitened', got 'svd': set refit=False"
-            )
-
-
+@takes_options(CompressOptions)
 def compress(
-    model_or_id: nn.Module | str | Path,
-    keep: float = 0.8,
-    calibration: Tensor | list[str] | str = "brown",
-    method: str = "two_sided",
-    ranks: str | dict = "global",
-    lora_rank: int = 64,
-    init: str = "next",
-    form: str = "pivoted",
-    factorizer: str = "gram",
-    refit: bool | None = None,
-    rank_multiple: int = 16,
-    include: list[str] | None = None,
-    exclude: list[str] | None = None,
-    count: str = "merged",
-    samples: int = 128,
-    length: int = 512,
-    refit_samples: int = 32,
-    max_memory: int | None = None,
-    tokenizer=None,
-    device=None,
-    dtype=None,
-    cache: bool | str | Path = True,
-    seed: int = 0,
-    progress: bool = True,
+    model_or_id: nn.Module | str | Path, options: CompressOptions
 ) -> tuple[nn.Module, CompressReport]:
     """Replace the linears of a causal LM by SVDLoRALinear; in place, the same model in eval(), all
     but the adapters frozen, and a report.
 
-    model_or_id:   a transformers causal LM, or a hub id / local folder to load.
-    keep:          the fraction of the selected linears' parameters that stays, adapters included;
-                   met from below.
-    calibration:   int64 token ids [n, L]; or texts, a file, a data set, of which `samples` blocks
-                   of `length` tokens are drawn by `seed`. Not read by method "svd".
-    method:        "two_sided" whitening by inputs and output gradients (GFWSVD, arXiv:2505.17974,
-                   with a global budget), "whitened" by inputs (SVD-LLM, arXiv:2403.07378), "svd"
-                   plain.
-    ranks:         "global", "uniform", "energy" or a dict: see compression.ranks.allocate.
-    lora_rank:     the adapter's share of each layer's rank; init "next" takes it from the next
-                   singular components, "classic" starts it at zero. Layers that stay dense get
-                   none.
-    form:          "pivoted" (PIFA, arXiv:2501.19090) or "pair".
-    refit:         closed-form refit of U against the compressed prefix on the first `refit_samples`
-                   blocks; by default for all methods but "svd".
-    count:         "merged" budgets for adapters folded in, "as_is" for separate ones.
-    max_memory:    bytes that statistics may hold at once; the model is run over the text again for
-                   each part that fits.
-                   Default: half of what is free.
-    cache:         True: finished work is kept in the package's cache and reused; a path: there;
-                   False: nowhere.
+    model_or_id: a transformers causal LM, or a hub id / local folder to load.
 
     Raises ValueError naming the argument (and the smallest feasible keep where the budget can't be
     met), FloatingPointError naming the layer where weights, activations or gradients are not
     finite.
     """
-    refit = method != "svd" if refit is None else refit
-    options = Options(
-        keep, method, ranks, lora_rank, init, form, factorizer, refit, rank_multiple, count,
-        samples, length, refit_samples, seed,
-    )  # fmt: skip
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        model, tokenizer = _model(model_or_id, tokenizer, device, dtype)
-        structure = _structure(model, include, exclude)
+        model, tokenizer = _model(model_or_id, options)
+        structure = _structure(model, options.include, options.exclude)
         # What can't be met is refused before the long work: no budget hangs on the spectra.
         _allocate(model, structure, options, lambda path: torch.ones(min(_shape(model, path))))
-        ids = _calibration_ids(calibration, tokenizer, model, options)
+        ids = _calibration_ids(tokenizer, model, options)
         report = _report_before(model, structure, options, ids)
-        workspace = open_workspace(model, structure, ids, method, factorizer, seed, cache)
+        workspace = open_workspace(
+            model, structure, ids, options.method, options.factorizer, options.seed, options.cache
+        )
     report.seconds = seconds
     try:
         factorize_model(
             model,
             structure,
             ids,
-            method,
+            options.method,
             workspace,
-            factorizer,
-            max_memory,
-            seed,
+            options.factorizer,
+            options.max_memory,
+            options.seed,
             seconds,
-            progress,
+            options.progress,
         )
         chosen = _allocate(model, structure, options, workspace.singular_values)
         refitted = (
-            _refit(model, structure, ids, options, workspace, chosen, seconds, progress)
-            if refit
+            _refit(model, structure, ids, options, workspace, chosen, seconds, options.progress)
+            if options.refit
             else {}
         )
         with timed(seconds, "replace"):
-            _replace(model, structure, options, workspace, chosen, refitted, report, progress)
+            _replace(model, structure, options, workspace, chosen, refitted, report)
     finally:
         workspace.close()
     model.hylora_linears = structure.paths
@@ -229,11 +134,12 @@ def compress(
     return model.eval(), report
 
 
-def _model(model_or_id, tokenizer, device, dtype):
+def _model(model_or_id, options: CompressOptions):
+    tokenizer = options.tokenizer
     if isinstance(model_or_id, nn.Module):
-        model = model_or_id.to(device=device, dtype=dtype)
+        model = model_or_id.to(device=options.device, dtype=options.dtype)
     else:
-        model, found = load_model(model_or_id, device or "auto", dtype or "auto")
+        model, found = load_model(model_or_id, options.device or "auto", options.dtype or "auto")
         tokenizer = tokenizer or found
     return model.eval(), tokenizer
 
@@ -253,13 +159,13 @@ def _structure(model, include, exclude) -> Structure:
     return structure
 
 
-def _calibration_ids(calibration, tokenizer, model, options: Options) -> Tensor | None:
+def _calibration_ids(tokenizer, model, options: CompressOptions) -> Tensor | None:
     if options.method == "svd":
         return None
-    if not isinstance(calibration, Tensor):
+    if not isinstance(options.calibration, Tensor):
         tokenizer = tokenizer or tokenizer_of(model)
     ids = token_blocks(
-        calibration,
+        options.calibration,
         tokenizer,
         options.length,
         split="train",
@@ -315,9 +221,9 @@ def _refit(
     return {path: matrix for matrices in done.values() for path, matrix in matrices.items()}
 
 
-def _replace(model, structure, options, workspace, chosen, refitted, report, progress) -> None:
+def _replace(model, structure, options, workspace, chosen, refitted, report) -> None:
     for index, path in enumerate(
-        tqdm(structure.paths, desc="replacing", disable=not progress, leave=False)
+        tqdm(structure.paths, desc="replacing", disable=not options.progress, leave=False)
     ):
         linear, total = model.get_submodule(path), chosen[path]
         N, K = as_matrix(linear).shape
@@ -349,7 +255,10 @@ def _replace(model, structure, options, workspace, chosen, refitted, report, pro
 def _report_before(model, structure, options, ids) -> CompressReport:
     dense = sum(as_matrix(model.get_submodule(path)).numel() for path in structure.paths)
     report = CompressReport(
-        asdict(options), 0 if ids is None else ids.numel(), dense, skipped=structure.skipped
+        reported_options(options),
+        0 if ids is None else ids.numel(),
+        dense,
+        skipped=structure.skipped,
     )
     report.model_dense_parameters = sum(p.numel() for p in model.parameters())
     return report

@@ -15,10 +15,10 @@ from functools import partial
 
 import numpy as np
 
+from hylora_kernels.compression.options import POLICIES
 from hylora_kernels.layers.linear import factor_count
 from hylora_kernels.model.structure import check_pattern
 
-POLICIES = ("global", "uniform", "energy")
 DENSE = 0  # the rank that stands for "left dense, no adapter"
 
 

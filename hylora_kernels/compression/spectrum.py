@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hylora_kernels.compression.factors import factorize_model, open_workspace
-from hylora_kernels.compression.whiten import METHODS
+from hylora_kernels.compression.options import METHODS
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.model.structure import as_matrix, discover

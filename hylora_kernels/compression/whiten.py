@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hylora_kernels.layers.factorize import truncated_svd, wide
 
-METHODS = ("two_sided", "whitened", "svd")
 INPUT_DAMPING, GRADIENT_DAMPING = 1e-3, 1e-2  # of the mean diagonal
 DEAD = 1e-12  # scales the singular values of a layer that nothing came through
 

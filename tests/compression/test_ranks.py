@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from hylora_kernels.compression.options import POLICIES
 from hylora_kernels.compression.ranks import (
     DENSE,
-    POLICIES,
     adapter_rank,
     allocate,
     curve,

@@ -1,0 +1,94 @@
+"""The options of compress(): names, types, defaults, choices and help, each said here once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hylora_kernels.layers.linear import FORMS
+from hylora_kernels.support.options import check_options, option
+
+METHODS = ("two_sided", "whitened", "svd")
+POLICIES = ("global", "uniform", "energy")
+INITS = ("next", "classic")
+FACTORIZERS = ("gram", "exact", "randomized")
+COUNTS = ("merged", "as_is")
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """All arguments of compress() but the model, checked.
+
+    keep:        counts the selected linears' parameters without biases, adapters included; met
+                 from below.
+    calibration: int64 token ids [n, L]; or texts, a file, a data set, of which `samples` blocks of
+                 `length` tokens are drawn by `seed`. Method "svd" does not read it.
+    method:      "two_sided" whitens by inputs and output gradients (GFWSVD, arXiv:2505.17974, here
+                 with one budget for all layers), "whitened" by inputs (SVD-LLM, arXiv:2403.07378),
+                 "svd" not at all.
+    ranks:       compression.ranks.allocate says what a policy and a dict mean.
+    init:        "next" takes the adapter's rank from the next singular components, "classic" starts
+                 the adapter at zero. Layers that stay dense get no adapter.
+    form:        "pivoted" (PIFA, arXiv:2501.19090) or "pair" (the plain formula).
+    count:       "merged" budgets for adapters folded in, "as_is" for separate ones.
+    max_memory:  bytes; the model runs over the text again for each part of the statistics that
+                 fits.
+
+    Raises ValueError or TypeError naming the argument, what was given and what is allowed.
+    """
+
+    keep: float = option(0.8, "Fraction of the linears' parameters that stays.")
+    calibration: Tensor | list[str] | str = option(
+        "brown", "Text to calibrate on; as --data of evaluate.", reported=False
+    )
+    method: str = option("two_sided", "two_sided, whitened or svd.", choices=METHODS)
+    ranks: str | dict = option(
+        "global",
+        'global, uniform, energy, or by pattern: {"mlp": 0.5, "q_proj": 64} (keep or rank).',
+    )
+    lora_rank: int = option(64, "Rank of the adapters, inside the budget; 0: none.", least=0)
+    init: str = option("next", "Adapters start from: next (components) or classic.", choices=INITS)
+    form: str = option("pivoted", "pivoted (smaller) or pair.", choices=FORMS)
+    factorizer: str = option("gram", "gram, exact or randomized.", choices=FACTORIZERS)
+    refit: bool | None = option(None, "Refit U in closed form; by default unless method is svd.")
+    rank_multiple: int = option(16, "Ranks are multiples of this.", least=1)
+    include: list[str] | None = option(
+        None, "Only linears whose path has this regular expression; repeatable.", reported=False
+    )
+    exclude: list[str] | None = option(
+        None, "No linears whose path has this regular expression; repeatable.", reported=False
+    )
+    count: str = option("merged", "Budget for adapters merged or as_is (separate).", choices=COUNTS)
+    samples: int = option(128, "Blocks of calibration text.", least=1)
+    length: int = option(512, "Tokens a block.", least=2)
+    refit_samples: int = option(32, "Blocks of calibration text that the refit reads.", least=1)
+    max_memory: int | None = option(
+        None, "Bytes of calibration statistics at once; by default half of what is free.",
+        reported=False,
+    )  # fmt: skip
+    tokenizer: object = option(None, "By default the model's own.", reported=False)
+    device: str | torch.device | None = option(None, "auto, cpu, cuda or mps.", reported=False)
+    dtype: str | torch.dtype | None = option(
+        None, "auto (the checkpoint's own), bfloat16, float16 or float32.", reported=False
+    )
+    cache: bool | str | Path = option(
+        True, "Keep and reuse finished work, in the cache or in a folder.", reported=False
+    )
+    seed: int = option(0, "Seed of every random choice.")
+    progress: bool = option(True, "Show progress bars.", reported=False)
+
+    def __post_init__(self) -> None:
+        if self.refit is None:
+            object.__setattr__(self, "refit", self.method != "svd")
+        check_options(self)
+        if not isinstance(self.keep, int | float) or isinstance(self.keep, bool):
+            raise TypeError(f"keep must be a number, got {type(self.keep).__name__}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be in (0, 1], got {self.keep}")
+        if self.refit and self.method == "svd":
+            raise ValueError(
+                "refit needs method 'two_sided' or 'whitened', got 'svd': set refit=False"
+            )

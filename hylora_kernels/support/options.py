@@ -1,0 +1,90 @@
+"""The options of a public function, each said once: a frozen dataclass of `option` fields.
+
+The dataclass is the only list of names, types, defaults, choices and help texts. The function's
+signature (`takes_options`) and the command line are built from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+Fields = ParamSpec("Fields")
+Subject = TypeVar("Subject")
+Options = TypeVar("Options")
+Result = TypeVar("Result")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: int | None = None,
+    reported: bool = True,
+) -> Any:
+    """A field of an options dataclass.
+
+    choices:  the values it may have. least: the smallest int it may be. `check_options` holds both.
+    reported: False leaves it out of `reported_options`: it does not decide the result, or has no
+              JSON form.
+    """
+    metadata = {"help": help, "choices": choices, "least": least, "reported": reported}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(options: Any) -> None:
+    """Raise ValueError naming the field that is none of its choices or below its least."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        choices, least = field.metadata["choices"], field.metadata["least"]
+        if choices is not None and value not in choices:
+            raise ValueError(f"{field.name} must be one of {choices}, got {value!r}")
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if least is not None and not (is_int and value >= least):
+            raise ValueError(f"{field.name} must be an int of at least {least}, got {value!r}")
+
+
+def reported_options(options: Any) -> dict[str, Any]:
+    """name -> value of the fields that decide the result, for a report."""
+    fields = [field for field in dataclasses.fields(options) if field.metadata["reported"]]
+    return {field.name: getattr(options, field.name) for field in fields}
+
+
+def takes_options(
+    options: Callable[Fields, Options],
+) -> Callable[
+    [Callable[[Subject, Options], Result]], Callable[Concatenate[Subject, Fields], Result]
+]:
+    """Decorate function(subject, options) to be called as function(subject, keep=0.8, ...).
+
+    The fields of the dataclass `options` become the function's arguments, for type checkers as for
+    inspect.signature, and their help texts end its docstring.
+    """
+    make: Any = options
+    fields = inspect.signature(make).parameters.values()
+
+    def decorate(
+        function: Callable[[Subject, Options], Result],
+    ) -> Callable[Concatenate[Subject, Fields], Result]:
+        plain = inspect.signature(function)
+        subject = next(iter(plain.parameters.values()))
+        signature = plain.replace(parameters=[subject, *fields])
+
+        def call(*args: Any, **kwargs: Any) -> Result:
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}(): {error}") from None
+            return function(given.pop(subject.name), make(**given))
+
+        helps = (f"    {f.name}: {f.metadata['help']}" for f in dataclasses.fields(make))
+        described: Any = functools.wraps(function)(call)
+        described.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n" + "\n".join(helps)
+        described.__signature__ = signature
+        return described
+
+    return decorate
