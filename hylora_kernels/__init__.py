@@ -1,13 +1,12 @@
 """Compressed, adapted language models, small and fast: a frozen truncated-SVD pair plus a LoRA pair
 as one op.
 
-The op and the module are here at once; the pipeline, which needs transformers, is imported on first
+The op and the module are imported at once. The pipeline needs transformers and is imported on first
 use.
 """
 
-import importlib
-import sys
-from types import ModuleType
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from hylora_kernels.backends import available_backends, use_backend
 from hylora_kernels.layers.linear import SVD_LoRA_Linear, SVDLoRALinear
@@ -15,45 +14,60 @@ from hylora_kernels.ops import svd_lora_linear
 
 __version__ = "0.1.0"
 
-_PIPELINE = {
-    "compress": "compression.compress",
-    "add_adapters": "model.adapters",
-    "merge_adapters": "model.adapters",
-    "analyze_spectrum": "compression.spectrum",
-    "finetune": "recovery.finetune",
-    "evaluate": "evaluation.evaluate",
-    "generate": "inference.generate",
-    "save_pretrained": "model.checkpoint",
-    "load_pretrained": "model.checkpoint",
-    "optimize_for_inference": "inference.optimize",
-    "restore_from_inference": "inference.optimize",
-    "load_model": "model.load",
-}
-
 __all__ = [
     "SVDLoRALinear",
     "SVD_LoRA_Linear",
-    "available_backends",
     "svd_lora_linear",
+    "available_backends",
     "use_backend",
-    *_PIPELINE,
+    "load_model",
+    "compress",
+    "add_adapters",
+    "merge_adapters",
+    "analyze_spectrum",
+    "finetune",
+    "evaluate",
+    "generate",
+    "save_pretrained",
+    "load_pretrained",
+    "optimize_for_inference",
+    "restore_from_inference",
 ]
 
+# Type checkers and editors read these imports. They don't read __getattr__, which would let them
+# take any name for one of this module's.
+if TYPE_CHECKING:
+    from hylora_kernels.compression.compress import compress
+    from hylora_kernels.compression.spectrum import analyze_spectrum
+    from hylora_kernels.evaluation.evaluate import evaluate
+    from hylora_kernels.inference.generate import generate
+    from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
+    from hylora_kernels.model.adapters import add_adapters, merge_adapters
+    from hylora_kernels.model.checkpoint import load_pretrained, save_pretrained
+    from hylora_kernels.model.load import load_model
+    from hylora_kernels.recovery.finetune import finetune
+else:
+    _IMPORTED_ON_FIRST_USE = {
+        "load_model": "model.load",
+        "compress": "compression.compress",
+        "add_adapters": "model.adapters",
+        "merge_adapters": "model.adapters",
+        "analyze_spectrum": "compression.spectrum",
+        "finetune": "recovery.finetune",
+        "evaluate": "evaluation.evaluate",
+        "generate": "inference.generate",
+        "save_pretrained": "model.checkpoint",
+        "load_pretrained": "model.checkpoint",
+        "optimize_for_inference": "inference.optimize",
+        "restore_from_inference": "inference.optimize",
+    }
 
-class _Package(ModuleType):
-    """Importing a submodule binds it here under its name: finetune.py must not hide the function
-    finetune."""
-
-    def __setattr__(self, name, value):
-        if not (name in _PIPELINE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name):
-        if name not in _PIPELINE:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{self.__name__}.{_PIPELINE[name]}"), name)
-        setattr(self, name, value)
+    def __getattr__(name):
+        if name not in _IMPORTED_ON_FIRST_USE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(f"{__name__}.{_IMPORTED_ON_FIRST_USE[name]}")
+        value = globals()[name] = getattr(module, name)
         return value
 
-
-sys.modules[__name__].__class__ = _Package
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -102,12 +102,71 @@ def test_public_names():
         "svd_lora_linear SVDLoRALinear SVD_LoRA_Linear use_backend available_backends compress "
         "finetune evaluate generate analyze_spectrum save_pretrained load_pretrained"
     )
-    run_python(
-        f"import hylora_kernels\nfor name in '{names}'.split():\n"
-        "    assert name in hylora_kernels.__all__, name\n"
-        "    assert callable(getattr(hylora_kernels, name)), name\n"
-        "assert hylora_kernels.SVD_LoRA_Linear is hylora_kernels.SVDLoRALinear\n"
+    assert set(names.split()) <= set(hylora_kernels.__all__)
+    assert len(set(hylora_kernels.__all__)) == len(hylora_kernels.__all__)
+    assert hylora_kernels.SVD_LoRA_Linear is hylora_kernels.SVDLoRALinear
+
+
+def test_dir_lists_every_public_name_before_any_is_imported():
+    listed = run_python("import hylora_kernels; print(*dir(hylora_kernels))").split()
+    assert set(hylora_kernels.__all__) <= set(listed)
+
+
+@pytest.mark.parametrize("name", hylora_kernels.__all__)
+def test_a_public_name_is_what_its_module_defines(name):
+    """Also where a submodule was imported first, which Python binds in the package as well."""
+    value = getattr(hylora_kernels, name)
+    assert callable(value)
+    assert value is getattr(sys.modules[value.__module__], name)
+
+
+def test_a_name_that_is_not_public_is_an_error():
+    with pytest.raises(AttributeError, match="'hylora_kernels' has no attribute 'compres'"):
+        hylora_kernels.compres  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def mypy_says(tmp_path_factory):
+    """A function from code that uses the package to what mypy prints about it."""
+    pytest.importorskip("mypy")
+
+    def check(code: str) -> list[str]:
+        snippet = tmp_path_factory.mktemp("typed") / "snippet.py"
+        snippet.write_text(code)
+        command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", snippet]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode in (0, 1), done.stderr
+        return [line.partition("snippet.py:")[2] for line in done.stdout.splitlines()[:-1]]
+
+    return check
+
+
+def test_public_names_have_types(mypy_says):
+    """reveal_type prints a parameter without annotation as "name: Any"."""
+    names = hylora_kernels.__all__
+    reveal = "".join(f"reveal_type(hylora_kernels.{name})\n" for name in names)
+    types = mypy_says(f"import hylora_kernels\n{reveal}")
+    assert len(types) == len(names)
+    untyped = [line for line in types if re.search(r'(: |-> |type is ")Any\b', line)]
+    assert untyped == []
+
+
+def test_wrong_use_of_public_names_is_an_error(mypy_says):
+    errors = mypy_says(
+        "import hylora_kernels\n"
+        "hylora_kernels.compress('model', keep='half')\n"
+        "hylora_kernels.load_pretrained(3)\n"
+        "hylora_kernels.compres('model')\n"
+        "model, report = hylora_kernels.compress('model')\n"
+        "report.seconds_of_what\n"
     )
+    found = [re.match(r"(\d): error: .*\[([a-z-]+)\]$", line) for line in errors]
+    assert [match and match.groups() for match in found] == [
+        ("2", "arg-type"),
+        ("3", "arg-type"),
+        ("4", "attr-defined"),
+        ("6", "attr-defined"),
+    ]
 
 
 def calls_and_imports(path: Path):
