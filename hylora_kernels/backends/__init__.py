@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 from torch import Tensor
@@ -41,7 +42,7 @@ def cuda_code() -> str:
 
 
 @contextlib.contextmanager
-def use_backend(name: str):
+def use_backend(name: str) -> Iterator[None]:
     """Serve every call inside the `with` by backend `name` ("auto" or a key of
     available_backends()).
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hylora_kernels.compression.factors import factorize_model, open_workspace
 from hylora_kernels.compression.options import METHODS
@@ -19,6 +21,9 @@ from hylora_kernels.support.console import table
 from hylora_kernels.support.plots import spectrum_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHARES = (0.9, 0.95, 0.99, 0.999)
 RANKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -57,7 +62,7 @@ class SpectrumReport(Report):
     types: list[TypeSpectrum]
     skipped: dict[str, str]
 
-    def render(self):
+    def render(self) -> Table:
         shares = [f"rank for {share:.1%}".replace(".0%", "%") for share in SHARES]
         ranks = [rank for rank in RANKS if any(rank in t.energy_at for t in self.types)]
         columns = [
@@ -88,12 +93,12 @@ class SpectrumReport(Report):
 def analyze_spectrum(
     model: nn.Module,
     method: str = "svd",
-    calibration: Tensor | list[str] | str = "brown",
+    calibration: Tensor | list[str] | str | Path = "brown",
     include: list[str] | None = None,
     exclude: list[str] | None = None,
     samples: int = 128,
     length: int = 512,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     cache: bool | str | Path = True,
     seed: int = 0,
     progress: bool = True,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hylora_kernels.evaluation.perplexity import Perplexity, perplexity
 from hylora_kernels.evaluation.size import ModelSize, model_size
@@ -17,6 +19,9 @@ from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
 from hylora_kernels.text.sources import source_name
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 @dataclass
 class EvaluateReport(Report):
@@ -26,7 +31,7 @@ class EvaluateReport(Report):
     size: ModelSize
     speed: Throughput | None
 
-    def render(self):
+    def render(self) -> Table:
         """A rich table."""
         size, quality = self.size, self.perplexity
         rows = [
@@ -58,8 +63,8 @@ class EvaluateReport(Report):
 
 def evaluate(
     model: nn.Module,
-    data="brown",
-    tokenizer=None,
+    data: Tensor | list[str] | str | Path = "brown",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     length: int = 2048,
     limit: int | None = None,
     split: str = "test",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from hylora_kernels.model.context import context_length
@@ -15,7 +16,7 @@ from hylora_kernels.support.seeding import forked_rng, seed_rng
 
 def generate(
     model: nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int = 64,
     temperature: float = 0.0,

@@ -56,9 +56,9 @@ class SVDLoRALinear(nn.Module):
         alpha: float = 1.0,
         lora_dropout: float = 0.0,
         form: str = "pair",
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _check_sizes(in_features, out_features, rank, lora_rank, form)
         check_alpha(alpha)
@@ -155,7 +155,14 @@ class SVDLoRALinear(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, W, lora_rank=0, *, bias=None, alpha=1.0, lora_dropout=0.0, seed=0
+        cls,
+        W: Tensor,
+        lora_rank: int = 0,
+        *,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+        lora_dropout: float = 0.0,
+        seed: int = 0,
     ) -> SVDLoRALinear:
         """Plain LoRA: W [N, K] itself, shared, as a pivoted base of rank N; a classic adapter."""
         A, B = _classic_adapter(*W.shape, lora_rank, seed)
@@ -168,18 +175,18 @@ class SVDLoRALinear(nn.Module):
     @classmethod
     def from_product(
         cls,
-        U,
-        SVh,
-        rank,
-        lora_rank=0,
+        U: Tensor,
+        SVh: Tensor,
+        rank: int,
+        lora_rank: int = 0,
         *,
-        bias=None,
-        alpha=1.0,
-        lora_dropout=0.0,
-        form="pair",
-        init="next",
-        dtype=None,
-        seed=0,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+        lora_dropout: float = 0.0,
+        form: str = "pair",
+        init: str = "next",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
     ) -> SVDLoRALinear:
         """U [N, R], SVh [R, K], components by falling weight -> the layer with the first `rank`
         of them as its base.
@@ -208,7 +215,15 @@ class SVDLoRALinear(nn.Module):
 
     @classmethod
     def from_factors(
-        cls, SVh, U, A=None, B=None, bias=None, alpha=1.0, pivots=None, lora_dropout=0.0
+        cls,
+        SVh: Tensor,
+        U: Tensor,
+        A: Tensor | None = None,
+        B: Tensor | None = None,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+        pivots: Tensor | None = None,
+        lora_dropout: float = 0.0,
     ) -> SVDLoRALinear:
         """The layer that holds these very tensors (shapes as in the class)."""
         check_shapes(SVh.shape[-1], "K from SVh", SVh, U, A, B, bias, pivots)

@@ -24,11 +24,12 @@ import tempfile
 import weakref
 from pathlib import Path
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.modules import freeze_all_but_adapters
@@ -49,7 +50,14 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # ------------------------------------------------------------------------------------------ saving
 
 
-def save_pretrained(model, dir, tokenizer=None, *, state_dict=None, max_shard_size="5GB") -> None:
+def save_pretrained(
+    model: nn.Module,
+    dir: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
     """Write a compressed (or any other) causal language model to the folder `dir`.
 
     state_dict:     what to write instead of model.state_dict(), with the same names and shapes.
@@ -176,7 +184,13 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size) -> 
 # ----------------------------------------------------------------------------------------- loading
 
 
-def load_pretrained(dir, device="cpu", dtype=None, *, verify=True) -> PreTrainedModel:
+def load_pretrained(
+    dir: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    verify: bool = True,
+) -> PreTrainedModel:
     """The model that save_pretrained wrote to the folder `dir`, in eval(), bit for bit.
 
     device: where to; "auto" takes a GPU if there is one.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import refuse_packed
@@ -56,8 +57,8 @@ class FinetuneReport(Report):
 
 def finetune(
     model: nn.Module,
-    data="brown",
-    tokenizer=None,
+    data: Tensor | list[str] | str | Path = "brown",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     steps: int = 60,
     lr: float | None = None,
     warmup: int | None = None,
