@@ -12,8 +12,10 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from layers import Factors, Shape, copies
+from layers import Shape, copies
 from torch import Tensor
+
+from hylora_kernels.weights import Weights
 
 
 def naive(x, SVh, U, A, B, bias, alpha):
@@ -30,7 +32,7 @@ def onednn(x, P, Q, bias):
     return linear(linear(x, P, None, "none", [], ""), Q, bias, "none", [], "")
 
 
-def side_by_side(factors: Factors) -> tuple[Tensor, Tensor]:
+def side_by_side(factors: Weights) -> tuple[Tensor, Tensor]:
     """(P [r + ra, K], Q [N, r + ra]) of the pair form."""
     SVh, U, A, B, _, alpha, _ = factors
     if A is None:
@@ -42,7 +44,7 @@ def prepacked(weight: Tensor, M: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, M)
 
 
-def rivals(x: Tensor, shape: Shape, factors: Factors, regime: str, names=("a", "b", "d", "dense")):
+def rivals(x: Tensor, shape: Shape, factors: Weights, regime: str, names=("a", "b", "d", "dense")):
     """name -> calls, one for each copy of its weights."""
     SVh, U, A, B, bias, alpha, _ = factors
     P, Q = side_by_side(factors)

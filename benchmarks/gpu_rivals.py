@@ -17,7 +17,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from hylora_kernels import reference, svd_lora_linear, use_backend
 from hylora_kernels.backends import cuda, triton
 from hylora_kernels.backends.triton import config as configs
+from hylora_kernels.weights import Weights
 
 ALPHA = 0.7
 FORWARD = ("auto", "one_launch", "cuda_launch", "four_products", "two_products", "dense", "peft")
@@ -70,15 +70,6 @@ class Layer:
         return configs.Problem(self.M, self.K, self.N, self.r, self.ra, DTYPE, pivoted)
 
 
-class Weights(NamedTuple):
-    SVh: Tensor
-    U: Tensor
-    A: Tensor | None
-    B: Tensor | None
-    bias: Tensor
-    pivots: Tensor | None
-
-
 def random_weights(layer: Layer) -> Weights:
     """Scaled so that outputs are of order one."""
 
@@ -95,6 +86,7 @@ def random_weights(layer: Layer) -> Weights:
         A=normal(ra, K) if ra else None,
         B=normal(N, ra) if ra else None,
         bias=torch.randn(N, device=DEVICE).to(DTYPE),
+        alpha=ALPHA,
         pivots=pivots,
     )
 
@@ -131,7 +123,7 @@ class Lora(nn.Module):
 def lora_on_dense(weights: Weights, layer: Layer) -> tuple[Callable, list[Tensor]]:
     """(the layer, its trainable A and B)."""
     dense = nn.Linear(layer.K, layer.N, device="meta")
-    dense.weight = nn.Parameter(_dense(weights), requires_grad=False)
+    dense.weight = nn.Parameter(reference.dense_weight(weights), requires_grad=False)
     dense.bias = nn.Parameter(weights.bias, requires_grad=False)
     if LoraConfig is None:
         made = Lora(dense, layer.lora_rank)
@@ -145,11 +137,6 @@ def lora_on_dense(weights: Weights, layer: Layer) -> tuple[Callable, list[Tensor
     return model[0], trainable
 
 
-def _dense(weights: Weights) -> Tensor:
-    SVh, U, A, B, _, pivots = weights
-    return reference.dense_weight(SVh, U, A, B, ALPHA, pivots)
-
-
 def maker(name: str) -> Callable[[Weights, Layer], tuple[Callable, list[Tensor]]]:
     """From weights and layer to (a function of x, the A and B that it trains)."""
     return {
@@ -158,13 +145,17 @@ def maker(name: str) -> Callable[[Weights, Layer], tuple[Callable, list[Tensor]]
         "cuda_launch": lambda w, layer: (by_cuda(_auto(w, layer)[0]), [w.A, w.B]),
         "four_products": _four_products,
         "two_products": _two_products,
-        "dense": lambda w, _: (functools.partial(F.linear, weight=_dense(w), bias=w.bias), []),
+        "dense": _dense,
         "peft": lora_on_dense,
     }[name]
 
 
+def _dense(w: Weights, _: Layer):
+    return functools.partial(F.linear, weight=reference.dense_weight(w), bias=w.bias), []
+
+
 def _auto(w: Weights, _: Layer):
-    return lambda x: svd_lora_linear(x, *w[:5], ALPHA, w.pivots), [w.A, w.B]
+    return lambda x: svd_lora_linear(x, *w), [w.A, w.B]
 
 
 def _four_products(w: Weights, layer: Layer):
@@ -197,7 +188,7 @@ def forward_calls(name: str, layer: Layer, x: Tensor, weights: Weights) -> list[
     count = max(2, min(512, math.ceil(2.5 * cache / weight_bytes(name, layer))))
     calls = []
     for _ in range(count):
-        copy = Weights(*(None if t is None else t.clone() for t in weights))
+        copy = Weights(*(t.clone() if isinstance(t, Tensor) else t for t in weights))
         calls.append(functools.partial(maker(name)(copy, layer)[0], x))
     return calls
 
@@ -211,10 +202,8 @@ def check(y: Tensor, x: Tensor, weights: Weights, name: str) -> None:
     """Raise FloatingPointError unless y is what the formula says, on the first and last rows."""
     rows = torch.arange(len(x), device=DEVICE)
     rows = rows[(rows < 8) | (rows >= len(x) - 8)]
-    SVh, U, A, B, bias, pivots = (
-        t.double() if t is not None and t.is_floating_point() else t for t in weights
-    )
-    expected = reference.forward(x[rows].double(), SVh, U, A, B, bias, ALPHA, pivots)[0]
+    wide = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in weights)
+    expected = reference.forward(x[rows].double(), Weights(*wide))[0]
     error = float((y[rows].double() - expected).norm() / expected.norm())
     if not error < 2e-2:
         raise FloatingPointError(f"{name} is wrong: relative error {error:.1e}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from limits import cycled_bytes
 from torch import Tensor
 
 from hylora_kernels import reference
+from hylora_kernels.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALPHA = 0.7  # no power of two, so that folding it into a bf16 B costs what it costs
@@ -72,19 +72,7 @@ class Case:
         return torch.randn(self.M, self.shape.K).to(self.torch_dtype)
 
 
-class Factors(NamedTuple):
-    """The arguments of svd_lora_linear after x."""
-
-    SVh: Tensor
-    U: Tensor
-    A: Tensor | None
-    B: Tensor | None
-    bias: Tensor
-    alpha: float
-    pivots: Tensor | None
-
-
-def random_factors(shape: Shape, dtype: torch.dtype, form: str = "pair", seed: int = 0) -> Factors:
+def random_factors(shape: Shape, dtype: torch.dtype, form: str = "pair", seed: int = 0) -> Weights:
     """Scaled so that every output is of order one."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -96,7 +84,7 @@ def random_factors(shape: Shape, dtype: torch.dtype, form: str = "pair", seed: i
     if form == "pivoted":
         pivots = torch.randperm(shape.N, generator=generator)[: shape.r].sort().values.int()
         others -= shape.r
-    return Factors(
+    return Weights(
         SVh=normal(shape.r, shape.K),
         U=normal(others, shape.r),
         A=normal(shape.ra, shape.K) if shape.ra else None,
@@ -115,12 +103,12 @@ def copies(tensors, regime: str) -> list[list[Tensor | None]]:
     return [list(tensors), *cloned]
 
 
-def check(y: Tensor, x: Tensor, factors: Factors, name: str) -> None:
+def check(y: Tensor, x: Tensor, factors: Weights, name: str) -> None:
     """Assert that y is what reference.py says, on the first and last eight rows, in float64."""
     rows = torch.arange(len(x))
     rows = rows[(rows < 8) | (rows >= len(x) - 8)]
-    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in factors]
-    expected = reference.forward(x[rows].double(), *wide)[0]
+    wide = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in factors)
+    expected = reference.forward(x[rows].double(), Weights(*wide))[0]
     close(y[rows], expected, name)
 
 

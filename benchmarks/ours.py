@@ -6,11 +6,12 @@ import functools
 import os
 
 import torch
-from layers import Factors, copies
+from layers import copies
 from torch import Tensor
 
 from hylora_kernels import available_backends, backends, svd_lora_linear
 from hylora_kernels.backends.cpu import panels
+from hylora_kernels.weights import Weights
 
 
 def room_name() -> str:
@@ -38,15 +39,15 @@ def float32_products() -> int | None:
     return panels.products_for(torch.float32, True) if isa() == "amx_bf16" else None
 
 
-def packed(x: Tensor, factors: Factors, regime: str):
+def packed(x: Tensor, factors: Weights, regime: str):
     """Calls on packed weights, one for each copy, as optimize_for_inference lays them out."""
     room = backends.ROOMS[room_name()]
     tensors = [t for t in factors if t is None or isinstance(t, Tensor)]
     calls = []
     for *most, pivots in copies(tensors, regime):
-        own = Factors(*most, factors.alpha, pivots)
+        own = Weights(*most, factors.alpha, pivots)
         pack = getattr(room, "pack", None)
-        layout = pack(*own) if pack is not None else None
+        layout = pack(own) if pack is not None else None
         if layout is None:  # the room gains nothing by packing: the op on plain factors
             calls.append(functools.partial(svd_lora_linear, x, *own))
         else:
@@ -54,6 +55,6 @@ def packed(x: Tensor, factors: Factors, regime: str):
     return calls
 
 
-def op(x: Tensor, factors: Factors):
+def op(x: Tensor, factors: Weights):
     """The op on plain factors, as a layer calls it that was not optimised."""
     return [functools.partial(svd_lora_linear, x, *factors)]

@@ -22,6 +22,7 @@ from hylora_kernels import reference, svd_lora_linear, use_backend
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.recovery.run import training_mode
+from hylora_kernels.weights import Saved, Weights
 
 STEP_TOKENS = 512
 
@@ -60,11 +61,9 @@ def forwards(x, factors):
 def check_gradients(made: dict, inputs, dy, x, factors) -> None:
     """Assert that every rival's gradients are those of reference.py in float32."""
     wide = [t.detach().float() if isinstance(t, torch.Tensor) else t for t in factors]
-    SVh, U, A, B, _, alpha, pivots = wide
-    wide_x, wide_dy = x.detach().float(), dy.float()
-    expected = reference.backward(
-        wide_dy, wide_x, wide_x @ A.T, SVh, U, A, B, alpha=alpha, pivots=pivots
-    )
+    weights, wide_x = Weights(*wide), x.detach().float()
+    saved = Saved(wide_x, wide_x @ weights.A.T)
+    expected = reference.backward(dy.float(), saved, weights)
     for name, forward in made.items():
         found = torch.autograd.grad(forward(), inputs, dy)
         for what, got, want in zip(("dx", "dA", "dB", "db"), found, expected, strict=True):

@@ -22,7 +22,7 @@ def test_overhead(benchmark, room, with_threads, quick):
     with_threads(1)
     x, factors = torch.randn(1, TINY.K), random_factors(TINY, torch.float32)
     SVh, U, A, B, bias, alpha, _ = factors
-    packed = backends.ROOMS[room].pack(*factors)
+    packed = backends.ROOMS[room].pack(factors)
     layer = SVDLoRALinear.from_factors(*factors).eval()
     weights = [panels.pack_matrix(t) for t in (SVh, A, U, B)]
     dual = functools.partial(torch.ops.hylora.cpu_dual.default, x, *weights, bias, None)

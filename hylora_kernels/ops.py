@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hylora_kernels import backends
+from hylora_kernels.weights import Needs, Saved, Weights
 
 _LIBRARY = torch.library.Library("hylora", "DEF")
 _FORWARD = (
@@ -60,9 +61,10 @@ def svd_lora_linear(
     bias. No double backward, no vmap.
     Raises TypeError or ValueError that names the argument, what came and what is allowed.
     """
-    _check(x, SVh, U, A, B, bias, alpha, pivots)
-    room = backends.choose(x, SVh, U, A, B, bias, pivots)
-    return _FORWARD_OPS[room](x, SVh, U, A, B, bias, float(alpha), pivots)[0]
+    weights = Weights(SVh, U, A, B, bias, alpha, pivots)
+    _check(x, weights)
+    backend = backends.choose(x, weights)
+    return _FORWARD_OPS[backend](x, SVh, U, A, B, bias, float(alpha), pivots)[0]
 
 
 # ----------------------------------------------------------------------------- packed for inference
@@ -111,7 +113,8 @@ def _as_packed(x: Tensor, packed) -> Tensor:
 # ---------------------------------------------------------------------------------- argument checks
 
 
-def _check(x, SVh, U, A, B, bias, alpha, pivots) -> None:
+def _check(x: Tensor, weights: Weights) -> None:
+    SVh, U, A, B, bias, alpha, pivots = weights
     tensors = {"x": x, "SVh": SVh, "U": U, "A": A, "B": B, "bias": bias, "pivots": pivots}
     for name, tensor in tensors.items():
         optional = name in ("A", "B", "bias", "pivots")
@@ -125,7 +128,7 @@ def _check(x, SVh, U, A, B, bias, alpha, pivots) -> None:
     check_alpha(alpha)
     if x.dim() < 1:
         raise ValueError("x must be [..., K] with at least one dim, got a scalar")
-    check_shapes(x.shape[-1], "K from x", SVh, U, A, B, bias, pivots)
+    check_shapes(x.shape[-1], "K from x", weights)
     _check_kinds(tensors)
     _refuse_forward_mode(tensors)
 
@@ -139,21 +142,20 @@ def check_alpha(alpha) -> None:
         raise ValueError(f"alpha must be finite in float64, got {alpha}")
 
 
-def check_shapes(K, source, SVh, U, A, B, bias, pivots) -> None:
-    """Raise ValueError unless the factors fit one another and K, which came from where `source`
-    says."""
+def check_shapes(K: int, source: str, weights: Weights) -> None:
+    """Raise ValueError unless the weights fit one another and K; `source` names K's origin."""
+    SVh, U, A, B, bias, _, pivots = weights
     if (A is None) != (B is None):
         given, missing = ("A", "B") if B is None else ("B", "A")
         raise ValueError(
             f"A and B must be given together or not at all, got {given} but {missing} is None"
         )
     _want("SVh", SVh, "[r, K]", (None, K), source)
-    rank = SVh.shape[0]
+    rank = weights.rank
     _want("U", U, "[N, r]" if pivots is None else "[N - r, r]", (None, rank), "r from SVh")
-    out_features = U.shape[0]
     if pivots is not None:
         _want("pivots", pivots, "[r]", (rank,), "r from SVh")
-        out_features += rank
+    out_features = weights.out_features
     if A is not None:
         _want("A", A, "[ra, K]", (None, K), source)
         _want("B", B, "[N, ra]", (out_features, A.shape[0]), "N from U, ra from A")
@@ -211,14 +213,15 @@ def _refuse_forward_mode(tensors: dict[str, Tensor | None]) -> None:
 # ------------------------------------------------------------------------------------- registration
 
 
-def _kernel_forward(room, x, SVh, U, A, B, bias, alpha, pivots):
-    y, h_a = room.forward(_matrix(x), SVh, U, A, B, bias, alpha, pivots)
+def _kernel_forward(backend, x, *weights):
+    y, h_a = backend.forward(_matrix(x), Weights(*weights))
     return _with_lead(y, x.shape[:-1]), h_a
 
 
-def _kernel_backward(room, dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
-    x = x if x is None else _matrix(x)
-    dx, *others = room.backward(_matrix(dy), x, h_a, SVh, U, A, B, alpha, pivots, needs)
+def _kernel_backward(backend, dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
+    saved = Saved(x if x is None else _matrix(x), h_a)
+    weights = Weights(SVh, U, A, B, None, alpha, pivots)
+    dx, *others = backend.backward(_matrix(dy), saved, weights, Needs(*needs))
     grads = (dx if dx is None else _with_lead(dx, dy.shape[:-1]), *others)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -233,11 +236,10 @@ def _with_lead(tensor: Tensor, lead) -> Tensor:
     return torch.ops.aten._unsafe_view.default(tensor, (*lead, tensor.shape[-1]))
 
 
-def _fake_forward(x, SVh, U, A, B, bias, alpha, pivots):
-    out_features = U.shape[0] + (0 if pivots is None else SVh.shape[0])
-    lead = x.shape[:-1]
-    y, h_a = (*lead, out_features), (math.prod(lead), 0 if A is None else A.shape[0])
-    return x.new_empty(y), x.new_empty(h_a)
+def _fake_forward(x, *weights):
+    weights, lead = Weights(*weights), x.shape[:-1]
+    h_a = x.new_empty(math.prod(lead), weights.lora_rank)
+    return x.new_empty(*lead, weights.out_features), h_a
 
 
 def _fake_backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hylora_kernels.weights import Saved, Weights
+
 
 def full_U(U: Tensor, pivots: Tensor | None) -> Tensor:
     """U [N, r] of the equivalent pair: identity rows at `pivots`, the coefficients elsewhere."""
@@ -31,14 +33,16 @@ def full_U(U: Tensor, pivots: Tensor | None) -> Tensor:
     return full
 
 
-def dense_weight(SVh, U, A=None, B=None, alpha=1.0, pivots=None) -> Tensor:
+def dense_weight(weights: Weights) -> Tensor:
     """W [N, K], the one matrix that the whole layer multiplies by."""
+    SVh, U, A, B, _, alpha, pivots = weights
     weight = full_U(U, pivots) @ SVh
     return weight if A is None else weight + alpha * (B @ A)
 
 
-def forward(x, SVh, U, A=None, B=None, bias=None, alpha=1.0, pivots=None) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """(y [M, N], h_a [M, ra]); h_a = x A^T is what the backward needs besides x."""
+    SVh, U, A, B, bias, alpha, pivots = weights
     y = x @ SVh.T @ full_U(U, pivots).T
     h_a = x.new_empty(x.shape[0], 0) if A is None else x @ A.T
     if A is not None:
@@ -46,9 +50,10 @@ def forward(x, SVh, U, A=None, B=None, bias=None, alpha=1.0, pivots=None) -> tup
     return (y if bias is None else y + bias), h_a
 
 
-def backward(dy, x, h_a, SVh, U, A=None, B=None, alpha=1.0, pivots=None):
+def backward(dy: Tensor, saved: Saved, weights: Weights) -> tuple[Tensor | None, ...]:
     """(dx [M, K], dA [ra, K], dB [N, ra], db [N]) for dy [M, N]; SVh and U are frozen and get
     none."""
+    (x, h_a), (SVh, U, A, B, _, alpha, pivots) = saved, weights
     dx = dy @ full_U(U, pivots) @ SVh
     if A is None:
         return dx, None, None, dy.sum(0)

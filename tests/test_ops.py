@@ -27,6 +27,7 @@ from helpers.numerics import (
 from torch import Tensor
 
 from hylora_kernels import backends, ops, reference, svd_lora_linear, use_backend
+from hylora_kernels.weights import Weights
 
 
 def test_memory_is_poisoned():
@@ -204,16 +205,16 @@ class CountingRoom(SimpleNamespace):
     def is_available(self):
         return True
 
-    def unsupported(self, x, SVh, U, A, B, bias, pivots):
+    def unsupported(self, x, weights):
         return self.reason
 
-    def forward(self, *args):
+    def forward(self, x, weights):
         self.calls.append("forward")
-        return reference.forward(*args)
+        return reference.forward(x, weights)
 
-    def backward(self, dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
+    def backward(self, dy, saved, weights, needs):
         self.calls.append("backward")
-        grads = reference.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots)
+        grads = reference.backward(dy, saved, weights)
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
@@ -296,7 +297,7 @@ def test_a_change_of_pivots_is_seen(written):
             pivots.copy_(values)
             inputs = first._replace(pivots=pivots)
             for _ in range(2):
-                expected = reference.forward(*first._replace(pivots=values))[0]
+                expected = reference.forward(first.x, first.weights._replace(pivots=values))[0]
                 torch.testing.assert_close(svd_lora_linear(*inputs), expected)
     assert pivots.is_inference() == (written == "inference tensor")
 
@@ -305,5 +306,5 @@ def test_pivots_of_one_tensor_serve_layers_of_two_sizes():
     pivots = torch.tensor([0, 2], dtype=torch.int32)
     for others in (3, 5):
         x, SVh, U = torch.randn(4, 6), torch.randn(2, 6), torch.randn(others, 2)
-        expected = reference.forward(x, SVh, U, pivots=pivots)[0]
+        expected = reference.forward(x, Weights(SVh, U, pivots=pivots))[0]
         torch.testing.assert_close(svd_lora_linear(x, SVh, U, pivots=pivots), expected)

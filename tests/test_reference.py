@@ -11,6 +11,7 @@ from helpers.numerics import AXES, CASES, Case, make_dy, make_inputs
 from torch import Tensor
 
 from hylora_kernels import reference
+from hylora_kernels.weights import Saved
 
 SMALL = [
     Case(M=5, form=form, lora_rank=ra, bias=bias, alpha=-1.5)
@@ -33,7 +34,7 @@ def spelled_out_weight(inputs) -> Tensor:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_forward_is_the_dense_matrix(case):
     inputs = make_inputs(case)
-    y, h_a = reference.forward(*inputs)
+    y, h_a = reference.forward(inputs.x, inputs.weights)
     expected = torch.einsum("mk,nk->mn", inputs.x, spelled_out_weight(inputs))
     expected = expected if inputs.bias is None else expected + inputs.bias
     torch.testing.assert_close(y, expected)
@@ -44,7 +45,7 @@ def test_forward_is_the_dense_matrix(case):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_dense_weight(case):
     inputs = make_inputs(case)
-    weight = reference.dense_weight(*inputs[1:5], alpha=inputs.alpha, pivots=inputs.pivots)
+    weight = reference.dense_weight(inputs.weights)
     torch.testing.assert_close(weight, spelled_out_weight(inputs))
 
 
@@ -56,9 +57,8 @@ def test_backward_is_autograd_through_the_dense_matrix(case):
     y = y if leaves.bias is None else y + leaves.bias
     dy = make_dy(inputs)
     y.backward(dy)
-    h_a = reference.forward(*inputs)[1]
-    x, SVh, U, A, B, _, alpha, pivots = inputs
-    dx, dA, dB, db = reference.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots)
+    saved = Saved(inputs.x, reference.forward(inputs.x, inputs.weights)[1])
+    dx, dA, dB, db = reference.backward(dy, saved, inputs.weights)
     torch.testing.assert_close(dx, leaves.x.grad)
     torch.testing.assert_close(db, dy.sum(0))
     if inputs.A is None:

@@ -16,6 +16,7 @@ from types import ModuleType
 from torch import Tensor
 
 from hylora_kernels.backends import cpu, cuda, eager, triton
+from hylora_kernels.weights import Weights
 
 # Fastest first; eager is last, since it serves everything.
 ROOMS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "eager": eager}
@@ -57,15 +58,15 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(x, SVh, U, A, B, bias, pivots) -> str:
+def choose(x: Tensor, weights: Weights) -> str:
     """The name of the room that serves these tensors. Raises ValueError with the room's own reason
     where forced."""
-    name, call = _wanted(), (x, SVh, U, A, B, bias, pivots)
+    name = _wanted()
     if name != "auto":
-        _require(name, *call)
+        _require(name, x, weights)
         return name
     for name, room in ROOMS.items():
-        if room.unsupported(*call) is None and room.gains(*call):
+        if room.unsupported(x, weights) is None and room.is_faster_than_next(x, weights):
             return name
     raise AssertionError("eager serves every call")
 
@@ -79,26 +80,28 @@ def forget(SVh: Tensor) -> None:
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def pack(SVh, U, A, B, bias, alpha, pivots):
-    """The factors as the room that serves them wants them for inference, or None where it gains
+def pack(weights: Weights):
+    """The weights as the room that serves them wants them for inference, or None where it gains
     nothing by packing. Raises ValueError with the room's own reason where forced."""
-    name, call = _wanted(), (SVh, SVh, U, A, B, bias, pivots)  # SVh stands for x: it is [r, K] too
+    name = _wanted()
     if name != "auto":
-        _require(name, *call)
-        return ROOMS[name].pack(SVh, U, A, B, bias, alpha, pivots)
+        _require(name, weights.SVh, weights)  # SVh [r, K] has the shape of an x
+        return ROOMS[name].pack(weights)
     for room in ROOMS.values():
-        if room.unsupported(*call) is None:
-            packed = room.pack(SVh, U, A, B, bias, alpha, pivots)
+        if room.unsupported(weights.SVh, weights) is None:
+            packed = room.pack(weights)
             if packed is not None:
                 return packed
     return None
 
 
-def why_not_packed(SVh, U, A, B, bias, pivots) -> dict[str, str]:
+def why_not_packed(weights: Weights) -> dict[str, str]:
     """Every room that pack asks -> why it packs nothing."""
     names = ROOMS if _wanted() == "auto" else (_wanted(),)
-    call = (SVh, SVh, U, A, B, bias, pivots)
-    return {name: ROOMS[name].unsupported(*call) or "gains nothing by packing" for name in names}
+    return {
+        name: ROOMS[name].unsupported(weights.SVh, weights) or "gains nothing by packing"
+        for name in names
+    }
 
 
 def forward_packed(x: Tensor, packed) -> Tensor:
@@ -117,8 +120,8 @@ def rows_packed(ids: Tensor, packed) -> Tensor:
     return ROOMS[packed.room].rows_packed(ids, packed)
 
 
-def unpack(packed) -> tuple:
-    """(SVh, U, A, B, bias, alpha, pivots) as they went into pack, bit for bit."""
+def unpack(packed) -> Weights:
+    """The weights as they went into pack, bit for bit."""
     return ROOMS[packed.room].unpack(packed)
 
 
@@ -126,8 +129,8 @@ def _wanted() -> str:
     return _forced or _known(os.environ.get("HYLORA_BACKEND", "auto"), "HYLORA_BACKEND")
 
 
-def _require(name: str, *call) -> None:
-    if reason := ROOMS[name].unsupported(*call):
+def _require(name: str, x: Tensor, weights: Weights) -> None:
+    if reason := ROOMS[name].unsupported(x, weights):
         raise ValueError(f"backend {name!r} can't serve this call: {reason}")
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hylora_kernels import backends
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import PackedModule, PackedState, packed_class
+from hylora_kernels.weights import Weights
 
 _log = logging.getLogger(__name__)
 _FROZEN = "hylora_frozen"  # on an optimised model: names of parameters that required grad
@@ -69,7 +70,7 @@ def _tell(packed: set[PackedState], layers: list[list[nn.Module]]) -> None:
     left = [group[0] for group in layers if not isinstance(group[0], PackedModule)]
     why = ""
     if left:
-        reasons = backends.why_not_packed(*_factors(left[0])).items()
+        reasons = backends.why_not_packed(_weights_of(left[0])).items()
         why = f" ({'; '.join(f'{name}: {reason}' for name, reason in reasons)})"
     plain, panels = sum(h.plain_bytes for h in packed), sum(h.nbytes for h in packed)
     _log.log(
@@ -136,21 +137,19 @@ def _can_share(group: list[nn.Module]) -> bool:
 
 def _pack(layer: nn.Module) -> PackedState | None:
     """The layer's weights as the chosen backend wants them; None where none gains by it."""
-    SVh, U, A, B, bias, pivots = _factors(layer)
-    alpha = layer.alpha if isinstance(layer, SVDLoRALinear) else 1.0
-    packed = backends.pack(SVh, U, A, B, bias, alpha, pivots)
+    packed = backends.pack(_weights_of(layer))
     names = packed_class(layer).names
     return packed and PackedState(packed, {name: layer._parameters.get(name) for name in names})
 
 
-def _factors(layer: nn.Module) -> tuple[Tensor | None, ...]:
-    """SVh, U, A, B, bias, pivots; a dense layer is the pivoted form at rank N, SVh its matrix."""
+def _weights_of(layer: nn.Module) -> Weights:
+    """A dense layer is the pivoted form at rank N, SVh its matrix."""
     if isinstance(layer, SVDLoRALinear):
         A, B = (None if t is None else t.to(layer.SVh.dtype) for t in (layer.A, layer.B))
-        return layer.SVh, layer.U, A, B, layer.bias, layer.pivots
+        return Weights(layer.SVh, layer.U, A, B, layer.bias, layer.alpha, layer.pivots)
     weight = layer.weight
     U, pivots = weight.new_empty(0, len(weight)), torch.arange(len(weight), dtype=torch.int32)
-    return weight, U, None, None, layer.bias, pivots
+    return Weights(weight, U, bias=layer.bias, pivots=pivots)
 
 
 # --------------------------------------------------------------------------------- optimised layers

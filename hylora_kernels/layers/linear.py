@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hylora_kernels import backends, reference
 from hylora_kernels.layers.factorize import pivot_rows, truncated_svd, wide
 from hylora_kernels.ops import FLOATS, check_alpha, check_shapes, svd_lora_linear
+from hylora_kernels.weights import Weights
 
 FORMS = ("pair", "pivoted")
 
@@ -226,12 +227,13 @@ class SVDLoRALinear(nn.Module):
         lora_dropout: float = 0.0,
     ) -> SVDLoRALinear:
         """The layer that holds these very tensors (shapes as in the class)."""
-        check_shapes(SVh.shape[-1], "K from SVh", SVh, U, A, B, bias, pivots)
+        weights = Weights(SVh, U, A, B, bias, alpha, pivots)
+        check_shapes(SVh.shape[-1], "K from SVh", weights)
         layer = cls(
-            SVh.shape[1],
-            U.shape[0] + (0 if pivots is None else SVh.shape[0]),
-            SVh.shape[0],
-            0 if A is None else A.shape[0],
+            weights.in_features,
+            weights.out_features,
+            weights.rank,
+            weights.lora_rank,
             bias=bias is not None,
             alpha=alpha,
             lora_dropout=lora_dropout,
@@ -298,7 +300,7 @@ class SVDLoRALinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """The nn.Linear that computes the same, adapter included; the bias is shared."""
         factors = (None if t is None else wide(t) for t in (self.SVh, self.U, self.A, self.B))
-        weight = reference.dense_weight(*factors, alpha=self.alpha, pivots=self.pivots)
+        weight = reference.dense_weight(Weights(*factors, alpha=self.alpha, pivots=self.pivots))
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight.to(self.SVh.device, self.SVh.dtype))
         linear.bias = self.bias

@@ -40,9 +40,9 @@ class PackedState:
         if self.restored is not None:
             return self.restored
         if "weight" in self.needed_grad:
-            return {"weight": backends.unpack(self.packed)[0]}
-        plain = dict(zip(("SVh", "U", "A", "B"), backends.unpack(self.packed)[:4], strict=True))
-        return plain | self.wider
+            return {"weight": backends.unpack(self.packed).SVh}
+        weights = backends.unpack(self.packed)._asdict()
+        return {name: weights[name] for name in ("SVh", "U", "A", "B")} | self.wider
 
     def parameters(self) -> dict[str, nn.Parameter | None]:
         """The same as parameters, made once: tied layers get the same one back."""

@@ -30,6 +30,7 @@ from hylora_kernels.backends.triton.config import BACKWARD, FORWARD, VENDOR, Pro
 from hylora_kernels.support.console import table
 from hylora_kernels.support.report import Report
 from hylora_kernels.support.storage import write_json
+from hylora_kernels.weights import Needs, Saved, Weights
 
 # K, N, r, ra: SmolLM2's, TinyLlama's and Llama 7B's at keeps between 0.5 and 0.8.
 SHAPES = (
@@ -319,10 +320,11 @@ def _calls(problem: Problem, device, copies: int) -> list[Callable[[], Tensor]]:
         A = B = None
         if ra:
             A, B = torch.randn(ra, K, **kind) / K**0.5, torch.randn(N, ra, **kind) / ra**0.5
+        weights = Weights(SVh, U, A, B, bias, 0.7, pivots)
         if forward:
-            return lambda: room.forward(rows, SVh, U, A, B, bias, 0.7, pivots)[0]
-        needs = (True, False, False, False)
-        return lambda: room.backward(rows, None, None, SVh, U, A, B, 0.7, pivots, needs)[0]
+            return lambda: room.forward(rows, weights)[0]
+        needs = Needs(True, False, False, False)
+        return lambda: room.backward(rows, Saved(None, None), weights, needs)[0]
 
     return [one() for _ in range(copies)]
 

@@ -17,13 +17,13 @@ from hylora_kernels import available_backends, backends, ops, svd_lora_linear, u
 
 DOOR = {
     "is_available": "",
-    "unsupported": "x, SVh, U, A, B, bias, pivots",
-    "forward": "x, SVh, U, A, B, bias, alpha, pivots",
-    "backward": "dy, x, h_a, SVh, U, A, B, alpha, pivots, needs",
+    "unsupported": "x, weights",
+    "forward": "x, weights",
+    "backward": "dy, saved, weights, needs",
     "why_not": "",
-    "gains": "x, SVh, U, A, B, bias, pivots",
+    "is_faster_than_next": "x, weights",
     "forget": "SVh",
-    "pack": "SVh, U, A, B, bias, alpha, pivots",
+    "pack": "weights",
     "forward_packed": "x, packed",
     "rows_packed": "ids, packed",
     "unpack": "packed",
@@ -61,10 +61,11 @@ def test_eager_serves_everything(form):
     room = backends.ROOMS["eager"]
     assert room.is_available()
     for dtype in (torch.float64, torch.float16):
-        x, SVh, U, A, B, bias, _, pivots = make_inputs(Case(M=0, form=form), dtype)
-        assert room.unsupported(x, SVh, U, A, B, bias, pivots) is None
-        assert room.gains(x, SVh, U, A, B, bias, pivots)
-        assert room.pack(SVh, U, A, B, bias, 1.0, pivots) is None
+        inputs = make_inputs(Case(M=0, form=form), dtype)
+        x, weights = inputs.x, inputs.weights
+        assert room.unsupported(x, weights) is None
+        assert room.is_faster_than_next(x, weights)
+        assert room.pack(weights) is None
 
 
 def test_available_backends():
@@ -87,9 +88,8 @@ def test_cpu_levels():
 @every_room
 def test_a_room_that_cannot_be_used_serves_nothing(room):
     reason, inputs = backends.ROOMS[room].why_not(), make_inputs(Case(), torch.float32)
-    x, SVh, U, A, B, bias, _, pivots = inputs
     if reason:
-        assert backends.ROOMS[room].unsupported(x, SVh, U, A, B, bias, pivots) == reason
+        assert backends.ROOMS[room].unsupported(inputs.x, inputs.weights) == reason
         with use_backend(room), pytest.raises(ValueError, match=re.escape(reason)):
             svd_lora_linear(*inputs)
 
@@ -98,8 +98,8 @@ def test_a_room_that_cannot_be_used_serves_nothing(room):
 
 
 def choose(inputs=None) -> str:
-    x, SVh, U, A, B, bias, _, pivots = inputs or make_inputs(Case())
-    return backends.choose(x, SVh, U, A, B, bias, pivots)
+    inputs = inputs or make_inputs(Case())
+    return backends.choose(inputs.x, inputs.weights)
 
 
 @pytest.fixture
@@ -110,7 +110,9 @@ def picky(monkeypatch):
         return None if x.dtype == torch.float64 else f"wants float64, got {x.dtype}"
 
     room = SimpleNamespace(
-        why_not=lambda: "no such machine", unsupported=unsupported, gains=lambda *call: True
+        why_not=lambda: "no such machine",
+        unsupported=unsupported,
+        is_faster_than_next=lambda *call: True,
     )
     monkeypatch.setattr(backends, "ROOMS", {"picky": room, **backends.ROOMS})
     monkeypatch.delenv("HYLORA_BACKEND", raising=False)
@@ -124,7 +126,7 @@ def test_auto_takes_the_first_room_that_serves(picky):
 
 
 def test_auto_passes_over_a_room_that_gains_nothing(picky):
-    picky.gains = lambda *call: False
+    picky.is_faster_than_next = lambda *call: False
     assert choose(make_inputs(Case())) == "eager"
     with use_backend("picky"):
         assert choose(make_inputs(Case())) == "picky", "forced, it serves what it can"

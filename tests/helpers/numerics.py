@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hylora_kernels import SVDLoRALinear, backends, reference
+from hylora_kernels.weights import Saved, Weights
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRADS = ("dx", "dA", "dB", "db")
@@ -113,6 +114,10 @@ class Inputs(NamedTuple):
     alpha: float = 1.0
     pivots: Tensor | None = None
 
+    @property
+    def weights(self) -> Weights:
+        return Weights(*self[1:])
+
     def map(self, change) -> Inputs:
         """The same with `change` applied to every floating tensor."""
         return Inputs(
@@ -168,8 +173,7 @@ def _in_layout(draw, lead, K, layout) -> Tensor:
 
 def skip_if_refused(room: str, inputs: Inputs) -> None:
     """Skip the test where the room says that it can't serve these inputs."""
-    x, SVh, U, A, B, bias, _, pivots = inputs
-    if reason := backends.ROOMS[room].unsupported(x, SVh, U, A, B, bias, pivots):
+    if reason := backends.ROOMS[room].unsupported(inputs.x, inputs.weights):
         pytest.skip(f"{room}: {reason}")
 
 
@@ -182,22 +186,21 @@ def inputs_for(room: str, case: Case, dtype=torch.float64, device="cpu") -> Inpu
 
 def make_dy(inputs: Inputs, seed: int = 1) -> Tensor:
     """A gradient [..., N] for the output."""
-    N = inputs.U.shape[0] + (0 if inputs.pivots is None else inputs.SVh.shape[0])
-    generator = torch.Generator().manual_seed(seed)
+    generator, N = torch.Generator().manual_seed(seed), inputs.weights.out_features
     dy = torch.randn(*inputs.x.shape[:-1], N, generator=generator, dtype=torch.float64)
     return dy.to(inputs.x)
 
 
 def by_reference(inputs: Inputs, dy: Tensor) -> dict[str, Tensor | None]:
     """y and the gradients by the plain formula, in the dtype of the inputs."""
-    x, SVh, U, A, B, bias, alpha, pivots = inputs
+    x, weights = inputs.x, inputs.weights
     lead, K = x.shape[:-1], x.shape[-1]
     x, dy = x.reshape(lead.numel(), K), dy.reshape(lead.numel(), dy.shape[-1])
-    y, h_a = reference.forward(x, SVh, U, A, B, bias, alpha, pivots)
-    grads = reference.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots)
+    y, h_a = reference.forward(x, weights)
+    grads = reference.backward(dy, Saved(x, h_a), weights)
     named = dict(zip(GRADS, grads, strict=True))
     named["dx"] = named["dx"].reshape(*lead, K)
-    named["db"] = None if bias is None else named["db"]
+    named["db"] = None if weights.bias is None else named["db"]
     return {"y": y.reshape(*lead, y.shape[-1]), **named}
 
 
@@ -281,4 +284,4 @@ def dense_weight(layer: SVDLoRALinear) -> Tensor:
     """W [N, K] float64 of everything the layer adds up."""
     factors = (getattr(layer, name) for name in FACTORS)
     factors = (None if factor is None else factor.detach().double() for factor in factors)
-    return reference.dense_weight(*factors, alpha=layer.alpha, pivots=layer.pivots)
+    return reference.dense_weight(Weights(*factors, alpha=layer.alpha, pivots=layer.pivots))

@@ -11,6 +11,7 @@ from helpers.numerics import FACTORS, dense_weight, every_form, make_layer
 from torch import nn
 
 from hylora_kernels import SVD_LoRA_Linear, SVDLoRALinear, reference
+from hylora_kernels.weights import Weights
 
 SHAPES = [(9, 14), (14, 9), (12, 12), (1, 6), (6, 1)]  # N, K
 two_forms = pytest.mark.parametrize("form", ["pair", "pivoted"])
@@ -146,7 +147,8 @@ def test_dropout_gradients(form):
     torch.manual_seed(3)
     got = torch.autograd.grad(layer(x).square().sum(), wanted)
     torch.manual_seed(3)
-    base = x @ reference.dense_weight(layer.SVh, layer.U, pivots=layer.pivots).T + layer.bias
+    base_weight = reference.dense_weight(Weights(layer.SVh, layer.U, pivots=layer.pivots))
+    base = x @ base_weight.T + layer.bias
     y = base + layer.alpha * F.dropout(x, 0.4) @ layer.A.T @ layer.B.T
     expected = torch.autograd.grad(y.square().sum(), wanted)
     for one, two in zip(got, expected, strict=True):

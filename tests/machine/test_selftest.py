@@ -29,6 +29,7 @@ from hylora_kernels.machine.selftest.grid import (
 )
 from hylora_kernels.machine.selftest.races import Race, races, run
 from hylora_kernels.model import checkpoint
+from hylora_kernels.weights import Needs
 
 CPU = torch.device("cpu")
 
@@ -161,7 +162,7 @@ def test_races_alone():
     with pytest.raises(Race):
         races(Room, [call, call], 2, forced=False)
     assert len(run(eager, call)) == 5
-    assert len(run(eager, call, (True, False, False, False))) == 2
+    assert len(run(eager, call, Needs(True, False, False, False))) == 2
 
 
 # ----------------------------------------------------------------------------------------- the grid

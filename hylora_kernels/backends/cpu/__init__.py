@@ -36,12 +36,12 @@ from hylora_kernels.backends.cpu.panels import (
     kept_panels,
     op,
     order_of,
-    out_features_of,
     pack_matrix,
     panels_backward,
     panels_forward,
     products_for,
 )
+from hylora_kernels.weights import Needs, Saved, Weights
 
 __all__ = ["Packed", "forget", "forward_packed", "pack", "rows_packed", "unpack"]
 
@@ -69,7 +69,7 @@ def levels() -> tuple[str, dict[str, str]]:
     return LEVEL, {level: torch.ops.hylora.cpu_isa_reason.default(level) for level in LEVELS}
 
 
-def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
+def unsupported(x: Tensor, weights: Weights) -> str | None:
     """The reason why this room can't serve these tensors, in words; None where it can."""
     if REFUSAL:
         return REFUSAL
@@ -77,39 +77,40 @@ def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
         return f"serves tensors on the CPU, got {x.device}"
     if x.dtype not in DTYPES:
         return f"serves float32, bfloat16 and float16, got {x.dtype}"
-    (rank, K), others = SVh.shape, U.shape[0]
-    if rank == 0 or K == 0 or (others == 0 and pivots is None):
+    if weights.is_empty:
+        SVh, U = weights.SVh, weights.U
         return f"serves no empty factors, got SVh {list(SVh.shape)} and U {list(U.shape)}"
     return None
 
 
-def gains(x, SVh, U, A, B, bias, pivots) -> bool:
+def is_faster_than_next(x: Tensor, weights: Weights) -> bool:
     """Whether a call that this room can serve is faster here than in the next room."""
     if LEVEL == "scalar" or x.dtype == torch.float32:
         return False
     if torch.compiler.is_exporting():  # an exported program is for any M
         return False
     rows = math.prod(x.shape[:-1])
-    needs_gradient = torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in (A, B, bias))
+    trainable = (x, weights.A, weights.B, weights.bias)
+    needs_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in trainable
     )
     panels_will_be_kept = needs_gradient and rows >= ROWS_WORTH_TRAINING
     rows_outweigh_packing = rows >= ROWS_WORTH_PACKING
     if panels_will_be_kept or rows_outweigh_packing:
         return True
-    panels_are_kept = not torch.compiler.is_compiling() and SVh in kept_panels
+    panels_are_kept = not torch.compiler.is_compiling() and weights.SVh in kept_panels
     return panels_are_kept
 
 
 # ----------------------------------------------------------------------------- forward and backward
 
 
-def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]), in one pass; h_a before alpha."""
-    rank, out_features = SVh.shape[0], out_features_of(SVh, U, pivots)
-    lora_rank = 0 if A is None else A.shape[0]
+    SVh, U, A, B, bias, alpha, pivots = weights
+    rank, lora_rank, out_features = weights.rank, weights.lora_rank, weights.out_features
     first, second, in_range = panels_forward(SVh, U)
-    if pivots is not None and not U.shape[0] and not lora_rank:  # SVh is the dense matrix itself
+    if weights.is_dense and not lora_rank:
         order_of(pivots, out_features)
         y = op("linear")(x, first, bias, out_features, products_for(x.dtype, in_range))
         return y, x.new_empty(len(x), 0)
@@ -130,17 +131,14 @@ def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
     return y, h_a if lora_rank else x.new_empty(len(x), 0)
 
 
-def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are
-    None.
-
-    x is only read for dA and h_a only for dB; either may be None where it isn't needed.
-    """
+def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]), None where not needed."""
+    (x, h_a), (_, _, A, B, _, alpha, _) = saved, weights
     need_dx, need_dA, need_dB, need_db = needs
     dx = dA = dB = db = dh_a = None
-    lora_rank = 0 if A is None else A.shape[0]
+    lora_rank = weights.lora_rank
     if need_dx:
-        dx, dh_a = _backward_x(dy, SVh, U, A, B, alpha, pivots, lora_rank)
+        dx, dh_a = _backward_x(dy, weights)
     elif need_dA and lora_rank:
         dh_a = alpha * (dy @ B)
     if need_dA:
@@ -156,11 +154,13 @@ def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | N
     return dx, dA, dB, db
 
 
-def _backward_x(dy, SVh, U, A, B, alpha, pivots, lora_rank) -> tuple[Tensor, Tensor | None]:
+def _backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """(dx [M, K], dh_a [M, ra] = alpha dy B): the forward's kernel on the transposed factors."""
-    (rank, K), out_features = SVh.shape, out_features_of(SVh, U, pivots)
+    SVh, U, A, B, _, alpha, pivots = weights
+    K, out_features = weights.in_features, weights.out_features
+    rank, lora_rank = weights.rank, weights.lora_rank
     first, second, in_range = panels_backward(SVh, U)
-    if pivots is not None and not U.shape[0] and not lora_rank:
+    if weights.is_dense and not lora_rank:
         return op("linear")(dy, second, None, K, products_for(dy.dtype, in_range)), None
     first_tail = second_tail = table = None
     flags = 0

@@ -13,12 +13,12 @@ from hylora_kernels.backends.cpu.panels import (
     in_range_of,
     op,
     order_of,
-    out_features_of,
     pack_matrix,
     products_for,
     six_products_stay_faster,
 )
 from hylora_kernels.backends.shared.tracing import assume_constant_result
+from hylora_kernels.weights import Weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,13 +59,14 @@ class Packed:
         return [t for t in weights if t is not None]
 
 
-def pack(SVh, U, A, B, bias, alpha, pivots) -> Packed | None:
+def pack(weights: Weights) -> Packed | None:
     """The panels of factors that this room supports. Bias and pivots are shared, not copied."""
-    (rank, K), out_features = SVh.shape, out_features_of(SVh, U, pivots)
-    lora_rank = 0 if A is None else A.shape[0]
+    SVh, U, A, B, bias, alpha, pivots = weights
+    K, out_features = weights.in_features, weights.out_features
+    rank, lora_rank = weights.rank, weights.lora_rank
     matrices = [t.detach() for t in (SVh, U, A, B) if t is not None and t.numel()]
-    dense = pivots is not None and not U.shape[0] and not lora_rank
-    call = _layout(SVh, U, lora_rank, pivots)
+    dense = weights.is_dense and not lora_rank
+    call = _layout(weights)
     plain_bias = None if bias is None else bias.detach()
     if dense:
         order_of(pivots, out_features)
@@ -117,19 +118,19 @@ def pack(SVh, U, A, B, bias, alpha, pivots) -> Packed | None:
     )
 
 
-def _layout(SVh, U, lora_rank, pivots) -> str:
+def _layout(weights: Weights) -> str:
     """How a layer is packed: "joined" or "linear" for panels, or "plain" where two plain products
     are faster (the pair form and dense matrices; the pivoted form has panels alone)."""
-    dense = pivots is not None and not U.shape[0] and not lora_rank
-    has_plain_layout = dense or pivots is None
+    dense = weights.is_dense and not weights.lora_rank
+    has_plain_layout = dense or weights.pivots is None
     # Of a thin matrix most of a panel is padding. 29 random shapes of at most 32 ranks: 0.92 of two
     # plain products' speed at one or two rows, 1.17 up to 64, 0.90 above; bfloat16 2 to 5. More
     # ranks with an eighth of padding or more: 0.82 to 0.95 (K = 1156, N = 103, r = 84, M = 2).
-    (rank, K), N = SVh.shape, out_features_of(SVh, U, pivots)
-    middle = rank + lora_rank
+    K, N = weights.in_features, weights.out_features
+    middle = weights.rank + weights.lora_rank
     is_thin = middle <= 32
     is_padded = 8 * (_padded(middle) * K + _padded(N) * middle) > 9 * middle * (K + N)
-    if SVh.dtype == torch.float32 and has_plain_layout and (is_thin or is_padded):
+    if weights.SVh.dtype == torch.float32 and has_plain_layout and (is_thin or is_padded):
         return "plain"
     return "linear" if dense else "joined"
 
@@ -171,8 +172,8 @@ def rows_packed(ids: Tensor, packed: Packed) -> Tensor:
         raise IndexError(f"ids must be in [0, {N}), got {low} to {high}") from None
 
 
-def unpack(packed: Packed) -> tuple:
-    """(SVh, U, A, B, bias, alpha, pivots) as they were packed, bit for bit: new memory, but for
+def unpack(packed: Packed) -> Weights:
+    """The weights as they were packed, bit for bit: new memory, but for
     bias and pivots, which are what was given (at rank N in the pivoted form equal to it)."""
     K, N, rank, lora_rank = packed.shape[0], packed.out_features, packed.rank, packed.lora_rank
     pivots, A, B = packed.pivots, None, None
@@ -206,7 +207,7 @@ def unpack(packed: Packed) -> tuple:
         A = B = None
     elif A is None:
         A, B = SVh.new_empty(0, K), SVh.new_empty(N, 0)
-    return SVh, U, A, B, packed.bias, packed.alpha, pivots
+    return Weights(SVh, U, A, B, packed.bias, packed.alpha, pivots)
 
 
 def _parts(layer: Tensor) -> list[Tensor]:

@@ -41,10 +41,6 @@ def op(name: str):
     return getattr(torch.ops.hylora, f"cpu_{name}").default
 
 
-def out_features_of(SVh, U, pivots) -> int:
-    return U.shape[0] + (0 if pivots is None else SVh.shape[0])
-
-
 def pack_matrix(W: Tensor) -> Tensor:
     """W [n, k] -> its panels; an empty matrix has none."""
     return op("pack")(W) if W.numel() else W.new_empty(0)

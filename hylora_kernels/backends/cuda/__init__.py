@@ -18,6 +18,7 @@ from hylora_kernels.backends.shared import counters
 from hylora_kernels.backends.shared import torch_products as products
 from hylora_kernels.backends.shared.library import LIBRARY, MISSING
 from hylora_kernels.backends.shared.tracing import assume_constant_result
+from hylora_kernels.weights import Needs, Saved, Weights
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS, PRODUCTS = "kernels", "products"  # what forcing() takes
@@ -69,7 +70,7 @@ def _answer(question: str, *given) -> str:
     return getattr(_ops, question).default(*given)
 
 
-def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
+def unsupported(x: Tensor, weights: Weights) -> str | None:
     """The reason why this room can't serve these tensors, in words; None where it can."""
     if reason := why_not():
         return reason
@@ -83,7 +84,7 @@ def _device_lacks(device: torch.device) -> str:
     return _answer("cuda_lacks", _target(device)[1])
 
 
-def gains(x, SVh, U, A, B, bias, pivots) -> bool:
+def is_faster_than_next(x: Tensor, weights: Weights) -> bool:
     """Whether a call that this room can serve is faster here than in the next room."""
     return x.dtype in HALVES
 
@@ -91,10 +92,10 @@ def gains(x, SVh, U, A, B, bias, pivots) -> bool:
 # ------------------------------------------------------------------------------------- what serves
 
 
-def _can_launch(rows, SVh, U, A) -> bool:
+def _can_launch(rows: Tensor, weights: Weights) -> bool:
     """Whether the kernels take such tensors."""
-    empty = not (len(rows) and SVh.numel() and U.numel())
-    return rows.dtype in HALVES and not empty and (A is None or A.shape[0] > 0)
+    empty = not (len(rows) and weights.SVh.numel() and weights.U.numel())
+    return rows.dtype in HALVES and not empty and (weights.A is None or weights.lora_rank > 0)
 
 
 def one_launch_gains(M: int, factor_bytes: int, lora_rank: int, backward: bool) -> bool:
@@ -118,12 +119,11 @@ def thin_gains(M: int, K: int, N: int) -> bool:
     return M * (K + N) <= 2**26
 
 
-def _one_launch(rows, SVh, U, A, B, backward: bool) -> bool:
+def _one_launch(rows: Tensor, weights: Weights, backward: bool) -> bool:
     if _forced is not None:
         return _forced == KERNELS
-    factor_bytes = sum(t.nbytes for t in (SVh, U, A, B) if t is not None)
-    lora_rank = 0 if A is None else A.shape[0]
-    return one_launch_gains(len(rows), factor_bytes, lora_rank, backward)
+    factor_bytes = sum(t.nbytes for t in weights[:4] if t is not None)
+    return one_launch_gains(len(rows), factor_bytes, weights.lora_rank, backward)
 
 
 _forced: str | None = None
@@ -144,29 +144,28 @@ def forcing(what: str):
 # ----------------------------------------------------------------------------- forward and backward
 
 
-def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha."""
-    if not (_can_launch(x, SVh, U, A) and _one_launch(x, SVh, U, A, B, False)):
-        return products.forward(x, SVh, U, A, B, bias, alpha, pivots)
-    N = len(U) + (0 if pivots is None else len(SVh))
-    y, h_a = _dataflow(x, SVh, A, U, B, bias, alpha, pivots, N, len(SVh), False)
+    if not (_can_launch(x, weights) and _one_launch(x, weights, False)):
+        return products.forward(x, weights)
+    SVh, U, A, B, bias, alpha, pivots = weights
+    y, h_a = _dataflow(
+        *(x, SVh, A, U, B, bias, alpha, pivots, weights.out_features, weights.rank, False)
+    )
     return y, x.new_empty(len(x), 0) if h_a is None else h_a
 
 
-def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are
-    None.
-
-    x is only read for dA and h_a only for dB; either may be None where it isn't needed.
-    """
-    if not _can_launch(dy, SVh, U, A):
-        return products.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs)
+def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]), None where not needed."""
+    if not _can_launch(dy, weights):
+        return products.backward(dy, saved, weights, needs)
+    (x, h_a), alpha = saved, weights.alpha
     need_dx, need_dA, need_dB, need_db = needs
     dx = dA = dB = db = dh_a = None
     if need_dx:
-        dx, dh_a = _backward_x(dy, SVh, U, A, B, alpha, pivots)
+        dx, dh_a = _backward_x(dy, weights)
     elif need_dA:
-        dh_a = alpha * (dy @ B)
+        dh_a = alpha * (dy @ weights.B)
     if need_dA or need_dB:
         left = (dh_a, x) if need_dA else (None, None)
         right = (h_a, dy) if need_dB else (None, None)
@@ -176,11 +175,14 @@ def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | N
     return dx, dA, dB, db
 
 
-def _backward_x(dy, SVh, U, A, B, alpha, pivots) -> tuple[Tensor, Tensor | None]:
+def _backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """(dx [M, K], dh_a [M, ra] = alpha dy B)."""
-    if not _one_launch(dy, SVh, U, A, B, True):
-        return products.backward_x(dy, SVh, U, A, B, alpha, pivots)
-    return _dataflow(dy, U, B, SVh, A, None, alpha, pivots, SVh.shape[1], len(SVh), True)
+    if not _one_launch(dy, weights, True):
+        return products.backward_x(dy, weights)
+    SVh, U, A, B, _, alpha, pivots = weights
+    return _dataflow(
+        *(dy, U, B, SVh, A, None, alpha, pivots, weights.in_features, weights.rank, True)
+    )
 
 
 def _adapter(dh_a, x, h_a, dy, alpha, need_db) -> tuple[Tensor | None, ...]:
@@ -281,7 +283,7 @@ def forget(SVh) -> None:
     """Drop what is kept for a layer with this SVh: nothing is."""
 
 
-def pack(SVh, U, A, B, bias, alpha, pivots) -> None:
+def pack(weights: Weights) -> None:
     """What forward_packed wants, or None where this room gains nothing by packing: the kernels read
     the factors where they lie."""
 
@@ -294,5 +296,5 @@ def rows_packed(ids, packed) -> Tensor:
     raise AssertionError("the cuda room packs nothing")
 
 
-def unpack(packed) -> tuple:
+def unpack(packed) -> Weights:
     raise AssertionError("the cuda room packs nothing")

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hylora_kernels.weights import Needs, Saved, Weights
 
-def side_by_side(SVh, U, A, B) -> tuple[Tensor, Tensor]:
+
+def side_by_side(weights: Weights) -> tuple[Tensor, Tensor]:
     """[SVh; A] and [U, B]."""
-    return torch.cat((SVh, A)), torch.cat((U, B), 1)
+    return torch.cat((weights.SVh, weights.A)), torch.cat((weights.U, weights.B), 1)
 
 
-def forward(
-    x, SVh, U, A, B, bias, alpha, pivots, side_by_side=side_by_side
-) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> (y [M, N], h_a [M, ra]), the formula of reference.py in the fewest products."""
-    if pivots is not None and not U.shape[0]:  # SVh is the dense matrix itself
+def forward(x: Tensor, weights: Weights, side_by_side=side_by_side) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (y [M, N], h_a [M, ra] before alpha)."""
+    SVh, U, A, B, bias, alpha, pivots = weights
+    if weights.is_dense:
         part_order(pivots, 0)  # raises if pivots are not all of the outputs
         return add_adapter(_linear(x, SVh, bias), x, A, B, alpha)
     U, pivots = _pair_where_quicker(x, U, pivots)
@@ -37,42 +38,37 @@ def forward(
             y += bias
         return add_adapter(y, x, A, B, alpha)
     if A is not None and _saved_pass_outweighs_copy(x.shape[0], SVh, U, A):
-        rank = SVh.shape[0]
-        P, Q = side_by_side(SVh, U, A, B)
+        P, Q = side_by_side(Weights(SVh, U, A, B))
         h = x @ P.T
-        h_a = h[:, rank:].clone()
+        h_a = h[:, weights.rank :].clone()
         if alpha != 1.0:
-            h[:, rank:] *= alpha
+            h[:, weights.rank :] *= alpha
         return _linear(h, Q, bias), h_a
     return add_adapter(_linear(x @ SVh.T, U, bias), x, A, B, alpha)
 
 
-def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are
-    None.
-
-    x is only read for dA and h_a only for dB; either may be None where it isn't needed.
-    """
-    need_dx, need_dA, need_dB, need_db = needs
+def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]), None where not needed."""
     dx = dA = dB = dh_a = None
-    if need_dx:
-        dx, dh_a = backward_x(dy, SVh, U, A, B, alpha, pivots)
-    elif need_dA:
-        dh_a = alpha * (dy @ B)
-    if need_dA:
-        dA = dh_a.T @ x
-    if need_dB:
-        dB = alpha * (dy.T @ h_a)
-    return dx, dA, dB, dy.sum(0) if need_db else None
+    if needs.dx:
+        dx, dh_a = backward_x(dy, weights)
+    elif needs.dA:
+        dh_a = weights.alpha * (dy @ weights.B)
+    if needs.dA:
+        dA = dh_a.T @ saved.x
+    if needs.dB:
+        dB = weights.alpha * (dy.T @ saved.h_a)
+    return dx, dA, dB, dy.sum(0) if needs.db else None
 
 
 def backward_x(
-    dy, SVh, U, A, B, alpha, pivots, side_by_side=side_by_side
+    dy: Tensor, weights: Weights, side_by_side=side_by_side
 ) -> tuple[Tensor, Tensor | None]:
     """dy [M, N] -> (dx [M, K], dh_a [M, ra] = alpha dy B, None without an adapter)."""
+    SVh, U, A, B, _, alpha, pivots = weights
     U, pivots = _pair_where_quicker(dy, U, pivots)
     if A is not None and pivots is None and _saved_pass_outweighs_copy(len(dy), SVh, U, A):
-        P, Q = side_by_side(SVh, U, A, B)
+        P, Q = side_by_side(Weights(SVh, U, A, B))
         g = dy @ Q
         dh_a = g[:, SVh.shape[0] :]
         if alpha != 1.0:

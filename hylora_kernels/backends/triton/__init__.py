@@ -32,6 +32,7 @@ from hylora_kernels.backends.triton.config import (
     chosen,
     thin_config,
 )
+from hylora_kernels.weights import Needs, Saved, Weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.6 to 3.9).
@@ -58,7 +59,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
+def unsupported(x: Tensor, weights: Weights) -> str | None:
     """The reason why this room can't serve these tensors, in words; None where it can."""
     wanted = "cpu" if _interpreted() else "cuda"
     if reason := why_not():
@@ -72,11 +73,12 @@ def unsupported(x, SVh, U, A, B, bias, pivots) -> str | None:
         return f"serves float32 and float16 in Triton's interpreter, got {x.dtype}"
     if wanted == "cuda" and (reason := _device_lacks(x.device)):
         return reason
-    (rank, K), others = SVh.shape, U.shape[0]
-    if rank == 0 or K == 0 or (others == 0 and pivots is None):
+    if weights.is_empty:
+        SVh, U = weights.SVh, weights.U
         return f"serves no empty factors, got SVh {list(SVh.shape)} and U {list(U.shape)}"
-    if max(SVh.numel(), U.numel()) >= MOST:
-        return f"serves factors of less than {MOST} numbers, got U {list(U.shape)}"
+    if max(weights.SVh.numel(), weights.U.numel()) >= MOST:
+        got = list(weights.U.shape)
+        return f"serves factors of less than {MOST} numbers, got U {got}"
     return None
 
 
@@ -88,7 +90,7 @@ def _device_lacks(device: torch.device) -> str:
     return ""
 
 
-def gains(x, SVh, U, A, B, bias, pivots) -> bool:
+def is_faster_than_next(x: Tensor, weights: Weights) -> bool:
     """Whether a call that this room can serve is faster here than in the next room: the interpreter
     never is, and on a GPU the call itself takes the fastest there is."""
     return x.device.type == "cuda"
@@ -97,57 +99,52 @@ def gains(x, SVh, U, A, B, bias, pivots) -> bool:
 # ----------------------------------------------------------------------------- forward and backward
 
 
-def forward(x, SVh, U, A, B, bias, alpha, pivots) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha."""
-    problem = _problem(x, SVh, U, A, pivots, FORWARD)
+    problem = _problem(x, weights, FORWARD)
     config = choose(problem, x.device)
     with _on(x.device):
-        call = (x, SVh, A, U, B, bias, alpha, pivots, problem)
         if x.is_cuda:
-            _get_ready_for_capture(config, *call)
+            _get_ready_for_capture(config, x, weights, problem)
         if config is VENDOR:
-            return vendor.forward(x, SVh, U, A, B, bias, alpha, pivots, problem)
-        return _one_launch(*call, config)
+            return vendor.forward(x, weights, problem)
+        return _one_launch(x, weights, problem, config)
 
 
-def _one_launch(x, SVh, A, U, B, bias, alpha, pivots, problem, config) -> tuple[Tensor, Tensor]:
+def _one_launch(x, weights: Weights, problem, config) -> tuple[Tensor, Tensor]:
+    SVh, U, A, B, bias, alpha, pivots = weights
     if problem.lora_rank:
         return _launch(x, SVh, A, U, B, bias, alpha, pivots, problem, config)
     y, _ = _launch(x, SVh, None, U, None, bias, alpha, pivots, problem, config)
     return y, x.new_empty(len(x), 0)
 
 
-def _get_ready_for_capture(config, *call) -> None:
+def _get_ready_for_capture(config, x, weights, problem) -> None:
     """Launch what a CUDA graph would, once for each problem, where that isn't what serves calls
     from Python: nothing can be compiled while a graph is captured, and its warm-up is such calls.
     """
-    problem = call[-1]
     if problem in _ready or _forced is not None or torch.cuda.is_current_stream_capturing():
         return
     _ready.add(problem)
-    device = call[0].device
-    captured = _chosen(problem, _target(device), _name(device), True)
+    captured = _chosen(problem, _target(x.device), _name(x.device), True)
     if captured is not VENDOR and captured != config:
-        _one_launch(*call, captured)
+        _one_launch(x, weights, problem, captured)
 
 
 _ready: set[Problem] = set()
 
 
-def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); `needs` says which, the others are
-    None.
-
-    x is only read for dA and h_a only for dB; either may be None where it isn't needed.
-    """
-    problem = _problem(dy, SVh, U, A, pivots, BACKWARD)
-    if not problem.M or not (problem.lora_rank or needs[0]):
-        return products.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs)
+def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]), None where not needed."""
+    problem = _problem(dy, weights, BACKWARD)
+    if not problem.M or not (problem.lora_rank or needs.dx):
+        return products.backward(dy, saved, weights, needs)
+    (x, h_a), (_, _, A, B, _, alpha, _) = saved, weights
     need_dx, need_dA, need_dB, need_db = needs
     dx = dA = dB = db = dh_a = None
     with _on(dy.device):
         if need_dx:
-            dx, dh_a = _backward_x(dy, SVh, U, A, B, alpha, pivots, problem)
+            dx, dh_a = _backward_x(dy, weights, problem)
         elif need_dA:
             dh_a = alpha * (dy @ B)
         if not problem.lora_rank:
@@ -161,11 +158,12 @@ def backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs) -> tuple[Tensor | N
     return dx, dA if need_dA else None, dB if need_dB else None, db
 
 
-def _backward_x(dy, SVh, U, A, B, alpha, pivots, problem) -> tuple[Tensor, Tensor | None]:
+def _backward_x(dy, weights: Weights, problem) -> tuple[Tensor, Tensor | None]:
     """(dx [M, K], dh_a [M, ra] = alpha dy B)."""
     config = choose(problem, dy.device)
     if config is VENDOR:
-        return vendor.backward_x(dy, SVh, U, A, B, alpha, pivots)
+        return vendor.backward_x(dy, weights)
+    SVh, U, A, B, _, alpha, pivots = weights
     A, B = (A.T, B.T) if problem.lora_rank else (None, None)
     return _launch(dy, U.T, B, SVh.T, A, None, alpha, pivots, problem, config)
 
@@ -212,12 +210,17 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def _problem(rows, SVh, U, A, pivots, direction) -> Problem:
-    (rank, K), N = SVh.shape, U.shape[0]
-    if pivots is not None:
-        N += rank
-    lora_rank = 0 if A is None else A.shape[0]
-    return Problem(len(rows), K, N, rank, lora_rank, rows.dtype, pivots is not None, direction)
+def _problem(rows: Tensor, weights: Weights, direction) -> Problem:
+    return Problem(
+        len(rows),
+        weights.in_features,
+        weights.out_features,
+        weights.rank,
+        weights.lora_rank,
+        rows.dtype,
+        weights.pivots is not None,
+        direction,
+    )
 
 
 def _launch(x, W1, W1a, W2, W2a, bias, alpha, pivots, problem, config):
@@ -257,7 +260,7 @@ def forget(SVh) -> None:
     vendor.forget(SVh)
 
 
-def pack(SVh, U, A, B, bias, alpha, pivots) -> None:
+def pack(weights: Weights) -> None:
     """What forward_packed wants, or None where this room gains nothing by packing: the kernel reads
     the factors where they lie."""
 
@@ -270,5 +273,5 @@ def rows_packed(ids, packed) -> Tensor:
     raise AssertionError("the triton room packs nothing")
 
 
-def unpack(packed) -> tuple:
+def unpack(packed) -> Weights:
     raise AssertionError("the triton room packs nothing")

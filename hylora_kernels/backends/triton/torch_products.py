@@ -16,10 +16,12 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from hylora_kernels.backends.shared import torch_products as products
 from hylora_kernels.backends.triton.config import Problem
+from hylora_kernels.weights import Weights
 
 
-def forward(x, SVh, U, A, B, bias, alpha, pivots, problem: Problem) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weights: Weights, problem: Problem) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha."""
+    SVh, U, A, B, bias, alpha, pivots = weights
     if pivots is not None and problem.others and problem.M:
         from hylora_kernels.backends.triton import launch
 
@@ -28,26 +30,27 @@ def forward(x, SVh, U, A, B, bias, alpha, pivots, problem: Problem) -> tuple[Ten
         y = launch.weave(h_s, h_s @ U.T, bias, order)
         return products.add_adapter(y, x, A, B, alpha)
     with _one_at_a_time:
-        return products.forward(x, SVh, U, A, B, bias, alpha, pivots, _side_by_side)
+        return products.forward(x, weights, _side_by_side)
 
 
-def backward_x(dy, SVh, U, A, B, alpha, pivots) -> tuple[Tensor, Tensor | None]:
+def backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """dy [M, N] -> (dx [M, K], dh_a [M, ra] = alpha dy B, None without an adapter)."""
 
-    def kept_from_now_on(SVh, U, A, B):
+    def kept_from_now_on(weights):
+        SVh, U = weights.SVh, weights.U
         if not _capturing(SVh) and not _serves(_kept.get(SVh), SVh, U):
-            _kept[SVh] = _SideBySide(SVh, U, A.shape[0])
-        return _side_by_side(SVh, U, A, B)
+            _kept[SVh] = _SideBySide(SVh, U, weights.lora_rank)
+        return _side_by_side(weights)
 
     with _one_at_a_time:
-        return products.backward_x(dy, SVh, U, A, B, alpha, pivots, kept_from_now_on)
+        return products.backward_x(dy, weights, kept_from_now_on)
 
 
-def _side_by_side(SVh, U, A, B) -> tuple[Tensor, Tensor]:
-    kept = _kept.get(SVh)
-    if not _serves(kept, SVh, U):
-        return products.side_by_side(SVh, U, A, B)
-    return kept.refreshed(A, B)
+def _side_by_side(weights: Weights) -> tuple[Tensor, Tensor]:
+    kept = _kept.get(weights.SVh)
+    if not _serves(kept, weights.SVh, weights.U):
+        return products.side_by_side(weights)
+    return kept.refreshed(weights.A, weights.B)
 
 
 def _serves(kept: _SideBySide | None, SVh: Tensor, U: Tensor) -> bool:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hylora_kernels.weights import Needs, Saved, Weights
+
 
 class Race(Exception):
     """Two runs of one call gave different bits."""
@@ -14,10 +16,12 @@ class Race(Exception):
 def run(room, call, needs=None) -> list[Tensor]:
     """y and the gradients that the call has (needs: of x, A, B, bias; by default all), by a room's
     own functions: no autograd between the launches."""
-    x, SVh, U, A, B, bias, alpha, pivots, dy = call
-    needs = needs or (True, A is not None, A is not None, bias is not None)
-    y, h_a = room.forward(x, SVh, U, A, B, bias, alpha, pivots)
-    grads = room.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs)
+    x, *factors, dy = call
+    weights = Weights(*factors)
+    has_adapter = weights.A is not None
+    needs = needs or Needs(True, has_adapter, has_adapter, weights.bias is not None)
+    y, h_a = room.forward(x, weights)
+    grads = room.backward(dy, Saved(x, h_a), weights, needs)
     return [y, *(grad for grad in grads if grad is not None)]
 
 

@@ -30,6 +30,7 @@ from hylora_kernels.ops import svd_lora_linear
 from hylora_kernels.support.console import table
 from hylora_kernels.support.devices import resolve_device
 from hylora_kernels.support.report import Report
+from hylora_kernels.weights import Needs, Saved, Weights
 
 GRADS = ("dx", "dA", "dB", "db")
 CPU_REPEATS, GPU_REPEATS, INTERPRETED_REPEATS = 3, 20, 1
@@ -144,8 +145,8 @@ def _test_room(name, device, full, repeats, seed, skipped) -> list[Line]:
 
 def _refusal(name: str, entry: Entry, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a room can't serve calls of a dtype on a device."""
-    x, SVh, U, A, B, bias, _, pivots, _ = entry.case.call(dtype, device, 0)
-    return backends.ROOMS[name].unsupported(x, SVh, U, A, B, bias, pivots)
+    x, *factors, _ = entry.case.call(dtype, device, 0)
+    return backends.ROOMS[name].unsupported(x, Weights(*factors))
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -183,7 +184,7 @@ def _compile(entries: list[Entry], device: torch.device, seed: int) -> None:
                 call = entry.case.call(dtype, device, seed)
                 for config in _launches("triton", entry, dtype, device)[1:]:
                     with triton_room.forcing(config, compile_only=True):
-                        run(triton_room, call, (True, False, False, False))
+                        run(triton_room, call, Needs(True, False, False, False))
 
 
 # --------------------------------------------------------------------------------------- judgement
@@ -262,12 +263,12 @@ def _truth(call: Call) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 
 def _by_formula(call: Call) -> dict[str, Tensor]:
-    *inputs, dy = call
-    x, SVh, U, A, B, bias, alpha, pivots = inputs
-    y, h_a = reference.forward(*inputs)
-    grads = reference.backward(dy, x, h_a, SVh, U, A, B, alpha, pivots)
+    x, *factors, dy = call
+    weights = Weights(*factors)
+    y, h_a = reference.forward(x, weights)
+    grads = reference.backward(dy, Saved(x, h_a), weights)
     named = {"y": y} | dict(zip(GRADS, grads, strict=True))
-    if bias is None:
+    if weights.bias is None:
         del named["db"]
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 

@@ -52,8 +52,7 @@ def chosen(M: int, grads: tuple[str, ...] = (), dtype=torch.bfloat16, form="pivo
     inputs = make_inputs(Case(M=M, form=form), dtype)
     for name in grads:
         getattr(inputs, name).requires_grad_()
-    x, SVh, U, A, B, bias, _, pivots = inputs
-    return backends.choose(x, SVh, U, A, B, bias, pivots)
+    return backends.choose(inputs.x, inputs.weights)
 
 
 def test_auto_takes_it_where_packing_pays(monkeypatch):
@@ -75,11 +74,10 @@ def test_auto_takes_it_where_packing_pays(monkeypatch):
 def test_auto_takes_it_where_panels_are_kept(monkeypatch):
     monkeypatch.delenv("HYLORA_BACKEND", raising=False)
     inputs = make_inputs(Case(M=3), torch.bfloat16)
-    x, SVh, U, A, B, bias, _, pivots = inputs
-    assert backends.choose(x, SVh, U, A, B, bias, pivots) == "eager"
+    assert backends.choose(inputs.x, inputs.weights) == "eager"
     with use_backend("cpu"):
         by_op(svd_lora_linear, inputs, make_dy(inputs))
-    assert cpu.LEVEL == "scalar" or backends.choose(x, SVh, U, A, B, bias, pivots) == "cpu"
+    assert cpu.LEVEL == "scalar" or backends.choose(inputs.x, inputs.weights) == "cpu"
 
 
 def test_forced_it_serves_every_M_or_says_why_not():
@@ -172,7 +170,8 @@ def test_a_gradient_of_one_number():
 @pytest.mark.usefixtures("_float32_by")
 def test_float32_precision_follows_torch(form):
     inputs = make_inputs(Case(M=300, sizes=(256, 320, 128), form=form), torch.float32)
-    truth = reference.forward(*inputs.map(Tensor.double))[0]
+    exact = inputs.map(Tensor.double)
+    truth = reference.forward(exact.x, exact.weights)[0]
     errors = {}
     try:
         for precision in ("highest", "high"):
@@ -281,7 +280,7 @@ def test_a_change_of_pivots_is_seen(written):
         for values in (first.pivots, second.pivots, first.pivots):
             pivots.copy_(values)
             for _ in range(2):
-                expected = reference.forward(*first._replace(pivots=values))[0]
+                expected = reference.forward(first.x, first.weights._replace(pivots=values))[0]
                 got = svd_lora_linear(*first._replace(pivots=pivots))
                 torch.testing.assert_close(got, expected)
 

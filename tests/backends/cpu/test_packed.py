@@ -19,6 +19,7 @@ from torch import Tensor
 from hylora_kernels.backends import cpu
 from hylora_kernels.backends.cpu import packed as packed_module
 from hylora_kernels.backends.cpu import panels
+from hylora_kernels.weights import Weights
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,15 +27,16 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def packed_of(inputs):
-    return cpu.pack(*inputs[1:])
+    return cpu.pack(inputs.weights)
 
 
 def lay_out(monkeypatch, plain: bool) -> None:
     """As asked for, whatever the conditions of today say."""
 
-    def asked(SVh, U, lora_rank, pivots):
-        dense = pivots is not None and not U.shape[0] and not lora_rank
-        if plain and SVh.dtype == torch.float32 and (dense or pivots is None):
+    def asked(weights):
+        dense = weights.is_dense and not weights.lora_rank
+        has_plain_layout = dense or weights.pivots is None
+        if plain and weights.SVh.dtype == torch.float32 and has_plain_layout:
             return "plain"
         return "linear" if dense else "joined"
 
@@ -106,7 +108,7 @@ def test_an_infinite_pivot_stays_alone_beside_an_adapter(M, dtype):
 def test_packed_rows(dtype, layout):
     W = torch.randn(53, 37, dtype=dtype)
     pivots = torch.arange(53, dtype=torch.int32)
-    packed = cpu.pack(W, W.new_empty(0, 53), None, None, None, 1.0, pivots)
+    packed = cpu.pack(Weights(W, W.new_empty(0, 53), pivots=pivots))
     some = torch.tensor([[0, 52, 3], [7, 7, 1]])
     for ids in (torch.tensor(3), some, some.T, some[:, ::2], torch.empty(0, 2).long()):
         assert torch.equal(cpu.rows_packed(ids, packed), F.embedding(ids, W))
@@ -169,10 +171,10 @@ def test_many_rows_of_float32_go_through_torch(rows, lora_rank, form, monkeypatc
     sizes = (70, N, 67) if form == "pair" else (70, N, N)
     inputs = make_inputs(Case(M=rows, sizes=sizes, lora_rank=lora_rank, form=form), torch.float32)
     for bias in (inputs.bias, None):
-        few = [inputs.x[:1000], *inputs[1:5], bias, *inputs[6:]]
-        packed = cpu.pack(*few[1:])
+        few = inputs._replace(x=inputs.x[:1000], bias=bias)
+        packed = packed_of(few)
         y = cpu.forward_packed(inputs.x, packed)
-        one = cpu.forward_packed(few[0], packed)
+        one = cpu.forward_packed(few.x, packed)
         torch.testing.assert_close(y[:1000], one, rtol=1e-5, atol=1e-5)
         assert torch.equal(cpu.forward_packed(inputs.x, packed), y)
         wide = torch.cat((inputs.x, inputs.x), 1)[:, : inputs.x.shape[1]]

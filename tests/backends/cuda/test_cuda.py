@@ -205,8 +205,8 @@ def test_auto_takes_it_before_the_cpu_where_triton_cannot_serve(ops, monkeypatch
     monkeypatch.setattr(backends.ROOMS["triton"], "why_not", lambda: "not installed")
     with on_cpu.emulated():
         for dtype, name in ((torch.float16, "cuda"), (torch.float64, "eager")):
-            x, SVh, U, A, B, bias, _, pivots = make_inputs(Case(), dtype)
-            assert backends.choose(x, SVh, U, A, B, bias, pivots) == name
+            inputs = make_inputs(Case(), dtype)
+            assert backends.choose(inputs.x, inputs.weights) == name
 
 
 # ------------------------------------------------------------------------------------- under tools
@@ -252,23 +252,22 @@ def test_the_questions_for_the_device_are_constants_of_compiled_code(monkeypatch
 
 
 def test_reasons(monkeypatch):
-    call = make_inputs(Case(), torch.float16)
-    x, SVh, U, A, B, bias, _, pivots = call
-    rest = (SVh, U, A, B, bias, pivots)
+    inputs = make_inputs(Case(), torch.float16)
+    x, weights = inputs.x, inputs.weights
     monkeypatch.setattr(room, "NO_KERNELS", "the library has no CUDA kernels: no nvcc was found")
-    assert room.why_not() == room.unsupported(x, *rest) == room.NO_KERNELS
+    assert room.why_not() == room.unsupported(x, weights) == room.NO_KERNELS
     monkeypatch.setattr(room, "NO_KERNELS", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert room.why_not() == "no CUDA device" and not room.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(room, "_driver_lacks", lambda: "")
     assert room.is_available()
-    assert room.unsupported(x, *rest) == "serves tensors on cuda, got cpu"
+    assert room.unsupported(x, weights) == "serves tensors on cuda, got cpu"
     monkeypatch.setattr(room, "DEVICE", "cpu")
     monkeypatch.setattr(
         room, "_device_lacks", lambda device: "serves GPUs from sm_80 on, got sm_75"
     )
-    assert room.unsupported(x, *rest) == "serves GPUs from sm_80 on, got sm_75"
+    assert room.unsupported(x, weights) == "serves GPUs from sm_80 on, got sm_75"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert room.why_not() == "the kernels are for CUDA, torch is built for ROCm"
 

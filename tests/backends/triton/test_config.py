@@ -27,6 +27,7 @@ from hylora_kernels.backends.triton.config import (
     thin_config,
     why_illegal,
 )
+from hylora_kernels.weights import Weights
 
 pytestmark = pytest.mark.skipif(not room.INSTALLED, reason=room.why_not())
 
@@ -196,17 +197,14 @@ def test_tables_that_come_with_the_package(path):
 
 
 def test_what_the_room_refuses():
-    x, SVh, U = torch.randn(2, 5), torch.randn(3, 5), torch.randn(4, 3)
+    x, weights = torch.randn(2, 5), Weights(torch.randn(3, 5), torch.randn(4, 3))
     if room._interpreted():
-        assert room.unsupported(x, SVh, U, None, None, None, None) is None
-        assert "serves tensors on cpu" in room.unsupported(
-            x.to("meta"), SVh, U, None, None, None, None
-        )
-    assert "float64" in room.unsupported(x.double(), SVh, U, None, None, None, None) or not (
-        room._interpreted()
-    )
-    assert room.unsupported(x, SVh[:0], U, None, None, None, None) is not None
-    assert not room.gains(x, SVh, U, None, None, None, None), "a CPU gains nothing by playing GPU"
+        assert room.unsupported(x, weights) is None
+        assert "serves tensors on cpu" in room.unsupported(x.to("meta"), weights)
+        assert "float64" in room.unsupported(x.double(), weights)
+    empty = weights._replace(SVh=weights.SVh[:0])
+    assert room.unsupported(x, empty) is not None
+    assert not room.is_faster_than_next(x, weights), "the interpreter is slower than eager"
 
 
 def test_an_unlisted_architecture_gets_the_least_shared_memory():
@@ -239,7 +237,7 @@ def test_a_launch_that_breaks_off_does_not_hold_up_the_next(monkeypatch):
     monkeypatch.setattr(kernels, "dataflow", BrokenOff())
     x, SVh, U = torch.ones(2, 16), torch.ones(4, 16), torch.ones(8, 4)
     with pytest.raises(KeyboardInterrupt), room.forcing(Config(16, 16, 16, 16, 16, swap=True)):
-        room.forward(x, SVh, U, None, None, None, 1.0, None)
+        room.forward(x, Weights(SVh, U))
     assert not counters.zeros(torch.device("cpu"), 1).any()
 
 

@@ -1,0 +1,76 @@
+"""The weights of one layer as one value, the form in which every backend takes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """What y = x SVh^T U^T + bias + alpha x A^T B^T holds besides x, in svd_lora_linear's order.
+
+    SVh:    [r, K].
+    U:      [N, r]; [N - r, r] in the pivoted form.
+    A, B:   [ra, K] and [N, ra], or both None.
+    bias:   [N] or None.
+    alpha:  the LoRA scale.
+    pivots: int32 [r], ascending, in the pivoted form; else None.
+
+    A named tuple, since torch.compile traces through it without a graph break and it unpacks into
+    the op's flat arguments: `svd_lora_linear(x, *weights)`.
+    """
+
+    SVh: Tensor
+    U: Tensor
+    A: Tensor | None = None
+    B: Tensor | None = None
+    bias: Tensor | None = None
+    alpha: float = 1.0
+    pivots: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.SVh.shape[0]
+
+    @property
+    def lora_rank(self) -> int:
+        return 0 if self.A is None else self.A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.SVh.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.U.shape[0] + (0 if self.pivots is None else self.SVh.shape[0])
+
+    @property
+    def is_dense(self) -> bool:
+        """The pivoted form at rank N: SVh is the whole base matrix [N, K] and U is empty."""
+        return self.pivots is not None and self.U.shape[0] == 0
+
+    @property
+    def is_empty(self) -> bool:
+        """The base has no rank, no inputs or no outputs, so that its products have no terms."""
+        return 0 in self.SVh.shape or (self.U.shape[0] == 0 and self.pivots is None)
+
+
+class Saved(NamedTuple):
+    """What a forward keeps for its backward.
+
+    x:   [M, K], read for dA only; None where that is not needed.
+    h_a: [M, ra] = x A^T, before alpha, read for dB only; None where that is not needed.
+    """
+
+    x: Tensor | None
+    h_a: Tensor | None
+
+
+class Needs(NamedTuple):
+    """The gradients that a backward is asked for."""
+
+    dx: bool
+    dA: bool
+    dB: bool
+    db: bool
