@@ -1,32 +1,34 @@
-"""Builds hylora_kernels/_csrc.so out of csrc/ with ninja; all else stands in pyproject.toml.
+"""Builds hylora_kernels/_csrc.so from csrc/ with ninja; everything else stands in pyproject.toml.
 
-    pip install --no-build-isolation .      where the library can't be built it says why and goes
-                                            on: the eager backend serves
-    python setup.py build_csrc              the library in place, only what changed; sources that
-                                            don't compile are an error
+    pip install --no-build-isolation .      builds the library. If that is impossible, the package
+                                            is installed without it: the eager backend serves, and
+                                            hylora_kernels/_build.json says why
+    python setup.py build_csrc              builds the library in place, only the files that
+                                            changed; sources that don't compile are an error
 
-The library is plain C++ on LibTorch's stable ABI: no Python symbol in it, so one file serves every
-Python and every torch from 2.10 on. Each file of csrc/cpu/kernels/ named in ISA is compiled for
-that instruction set and nothing newer, all others for the compiler's baseline. Where there is an
-nvcc the GPU's kernels come into the same file, and with them a runtime of their own: no library of
-CUDA has to be there when it is loaded.
+The library is plain C++ on LibTorch's stable ABI and has no Python symbols, so one file serves
+every Python version and every torch from 2.10 on. Each file of csrc/cpu/kernels/ named in ISA is
+compiled for that instruction set and nothing newer, all others for the compiler's baseline. With
+nvcc, the CUDA kernels are linked into the same file together with a static CUDA runtime: the
+library loads on machines that have no CUDA.
 
-    CXX                     the compiler, with arguments if need be (g++, else clang++, else c++)
-    HYLORA_CXXFLAGS         flags added to every compilation by it and to the link
-    HYLORA_REQUIRE_CSRC=1   no library, for whatever reason, is an error
-    CUDA_HOME               where nvcc is (else the one on PATH, else that of /usr/local/cuda)
-    HYLORA_CUDA_ARCHS       GPUs to compile for: "80 90" (CUDA_ARCHS below), "none"
-    HYLORA_REQUIRE_CUDA=1   no CUDA kernels, for whatever reason, is an error
-    HYLORA_SANITIZE=1       build_csrc makes build/sanitized/_csrc.so and nothing else, with
+    CXX                     the compiler, with arguments if need be (default: g++, clang++ or c++)
+    HYLORA_CXXFLAGS         flags added to each of its compilations and to the link
+    HYLORA_REQUIRE_CSRC=1   fail if the library can't be built
+    CUDA_HOME               folder of the CUDA toolkit (default: nvcc on PATH, or /usr/local/cuda)
+    HYLORA_CUDA_ARCHS       GPUs to compile for, e.g. "80 90" (default: CUDA_ARCHS below), or "none"
+    HYLORA_REQUIRE_CUDA=1   fail if the CUDA kernels can't be built
+    HYLORA_SANITIZE=1       build_csrc builds build/sanitized/_csrc.so and nothing else, with
                             AddressSanitizer and UndefinedBehaviorSanitizer; HYLORA_CSRC=<path>
                             loads it
-    MAX_JOBS                compilations at once (ninja's default)
+    MAX_JOBS                number of parallel compilations (default: ninja's)
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -43,11 +45,12 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = Path("hylora_kernels", "_csrc.so")
-TORCH_TARGET = (2, 10)  # the oldest torch the library is to load in
+BUILD_NOTE = "_build.json"  # beside the library's place when there is no library
+TORCH_TARGET = (2, 10)  # the oldest torch that loads the library
 
-# The file of each instruction set: its flags, and an instruction that needs them, to ask the
-# compiler and its assembler whether they know it. What they don't know is left out, and isa.cpp,
-# told so by a macro, names that as its reason.
+# Instruction set -> the flags of its file, and an instruction that needs them. A file is left out
+# if the compiler or its assembler doesn't know them; a macro tells isa.cpp, which gives that as its
+# reason at run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
@@ -59,46 +62,47 @@ ISA = {
     "amx_bf16": (AMX_BF16, "tdpbf16ps %tmm0, %tmm1, %tmm2"),
 }
 BINDING_FLAGS = ["-O2"]
-# g++ 12 takes the undefined vectors of its own intrinsics for a mistake (its bug 105593).
+# g++ 12 warns of the undefined vectors in its own intrinsics (GCC bug 105593).
 KERNEL_FLAGS = ["-O3", "-fno-exceptions", "-fno-rtti", "-ffp-contract=fast"]
 KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
-# Kernels share one signature and may not need all of it; vectors are never passed between files.
+# Kernels share one signature, and some don't use all of it. No vector is passed between files, so
+# the ABI of vector arguments (psabi) doesn't matter.
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
-# A GPU that isn't among them takes the code of an older minor version (sm_103 that of sm_100), or
-# PTX of the oldest, which goes along and which its driver compiles.
+# Other GPUs run the code of an older minor version (sm_103 that of sm_100), or the PTX of the
+# oldest architecture, which is included and which their driver compiles.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 LEAST_ARCH = 80  # bf16 tensor cores, asynchronous copies
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_FLAGS += ["-Xfatbin", "-compress-all"]  # a quarter of the size
-# Checks as calls and -Og: the kernels are so long that checks in line take ten minutes to compile,
-# and -O1 takes 166 seconds of a core instead of 126 for code that is no faster.
+# Checks are calls, at -Og: the kernels are so long that inline checks take ten minutes to compile,
+# and -O1 takes 166 CPU seconds instead of 126 for code that is no faster.
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-Og"]
 SANITIZE_FLAGS += ["--param", "asan-instrumentation-with-call-threshold=0"]
-# vptr needs RTTI; what null and object-size find crashes anyway, or AddressSanitizer finds it.
+# vptr needs RTTI; null and object-size find only what crashes or what AddressSanitizer finds too.
 SANITIZE_FLAGS += ["-fno-sanitize=vptr,null,object-size", "-fno-sanitize-recover=all"]
 
 
 class CannotBuild(Exception):
-    """Why there is no library, in words."""
+    """The reason why there is no library, in words for the user."""
 
 
 class DoesNotCompile(CannotBuild):
-    """All that is needed is there, but the sources didn't compile."""
+    """The tools are there, but the sources didn't compile."""
 
 
 class NoCuda(Exception):
-    """Why there are no CUDA kernels in the library, in words; without a path, for they go into it
-    to be said at run time."""
+    """The reason why the library has no CUDA kernels, in words for the user. It is compiled into
+    the library, so it names no path of the machine that built it."""
 
 
 def is_set(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def compiler() -> list[str]:
+def find_compiler() -> list[str]:
     if os.name == "nt":
-        raise CannotBuild("it is compiled with g++ or clang++, on Linux and macOS")
+        raise CannotBuild("it is compiled with g++ or clang++, on Linux and macOS only")
     command = shlex.split(os.environ.get("CXX", ""))
     if not command:
         found = [name for name in ("g++", "clang++", "c++") if shutil.which(name)]
@@ -110,13 +114,13 @@ def compiler() -> list[str]:
     return command
 
 
-def torch_folder() -> Path:
-    """Where torch is installed; it isn't imported, which would take seconds."""
+def find_torch() -> Path:
+    """The folder that torch is installed in, found without importing it, which takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise CannotBuild(
-            "torch isn't there while building (it has to be installed first, and pip needs "
-            "--no-build-isolation)"
+            "torch wasn't there while building: install torch first, then this package with pip "
+            "install --no-build-isolation"
         )
     version = importlib.metadata.version("torch")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH_TARGET:
@@ -124,12 +128,12 @@ def torch_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def ninja() -> str:
-    """The ninja of this environment, whether or not it is active, else the system's."""
+def find_ninja() -> str:
+    """The ninja of this Python environment, active or not, or else the system's."""
     beside = shutil.which("ninja", path=os.path.dirname(sys.executable))
     found = beside or shutil.which("ninja")
     if found is None:
-        raise CannotBuild("ninja isn't there while building (pip install ninja)")
+        raise CannotBuild("ninja wasn't there while building: pip install ninja")
     return found
 
 
@@ -138,8 +142,8 @@ def is_x86(cxx: list[str]) -> bool:
     return machine.startswith(("x86_64", "amd64"))
 
 
-def knows(cxx: list[str], flags: list[str], instruction: str) -> bool:
-    """Whether the compiler takes these flags and its assembler this instruction."""
+def compiler_supports(cxx: list[str], flags: list[str], instruction: str) -> bool:
+    """True if the compiler accepts these flags and its assembler this instruction."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(f'void probe() {{ __asm__ volatile("{instruction}"); }}\n')
@@ -147,25 +151,25 @@ def knows(cxx: list[str], flags: list[str], instruction: str) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def sources_of(suffix: str) -> list[str]:
-    """The files of csrc/, relative to the root."""
+def sources(suffix: str) -> list[str]:
+    """The files of csrc/ with this suffix, relative to the root."""
     return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(f"csrc/**/*.{suffix}"))
 
 
-def plan(cxx: list[str]) -> dict[str, list[str]]:
-    """Source file, relative to the root -> its flags; without those this compiler can't make."""
-    sources = sources_of("cpp")
-    if not sources:
+def flags_by_source(cxx: list[str]) -> dict[str, list[str]]:
+    """C++ file, relative to the root -> its flags, for each file that this compiler can compile."""
+    found = sources("cpp")
+    if not found:
         raise CannotBuild("there are no sources in csrc/")
     x86 = is_x86(cxx)
     files = {}
-    for source in sources:
+    for source in found:
         name = Path(source).stem
         if not source.startswith("csrc/cpu/kernels/"):
             files[source] = BINDING_FLAGS
-        elif name not in ISA or not x86:  # elsewhere those files compile to nothing
+        elif name not in ISA or not x86:  # without x86 these files compile to nothing
             files[source] = KERNEL_FLAGS
-        elif knows(cxx, *ISA[name]):
+        elif compiler_supports(cxx, *ISA[name]):
             files[source] = KERNEL_FLAGS + ISA[name][0]
     left_out = [name for name in ISA if f"csrc/cpu/kernels/{name}.cpp" not in files]
     if left_out:
@@ -175,7 +179,10 @@ def plan(cxx: list[str]) -> dict[str, list[str]]:
 
 
 class Cuda(NamedTuple):
-    """What makes the GPU's kernels. libraries: where libcudart_static.a is. archs: 90 is sm_90."""
+    """The CUDA toolkit to compile with.
+
+    nvcc: its path. libraries: the folder of libcudart_static.a. archs: 90 means sm_90.
+    """
 
     nvcc: str
     libraries: str
@@ -183,16 +190,16 @@ class Cuda(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        """All machine code is made of the PTX of the oldest: nvcc's front end takes 15 of the 23
-        seconds that an arch would take by itself, and no kernel asks for anything newer."""
+        """All machine code is compiled from the PTX of the oldest architecture: nvcc's front end
+        takes 15 of the 23 seconds of one architecture, and no kernel needs newer PTX."""
         oldest = f"compute_{LEAST_ARCH}"
         codes = ",".join([oldest, *(f"sm_{arch}" for arch in self.archs)])
-        threads = os.environ.get("MAX_JOBS") or "0"  # 0: as many as there are cores
+        threads = os.environ.get("MAX_JOBS") or "0"  # 0: one a core
         return [*CUDA_FLAGS, "--threads", threads, f"-gencode=arch={oldest},code=[{codes}]"]
 
 
 def wanted_archs() -> list[int]:
-    """HYLORA_CUDA_ARCHS, ascending."""
+    """The numbers in HYLORA_CUDA_ARCHS, ascending."""
     given = os.environ.get("HYLORA_CUDA_ARCHS", "")
     words = re.split(r"[\s,;]+", given.strip())
     if words == ["none"]:
@@ -218,7 +225,7 @@ def find_nvcc() -> str:
 
 
 def find_cuda() -> Cuda:
-    """Raises NoCuda where the kernels can't be compiled, or aren't wanted."""
+    """Raises NoCuda if the kernels can't be compiled or aren't wanted."""
     wanted, nvcc = wanted_archs(), find_nvcc()
 
     def ask(*words: str) -> subprocess.CompletedProcess:
@@ -241,13 +248,13 @@ def find_cuda() -> Cuda:
         probe = ask("-std=c++17", "-cubin", f"-arch=sm_{archs[0]}", "-o", os.devnull, str(source))
     if probe.returncode != 0:
         print(probe.stderr.strip(), file=sys.stderr)
-        raise NoCuda("nvcc didn't get on with the C++ compiler when the library was built")
+        raise NoCuda("nvcc didn't accept the C++ compiler when the library was built")
     return Cuda(nvcc, libraries[0], archs)
 
 
 def cuda_or_reason(sanitize: bool) -> Cuda | NoCuda:
-    """What compiles the kernels, or why there will be none, said once; an error where they are
-    required."""
+    """The toolkit that compiles the kernels, or the reason why there will be none, printed once.
+    Without the kernels HYLORA_REQUIRE_CUDA is an error."""
     try:
         if sanitize:
             raise NoCuda("a copy with sanitizers has none")
@@ -260,28 +267,28 @@ def cuda_or_reason(sanitize: bool) -> Cuda | NoCuda:
 
 
 def cuda_macros(cuda: Cuda | NoCuda) -> list[str]:
-    """What csrc/cuda/bindings.cpp is told of the machine code beside it."""
+    """The macros that tell csrc/cuda/bindings.cpp which machine code the library holds."""
     if isinstance(cuda, NoCuda):
         return [f'-DHYLORA_NO_CUDA="{cuda}"']
     return [f'-DHYLORA_CUDA_ARCHS="{" ".join(map(str, cuda.archs))}"']
 
 
-def escaped(words: list[str]) -> str:
-    """Words as they stand in a build.ninja: quoted for the shell, $ doubled for ninja."""
+def ninja_command(words: list[str]) -> str:
+    """A command as build.ninja spells it: words quoted for the shell, $ doubled for ninja."""
     return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
 
 
-def path(name: str) -> str:
-    """A path as it stands in a build line of a build.ninja."""
+def ninja_path(name: str) -> str:
+    """A path as a build line of build.ninja spells it."""
     return name.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def ninja_file(folder: str, sanitize: bool) -> str:
-    """The build.ninja that makes folder/_csrc.so; paths are relative to the root.
+    """The text of the build.ninja that makes folder/_csrc.so; paths are relative to the root.
 
-    Of torch libtorch_cpu alone is linked, by name: torch has loaded it before the library comes, so
-    no folder of this machine is written into it."""
-    cxx, torch = compiler(), torch_folder()
+    libtorch_cpu is the only part of torch that is linked, and by name: torch has loaded it before
+    it loads the library, so no folder of this machine is written into the library."""
+    cxx, torch = find_compiler(), find_torch()
     target = "0x{:02x}{:02x}{}".format(*TORCH_TARGET, "0" * 12)
     extra = SANITIZE_FLAGS if sanitize else []
     extra = extra + shlex.split(os.environ.get("HYLORA_CXXFLAGS", ""))
@@ -293,8 +300,8 @@ def ninja_file(folder: str, sanitize: bool) -> str:
         link += [f"-Wl,--version-script={folder}/nothing.map"]
         link += [] if sanitize else ["-Wl,-z,defs"]  # a missing function is the linker's error
     commands = {"cxx": [*cxx, *common]}
-    builds = [("cxx", source, flags + extra) for source, flags in plan(cxx).items()]
-    if kernels := sources_of("cu"):
+    builds = [("cxx", source, flags + extra) for source, flags in flags_by_source(cxx).items()]
+    if kernels := sources("cu"):
         cuda = cuda_or_reason(sanitize)
         binding = "csrc/cuda/bindings.cpp"
         builds = [(r, s, f + cuda_macros(cuda) if s == binding else f) for r, s, f in builds]
@@ -309,67 +316,87 @@ def ninja_file(folder: str, sanitize: bool) -> str:
 def ninja_lines(
     folder: str, commands: dict[str, list[str]], builds: list[tuple], libraries: list[str]
 ) -> str:
-    """commands: rule -> what it runs. builds: (rule, source, flags of its own)."""
-    lines = ["ninja_required_version = 1.5", f"builddir = {path(folder)}"]
+    """commands: rule -> the command it runs. builds: (rule, source, flags of this file)."""
+    lines = ["ninja_required_version = 1.5", f"builddir = {ninja_path(folder)}"]
     for rule in sorted({rule for rule, _, _ in builds}):
         lines += [
             f"rule {rule}",
-            f"  command = {escaped(commands[rule])} $flags -MD -MF $out.d -c $in -o $out",
+            f"  command = {ninja_command(commands[rule])} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             f"  description = {rule.replace('cxx', 'c++')} $in",
         ]
     lines += [
         "rule link",
-        f"  command = {escaped(commands['link'])} $in {escaped(libraries)} -o $out",
+        f"  command = {ninja_command(commands['link'])} $in {ninja_command(libraries)} -o $out",
         "  description = link $out",
     ]
     objects = []
     for rule, source, flags in builds:
-        objects.append(path(f"{folder}/{source.removeprefix('csrc/')}.o"))
-        lines += [f"build {objects[-1]}: {rule} {path(source)}", f"  flags = {escaped(flags)}"]
-    lines.append(f"build {path(f'{folder}/_csrc.so')}: link {' '.join(objects)}")
+        objects.append(ninja_path(f"{folder}/{source.removeprefix('csrc/')}.o"))
+        lines += [
+            f"build {objects[-1]}: {rule} {ninja_path(source)}",
+            f"  flags = {ninja_command(flags)}",
+        ]
+    lines.append(f"build {ninja_path(f'{folder}/_csrc.so')}: link {' '.join(objects)}")
     return "\n".join([*lines, ""])
 
 
 def compile_csrc(sanitize: bool = False) -> Path:
-    """Brings build/csrc/_csrc.so, or build/sanitized/'s, up to date; returns it, from the root."""
+    """Bring build/csrc/_csrc.so (build/sanitized/_csrc.so) up to date; its path from the root."""
     folder = Path("build", "sanitized" if sanitize else "csrc")
-    program, rules = ninja(), ninja_file(folder.as_posix(), sanitize)
+    ninja, rules = find_ninja(), ninja_file(folder.as_posix(), sanitize)
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     (ROOT / folder / "build.ninja").write_text(rules)
-    # No symbol needs to be seen from outside: the ops register themselves when it is loaded.
+    # The library exports no symbol: its ops register themselves when it is loaded.
     (ROOT / folder / "nothing.map").write_text("{ local: *; };\n")
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    done = subprocess.run([program, "-f", (folder / "build.ninja").as_posix(), *jobs], cwd=ROOT)
-    if done.returncode != 0:
-        raise DoesNotCompile("compiling failed, see above")
+    run_ninja([ninja, "-f", (folder / "build.ninja").as_posix(), *jobs])
     return folder / "_csrc.so"
 
 
-def put(library: Path, target: Path) -> None:
-    """Copies in one step: a process that has the old file open keeps it."""
+def run_ninja(command: list[str]) -> None:
+    """Print what ninja prints; raise DoesNotCompile with the first error in it."""
+    first_error = ""
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, errors="replace", stdout=subprocess.PIPE
+    ) as ninja:
+        for line in ninja.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            if not first_error and re.search(r"error\b|undefined reference|cannot find", line):
+                first_error = line.strip()
+    if ninja.returncode != 0:
+        raise DoesNotCompile(f"compiling failed: {first_error or 'see the output of the build'}")
+
+
+def install_library(library: Path, target: Path) -> None:
+    """Copy in one step, so that a process that has the old file open keeps it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(f".{os.getpid()}.tmp")
     shutil.copyfile(library, beside)
     os.replace(beside, target)
+    target.with_name(BUILD_NOTE).unlink(missing_ok=True)
 
 
-def go_without(reason: CannotBuild, target: Path) -> None:
-    """No library at `target`, said once; an error where it is required."""
+def install_without_library(reason: CannotBuild, target: Path) -> None:
+    """Print why there is no library at `target`, and write it down for the package to say at run
+    time. With HYLORA_REQUIRE_CSRC it is an error."""
     message = f"hylora_kernels/_csrc.so can't be built: {reason}"
     if is_set("HYLORA_REQUIRE_CSRC"):
         raise SystemExit(message)
-    target.unlink(missing_ok=True)  # would be one of older sources
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # a library of older sources
+    target.with_name(BUILD_NOTE).write_text(json.dumps({"no_library": str(reason)}) + "\n")
     print(f"\n{message}.\nThe eager backend will serve.\n", file=sys.stderr)
 
 
 class BuildCsrc(Command):
-    description = "build hylora_kernels/_csrc.so in place, only what changed"
+    description = "build hylora_kernels/_csrc.so in place, only the files that changed"
     user_options: ClassVar[list] = []
 
     def initialize_options(self) -> None:
-        """A command without options."""
+        """The command has no options."""
 
     finalize_options = initialize_options
 
@@ -382,35 +409,35 @@ class BuildCsrc(Command):
         except CannotBuild as reason:
             if sanitize:
                 raise SystemExit(f"no copy with sanitizers: {reason}") from None
-            go_without(reason, ROOT / LIBRARY)
+            install_without_library(reason, ROOT / LIBRARY)
         else:
             if not sanitize:
-                put(ROOT / library, ROOT / LIBRARY)
+                install_library(ROOT / library, ROOT / LIBRARY)
 
 
 class BuildExt(build_ext):
-    """The library as the package's one extension, for pip: into the wheel, or in place."""
+    """Builds the library as the package's only extension: pip puts it into a wheel, or in place."""
 
     def run(self) -> None:
         target = ROOT / LIBRARY if self.inplace else Path(self.build_lib, LIBRARY)
         try:
-            put(ROOT / compile_csrc(), target)
+            install_library(ROOT / compile_csrc(), target)
         except CannotBuild as reason:
-            go_without(reason, target)
+            install_without_library(reason, target)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(LIBRARY)
 
 
 class Wheel(bdist_wheel):
-    """For every Python 3, and for every platform where there is no library in it."""
+    """A wheel for every Python 3; without the library, for every platform too."""
 
     def get_tag(self) -> tuple[str, str, str]:
         built = Path(self.get_finalized_command("build").build_lib, LIBRARY).is_file()
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
-if __name__ == "__main__":  # so it is for pip, too
+if __name__ == "__main__":  # true under pip as well
     setup(
         ext_modules=[Extension("hylora_kernels._csrc", sources=[], optional=True)],
         cmdclass={"build_csrc": BuildCsrc, "build_ext": BuildExt, "bdist_wheel": Wheel},

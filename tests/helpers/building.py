@@ -61,6 +61,21 @@ def run_setup(folder: Path, *words: str, **environment: str) -> subprocess.Compl
     )
 
 
+def run_python_in(folder: Path, code: str) -> str:
+    """What `code` prints in a process that imports the package from `folder`."""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def tool(name: str, *words: object) -> str:
     if shutil.which(name) is None:
         pytest.skip(f"{name} isn't installed")

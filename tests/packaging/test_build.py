@@ -16,10 +16,13 @@ from helpers.building import (
     a_checkout,  # noqa: F401
     a_setup_py,  # noqa: F401
     needs_gxx,
+    run_python_in,
     run_setup,
     the_library,  # noqa: F401
     tool,
 )
+
+from hylora_kernels.backends.shared import library as loader
 
 if not (ROOT / "setup.py").is_file():
     pytest.skip("needs a checkout", allow_module_level=True)
@@ -54,6 +57,101 @@ def test_without_a_compiler_the_package_is_built_and_says_so_once(checkout):
     assert not [file for file in files if file.endswith(".so")]
 
 
+def in_which_python_runs(code: str, checkout: Path) -> dict[str, str]:
+    """An environment in which every Python process runs `code` first."""
+    hook = checkout.parent / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(hook)}
+
+
+def no_torch(checkout: Path) -> dict[str, str]:
+    """As in pip's isolated build."""
+    code = """import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, *more: None if name == "torch" else find(name, *more)
+"""
+    return in_which_python_runs(code, checkout)
+
+
+def no_ninja(checkout: Path) -> dict[str, str]:
+    code = """import shutil
+find = shutil.which
+shutil.which = lambda name, **more: None if name == "ninja" else find(name, **more)
+"""
+    return in_which_python_runs(code, checkout)
+
+
+def no_compiler(checkout: Path) -> dict[str, str]:
+    return {"CXX": "/no/such/compiler"}
+
+
+def sources_with_an_error(checkout: Path) -> dict[str, str]:
+    (checkout / "csrc" / "cpu" / "bindings.cpp").write_text("no C++\n")
+    return {}
+
+
+WHY_NO_LIBRARY = {
+    no_torch: "torch wasn't there while building: install torch first",
+    no_ninja: "ninja wasn't there while building",
+    no_compiler: "the compiler that CXX names, '/no/such/compiler', was not found",
+    sources_with_an_error: "compiling failed: csrc/cpu/bindings.cpp:1:1: error: ",
+}
+
+SAY_WHY = """
+import logging, sys
+logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+import torch, hylora_kernels
+from hylora_kernels.machine.info import info
+print(*(f"{name}: {text}" for name, text in info().rows()), sep="\\n")
+print("available cpu:", hylora_kernels.available_backends()["cpu"])
+print("available cuda:", hylora_kernels.available_backends()["cuda"])
+layer = hylora_kernels.SVDLoRALinear(64, 64, 16).eval()
+hylora_kernels.optimize_for_inference(layer)
+"""
+
+
+@needs_gxx
+@pytest.mark.parametrize("cause", WHY_NO_LIBRARY, ids=lambda cause: cause.__name__)
+def test_an_installed_package_says_why_it_has_no_library(checkout, tmp_path, cause):
+    """From the build into the wheel, from the wheel into `hylora info`, available_backends() and
+    the log of optimize_for_inference."""
+    reason = WHY_NO_LIBRARY[cause]
+    shutil.rmtree(checkout / "hylora_kernels")
+    left_out = shutil.ignore_patterns("__pycache__", "_csrc*.so", "_build.json")
+    shutil.copytree(ROOT / "hylora_kernels", checkout / "hylora_kernels", ignore=left_out)
+    built = run_setup(checkout, "bdist_wheel", **cause(checkout))
+    assert built.returncode == 0, built.stderr
+    assert built.stderr.count(f"_csrc.so can't be built: {reason}") == 1
+    name, _ = only_wheel(checkout)
+    assert name.endswith("-py3-none-any.whl")
+    zipfile.ZipFile(checkout / "dist" / name).extractall(tmp_path / "installed")
+    said = run_python_in(tmp_path / "installed", SAY_WHY).splitlines()
+    told = f"_csrc.so was not built when the package was installed: {reason}"
+    for row in ("backend cpu: ", "backend cuda: ", "cuda code: ", "available cpu: "):
+        assert [line for line in said if line.startswith(row + told)], row
+    logged = [line for line in said if line.startswith("optimize_for_inference: ")]
+    assert len(logged) == 1 and f"cpu: {told}" in logged[0]
+
+
+@needs_gxx
+def test_a_library_takes_the_place_of_the_reason_why_there_was_none(checkout):
+    note = checkout / "hylora_kernels" / "_build.json"
+    assert run_setup(checkout, "build_csrc", CXX="/no/such/compiler").returncode == 0
+    assert note.is_file()
+    assert run_setup(checkout, "build_csrc").returncode == 0
+    assert not note.exists()
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{}", None])
+def test_a_missing_or_broken_note_is_said(tmp_path, monkeypatch, note):
+    monkeypatch.setattr(loader, "BUILD_NOTE", tmp_path / "_build.json")
+    if note is not None:
+        loader.BUILD_NOTE.write_text(note)
+    assert "was not built" in loader._why_not_built()
+    assert f"no reason is recorded in {tmp_path}" in loader._why_not_built()
+
+
 @pytest.mark.parametrize("command", ["build_csrc", "build_ext"])
 def test_a_library_that_is_required_is_an_error(checkout, command):
     done = run_setup(checkout, command, CXX="/no/such/compiler", HYLORA_REQUIRE_CSRC="1")
@@ -64,15 +162,15 @@ def test_a_library_that_is_required_is_an_error(checkout, command):
 def test_reasons_for_no_library(setup_py, monkeypatch):
     monkeypatch.setattr(setup_py.shutil, "which", lambda *_, **__: None)
     with pytest.raises(setup_py.CannotBuild, match=r"no C\+\+ compiler"):
-        setup_py.compiler()
-    with pytest.raises(setup_py.CannotBuild, match="ninja isn't there"):
-        setup_py.ninja()
+        setup_py.find_compiler()
+    with pytest.raises(setup_py.CannotBuild, match="ninja wasn't there"):
+        setup_py.find_ninja()
     monkeypatch.setattr(setup_py.importlib.metadata, "version", lambda _: "2.9.1+cpu")
     with pytest.raises(setup_py.CannotBuild, match=r"2\.9\.1\+cpu is older than 2\.10"):
-        setup_py.torch_folder()
+        setup_py.find_torch()
     monkeypatch.setattr(setup_py.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(setup_py.CannotBuild, match="torch isn't there while building"):
-        setup_py.torch_folder()
+    with pytest.raises(setup_py.CannotBuild, match="torch wasn't there while building"):
+        setup_py.find_torch()
 
 
 @needs_gxx
@@ -141,7 +239,7 @@ def test_every_instruction_set_has_its_file(setup_py):
 
 @needs_gxx
 def test_flags_of_every_file(setup_py):
-    plan = setup_py.plan(["g++"])
+    plan = setup_py.flags_by_source(["g++"])
     if not setup_py.is_x86(["g++"]):
         pytest.skip("no x86 here")
     hints = {"-mprfchw"}  # a prefetch, which every processor that has AMX takes
@@ -162,7 +260,7 @@ def test_a_compiler_that_does_not_know_a_flag_leaves_that_file_out(setup_py, tmp
     old = stand_in(tmp_path, 'case "$*" in *-mamx-bf16*) exit 1;; esac')
     if not setup_py.is_x86([old]):
         pytest.skip("no x86 here")
-    plan = setup_py.plan([old])
+    plan = setup_py.flags_by_source([old])
     assert (
         "csrc/cpu/kernels/amx_bf16.cpp" not in plan and "csrc/cpu/kernels/avx512_bf16.cpp" in plan
     )
@@ -173,7 +271,7 @@ def test_a_compiler_that_does_not_know_a_flag_leaves_that_file_out(setup_py, tmp
 @needs_gxx
 def test_other_processors_get_no_machine_flags(setup_py, tmp_path):
     arm = stand_in(tmp_path, 'if [ "$1" = -dumpmachine ]; then echo aarch64-linux-gnu; exit; fi')
-    plan = setup_py.plan([arm])
+    plan = setup_py.flags_by_source([arm])
     assert {f"csrc/cpu/kernels/{level}.cpp" for level in LEVELS} <= set(plan)
     assert not [f for flags in plan.values() for f in flags if f.startswith(("-m", "-DHYLORA_NO"))]
 

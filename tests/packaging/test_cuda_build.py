@@ -133,9 +133,7 @@ REASONS = {
     "no nvcc was found": {"absent": True},
     "HYLORA_CUDA_ARCHS was none": {"HYLORA_CUDA_ARCHS": "none"},
     "libcudart_static.a wasn't there": {"runtime": False},
-    "nvcc didn't get on with the C++ compiler": {
-        "probe": "echo unsupported GNU version >&2; exit 1"
-    },
+    "nvcc didn't accept the C++ compiler": {"probe": "echo unsupported GNU version >&2; exit 1"},
     "knew none of sm_80": {"known": (60, 70)},
 }
 
@@ -151,7 +149,7 @@ def test_without_cuda_the_library_is_built_and_says_why(reason, with_kernels, nv
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("hylora_kernels: no CUDA kernels: ") == 1 and reason in done.stderr
     assert reason in told(with_kernels), "the library repeats it at run time"
-    assert ("unsupported GNU version" in done.stderr) == ("get on" in reason)
+    assert ("unsupported GNU version" in done.stderr) == ("accept" in reason)
     required = run_setup(with_kernels, "build_csrc", **environment, HYLORA_REQUIRE_CUDA="1")
     assert required.returncode != 0
     assert "HYLORA_REQUIRE_CUDA is set, but: " in required.stderr and reason in required.stderr

@@ -1,33 +1,42 @@
-"""_csrc.so: the C++ and CUDA kernels behind the rooms that have some."""
+"""_csrc.so, which holds the C++ and CUDA kernels: loading it, or the reason why it isn't there."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
 import torch
 
-# HYLORA_CSRC names another build of it: the instrumented ones of `make sanitize`.
+# HYLORA_CSRC names another build of the library: the instrumented one of `make sanitize`.
 LIBRARY = Path(os.environ.get("HYLORA_CSRC") or Path(__file__).parents[2] / "_csrc.so")
+# setup.py writes this file where it builds no library.
+BUILD_NOTE = LIBRARY.with_name("_build.json")
 
 
 def in_words(error: Exception) -> str:
-    """The first line of an error, without where in our sources it was said."""
+    """The first line of an error, without the place in our sources that raised it."""
     return re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
+
+
+def _why_not_built() -> str:
+    """The reason that setup.py gave, in words."""
+    message = f"{LIBRARY.name} was not built when the package was installed"
+    try:
+        return f"{message}: {json.loads(BUILD_NOTE.read_text(encoding='utf-8'))['no_library']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{message} (no reason is recorded in {BUILD_NOTE})"
 
 
 def _load() -> str:
     if not LIBRARY.is_file():
-        return (
-            f"{LIBRARY.name} was not built when the package was installed: "
-            "pip install it again where there is a C++ compiler (g++ or clang)"
-        )
+        return _why_not_built()
     try:
         torch.ops.load_library(LIBRARY)
-    except (OSError, RuntimeError) as error:  # another torch
+    except (OSError, RuntimeError) as error:  # a torch that it wasn't built for
         return in_words(error)
     return ""
 
 
-MISSING = _load()  # why it isn't there, in words; "" where it is
+MISSING = _load()  # why there is no library, in words; "" if it is loaded
