@@ -114,8 +114,8 @@ def measured_rows(path: Path) -> list[dict]:
         M, K, N, r, ra = (tuned[name] for name in ("M", "K", "N", "rank", "lora_rank"))
         sizes = {"M": M, "K": K, "N": N, "r": r, "ra": ra}
         sizes["form"] = "pivoted" if tuned["pivoted"] else "pair"
-        launches = [t for t in tuned["timings"] if t["config"] != "vendor"]
-        torchs = next(t for t in tuned["timings"] if t["config"] == "vendor")
+        launches = [t for t in tuned["timings"] if t["config"] != "torch products"]
+        torchs = next(t for t in tuned["timings"] if t["config"] == "torch products")
         timings = {"four_products" if ra else "two_products": torchs}
         if launches:
             timings["one_launch"] = min(launches, key=lambda t: t["graph_cold"])

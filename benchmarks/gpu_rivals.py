@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hylora_kernels import reference, svd_lora_linear, use_backend
 from hylora_kernels.backends import cuda, triton
 from hylora_kernels.backends.triton import config as configs
+from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.weights import Weights
 
 ALPHA = 0.7
@@ -247,8 +248,9 @@ def training_step(name: str, layer: Layer, x: Tensor, dy: Tensor) -> Callable:
 
 def launches(layer: Layer, quick: bool) -> list[configs.Config]:
     """The launches that tuning may pick; with quick the default one alone."""
-    target = triton._target(torch.device("cuda", torch.cuda.current_device()))
-    found = [configs.first_choice(layer.problem, target)]
+    target = dispatch.target_of(torch.device("cuda", torch.cuda.current_device()))
+    found = [configs.first_candidate(layer.problem, target)]
     if not quick:
-        found += [c for c in configs.candidates(layer.problem, target) if c != configs.VENDOR]
+        candidates = configs.candidate_configs(layer.problem, target)
+        found += [c for c in candidates if c != configs.TORCH_PRODUCTS]
     return list(dict.fromkeys(found))

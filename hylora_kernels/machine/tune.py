@@ -1,9 +1,9 @@
-"""Measure what serves a layer fastest on this GPU, and keep it in a table that the backend reads.
+"""Measure which config serves a layer fastest on this GPU, and keep it in a table for the backend.
 
-Every candidate of a problem is checked against the others' result first. Then all of them are timed
-in turns: as replays of a CUDA graph with the weights in L2 ("warm") and displaced from it ("cold",
-as a model's other layers displace them), and called one by one from Python ("eager", cold). Graphs
-are decided by their cold times, eager calls by theirs.
+Every candidate's result is checked against the first candidate's. Then all candidates are timed in
+turns: as replays of a CUDA graph with the weights in L2 ("warm") and displaced from it ("cold", as
+a model's other layers displace them), and called one by one from Python ("eager", cold). Cold times
+decide for graphs, eager times for calls from Python.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import math
 import os
 import statistics
@@ -24,15 +23,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hylora_kernels.backends import triton as room
-from hylora_kernels.backends.triton import config as configs
-from hylora_kernels.backends.triton.config import BACKWARD, FORWARD, VENDOR, Problem, table_path
+from hylora_kernels.backends import triton as backend
+from hylora_kernels.backends.triton import dispatch
+from hylora_kernels.backends.triton.config import (
+    BACKWARD,
+    FORWARD,
+    TABLE_FORMAT,
+    TORCH_PRODUCTS,
+    TORCH_PRODUCTS_WORD,
+    Problem,
+    candidate_configs,
+    table_path,
+    table_rows,
+)
 from hylora_kernels.support.console import table
 from hylora_kernels.support.report import Report
 from hylora_kernels.support.storage import write_json
 from hylora_kernels.weights import Needs, Saved, Weights
 
-# K, N, r, ra: SmolLM2's, TinyLlama's and Llama 7B's at keeps between 0.5 and 0.8.
+# K, N, r, ra of SmolLM2's, TinyLlama's and Llama 7B's at keeps between 0.5 and 0.8.
 SHAPES = (
     (576, 576, 144, 16),
     (576, 1536, 208, 16),
@@ -49,7 +58,7 @@ WARM_CALLS = 10  # in one graph, of the same weights
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call. config: the candidate's fields, or "vendor"."""
+    """Seconds a call. config: the candidate's fields, or "torch products"."""
 
     config: dict | str
     graph_warm: float
@@ -59,7 +68,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One problem and what was measured for it. graph, eager: the winners."""
+    """One problem and its timings. graph, eager: the winners."""
 
     M: int
     K: int
@@ -76,21 +85,24 @@ class Row:
 
 @dataclass(frozen=True)
 class TuneReport(Report):
-    """device, torch and triton say where it holds; copied_gbs is the device's own read + write
-    bandwidth, measured beside it."""
+    """The table of one device.
+
+    device, torch, triton: where it was measured. copied_gbs: the device's read + write bandwidth,
+    measured beside it. format: the version of the table's words.
+    """
 
     device: str
     torch: str
     triton: str
     copied_gbs: float
     rows: list[Row] = field(default_factory=list)
+    format: int = TABLE_FORMAT
 
     def render(self):
-        """A line a problem: times of the vendor's products and of the best launch, in
-        microseconds."""
+        """A line a problem: microseconds of torch's products and of the best launch."""
         columns = (
             "problem",
-            "vendor cold",
+            "torch cold",
             "one launch cold",
             "ratio",
             "warm",
@@ -101,28 +113,24 @@ class TuneReport(Report):
 
 
 def _cells(row: Row) -> tuple:
-    vendor = next(t for t in row.timings if t.config == "vendor")
-    others = [t for t in row.timings if t.config != "vendor"]
+    torchs = next(t for t in row.timings if t.config == TORCH_PRODUCTS_WORD)
+    launches = [t for t in row.timings if t.config != TORCH_PRODUCTS_WORD]
     form = "pivoted" if row.pivoted else "pair"
     name = f"{row.K}x{row.N} r{row.rank}+{row.lora_rank} M={row.M} {form} {row.dtype}"
     name += " backward" if row.direction == BACKWARD else ""
-    if not others:
-        return name, f"{1e6 * vendor.graph_cold:.1f}", "-", "-", "-", "-", "vendor"
+    cold = f"{1e6 * torchs.graph_cold:.1f}"
+    if not launches:
+        return name, cold, "-", "-", "-", "-", TORCH_PRODUCTS_WORD
     best = {
-        key: min(getattr(t, key) for t in others) for key in ("graph_cold", "graph_warm", "eager")
+        key: min(getattr(t, key) for t in launches) for key in ("graph_cold", "graph_warm", "eager")
     }
-    ratios = [f"{getattr(vendor, key) / best[key]:.2f}" for key in best]
-    words = "vendor" if row.graph == "vendor" else _words(row.graph)
-    return (
-        name,
-        f"{1e6 * vendor.graph_cold:.1f}",
-        f"{1e6 * best['graph_cold']:.1f}",
-        *ratios,
-        words,
-    )
+    ratios = [f"{getattr(torchs, key) / best[key]:.2f}" for key in best]
+    return name, cold, f"{1e6 * best['graph_cold']:.1f}", *ratios, _words(row.graph)
 
 
-def _words(config: dict) -> str:
+def _words(config: dict | str) -> str:
+    if isinstance(config, str):
+        return config
     return " ".join(f"{name}{int(value)}" for name, value in config.items())
 
 
@@ -133,25 +141,25 @@ def tune(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     forms: Sequence[str] = ("pair", "pivoted"),
     directions: Sequence[str] = (FORWARD, BACKWARD),
-    candidates: Callable = configs.candidates,
+    candidates: Callable = candidate_configs,
     save: Path | None = None,
 ) -> TuneReport:
     """Measure every problem of shapes (K, N, r, ra) x rows x dtypes x forms x directions.
 
-    They are written to `save`, by default where the backend looks for this device's table, in the
-    place of what the file says of the same problems, and after every problem, so an interruption
-    loses one. Raises ValueError where the backend can't serve the device, FloatingPointError where
-    a candidate's result is wrong.
+    The rows are written to `save`, by default the file where the backend looks for this device's
+    table. They replace the file's rows of the same problems; others stay. The file is written after
+    every problem, so an interruption loses one. Raises ValueError if the backend can't serve the
+    device, FloatingPointError if a candidate's result is wrong.
     """
     where = torch.device(device)
     if where.type != "cuda":
         raise ValueError(f"device must be a GPU, got {device!r}")
-    if reason := room.why_not():
+    if reason := backend.why_not():
         raise ValueError(f"device must be one that backend 'triton' serves: {reason}")
     where = torch.device(
         "cuda", torch.cuda.current_device() if where.index is None else where.index
     )
-    target, name = room._target(where), torch.cuda.get_device_name(where)
+    target, name = dispatch.target_of(where), torch.cuda.get_device_name(where)
     problems = [
         Problem(M, K, N, rank, lora_rank, dtype, form == "pivoted", direction)
         for (K, N, r, ra), dtype, form, direction in itertools.product(
@@ -165,18 +173,17 @@ def tune(
 
     report = TuneReport(name, torch.__version__, triton.__version__, _copy_bandwidth(where) / 1e9)
     save = save or table_path(name)
-    before = json.loads(save.read_text())["rows"] if save.is_file() else []
+    before = table_rows(save) if save.is_file() else []
     compile_all(problems, where, target, candidates)
     for problem in tqdm(problems, desc="tuning", unit="problem"):
         report.rows.append(measure(problem, where, candidates(problem, target)))
         _save(report, before, save)
-    configs.table.cache_clear()
-    room._chosen.cache_clear()
+    dispatch.read_tables_again()
     return report
 
 
 def _save(report: TuneReport, before: list[dict], path: Path) -> None:
-    """Write the report, and what was in the file before of other problems."""
+    """Write the report and, of the rows that the file held before, those of other problems."""
     sizes = [f.name for f in dataclasses.fields(Problem)]
     whole = report.to_dict()
     measured = {tuple(row[size] for size in sizes) for row in whole["rows"]}
@@ -185,7 +192,7 @@ def _save(report: TuneReport, before: list[dict], path: Path) -> None:
 
 
 def compile_all(problems, device, target, candidates) -> None:
-    """Compile what will be measured, on all cores: one by one it takes seconds a kernel."""
+    """Compile all kernels that will be measured, on all cores: one takes seconds."""
     import triton
 
     seen = set()
@@ -203,11 +210,11 @@ def compile_all(problems, device, target, candidates) -> None:
                     problem.M == 1,
                     problem.M % 16,
                 )
-                if config is VENDOR or compiled in seen:
+                if config is TORCH_PRODUCTS or compiled in seen:
                     continue
                 seen.add(compiled)
                 call = call or _calls(problem, device, 1)[0]
-                with room.forcing(config, compile_only=True):
+                with backend.forcing(config, compile_only=True):
                     call()
 
 
@@ -222,7 +229,7 @@ def measure(problem: Problem, device: torch.device, candidates, rounds: int = 7)
         "eager": {},
     }
     for index, config in enumerate(candidates):
-        with room.forcing(config):
+        with backend.forcing(config):
             y = calls[0]()
             if expected is None:
                 expected = y.double()
@@ -248,7 +255,7 @@ def measure(problem: Problem, device: torch.device, candidates, rounds: int = 7)
 
 
 def _plain(config) -> dict | str:
-    return "vendor" if config is VENDOR else dataclasses.asdict(config)
+    return TORCH_PRODUCTS_WORD if config is TORCH_PRODUCTS else dataclasses.asdict(config)
 
 
 def _graph(calls) -> Callable:
@@ -266,7 +273,7 @@ def _graph(calls) -> Callable:
 
 def _eager(calls, config) -> Callable:
     def run():
-        with room.forcing(config):
+        with backend.forcing(config):
             for call in calls:
                 call()
 
@@ -298,7 +305,7 @@ def _in_turns(contest: dict, rounds: int, budget: float = 0.05) -> dict:
 
 
 def _copies_that_displace(problem: Problem, device) -> int:
-    """So many copies of the weights that going round them, each comes from memory."""
+    """The number of copies of the weights that displace one another from L2 when taken in turns."""
     size = problem.dtype.itemsize * (problem.rank + problem.lora_rank) * (problem.K + problem.N)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(4, min(300, math.ceil(2 * cache / size)))
@@ -322,15 +329,15 @@ def _calls(problem: Problem, device, copies: int) -> list[Callable[[], Tensor]]:
             A, B = torch.randn(ra, K, **kind) / K**0.5, torch.randn(N, ra, **kind) / ra**0.5
         weights = Weights(SVh, U, A, B, bias, 0.7, pivots)
         if forward:
-            return lambda: room.forward(rows, weights)[0]
+            return lambda: backend.forward(rows, weights)[0]
         needs = Needs(True, False, False, False)
-        return lambda: room.backward(rows, Saved(None, None), weights, needs)[0]
+        return lambda: backend.backward(rows, Saved(None, None), weights, needs)[0]
 
     return [one() for _ in range(copies)]
 
 
 def _copy_bandwidth(device) -> float:
-    """Bytes read plus written a second, of a copy much larger than any cache."""
+    """Bytes read plus written per second by a copy much larger than any cache."""
     source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     run = _in_turns({0: (lambda: target.copy_(source), 1)}, 7)

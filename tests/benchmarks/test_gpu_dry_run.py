@@ -23,7 +23,8 @@ from cuda_emulator import on_cpu
 from hylora_kernels import use_backend
 from hylora_kernels.backends import triton as room
 from hylora_kernels.backends.triton import config as configs
-from hylora_kernels.backends.triton.config import BACKWARD, VENDOR, Config, Problem, Target
+from hylora_kernels.backends.triton import dispatch
+from hylora_kernels.backends.triton.config import BACKWARD, TORCH_PRODUCTS, Config, Problem, Target
 from hylora_kernels.machine import tune
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -68,7 +69,7 @@ def clocks(monkeypatch):
         "get_device_properties": lambda device: properties,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(room, "_target", lambda device: Target("interpreter", 0, 3))
+    monkeypatch.setattr(dispatch, "target_of", lambda device: Target("interpreter", 0, 3))
 
 
 def in_one(calls):
@@ -165,7 +166,7 @@ def tuning(clocks, monkeypatch, tmp_path):
 
 
 def _few(problem, target):
-    return [VENDOR, Config(16, 16, 32, 16, 32, swap=True)]
+    return [TORCH_PRODUCTS, Config(16, 16, 32, 16, 32, swap=True)]
 
 
 def test_tuning_measures_every_problem_and_keeps_the_rest(tuning):
@@ -180,13 +181,13 @@ def test_tuning_measures_every_problem_and_keeps_the_rest(tuning):
         (5, *rank, False, way) for rank in ranks for way in ("forward", BACKWARD)
     }
     for row in table["rows"]:
-        assert [t["config"] == "vendor" for t in row["timings"]] == [True, False]
+        assert [t["config"] == "torch products" for t in row["timings"]] == [True, False]
         by_graph, by_eager = (
             min(row["timings"], key=lambda t, key=key: t[key]) for key in ("graph_cold", "eager")
         )
         assert (row["graph"], row["eager"]) == (by_graph["config"], by_eager["config"])
         for winner in (row["graph"], row["eager"]):
-            assert winner == "vendor" or Config(**winner) == _few(None, None)[1]
+            assert winner == "torch products" or Config(**winner) == _few(None, None)[1]
     assert len(report.render().rows) == 4
 
 
@@ -195,19 +196,22 @@ def test_the_table_is_what_serves_afterwards(tuning, monkeypatch):
     whole = json.loads(tuning.path.read_text())
     mine = Config(16, 16, 64, 32, 32, swap=True)
     for row in whole["rows"]:
-        row["graph"], row["eager"] = tune._plain(mine), "vendor"
+        row["graph"], row["eager"] = tune._plain(mine), "torch products"
     path = configs.table_path("Dry Run")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole))
-    configs.table.cache_clear()
+    dispatch.read_tables_again()
     try:
         problem = Problem(4, *SHAPE, dtype=torch.bfloat16)
         target = Target("cuda", 90, 132)
-        assert configs.chosen(problem, target, "Dry Run", captured=True) == mine
-        assert configs.chosen(problem, target, "Dry Run", captured=False) is VENDOR
+        captured, eager = (
+            dispatch.tuned_or_default(problem, target, "Dry Run", captured)
+            for captured in (True, False)
+        )
+        assert captured == mine and eager is TORCH_PRODUCTS
     finally:
         path.unlink()
-        configs.table.cache_clear()
+        dispatch.read_tables_again()
 
 
 def test_a_candidate_that_is_wrong_is_refused(tuning, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hylora_kernels.backends.triton import config as configs
-from hylora_kernels.backends.triton.config import FORWARD, Config, Problem, ThinConfig
+from hylora_kernels.backends.triton.config import FORWARD, AdapterGradientsConfig, Config, Problem
 
 KIB = 1024
 
@@ -53,23 +53,23 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one configuration for one problem; `weave` has none. tf32: float32 may be
-    rounded to it."""
+    """One kernel in one configuration for one problem. config None: merge_pivots, which has none.
+    tf32: float32 may be rounded to it."""
 
     problem: Problem
-    config: Config | ThinConfig | None
+    config: Config | AdapterGradientsConfig | None
     tf32: bool = False
 
     @property
     def kernel(self) -> str:
         if self.config is None:
-            return "weave"
-        return "dataflow" if isinstance(self.config, Config) else "thin"
+            return "merge_pivots"
+        return "layer" if isinstance(self.config, Config) else "adapter_gradients"
 
     @property
     def tiled(self) -> bool:
         """Whether tiles are multiplied; a single row is without tensor cores or shared memory."""
-        return self.kernel == "thin" or (self.kernel == "dataflow" and self.config.BM > 1)
+        return self.kernel == "adapter_gradients" or (self.kernel == "layer" and self.config.BM > 1)
 
     @property
     def ieee(self) -> bool:
@@ -86,7 +86,7 @@ class Case:
     def sums(self) -> list[tuple[int, int]]:
         """Rows and columns of the tiles that the tensor cores add up."""
         c = self.config
-        if isinstance(c, ThinConfig):
+        if isinstance(c, AdapterGradientsConfig):
             return [(c.BA, c.BC)]
         tiles = [(c.BM, c.BR), (c.BM, c.BN)]
         return [tile[::-1] for tile in tiles] if c.swap else tiles
@@ -95,7 +95,7 @@ class Case:
         p, c = self.problem, self.config
         dtype = "tf32" if self.tf32 else str(p.dtype).removeprefix("torch.")
         words = [self.kernel, dtype, "pivoted" if p.pivoted else "pair"]
-        if self.kernel == "dataflow":
+        if self.kernel == "layer":
             words.append(p.direction)
         words += [*([] if self.aligned else ["odd"]), f"ra={p.lora_rank}", f"M={p.M}"]
         sizes = {} if c is None else asdict(c)
@@ -212,12 +212,15 @@ def tensor_opcode(case: Case, machine: Machine) -> str | None:
 
 
 def waiting_allowed(case: Case) -> int:
-    """Loads of tiles that may pass through registers: parts that are summed, where they have the
-    problem's dtype; h at the pivots; in the pivoted backward, dy by its index lists; in `thin`,
-    the two operands of dB in each stage, for dy is summed as well as multiplied."""
+    """The loads of tiles that may pass through registers.
+
+    These are the parts of a split sum, where they have the problem's dtype; h at the pivots; in
+    the pivoted backward, dy by its index lists; in adapter_gradients, both operands of dB in each
+    stage, since dy is summed as well as multiplied.
+    """
     p, c = case.problem, case.config
     parts = 2 if c.split > 1 and p.dtype == torch.float32 else 0
-    if case.kernel == "thin":
+    if case.kernel == "adapter_gradients":
         return 2 * parts + 2 * c.stages
     if not p.pivoted:
         return parts
@@ -227,4 +230,4 @@ def waiting_allowed(case: Case) -> int:
 def orders_wanted(case: Case) -> set[str]:
     """Of the flag that says that h is there, and of the arrivals of a split sum."""
     arrivals = {"acq_rel"} if case.config is not None and case.config.split > 1 else set()
-    return {"acquire", "release"} | arrivals if case.kernel == "dataflow" else arrivals
+    return {"acquire", "release"} | arrivals if case.kernel == "layer" else arrivals

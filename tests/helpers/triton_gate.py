@@ -36,7 +36,7 @@ from hylora_kernels.backends.triton.config import BACKWARD, FORWARD, Config, Pro
 # ---------------------------------------------------------------------------------- what is shipped
 
 LAYER = {"K": 2048, "N": 5632, "rank": 768}
-KERNELS = ("dataflow", "thin", "weave")
+KERNELS = ("layer", "adapter_gradients", "merge_pivots")
 ARCHES = {"NVIDIA H100 80GB HBM3": 90}  # of the devices that the package has tables for
 ROWS = (1, 16, 33, 200, 2048)  # one for each of config.py's steps
 
@@ -60,9 +60,9 @@ def cases(machine: Machine, quick: bool) -> list[Case]:
     for M in (2048,) if quick else (64, 2048, 8000):
         for ra, dtype in ((32, torch.bfloat16), (8, torch.float16), (64, torch.float32)):
             problem = Problem(M, **LAYER, lora_rank=ra, dtype=dtype, direction=BACKWARD)
-            found.setdefault(Case(problem, configs.thin_config(problem, target)))
-    woven = Problem(2048, **LAYER, lora_rank=0, dtype=torch.bfloat16, pivoted=True)
-    return [*found, Case(woven, None)]
+            found.setdefault(Case(problem, configs.adapter_gradients_config(problem, target)))
+    merged = Problem(2048, **LAYER, lora_rank=0, dtype=torch.bfloat16, pivoted=True)
+    return [*found, Case(merged, None)]
 
 
 def problems(M: int) -> list[tuple[Problem, bool]]:
@@ -85,7 +85,7 @@ def problems(M: int) -> list[tuple[Problem, bool]]:
 
 def shipped(problem: Problem, target: configs.Target) -> list[Config]:
     """What may be launched for a problem: the default, and what tuning may choose instead."""
-    options = [configs.default(problem, target), *configs.candidates(problem, target)]
+    options = [configs.default_config(problem, target), *configs.candidate_configs(problem, target)]
     return [option for option in dict.fromkeys(options) if isinstance(option, Config)]
 
 
@@ -93,14 +93,14 @@ def tuned(target: configs.Target) -> Iterator[tuple[Problem, Config]]:
     """The winners in the tables that come with the package, where the target can run them, each for
     one layer: the code is the same for all sizes that are multiples of 16."""
     names = [field.name for field in fields(Problem)]
-    for path in sorted(configs.TUNED.glob("*.json")):
+    for path in sorted(configs.SHIPPED_TABLES.glob("*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         if ARCHES[whole["device"]] != target.arch:  # no other device reads this table
             continue
         for row in whole["rows"]:
             known = {name: row[name] for name in names} | {"dtype": getattr(torch, row["dtype"])}
             for winner in (row["graph"], row["eager"]):
-                if winner == "vendor":
+                if winner == configs.TORCH_PRODUCTS_WORD:
                     continue
                 config = Config(**winner)
                 known |= LAYER | {"M": 16 if config.BM <= 16 else 2048}
@@ -153,17 +153,17 @@ def compiled(case: Case, machine: Machine):
     driver.set_active(_Driver(machine))
     torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
     with mock.patch.object(launch, "kernels", SimpleNamespace(**stand_in)):
-        if case.kernel == "dataflow":
-            launch_dataflow(case, machine)
-        elif case.kernel == "thin":
-            launch_thin(case)
+        if case.kernel == "layer":
+            launch_layer(case, machine)
+        elif case.kernel == "adapter_gradients":
+            launch_adapter_gradients(case)
         else:
-            launch_weave(case.problem)
+            launch_merge_pivots(case.problem)
     (one,) = kept
     return one
 
 
-def launch_dataflow(case: Case, machine: Machine) -> None:
+def launch_layer(case: Case, machine: Machine) -> None:
     from hylora_kernels.backends.triton import launch
 
     p = case.problem
@@ -180,25 +180,25 @@ def launch_dataflow(case: Case, machine: Machine) -> None:
     else:
         A, B = (None, None) if A is None else (A.T, B.T)
         factors = (tensor(p.M, p.N), U.T, B, SVh.T, A, None)
-    launch.dataflow(*factors, 0.5, pivots, others, p, case.config, machine.target)
+    launch.layer(*factors, 0.5, pivots, others, p, case.config, machine.target)
 
 
-def launch_thin(case: Case) -> None:
+def launch_adapter_gradients(case: Case) -> None:
     from hylora_kernels.backends.triton import launch
 
     p = case.problem
     tensor = functools.partial(torch.empty, dtype=p.dtype, device="meta")
     dh_a, h_a = tensor(p.M, p.lora_rank), tensor(p.M, p.lora_rank)
     x, dy = tensor(p.M, p.K), tensor(p.M, p.N)
-    launch.thin(dh_a, x, h_a, dy, 0.5, True, case.config, p.lora_rank)
+    launch.adapter_gradients(dh_a, x, h_a, dy, 0.5, True, case.config, p.lora_rank)
 
 
-def launch_weave(p: Problem) -> None:
+def launch_merge_pivots(p: Problem) -> None:
     from hylora_kernels.backends.triton import launch
 
     tensor = functools.partial(torch.empty, dtype=p.dtype, device="meta")
     order = tensor(p.N, dtype=torch.int64)
-    launch.weave(tensor(p.M, p.rank), tensor(p.M, p.others), tensor(p.N), order)
+    launch.merge_pivots(tensor(p.M, p.rank), tensor(p.M, p.others), tensor(p.N), order)
 
 
 # ------------------------------------------------------------------------------------------ the run

@@ -1,4 +1,4 @@
-"""The Triton room with tiles of the test's choosing, and with other kernels where asked."""
+"""The Triton backend with tiles and kernels of the test's choosing."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from unittest import mock
 
 from hylora_kernels.backends.shared import counters
 from hylora_kernels.backends.triton import launch
-from hylora_kernels.backends.triton.config import Config, Target, ThinConfig
+from hylora_kernels.backends.triton.config import AdapterGradientsConfig, Config, Target
 
 
 class NotAllZero(AssertionError):
-    """A launch has left counters behind that the next one would go on counting from."""
+    """A launch has left counters other than zero, from which the next one would count on."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """What every launch of the room is made with."""
+    """The configs of every launch."""
 
-    flow: Config
-    thin: ThinConfig
-    programs: int = 3  # of the dataflow kernel
+    layer: Config
+    adapter_gradients: AdapterGradientsConfig
+    programs: int = 3  # of the layer kernel
 
 
 @contextlib.contextmanager
 def forced(tiles: Tiles, kernels: ModuleType | None = None) -> Iterator[None]:
-    """Launch with `tiles` whatever the room has chosen, `kernels` in the place of its own.
+    """Launch with `tiles` whatever the backend has chosen, `kernels` in the place of its own.
 
     Raises NotAllZero after a launch that leaves a counter other than zero.
     """
     target = Target("interpreter", 0, tiles.programs)
-    kept: dict = {}  # fresh counters: a launch that failed leaves any number in its own
+    kept: dict = {}  # fresh counters: a failed launch leaves any number in its own
 
     def launching(function, **choice):
         signature = inspect.signature(function)
@@ -50,8 +50,10 @@ def forced(tiles: Tiles, kernels: ModuleType | None = None) -> Iterator[None]:
 
         return run
 
-    flow = launching(launch.dataflow, config=tiles.flow, target=target)
-    thin = launching(launch.thin, config=tiles.thin)
-    made = {"dataflow": flow, "thin": thin, "kernels": kernels or launch.kernels}
+    made = {
+        "layer": launching(launch.layer, config=tiles.layer, target=target),
+        "adapter_gradients": launching(launch.adapter_gradients, config=tiles.adapter_gradients),
+        "kernels": kernels or launch.kernels,
+    }
     with mock.patch.multiple(launch, **made), mock.patch.object(counters, "_kept", kept):
         yield

@@ -12,7 +12,6 @@ interpreter plays GPU: slow, and right in float32 and float16.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 
@@ -21,17 +20,16 @@ from torch import Tensor
 
 from hylora_kernels.backends.shared import torch_products as products
 from hylora_kernels.backends.shared.tracing import assume_constant_result
+from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.backends.triton import torch_products as vendor
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
     FORWARD,
-    VENDOR,
-    Config,
+    TORCH_PRODUCTS,
     Problem,
-    Target,
-    chosen,
-    thin_config,
+    adapter_gradients_config,
 )
+from hylora_kernels.backends.triton.dispatch import forcing  # noqa: F401 - for tune and selftest
 from hylora_kernels.weights import Needs, Saved, Weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +82,7 @@ def unsupported(x: Tensor, weights: Weights) -> str | None:
 
 @assume_constant_result  # the device compiled for is the device
 def _device_lacks(device: torch.device) -> str:
-    target = _target(device)
+    target = dispatch.target_of(device)
     if target.kind == "cuda" and target.arch < LEAST_ARCH:
         return f"serves GPUs from sm_{LEAST_ARCH} on, got sm_{target.arch}"
     return ""
@@ -102,11 +100,13 @@ def is_faster_than_next(x: Tensor, weights: Weights) -> bool:
 def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha."""
     problem = _problem(x, weights, FORWARD)
-    config = choose(problem, x.device)
+    config = dispatch.config_for(problem, x.device)
     with _on(x.device):
         if x.is_cuda:
-            _get_ready_for_capture(config, x, weights, problem)
-        if config is VENDOR:
+            captured = dispatch.config_to_warm_up(problem, x.device)
+            if captured is not None:
+                _one_launch(x, weights, problem, captured)
+        if config is TORCH_PRODUCTS:
             return vendor.forward(x, weights, problem)
         return _one_launch(x, weights, problem, config)
 
@@ -117,21 +117,6 @@ def _one_launch(x, weights: Weights, problem, config) -> tuple[Tensor, Tensor]:
         return _launch(x, SVh, A, U, B, bias, alpha, pivots, problem, config)
     y, _ = _launch(x, SVh, None, U, None, bias, alpha, pivots, problem, config)
     return y, x.new_empty(len(x), 0)
-
-
-def _get_ready_for_capture(config, x, weights, problem) -> None:
-    """Launch what a CUDA graph would, once for each problem, where that isn't what serves calls
-    from Python: nothing can be compiled while a graph is captured, and its warm-up is such calls.
-    """
-    if problem in _ready or _forced is not None or torch.cuda.is_current_stream_capturing():
-        return
-    _ready.add(problem)
-    captured = _chosen(problem, _target(x.device), _name(x.device), True)
-    if captured is not VENDOR and captured != config:
-        _one_launch(x, weights, problem, captured)
-
-
-_ready: set[Problem] = set()
 
 
 def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
@@ -152,7 +137,7 @@ def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[
         elif need_dA or need_dB:
             left = dh_a.contiguous() if need_dA else None
             right = h_a if need_dB else None
-            dA, dB, db = _thin(left, x, right, dy, alpha, need_db and need_dB, problem)
+            dA, dB, db = _adapter_gradients(left, x, right, dy, alpha, need_db and need_dB, problem)
         if need_db and db is None:
             db = dy.sum(0)
     return dx, dA if need_dA else None, dB if need_dB else None, db
@@ -160,54 +145,12 @@ def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[
 
 def _backward_x(dy, weights: Weights, problem) -> tuple[Tensor, Tensor | None]:
     """(dx [M, K], dh_a [M, ra] = alpha dy B)."""
-    config = choose(problem, dy.device)
-    if config is VENDOR:
+    config = dispatch.config_for(problem, dy.device)
+    if config is TORCH_PRODUCTS:
         return vendor.backward_x(dy, weights)
     SVh, U, A, B, _, alpha, pivots = weights
     A, B = (A.T, B.T) if problem.lora_rank else (None, None)
     return _launch(dy, U.T, B, SVh.T, A, None, alpha, pivots, problem, config)
-
-
-def choose(problem: Problem, device: torch.device) -> Config | object:
-    """What serves a problem on a device: a Config of the one-launch kernel, or VENDOR."""
-    if problem.M == 0:
-        return VENDOR
-    if device.type != "cuda":
-        return _forced or _chosen(problem, _target(device), "", False)
-    captured = torch.cuda.is_current_stream_capturing()
-    return _forced or _chosen(problem, _target(device), _name(device), captured)
-
-
-_chosen = functools.lru_cache(maxsize=4096)(chosen)
-_forced: Config | object | None = None
-_compile_only = False
-
-
-@contextlib.contextmanager
-def forcing(config: Config | object, compile_only: bool = False):
-    """Serve every call inside the `with` by `config` or VENDOR, for measuring and testing.
-
-    With compile_only nothing is launched and the results are whatever was in memory.
-    """
-    global _forced, _compile_only
-    before = _forced, _compile_only
-    _forced, _compile_only = config, compile_only
-    try:
-        yield
-    finally:
-        _forced, _compile_only = before
-
-
-@functools.cache
-def _target(device: torch.device) -> Target:
-    from hylora_kernels.backends.triton import launch
-
-    return launch.target_of(device)
-
-
-@functools.cache
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
 
 
 def _problem(rows: Tensor, weights: Weights, direction) -> Problem:
@@ -229,21 +172,34 @@ def _launch(x, W1, W1a, W2, W2a, bias, alpha, pivots, problem, config):
     others = None
     if pivots is not None:
         others = products.part_order(pivots, problem.others)[problem.rank :]
-    return launch.dataflow(
-        *(x, W1, W1a, W2, W2a, bias, alpha, pivots, others, problem, config, _target(x.device)),
-        compile_only=_compile_only,
+    return launch.layer(
+        *(
+            x,
+            W1,
+            W1a,
+            W2,
+            W2a,
+            bias,
+            alpha,
+            pivots,
+            others,
+            problem,
+            config,
+            dispatch.target_of(x.device),
+        ),
+        compile_only=dispatch.is_compile_only(),
     )
 
 
-def _thin(dh_a, x, h_a, dy, alpha, need_db, problem):
+def _adapter_gradients(dh_a, x, h_a, dy, alpha, need_db, problem):
     """(dA, dB, db), each None where what it is made of is None or it isn't needed."""
-    config = thin_config(problem, _target(dy.device))
-    if config is VENDOR:
+    config = adapter_gradients_config(problem, dispatch.target_of(dy.device))
+    if config is TORCH_PRODUCTS:
         dA = None if dh_a is None else dh_a.T @ x
         return dA, None if h_a is None else alpha * (dy.T @ h_a), None
     from hylora_kernels.backends.triton import launch
 
-    return launch.thin(dh_a, x, h_a, dy, alpha, need_db, config, problem.lora_rank)
+    return launch.adapter_gradients(dh_a, x, h_a, dy, alpha, need_db, config, problem.lora_rank)
 
 
 def _on(device: torch.device):

@@ -1,7 +1,8 @@
-"""What to launch for a call: tile sizes that fit a device, or two vendor products instead.
+"""Launch configurations: tile sizes that fit a device, or torch's own products instead.
 
-All of it is plain arithmetic on sizes: no GPU, no Triton, the same answer for the same question. A
-table that `hylora tune` has measured on the device at hand outranks the defaults below.
+All of it is plain arithmetic on sizes: no GPU, no Triton, the same answer for the same question.
+tuned_config reads a table that `hylora tune` has measured on a device; default_config serves
+without one.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from hylora_kernels.support import storage
 
 _log = logging.getLogger(__name__)
 FORWARD, BACKWARD = "forward", "backward"
+# Kind -> architecture -> KiB of shared memory a block may use.
 SHARED = {"cuda": {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}, "hip": {}}
-LDS = 64  # KiB of shared memory a block has on AMD
+LDS = 64  # KiB of shared memory a block may use on AMD
 MOST_ROWS = 2**31
-TUNED = Path(__file__).parent / "tuned"
+SHIPPED_TABLES = Path(__file__).parent / "tuned"
+# Version of the tables' words. 1 said "vendor" and "residents": it is measured again.
+TABLE_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device as the kernels see it. kind: "cuda", "hip", or "interpreter", a CPU that plays GPU.
-    arch: 90 for sm_90, "gfx942" on AMD."""
+    """A device as the kernels see it.
+
+    kind: "cuda", "hip", or "interpreter" (Triton's, on a CPU). arch: 90 for sm_90, "gfx942" on AMD.
+    """
 
     kind: str
     arch: int | str
@@ -37,15 +43,15 @@ class Target:
 
     @property
     def shared_bytes(self) -> int:
-        """What one block may use; an architecture not listed gets the least of its maker's."""
+        """Shared memory a block may use; an unlisted architecture gets the least of its maker's."""
         table = SHARED.get(self.kind)
         return 1024 * (table.get(self.arch, 99) if table else LDS if table == {} else 1 << 20)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call. Sizes are the formula's, whichever the direction; `others` is N - r in the pivoted
-    form, N in the pair."""
+    """One call. The sizes are the formula's in either direction; `others` is N - r in the pivoted
+    form, N in the pair form."""
 
     M: int
     K: int
@@ -62,30 +68,30 @@ class Problem:
 
     @property
     def depth(self) -> int:
-        """What the first product sums over."""
-        if self.direction == FORWARD:
-            return self.K
-        return self.others
+        """The length of the shrink product's sums."""
+        return self.K if self.direction == FORWARD else self.others
 
     @property
     def factor_bytes(self) -> int:
-        """Of all the factors."""
+        """Bytes of all factors."""
         base = self.rank * (self.K + self.others)
         return self.dtype.itemsize * (base + self.lora_rank * (self.K + self.N))
 
     @property
     def width(self) -> int:
-        """The columns of the second product."""
+        """The columns of the result: N forward, K backward."""
         return self.N if self.direction == FORWARD else self.K
 
 
 @dataclass(frozen=True)
 class Config:
-    """The one-launch kernel's tiles: h in BM x BR blocks, BK deep; y in BM x BN blocks, BJ deep.
+    """The tiles of kernels.layer: h in BM x BR blocks, BK deep; y in BM x BN blocks, BJ deep.
 
-    split:  parts of K that different programs add up. swap: weights as the tensor cores' first
-    operand. stages: tiles on their way from memory. residents: programs a multiprocessor.
-    prefetch: the forward's weights ahead into L2 (NVIDIA).
+    split:         parts of the shrink product's sums that different programs add up.
+    swap:          the weights are the tensor cores' first operand.
+    stages:        tiles on their way from memory.
+    blocks_per_sm: programs that share a multiprocessor.
+    prefetch:      the forward's weights are brought into L2 ahead (NVIDIA).
     """
 
     BM: int
@@ -97,7 +103,7 @@ class Config:
     swap: bool = False
     warps: int = 4
     stages: int = 3
-    residents: int = 1
+    blocks_per_sm: int = 1
     prefetch: bool = False
 
     def rank_blocks(self, problem: Problem) -> int:
@@ -114,8 +120,9 @@ class Config:
 
 
 @dataclass(frozen=True)
-class ThinConfig:
-    """The adapter's gradients: BA ranks by BC columns, BM rows at a time, in `split` shares."""
+class AdapterGradientsConfig:
+    """The tiles of kernels.adapter_gradients: BA ranks by BC columns, BM rows at a time, the rows
+    in `split` shares that different programs add up."""
 
     BM: int
     BC: int
@@ -126,15 +133,19 @@ class ThinConfig:
 
 
 @dataclass(frozen=True)
-class Vendor:
-    """Two (or as many as it takes) of torch's own products: products.py."""
+class TorchProducts:
+    """No launch of ours: torch's own products, two or as many as the form takes."""
 
 
-VENDOR = Vendor()
+TORCH_PRODUCTS = TorchProducts()
+TORCH_PRODUCTS_WORD = "torch products"  # in tables
 
 
-def why_illegal(config: Config | ThinConfig, dtype: torch.dtype, target: Target) -> str | None:
-    """Why the kernel can't be compiled so for the target, in words; None where it can."""
+def why_illegal(
+    config: Config | AdapterGradientsConfig, dtype: torch.dtype, target: Target
+) -> str | None:
+    """The reason why the kernel can't be compiled with this config for the target, in words; None
+    if it can."""
     sizes, one_row = asdict(config), isinstance(config, Config) and config.BM == 1
     for name in ("BM", "BR", "BK", "BN", "BJ", "BC", "BA", "warps"):
         size, least = sizes.get(name, 16), 1 if name == "warps" or one_row else 16
@@ -142,7 +153,7 @@ def why_illegal(config: Config | ThinConfig, dtype: torch.dtype, target: Target)
             return f"{name} must be a power of two, at least {least}, got {size}"
     if one_row:
         return None if config.swap else "a single row is multiplied with swap alone"
-    if isinstance(config, ThinConfig):
+    if isinstance(config, AdapterGradientsConfig):
         deep, per_thread = (config.BM, config.BM), config.BA * config.BC
         sides = (config.BA + config.BC, 0)
     else:
@@ -160,52 +171,55 @@ def why_illegal(config: Config | ThinConfig, dtype: torch.dtype, target: Target)
 # ----------------------------------------------------------------------------------------- defaults
 
 
-def default(problem: Problem, target: Target, captured: bool = True) -> Config | Vendor:
-    """What is launched where nothing has been measured: what an H100 showed (benchmarks/gpu_layers.py).
+def default_config(
+    problem: Problem, target: Target, captured: bool = True
+) -> Config | TorchProducts:
+    """The config where nothing near was measured, by an H100's timings (benchmarks/gpu_layers.py).
 
-    captured: in a CUDA graph. Called one by one, a launch of Triton's costs the host as much as
-    three of torch's products (70 us against 45 for two of them), so two are left to torch.
+    captured: the call is part of a CUDA graph. Called one by one, one Triton launch costs the host
+    as much as three of torch's products (70 us against 45 for two), so torch does two products.
     """
     if target.kind == "interpreter":
         return _largest_tiles(problem)
     ieee = problem.dtype == torch.float32
     if problem.direction == BACKWARD or (ieee and problem.M > 1):
-        return VENDOR
+        return TORCH_PRODUCTS
     if not problem.lora_rank:
         # Two products against one launch: 10.0 us against 7.6 at K = N = 2048, M = 1, 9.8 against
         # 9.3 at M = 16, 25 against 27 at 4096 x 11008 and rank 1568, whose factors are 47 MB.
         small = problem.factor_bytes < 32e6
-        return first_choice(problem, target) if captured and small and problem.M <= 16 else VENDOR
+        launches = captured and small and problem.M <= 16
+        return first_candidate(problem, target) if launches else TORCH_PRODUCTS
     # Four products against one launch: 17 us against 10 there, 34 against 28 at 4096 x 11008.
-    return first_choice(problem, target) if problem.M <= 64 else VENDOR
+    return first_candidate(problem, target) if problem.M <= 64 else TORCH_PRODUCTS
 
 
-def first_choice(problem: Problem, target: Target) -> Config:
-    """The one-launch kernel's tiles for a problem: the first of its candidates."""
-    return next(config for config in candidates(problem, target) if config is not VENDOR)
+def first_candidate(problem: Problem, target: Target) -> Config:
+    """The first candidate that is a launch."""
+    found = candidate_configs(problem, target)
+    return next(config for config in found if config is not TORCH_PRODUCTS)
 
 
-# How many rows at most -> the one-launch kernel's tiles that were fastest for some layer on an
-# H100, the best first. What a target can't hold is left out, what a short K can't split is split
-# less.
+# Most rows -> the tiles that were fastest for some layer on an H100, the best first.
+# candidate_configs leaves out the ones that a target can't hold and splits less where K is short.
 _SHIPPED: dict[int, tuple[Config, ...]] = {
     1: (
-        Config(1, 8, 1024, 32, 256, swap=True, residents=2),
-        Config(1, 8, 1024, 16, 1024, swap=True, warps=8, residents=2),
+        Config(1, 8, 1024, 32, 256, swap=True, blocks_per_sm=2),
+        Config(1, 8, 1024, 16, 1024, swap=True, warps=8, blocks_per_sm=2),
         Config(1, 4, 1024, 16, 512, swap=True),
-        Config(1, 16, 512, 32, 256, split=2, swap=True, warps=8, residents=2),
-        Config(1, 8, 1024, 32, 256, swap=True, residents=2, prefetch=True),
+        Config(1, 16, 512, 32, 256, split=2, swap=True, warps=8, blocks_per_sm=2),
+        Config(1, 8, 1024, 32, 256, swap=True, blocks_per_sm=2, prefetch=True),
         Config(16, 32, 128, 64, 128, split=4, swap=True, stages=4, prefetch=True),
     ),
     16: (
         Config(16, 32, 128, 64, 128, split=4, swap=True, stages=4, prefetch=True),
-        Config(16, 32, 128, 64, 128, split=4, swap=True, stages=4, residents=2, prefetch=True),
+        Config(16, 32, 128, 64, 128, split=4, swap=True, stages=4, blocks_per_sm=2, prefetch=True),
         Config(16, 64, 128, 64, 64, split=8, swap=True, stages=3, prefetch=True),
         Config(16, 32, 128, 32, 64, split=4, swap=True, stages=3),
     ),
     64: (
         Config(64, 32, 64, 32, 64, split=4, stages=4),
-        Config(64, 32, 64, 64, 64, split=4, stages=4, residents=2, prefetch=True),
+        Config(64, 32, 64, 64, 64, split=4, stages=4, blocks_per_sm=2, prefetch=True),
     ),
     256: (
         Config(64, 64, 64, 64, 64, split=2, stages=4),
@@ -215,32 +229,32 @@ _SHIPPED: dict[int, tuple[Config, ...]] = {
 }
 
 
-# Exact float32 has no tensor cores: of larger tiles up to 541 registers were spilled on sm_80.
+# Exact float32 has no tensor cores. Larger tiles spilled up to 541 registers on sm_80.
 _SHIPPED_FLOAT32 = (
     Config(16, 16, 64, 16, 64, split=4, swap=True),
     Config(16, 32, 32, 32, 32, split=4, swap=True),
 )
 
 
-def candidates(problem: Problem, target: Target) -> list[Config | Vendor]:
-    """What may be the fastest for a problem, all of it legal on the target: what is measured, and
-    what is shipped."""
+def candidate_configs(problem: Problem, target: Target) -> list[Config | TorchProducts]:
+    """The configs that `hylora tune` measures for a problem: torch's products, then the shipped
+    tiles, all legal on the target."""
     shipped = next(configs for most, configs in _SHIPPED.items() if most >= problem.M)
     if problem.dtype == torch.float32:
         shipped = (*(config for config in shipped if config.BM == 1), *_SHIPPED_FLOAT32)
-    found: list[Config | Vendor] = [VENDOR]
+    found: list[Config | TorchProducts] = [TORCH_PRODUCTS]
     gathers = problem.pivoted and problem.direction == BACKWARD
     is_blackwell = target.kind == "cuda" and target.arch >= 100
     for config in shipped:
         parts = max(1, min(config.split, _blocks(problem.depth, config.BK) // 2))
         config = replace(config, split=parts)
-        # The lists of pivots and others take registers too: 36 to 148 were spilled on sm_80.
+        # The index lists of pivots and others take registers: 36 to 148 were spilled on sm_80.
         if (gathers and config.BM == 64) or (problem.pivoted and config.BM == 128):
             config = replace(config, warps=8, BR=min(config.BR, 64), BN=min(config.BN, 64))
-        # So do rows that start anywhere: 170 were spilled on sm_80, 12 on sm_90.
+        # Rows that start anywhere take registers: 170 were spilled on sm_80, 12 on sm_90.
         if (problem.K % 8 or problem.rank % 8) and config.BM == 16 and config.BR == 64:
             config = replace(config, warps=8)
-        # More registers there than on older ones: 2 to 52 were spilled.
+        # Blackwell's code takes more registers than older GPUs': 2 to 52 were spilled.
         if is_blackwell and config.BM == 16 and config.BN == 64:
             config = replace(config, warps=8, BR=32 if gathers else config.BR)
         if is_blackwell and config.BM == 1 and problem.direction == BACKWARD:
@@ -248,7 +262,7 @@ def candidates(problem: Problem, target: Target) -> list[Config | Vendor]:
         if problem.direction == BACKWARD or target.kind != "cuda":
             config = replace(config, prefetch=False)
         if is_blackwell and target.arch < 120 and gathers and config.BM >= 64:
-            continue  # what is gathered isn't copied asynchronously on sm_100, and 9 were spilled
+            continue  # sm_100 copies gathered columns synchronously, and 9 registers were spilled
         config = _fitting(config, problem, target)
         if config not in found and not why_illegal(config, problem.dtype, target):
             found.append(config)
@@ -256,33 +270,35 @@ def candidates(problem: Problem, target: Target) -> list[Config | Vendor]:
 
 
 def _fitting(config, problem: Problem, target: Target):
-    """The same with fewer stages, two at least, where the target holds no more."""
+    """config with as many stages as the target holds, two at least."""
     while why_illegal(config, problem.dtype, target) and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config
 
 
-def thin_config(problem: Problem, target: Target) -> ThinConfig | Vendor:
-    """The tiles of the adapter's gradients, or VENDOR where the sums are long.
+def adapter_gradients_config(
+    problem: Problem, target: Target
+) -> AdapterGradientsConfig | TorchProducts:
+    """The tiles of the adapter's gradients, or TORCH_PRODUCTS where the sums are long.
 
-    dA, dB and db on an H100, ra=32, against torch's three operations: K = N = 2048, M = 2048 15 us
-    instead of 22, N = 5632 26 instead of 30; 4096 x 11008, M = 8192 196 instead of 174.
+    One launch against torch's three operations for dA, dB and db on an H100, ra = 32, in us:
+    K = N = 2048, M = 2048 15 and 22; N = 5632 26 and 30; 4096 x 11008, M = 8192 196 and 174.
     """
     if target.kind != "interpreter" and problem.M * (problem.K + problem.N) > 2**26:
-        return VENDOR
+        return TORCH_PRODUCTS
     most = 64 if problem.dtype.itemsize == 2 else 32  # float32's sums: 80 were spilled on sm_80
     BA = min(most, _power(problem.lora_rank))
     if target.kind == "interpreter":
-        return ThinConfig(128, 128, BA)
+        return AdapterGradientsConfig(128, 128, BA)
     BM = 128 if problem.dtype.itemsize == 2 else 32
     tiles = (_blocks(problem.K, 64) + _blocks(problem.N, 64)) * _blocks(problem.lora_rank, BA)
     wanted = max(1, 4 * target.multiprocessors // tiles)
     split = max(1, min(wanted, _blocks(problem.M, BM) // 4, 16))
-    return _fitting(ThinConfig(BM, 64, BA, split), problem, target)
+    return _fitting(AdapterGradientsConfig(BM, 64, BA, split), problem, target)
 
 
 def _largest_tiles(problem: Problem) -> Config:
-    """Few tiles for the interpreter, which takes its time by the operation, not by the number."""
+    """Few tiles for the interpreter, whose time goes by operations, not by numbers."""
     BM, BR = min(128, _power(problem.M)), min(128, _power(problem.rank))
     return Config(BM, BR, 128, min(128, _power(problem.width)), 128, warps=8)
 
@@ -300,7 +316,7 @@ def _power(size: int) -> int:
 
 
 def table_path(device_name: str) -> Path:
-    """Where `hylora tune` keeps what it has measured on a device of this name."""
+    """The file of `hylora tune` for devices of this name."""
     return storage.cache_root() / "tuned" / _file_name(device_name)
 
 
@@ -311,33 +327,44 @@ def _file_name(device_name: str) -> str:
 @functools.cache
 def table(device_name: str) -> tuple[dict, ...]:
     """The measured rows for a device: the user's own, else those that come with the package."""
-    for path in (table_path(device_name), TUNED / _file_name(device_name)):
-        if path.is_file():
-            return tuple(json.loads(path.read_text())["rows"])
+    for path in (table_path(device_name), SHIPPED_TABLES / _file_name(device_name)):
+        if path.is_file() and (rows := table_rows(path)):
+            return tuple(rows)
     _log.info("no measured table for %s: defaults serve; hylora tune --device cuda", device_name)
     return ()
 
 
-def chosen(problem: Problem, target: Target, device_name: str, captured: bool) -> Config | Vendor:
-    """What to launch: the nearest measured problem's winner where there is one near, else the
-    default. captured: as part of a CUDA graph, where launches cost the host nothing."""
+def table_rows(path: Path) -> list[dict]:
+    """The rows of a table; none, and a warning, where an older version of the package wrote it."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    if whole.get("format") == TABLE_FORMAT:
+        return whole["rows"]
+    _log.warning("%s is of an older format and not read: hylora tune --device cuda", path)
+    return []
+
+
+def tuned_config(
+    problem: Problem, target: Target, device_name: str, captured: bool
+) -> Config | TorchProducts | None:
+    """The winner of the nearest measured problem; None where none is near or it doesn't fit.
+
+    captured: the call is part of a CUDA graph, where launches cost the host nothing.
+    """
     row = _nearest(problem, device_name)
     if row is None:
-        return default(problem, target, captured)
+        return None
     winner = row["graph" if captured else "eager"]
-    if winner == "vendor":
-        return VENDOR
+    if winner == TORCH_PRODUCTS_WORD:
+        return TORCH_PRODUCTS
     config = Config(**winner)
-    # Tiles for one row would read the weights once for each of more: 14 us instead of 10 at M = 4.
+    # Tiles for one row read the weights once for each row: 14 us instead of 10 at M = 4.
     for_fewer_rows = min(problem.M, 16) > config.BM
-    if for_fewer_rows or why_illegal(config, problem.dtype, target):
-        return default(problem, target, captured)
-    return config
+    return None if for_fewer_rows or why_illegal(config, problem.dtype, target) else config
 
 
 def _nearest(problem: Problem, device_name: str) -> dict | None:
-    """The measured row of the same kind whose sizes are nearest, in log space; None where even that
-    is a factor of six away."""
+    """The measured row of the same kind whose sizes are nearest in log space; None if even that is
+    a factor of six away."""
     kind = str(problem.dtype).removeprefix("torch."), problem.pivoted, problem.direction
     best, best_distance = None, math.log2(6)
     for row in table(device_name):

@@ -1,31 +1,67 @@
-"""The Triton kernels: one launch for both products of a layer, one for the adapter's gradients.
+"""The Triton kernels: both products of a layer in one launch, the adapter's gradients in another,
+and the pivoted form's output order after two of torch's products.
 
-`dataflow` takes its tiles from one ordered queue: first all shrink tiles (h = x [W1; W1a]^T, into a
-workspace that stays in L2), then all expand tiles (y = h [W2, W2a]^T + bias), which wait until the
-h of their rows is complete. A tile waits only for tiles before it in the queue, and whoever took
-those is running: no deadlock with any number of programs, other kernels on the device or not. The
-weights are read once, and the second product starts where the first one's last wave leaves off.
+The method of `layer`. Programs draw tiles from one ordered queue. The shrink tiles come first; each
+writes a block of h = x [W1; W1a]^T to a workspace that stays in L2. The expand tiles follow; each
+waits until the h of its rows is complete and writes a block of y = h [W2, W2a]^T + bias. The
+weights are read once, and expand tiles fill the processors that the last shrink tiles leave idle.
 
-The kernels know no direction: the backward's dx is the same launch with dy for x and the factors
-transposed, by their strides. Base and adapter stay tensors of their own; alpha multiplies the
-adapter's h in float32.
+A tile waits only for tiles before it in the queue, and running programs have drawn all of those. So
+nothing deadlocks, with any number of programs and with other kernels on the device.
 
-Everything a launch needs to be zero is zero again when it ends, so nothing is cleared between
-launches and a CUDA graph can replay it. Sums have one order whoever comes first: same bits.
+The kernels know no direction. The backward's dx is the same launch with dy for x and the factors
+transposed, by their strides. Base and adapter stay separate tensors; alpha multiplies the adapter
+part of h in float32.
+
+Every launch leaves its counters at zero, so nothing is cleared between launches and a CUDA graph
+can replay one. Parts of a sum are added in one order, whichever program comes last: the bits
+repeat.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+# Argument lists are filled by hand: a kernel has up to 40, and the formatter puts one on a line.
+# fmt: off
 
 QUEUE, READY = tl.constexpr(0), tl.constexpr(1)  # places in Counters
 
 
+class Matrix(NamedTuple):
+    """A matrix in memory: element (i, j) stands at `at + i * row_stride + j * column_stride`.
+
+    `at` is None where the launch has no such matrix. Kernels build these tuples from their
+    arguments; nothing of them is left in the machine code.
+    """
+
+    at: tl.tensor
+    rows: tl.tensor
+    row_stride: tl.tensor
+    column_stride: tl.tensor
+
+
+class Sizes(NamedTuple):
+    """The sizes of a `layer` launch, named by the kernel's own shapes."""
+
+    M: tl.tensor
+    K: tl.tensor
+    N: tl.tensor
+    rank: tl.tensor
+    lora_rank: tl.tensor
+    others: tl.tensor
+    h_columns: tl.tensor
+
+
+# ------------------------------------------------------------------------- both products of a layer
+
+
 # One compiled kernel for every number of rows: M bounds masks and blocks, nothing else.
-# fmt: off
 @triton.jit(do_not_specialize=["M"])
-def dataflow(
+def layer(
     X,  # [M, K]
     W1,  # [rank, K], or with GATHER [rank, others]
     W1a,  # [lora_rank, K] or None
@@ -33,13 +69,13 @@ def dataflow(
     W2a,  # [N, lora_rank] or None
     Bias,  # [N] or None
     Y,  # [M, N], contiguous
-    H,  # [M, h_m], workspace: the base's columns, then the adapter's from the next multiple of BR
+    H,  # [M, h_columns], workspace: the base's columns, the adapter's from the next multiple of BR
     Ha,  # [M, lora_rank] or None: x W1a^T for the caller, contiguous
     Partial,  # float32 workspace of split sums, or None
     Counters,  # int32, all zero: the queue, Ready [m_blocks], arrivals at each block of h
     Pivots,  # int32 [rank], ascending, or None
     Others,  # int64 [others]: the outputs that are no pivots, ascending, or None
-    M, K, N, rank, lora_rank, others, h_m,
+    M, K, N, rank, lora_rank, others, h_columns,
     x_m, x_k, w1_r, w1_k, w1a_r, w1a_k, w2_n, w2_r, w2a_n, w2a_r, alpha,
     GATHER: tl.constexpr,  # pivoted backward: h = x[:, Pivots] + x[:, Others] W1^T
     SCATTER: tl.constexpr,  # pivoted forward: y[:, Pivots] = h, y[:, Others] = h W2^T
@@ -47,17 +83,22 @@ def dataflow(
     SPLIT: tl.constexpr, SWAP: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):
-    # fmt: on
+    sizes = Sizes(M, K, N, rank, lora_rank, others, h_columns)
+    x = Matrix(X, M, x_m, x_k)
+    w1 = Matrix(W1, rank, w1_r, w1_k)
+    w1a = Matrix(W1a, lora_rank, w1a_r, w1a_k)
+    w2 = Matrix(W2, others if SCATTER else N, w2_n, w2_r)
+    w2a = Matrix(W2a, N, w2a_n, w2a_r)
+
     m_blocks = tl.cdiv(M, BM)
     base_blocks = tl.cdiv(rank, BR)
     rank_blocks = base_blocks
     if W1a is not None:
         rank_blocks += tl.cdiv(lora_rank, BR)
-    other_blocks = tl.cdiv(N, BN)
+    other_blocks = tl.cdiv(w2.rows, BN)
     column_blocks = other_blocks
     if SCATTER:
-        other_blocks = tl.cdiv(others, BN)
-        column_blocks = other_blocks + tl.cdiv(rank, BN)
+        column_blocks += tl.cdiv(rank, BN)
     shrink_tiles = m_blocks * rank_blocks * SPLIT
     tiles = shrink_tiles + m_blocks * column_blocks
     Ready = Counters + READY
@@ -66,14 +107,12 @@ def dataflow(
     while tile < tiles:
         if tile < shrink_tiles:
             m_block = tile // SPLIT // rank_blocks
-            complete = _shrink(
-                *(X, W1, W1a, H, Ha, Partial, Ready + m_blocks, Pivots, Others, tile),
-                *(M, K, rank, lora_rank, others, h_m, x_m, x_k, w1_r, w1_k, w1a_r, w1a_k, alpha),
-                *(rank_blocks, base_blocks, GATHER, SCALED, SPLIT, SWAP, PREFETCH, PRECISION),
-                *(BM, BR, BK),
-            )
-            if complete:
-                tl.debug_barrier()  # every thread's part of h is written before one says so
+            is_complete = _shrink(
+                tile, x, w1, w1a, H, Ha, Partial, Ready + m_blocks, Pivots, Others, sizes, alpha,
+                rank_blocks, base_blocks, GATHER=GATHER, SCALED=SCALED, SPLIT=SPLIT, SWAP=SWAP,
+                PREFETCH=PREFETCH, PRECISION=PRECISION, BM=BM, BR=BR, BK=BK)
+            if is_complete:
+                tl.debug_barrier()  # the release covers what every thread has written of h
                 tl.atomic_add(Ready + m_block, 1, sem="release")
         else:
             m_block = (tile - shrink_tiles) // column_blocks
@@ -81,227 +120,190 @@ def dataflow(
             if PREFETCH:  # while h is still being made
                 if column_block < other_blocks:
                     columns = column_block * BN + tl.arange(0, BN)
-                    limit = others if SCATTER else N
-                    _prefetch(W2, w2_n, columns, limit, 0, rank)
+                    _prefetch(w2, columns, begin=0, end=rank)
             while tl.atomic_add(Ready + m_block, 0, sem="acquire") < rank_blocks:
                 pass
             tl.debug_barrier()
             _expand(
-                *(H, W2, W2a, Bias, Y, Pivots, Others, m_block, column_block),
-                *(M, N, rank, lora_rank, others, h_m, w2_n, w2_r, w2a_n, w2a_r),
-                *(base_blocks * BR, other_blocks, SCATTER, SWAP, PRECISION, BM, BN, BJ),
-            )
+                m_block, column_block, H, w2, w2a, Bias, Y, Pivots, Others, sizes,
+                adapter_column=base_blocks * BR, other_blocks=other_blocks, SCATTER=SCATTER,
+                SWAP=SWAP, PRECISION=PRECISION, BM=BM, BN=BN, BJ=BJ)
         tile = tl.atomic_add(Counters + QUEUE, 1, sem="relaxed")
 
-    # Each program ends on a ticket that is no tile's, drawn when its last tile was done. Who draws
-    # the last of these leaves the counters as they were found; arrivals were reset on the way.
+    # Each program ends on a ticket past the last tile, drawn after its own last tile was done. The
+    # program with the last ticket resets the queue and Ready; arrivals were reset on the way.
     if tile == tiles + tl.num_programs(0) - 1:
-        # Added to, not exchanged: nobody waits for a result, which took 1.3 us of 9.
+        # Adding needs no result, where an exchange waited for one: 1.3 us of 9.
         tl.atomic_add(Counters + QUEUE, -tiles - tl.num_programs(0), sem="relaxed")
         for block in range(0, m_blocks):
             tl.atomic_add(Ready + block, -rank_blocks, sem="relaxed")
 
 
-# fmt: off
 @triton.jit
 def _shrink(
-    X, W1, W1a, H, Ha, Partial, Arrivals, Pivots, Others, tile, M, K, rank, lora_rank, others, h_m,
-    x_m, x_k, w1_r, w1_k, w1a_r, w1a_k, alpha, rank_blocks, base_blocks,
-    GATHER: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
-    PREFETCH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
-    BK: tl.constexpr,
+    tile, x, w1, w1a, H, Ha, Partial, Arrivals, Pivots, Others, sizes, alpha,
+    rank_blocks, base_blocks, GATHER: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
+    SWAP: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr,
 ):
-    # fmt: on
-    """One part of h [BM, BR]; True where that makes the block complete, and H has it."""
+    """Compute one part of a block of h [BM, BR].
+
+    The last part to arrive stores the block to H and returns True, the others return False.
+    """
     part = tile % SPLIT
     place = tile // SPLIT
     rank_block = place % rank_blocks
     rows = place // rank_blocks * BM + tl.arange(0, BM)
-    acc = _zeros(BM, BR, SWAP)
-    if not GATHER:
-        # One loop for base and adapter: with one on either side of a branch ptxas would wait for
-        # every wgmma of the kernel before the next (sm_90), and each would have its own buffers.
+    if GATHER:
+        acc = _shrink_gathered(
+            x, w1, w1a, Pivots, Others, sizes, rows, rank_block, base_blocks, part,
+            SPLIT=SPLIT, SWAP=SWAP, PRECISION=PRECISION, BM=BM, BR=BR, BK=BK)
+    else:
+        # One loop serves base and adapter. With a loop on either side of a branch ptxas waits for
+        # every wgmma of the kernel before the next (sm_90), and each loop has its own buffers.
         ranks = rank_block * BR + tl.arange(0, BR)
-        W, w_r, w_k, limit = W1, w1_r, w1_k, rank
-        if W1a is not None:
+        w = w1
+        if w1a.at is not None:
             if rank_block >= base_blocks:
                 ranks -= base_blocks * BR
-                W, w_r, w_k, limit = W1a, w1a_r, w1a_k, lora_rank
-        begin, end = _share(K, part, SPLIT, BK)
+                w = w1a
+        begin, end = _share(sizes.K, part, SPLIT, BK)
         if PREFETCH:
-            _prefetch(W, w_r, ranks, limit, begin, end)
+            _prefetch(w, ranks, begin, end)
         acc = _contract(
-            *(acc, X, x_m, x_k, rows, M, None),
-            *(W, w_r, w_k, ranks, ranks < limit),
-            *(begin, end, K, SWAP, PRECISION, BK),
-        )
-    elif rank_block < base_blocks:
-        ranks = rank_block * BR + tl.arange(0, BR)
-        begin, end = _share(others, part, SPLIT, BK)
-        acc = _contract(
-            *(acc, X, x_m, x_k, rows, M, Others),
-            *(W1, w1_r, w1_k, ranks, ranks < rank),
-            *(begin, end, others, SWAP, PRECISION, BK),
-        )
-        if part == 0:
-            columns = tl.load(Pivots + ranks, mask=ranks < rank, other=0)
-            at = X + rows.to(tl.int64)[:, None] * x_m + columns[None, :] * x_k
-            inside = (rows < M)[:, None] & (ranks < rank)[None, :]
-            direct = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            acc += tl.trans(direct) if SWAP else direct
-    elif W1a is not None:
-        ranks_a = (rank_block - base_blocks) * BR + tl.arange(0, BR)
-        begin_a, end_a = _share(K, part, SPLIT, BK)
-        acc = _contract(
-            *(acc, X, x_m, x_k, rows, M, None),
-            *(W1a, w1a_r, w1a_k, ranks_a, ranks_a < lora_rank),
-            *(begin_a, end_a, K, SWAP, PRECISION, BK),
-        )
-    complete = True
+            _zeros(BM, BR, SWAP), x, rows, None, w, ranks, ranks < w.rows,
+            begin, end, sizes.K, SWAP=SWAP, PRECISION=PRECISION, BLOCK=BK)
+    is_complete = True
     if SPLIT > 1:
-        acc, complete = _sum_of_parts(acc, Partial, Arrivals + place, place, part, SPLIT)
-    if complete:
+        acc, is_complete = _sum_of_parts(acc, Partial, Arrivals + place, place, part, SPLIT)
+    if is_complete:
         h = tl.trans(acc) if SWAP else acc
-        if W1a is not None:
+        if w1a.at is not None:
             if rank_block >= base_blocks:
                 scaled = h * alpha
                 if Ha is not None:
                     columns_a = (rank_block - base_blocks) * BR + tl.arange(0, BR)
-                    tl.store(
-                        Ha + _offsets(rows, lora_rank, columns_a),
-                        (scaled if SCALED else h).to(Ha.dtype.element_ty),
-                        mask=(rows < M)[:, None] & (columns_a < lora_rank)[None, :],
-                    )
+                    mask_a = (rows < sizes.M)[:, None] & (columns_a < sizes.lora_rank)[None, :]
+                    tl.store(Ha + _offsets(rows, sizes.lora_rank, columns_a),
+                             (scaled if SCALED else h).to(Ha.dtype.element_ty), mask=mask_a)
                 h = scaled
         columns_h = rank_block * BR + tl.arange(0, BR)
-        at_h = H + _offsets(rows, h_m, columns_h)
-        tl.store(at_h, h.to(H.dtype.element_ty), mask=(rows < M)[:, None])
-    return complete
+        at_h = H + _offsets(rows, sizes.h_columns, columns_h)
+        tl.store(at_h, h.to(H.dtype.element_ty), mask=(rows < sizes.M)[:, None])
+    return is_complete
 
 
-# fmt: off
+@triton.jit
+def _shrink_gathered(
+    x, w1, w1a, Pivots, Others, sizes, rows, rank_block, base_blocks, part, SPLIT: tl.constexpr,
+    SWAP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One part of a block of h = x[:, Pivots] + x[:, Others] W1^T, or of the adapter part."""
+    acc = _zeros(BM, BR, SWAP)
+    if rank_block < base_blocks:
+        ranks = rank_block * BR + tl.arange(0, BR)
+        begin, end = _share(sizes.others, part, SPLIT, BK)
+        acc = _contract(
+            acc, x, rows, Others, w1, ranks, ranks < w1.rows,
+            begin, end, sizes.others, SWAP=SWAP, PRECISION=PRECISION, BLOCK=BK)
+        if part == 0:
+            columns = tl.load(Pivots + ranks, mask=ranks < w1.rows, other=0)
+            at = x.at + rows.to(tl.int64)[:, None] * x.row_stride
+            at += columns[None, :] * x.column_stride
+            inside = (rows < x.rows)[:, None] & (ranks < w1.rows)[None, :]
+            direct = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            acc += tl.trans(direct) if SWAP else direct
+    elif w1a.at is not None:
+        ranks_a = (rank_block - base_blocks) * BR + tl.arange(0, BR)
+        begin_a, end_a = _share(sizes.K, part, SPLIT, BK)
+        acc = _contract(
+            acc, x, rows, None, w1a, ranks_a, ranks_a < w1a.rows,
+            begin_a, end_a, sizes.K, SWAP=SWAP, PRECISION=PRECISION, BLOCK=BK)
+    return acc
+
+
 @triton.jit
 def _expand(
-    H, W2, W2a, Bias, Y, Pivots, Others, m_block, column_block, M, N, rank, lora_rank, others, h_m,
-    w2_n, w2_r, w2a_n, w2a_r, adapter_column, other_blocks,
-    SCATTER: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BJ: tl.constexpr,
+    m_block, column_block, H, w2, w2a, Bias, Y, Pivots, Others, sizes, adapter_column,
+    other_blocks, SCATTER: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):
-    # fmt: on
-    """y [BM, BN] of one block of columns; with SCATTER the others' blocks, then the pivots'."""
+    """Compute and store a block of y [BM, BN]; with SCATTER the others' blocks come first, then
+    the pivots'."""
     rows = m_block * BM + tl.arange(0, BM)
     columns = column_block * BN + tl.arange(0, BN)
-    inside = columns < N
-    depth = rank
+    inside = columns < w2.rows
+    depth = sizes.rank
     if SCATTER:
-        inside = columns < others
         if column_block >= other_blocks:
             columns -= other_blocks * BN
-            inside = columns < rank
+            inside = columns < sizes.rank
             depth = 0  # a pivot is h itself; the loop stays outside of the branch, as in _shrink
+    h = Matrix(H, sizes.M, sizes.h_columns, 1)
     acc = _contract(
-        *(_zeros(BM, BN, SWAP), H, h_m, 1, rows, M, None),
-        *(W2, w2_n, w2_r, columns, inside),
-        *(0, depth, rank, SWAP, PRECISION, BJ),
-    )
+        _zeros(BM, BN, SWAP), h, rows, None, w2, columns, inside,
+        0, depth, sizes.rank, SWAP=SWAP, PRECISION=PRECISION, BLOCK=BJ)
     if SCATTER:
         if column_block >= other_blocks:
-            mask = (rows < M)[:, None] & inside[None, :]
-            h = tl.load(H + _offsets(rows, h_m, columns), mask=mask, other=0.0).to(tl.float32)
-            acc += tl.trans(h) if SWAP else h
+            mask = (rows < sizes.M)[:, None] & inside[None, :]
+            at_h = H + _offsets(rows, sizes.h_columns, columns)
+            pivot = tl.load(at_h, mask=mask, other=0.0).to(tl.float32)
+            acc += tl.trans(pivot) if SWAP else pivot
             columns = tl.load(Pivots + columns, mask=inside, other=0)
         else:
             columns = tl.load(Others + columns, mask=inside, other=0).to(tl.int32)
-    if W2a is not None:
+    if w2a.at is not None:
+        h_a = Matrix(H + adapter_column, sizes.M, sizes.h_columns, 1)
         acc = _contract(
-            *(acc, H + adapter_column, h_m, 1, rows, M, None),
-            *(W2a, w2a_n, w2a_r, columns, inside),
-            *(0, lora_rank, lora_rank, SWAP, PRECISION, BJ),
-        )
+            acc, h_a, rows, None, w2a, columns, inside,
+            0, sizes.lora_rank, sizes.lora_rank, SWAP=SWAP, PRECISION=PRECISION, BLOCK=BJ)
     y = tl.trans(acc) if SWAP else acc
     if Bias is not None:
         y += tl.load(Bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    mask_y = (rows < M)[:, None] & inside[None, :]
-    tl.store(Y + _offsets(rows, N, columns), y.to(Y.dtype.element_ty), mask=mask_y)
+    mask_y = (rows < sizes.M)[:, None] & inside[None, :]
+    tl.store(Y + _offsets(rows, sizes.N, columns), y.to(Y.dtype.element_ty), mask=mask_y)
 
 
-@triton.jit
-def _zeros(rows: tl.constexpr, columns: tl.constexpr, SWAP: tl.constexpr):
-    if SWAP:
-        return tl.zeros((columns, rows), tl.float32)
-    else:
-        return tl.zeros((rows, columns), tl.float32)
-
-
-@triton.jit
-def _share(depth, part, SPLIT: tl.constexpr, BK: tl.constexpr):
-    """The range of the contraction that part number `part` of SPLIT adds up."""
-    if SPLIT == 1:
-        return 0, depth
-    else:
-        blocks = tl.cdiv(depth, BK)
-        return part * blocks // SPLIT * BK, (part + 1) * blocks // SPLIT * BK
-
-
-@triton.jit
-def _offsets(rows, stride, columns):
-    """Where a matrix whose columns are contiguous has its elements [rows, columns]."""
-    return rows.to(tl.int64)[:, None] * stride + columns[None, :]
-
-
-# fmt: off
 @triton.jit
 def _contract(
-    acc, Left, left_m, left_k, rows, M, Index, Right, right_n, right_k, columns, columns_inside,
-    begin, end, depth,
+    acc, left, rows, index, right, columns, columns_inside, begin, end, depth,
     SWAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    # fmt: on
-    """acc [rows, columns] + Left[rows, k] Right[columns, k]^T for k in begin..end, below depth.
+    """acc [rows, columns] + left[rows, k] right[columns, k]^T for k in begin..end, below depth.
 
-    With SWAP acc is [columns, rows]: the weights are the tensor cores' first operand. A single row
-    is multiplied without them: nothing passes through shared memory, no warp waits for another,
-    and tiles may be as small as it takes to give every program one. Index: where in Left the k-th
-    column stands.
+    left and right are Matrix tuples. index, or None: the column of left where the k-th stands.
+
+    With SWAP acc is [columns, rows] and the weights are the tensor cores' first operand. A single
+    row is multiplied without tensor cores: nothing passes through shared memory, no warp waits for
+    another, and tiles may be small enough to give every program one.
     """
-    left_rows, rows_inside = rows.to(tl.int64) * left_m, rows < M
-    right_columns = columns.to(tl.int64) * right_n
+    left_rows, rows_inside = rows.to(tl.int64) * left.row_stride, rows < left.rows
+    right_columns = columns.to(tl.int64) * right.row_stride
     if rows.shape[0] == 1:
         sums = tl.zeros((columns.shape[0], BLOCK), tl.float32)
     for start in range(begin, end, BLOCK):
         k = start + tl.arange(0, BLOCK)
         inside = k < depth
         place = k
-        if Index is not None:
-            place = tl.load(Index + k, mask=inside, other=0).to(tl.int32)
-        # Each operand is loaded the way round that the product takes it: transposed afterwards, a
-        # weight whose rows are not contiguous would not be copied asynchronously on sm_80.
+        if index is not None:
+            place = tl.load(index + k, mask=inside, other=0).to(tl.int32)
+        # Each operand is loaded in the orientation that the product takes. A transpose after the
+        # load would keep a weight whose rows aren't contiguous from async copies (sm_80).
         if SWAP:
-            a = tl.load(
-                Left + left_rows[None, :] + place[:, None] * left_k,
-                mask=inside[:, None] & rows_inside[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                Right + right_columns[:, None] + k[None, :] * right_k,
-                mask=columns_inside[:, None] & inside[None, :],
-                other=0.0,
-            )
+            a = tl.load(left.at + left_rows[None, :] + place[:, None] * left.column_stride,
+                        mask=inside[:, None] & rows_inside[None, :], other=0.0)
+            w = tl.load(right.at + right_columns[:, None] + k[None, :] * right.column_stride,
+                        mask=columns_inside[:, None] & inside[None, :], other=0.0)
             if rows.shape[0] == 1:
                 sums += w.to(tl.float32) * tl.trans(a).to(tl.float32)
             else:
                 acc = tl.dot(w, a, acc, input_precision=PRECISION)
         else:
-            a = tl.load(
-                Left + left_rows[:, None] + place[None, :] * left_k,
-                mask=rows_inside[:, None] & inside[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                Right + right_columns[None, :] + k[:, None] * right_k,
-                mask=inside[:, None] & columns_inside[None, :],
-                other=0.0,
-            )
+            a = tl.load(left.at + left_rows[:, None] + place[None, :] * left.column_stride,
+                        mask=rows_inside[:, None] & inside[None, :], other=0.0)
+            w = tl.load(right.at + right_columns[None, :] + k[:, None] * right.column_stride,
+                        mask=inside[:, None] & columns_inside[None, :], other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
     if rows.shape[0] == 1:
         acc += tl.sum(sums, 1)[:, None]
@@ -309,17 +311,17 @@ def _contract(
 
 
 @triton.jit
-def _prefetch(Weights, stride, rows, limit, begin, end):
-    """Have Weights[rows, begin..end], rows contiguous, brought into L2 without waiting for it.
+def _prefetch(weight, rows, begin, end):
+    """Start bringing weight[rows, begin..end], contiguous along its rows, into L2.
 
-    The loads that follow have a few tiles on their way at a time, this all of them: with few rows
-    of x that is the difference between two thirds of the memory's bandwidth and a third.
+    The loads that follow have a few tiles in flight, this all of them. With few rows of x that
+    makes two thirds of the memory's bandwidth out of one third.
     """
-    LINE: tl.constexpr = 1024 // Weights.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
-    row = tl.minimum(rows, limit - 1).to(tl.int64) * stride
+    LINE: tl.constexpr = 1024 // weight.at.dtype.element_ty.primitive_bitwidth  # in 128 bytes
+    row = tl.minimum(rows, weight.rows - 1).to(tl.int64) * weight.row_stride
     for start in range(begin, end, 8 * LINE):
         column = tl.minimum(start + tl.arange(0, 8) * LINE, end - 1)
-        at = (Weights + row[:, None] + column[None, :]).to(tl.int64)
+        at = (weight.at + row[:, None] + column[None, :]).to(tl.int64)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1
         )
@@ -329,7 +331,7 @@ def _prefetch(Weights, stride, rows, limit, begin, end):
 def _sum_of_parts(acc, Partial, arrivals, place, part, SPLIT: tl.constexpr):
     """(the sum of all parts in their order, True) for the last part to arrive, else (acc, False).
 
-    The last one leaves its counter at zero.
+    The last part resets the block's arrivals to zero.
     """
     rows: tl.constexpr = acc.shape[0]
     columns: tl.constexpr = acc.shape[1]
@@ -347,8 +349,35 @@ def _sum_of_parts(acc, Partial, arrivals, place, part, SPLIT: tl.constexpr):
     return acc, last
 
 
+@triton.jit
+def _share(depth, part, SPLIT: tl.constexpr, BK: tl.constexpr):
+    """(begin, end): the range of the contraction that part number `part` of SPLIT adds up."""
+    if SPLIT == 1:
+        return 0, depth
+    else:
+        blocks = tl.cdiv(depth, BK)
+        return part * blocks // SPLIT * BK, (part + 1) * blocks // SPLIT * BK
+
+
+@triton.jit
+def _zeros(rows: tl.constexpr, columns: tl.constexpr, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.zeros((columns, rows), tl.float32)
+    else:
+        return tl.zeros((rows, columns), tl.float32)
+
+
+@triton.jit
+def _offsets(rows, stride, columns):
+    """Offsets [rows, columns] into a matrix whose columns are contiguous."""
+    return rows.to(tl.int64)[:, None] * stride + columns[None, :]
+
+
+# ---------------------------------------------------------------------------- adapter's gradients
+
+
 @triton.jit(do_not_specialize=["M"])
-def thin(
+def adapter_gradients(
     dHa,  # [M, lora_rank], contiguous, or None: no dA
     X,  # [M, K]
     dA,  # [lora_rank, K], contiguous
@@ -358,25 +387,14 @@ def thin(
     dBias,  # [N] or None
     Partial,  # float32 workspace, or None
     Counters,  # int32, zero: arrivals
-    M,
-    K,
-    N,
-    lora_rank,
-    x_m,
-    x_k,
-    dy_m,
-    dy_n,
-    alpha,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    BA: tl.constexpr,
+    M, K, N, lora_rank, x_m, x_k, dy_m, dy_n, alpha,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BA: tl.constexpr,
 ):
-    """dA = dHa^T X, dB = alpha dY^T Ha and dBias = sum of dY's rows, one tile a program.
+    """dA = dHa^T X, dB = alpha dY^T Ha and dBias = the sum of dY's rows, one tile a program.
 
     A tile is BA ranks of the adapter by BC columns of X or dY, summed over one of SPLIT shares of
-    the rows; the last share to arrive adds them all up, in their order.
+    the rows. The last share to arrive adds up all shares in their order.
     """
     part = tl.program_id(0) % SPLIT
     tile = tl.program_id(0) // SPLIT
@@ -390,13 +408,12 @@ def thin(
         if tile < x_tiles:
             columns = tile // rank_blocks * BC + tl.arange(0, BC)
             acc, _ = _outer(
-                *(dHa, X, x_m, x_k, columns, K, ranks, lora_rank, begin, end, M),
-                *(False, PRECISION, BM, BC, BA),
-            )
-            complete = True
+                dHa, X, x_m, x_k, columns, K, ranks, lora_rank, begin, end, M,
+                SUM=False, PRECISION=PRECISION, BM=BM, BC=BC, BA=BA)
+            is_complete = True
             if SPLIT > 1:
-                acc, complete = _sum_of_parts(acc, Partial, Counters + tile, tile, part, SPLIT)
-            if complete:
+                acc, is_complete = _sum_of_parts(acc, Partial, Counters + tile, tile, part, SPLIT)
+            if is_complete:
                 inside = (ranks < lora_rank)[:, None] & (columns < K)[None, :]
                 at = dA + ranks.to(tl.int64)[:, None] * K + columns[None, :]
                 tl.store(at, acc.to(dA.dtype.element_ty), mask=inside)
@@ -404,22 +421,21 @@ def thin(
         if tile >= x_tiles:
             columns = (tile - x_tiles) // rank_blocks * BC + tl.arange(0, BC)
             acc, total = _outer(
-                *(Ha, dY, dy_m, dy_n, columns, N, ranks, lora_rank, begin, end, M),
-                *(dBias is not None, PRECISION, BM, BC, BA),
-            )
-            complete = True
+                Ha, dY, dy_m, dy_n, columns, N, ranks, lora_rank, begin, end, M,
+                SUM=dBias is not None, PRECISION=PRECISION, BM=BM, BC=BC, BA=BA)
+            is_complete = True
             if SPLIT > 1:
                 if dBias is not None:
                     totals = Partial + (tl.num_programs(0) * BA * BC).to(tl.int64)
                     totals += tile.to(tl.int64) * SPLIT * BC + tl.arange(0, BC)
                     tl.store(totals + part * BC, total)
-                acc, complete = _sum_of_parts(acc, Partial, Counters + tile, tile, part, SPLIT)
+                acc, is_complete = _sum_of_parts(acc, Partial, Counters + tile, tile, part, SPLIT)
                 if dBias is not None:
-                    if complete:
+                    if is_complete:
                         total = tl.load(totals)
                         for other in range(1, SPLIT):
                             total += tl.load(totals + other * BC)
-            if complete:
+            if is_complete:
                 inside = (ranks < lora_rank)[:, None] & (columns < N)[None, :]
                 at_b = dB + columns.to(tl.int64)[None, :] * lora_rank + ranks[:, None]
                 tl.store(at_b, (acc * alpha).to(dB.dtype.element_ty), mask=inside)
@@ -429,14 +445,12 @@ def thin(
                         tl.store(dBias + columns, bias_sum, mask=columns < N)
 
 
-# fmt: off
 @triton.jit
 def _outer(
     G, Z, z_m, z_c, columns, C, ranks, lora_rank, begin, end, M,
-    SUM: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    BA: tl.constexpr,
+    SUM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BA: tl.constexpr,
 ):
-    # fmt: on
     """(G[m, ranks]^T Z[m, columns] [BA, BC], Z[m, columns] [BC]) summed over m in begin..end."""
     acc = tl.zeros((BA, BC), tl.float32)
     total = tl.zeros((BC,), tl.float32)
@@ -444,38 +458,32 @@ def _outer(
         m = start + tl.arange(0, BM)
         at_m = m.to(tl.int64)[:, None]
         rows_inside = (m < M)[:, None]
-        g = tl.load(
-            G + at_m * lora_rank + ranks[None, :],
-            mask=rows_inside & (ranks < lora_rank)[None, :],
-            other=0.0,
-        )
-        z = tl.load(
-            Z + at_m * z_m + columns[None, :] * z_c,
-            mask=rows_inside & (columns < C)[None, :],
-            other=0.0,
-        )
+        g = tl.load(G + at_m * lora_rank + ranks[None, :],
+                    mask=rows_inside & (ranks < lora_rank)[None, :], other=0.0)
+        z = tl.load(Z + at_m * z_m + columns[None, :] * z_c,
+                    mask=rows_inside & (columns < C)[None, :], other=0.0)
         acc = tl.dot(tl.trans(g), z, acc, input_precision=PRECISION)
         if SUM:
             total += tl.sum(z.to(tl.float32), 0)
     return acc, total
 
 
+# ------------------------------------------------------------------- output order of torch products
+
+
 @triton.jit(do_not_specialize=["M"])
-def weave(
+def merge_pivots(
     Hs,  # [M, rank], contiguous
     T,  # [M, others], contiguous
     Bias,  # [N] or None
     Order,  # int64 [N]: where each output stands in (Hs, T) side by side
     Y,  # [M, N], contiguous
-    M,
-    N,
-    rank,
-    others,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    M, N, rank, others, BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """Y = (Hs, T) in the order of the outputs, + Bias, in one pass: what the pivoted form needs
-    after two products of torch's, and would take a concatenation, a gather and a sum."""
+    """Y = (Hs, T) in the order of the outputs, + Bias.
+
+    One pass does what a concatenation, a gather and a sum would do after two of torch's products.
+    """
     column_blocks = tl.cdiv(N, BN)
     rows = tl.program_id(0) // column_blocks * BM + tl.arange(0, BM)
     columns = tl.program_id(0) % column_blocks * BN + tl.arange(0, BN)

@@ -1,8 +1,10 @@
-"""From tensors to launches: workspace, grid, arguments."""
+"""From tensors to launches: workspace, grid and arguments of the kernels in kernels.py."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,19 +14,18 @@ from hylora_kernels.backends.triton import kernels
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
     FORWARD,
+    AdapterGradientsConfig,
     Config,
     Problem,
     Target,
-    ThinConfig,
 )
 
-MOST = 2**31
-# Products and sums in one rounding: the default so far, which Triton 3.10 will turn.
+MOST = 2**31  # elements that 32-bit indices reach
+# A multiply-add rounds once. That is Triton's default up to 3.9; 3.10 turns it.
 FUSION = {"enable_fp_fusion": True}
-INTERPRETED_PROGRAMS = 3  # the interpreter runs one after the other; more than one shows more
 
 
-def dataflow(
+def layer(
     x,
     W1,
     W1a,
@@ -39,50 +40,85 @@ def dataflow(
     target: Target,
     compile_only: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One launch: x [M, K] -> (x [W1; W1a]^T [W2, W2a]^T + bias, x W1a^T); kernels.py has the
-    shapes. pivots, others: as the kernel takes them, None in the pair form."""
-    if x.stride(1) != 1 and x.numel() >= MOST:  # its columns would be out of 32-bit indices' reach
+    """Both products of a layer in one launch.
+
+    x [M, K] -> (y [M, N] = x [W1; W1a]^T [W2, W2a]^T + bias, h_a [M, lora_rank] = x W1a^T or None).
+    kernels.layer has the weights' shapes. pivots, others: the kernel's index lists, None in the
+    pair form. compile_only: nothing is launched, the results are uninitialised.
+    """
+    if x.stride(1) != 1 and x.numel() >= MOST:  # 32-bit indices would not reach its last columns
         x = x.contiguous()
     w1, w1a, w2a = W1.stride(), (0, 0), (0, 0)
     if W1a is not None:
-        W1, W1a, w1, w1a = _alike(W1, W1a)
+        W1, W1a, w1, w1a = _with_unit_strides_alike(W1, W1a)
         w2a = W2a.stride()
-    M, depth, width = len(x), x.shape[1], problem.width
-    h_columns = config.rank_blocks(problem) * config.BR
-    rank_tiles = _cdiv(M, config.BM) * config.rank_blocks(problem)
-    y, h = x.new_empty(M, width), x.new_empty(M, h_columns)
+    w2 = W2.stride()
+    M, h_columns = len(x), config.rank_blocks(problem) * config.BR
+    shrink_blocks = _cdiv(M, config.BM) * config.rank_blocks(problem)
+    y, h = x.new_empty(M, problem.width), x.new_empty(M, h_columns)
     h_a = None if W1a is None else x.new_empty(M, problem.lora_rank)
     partial = None
     if config.split > 1:
-        cells = rank_tiles * config.split * config.BM * config.BR
+        cells = shrink_blocks * config.split * config.BM * config.BR
         partial = x.new_empty(cells, dtype=torch.float32)
-    zeros = counters.zeros(x.device, 1 + _cdiv(M, config.BM) + rank_tiles)
-    programs = min(config.tiles(problem), config.residents * target.multiprocessors)
-    run = functools.partial(kernels.dataflow.warmup, grid=(1,))
-    if not compile_only:
-        run = kernels.dataflow[(programs,)]
-    try:
+    zeros = counters.zeros(x.device, 1 + _cdiv(M, config.BM) + shrink_blocks)
+    programs = min(config.tiles(problem), config.blocks_per_sm * target.multiprocessors)
+    run = kernels.layer[(programs,)]
+    if compile_only:
+        run = functools.partial(kernels.layer.warmup, grid=(1,))
+    sizes = {"M": M, "K": x.shape[1], "N": problem.width, "h_columns": h_columns}
+    sizes |= {"rank": problem.rank, "lora_rank": problem.lora_rank, "others": problem.others}
+    strides = {"x_m": x.stride(0), "x_k": x.stride(1), "w1_r": w1[0], "w1_k": w1[1]}
+    strides |= {"w1a_r": w1a[0], "w1a_k": w1a[1], "w2_n": w2[0], "w2_r": w2[1]}
+    strides |= {"w2a_n": w2a[0], "w2a_r": w2a[1]}
+    with _counting(zeros):
         run(
-            *(x, W1, W1a, W2, W2a, bias, y, h, h_a, partial, zeros, pivots, others),
-            *(M, depth, width, problem.rank, problem.lora_rank, problem.others, h_columns),
-            *(*x.stride(), *w1, *w1a, *W2.stride(), *w2a, alpha),
-            **constants(config, problem),
+            X=x,
+            W1=W1,
+            W1a=W1a,
+            W2=W2,
+            W2a=W2a,
+            Bias=bias,
+            Y=y,
+            H=h,
+            Ha=h_a,
+            Partial=partial,
+            Counters=zeros,
+            Pivots=pivots,
+            Others=others,
+            **sizes,
+            **strides,
+            alpha=alpha,
+            **layer_constants(config, problem),
             num_warps=config.warps,
             num_stages=config.stages,
             **FUSION,
         )
-    except BaseException:  # an interpreter that was interrupted, too
-        counters.forget(zeros)
-        raise
     return y, h_a
 
 
-def _alike(base: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    """(base, adapter, the strides of both), 1 in the same places: the kernel reads both in one
-    loop, compiled for the strides that are 1. Copied where they are not, which is rare."""
+@contextlib.contextmanager
+def _counting(zeros: Tensor) -> Iterator[None]:
+    """Give up the counters of a launch that is broken off, by Ctrl-C in the interpreter too: the
+    next launch would wait for tiles that nothing computes."""
+    try:
+        yield
+    except BaseException:
+        counters.forget(zeros)
+        raise
+
+
+def _with_unit_strides_alike(
+    base: Tensor, adapter: Tensor
+) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """(base, adapter, strides of base, strides of adapter) with stride 1 in the same dims.
+
+    The kernel reads both in one loop, which is compiled for the strides that are 1. Tensors whose
+    unit strides differ are copied, which is rare.
+    """
     while True:
         strides = list(base.stride()), list(adapter.stride())
-        for dim in (0, 1):  # that of a dim of size 1 may be anything
+        for dim in (0, 1):  # the stride of a dim of size 1 is free
             if adapter.shape[dim] == 1:
                 strides[1][dim] = strides[0][dim]
             elif base.shape[dim] == 1:
@@ -93,8 +129,8 @@ def _alike(base: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor, list[int], li
         base, adapter = (t.clone(memory_format=torch.contiguous_format) for t in (base, adapter))
 
 
-def constants(config: Config, problem: Problem) -> dict:
-    """What `dataflow` is compiled for."""
+def layer_constants(config: Config, problem: Problem) -> dict:
+    """The constants that kernels.layer is compiled for."""
     return {
         "GATHER": problem.pivoted and problem.direction == BACKWARD,
         "SCATTER": problem.pivoted and problem.direction == FORWARD,
@@ -111,9 +147,14 @@ def constants(config: Config, problem: Problem) -> dict:
     }
 
 
-def thin(dh_a, x, h_a, dy, alpha, needs_db: bool, config: ThinConfig, lora_rank: int):
-    """One launch: (dA [ra, K] = dh_a^T x, dB [N, ra] = alpha dy^T h_a, db [N] = sum of dy); dA is
-    None where dh_a is, dB and db where h_a is."""
+def adapter_gradients(
+    dh_a, x, h_a, dy, alpha, needs_db: bool, config: AdapterGradientsConfig, lora_rank: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The adapter's gradients in one launch.
+
+    (dA [ra, K] = dh_a^T x, dB [N, ra] = alpha dy^T h_a, db [N] = the sum of dy's rows). dA is None
+    where dh_a is None, dB and db where h_a is None, db also unless needs_db.
+    """
     one = x if x is not None else dy
     M, rank_blocks = len(one), _cdiv(lora_rank, config.BA)
     K = x.shape[1] if dh_a is not None else 0
@@ -126,37 +167,33 @@ def thin(dh_a, x, h_a, dy, alpha, needs_db: bool, config: ThinConfig, lora_rank:
     if config.split > 1:
         cells = tiles * config.split * config.BC * (config.BA + 1)
         partial = one.new_empty(cells, dtype=torch.float32)
-    x, x_strides = (x, x.stride()) if dh_a is not None else (None, (0, 0))
-    dy, dy_strides = (dy, dy.stride()) if h_a is not None else (None, (0, 0))
+    x, (x_m, x_k) = (x, x.stride()) if dh_a is not None else (None, (0, 0))
+    dy, (dy_m, dy_n) = (dy, dy.stride()) if h_a is not None else (None, (0, 0))
     zeros = counters.zeros(one.device, tiles)
-    try:
-        kernels.thin[(tiles * config.split,)](
-            *(dh_a, x, dA, h_a, dy, dB, db, partial, zeros, M, K, N, lora_rank),
-            *(*x_strides, *dy_strides, alpha),
-            **thin_constants(config, one.dtype),
+    with _counting(zeros):
+        kernels.adapter_gradients[(tiles * config.split,)](
+            dHa=dh_a,
+            X=x,
+            dA=dA,
+            Ha=h_a,
+            dY=dy,
+            dB=dB,
+            dBias=db,
+            Partial=partial,
+            Counters=zeros,
+            **{"M": M, "K": K, "N": N, "lora_rank": lora_rank},
+            **{"x_m": x_m, "x_k": x_k, "dy_m": dy_m, "dy_n": dy_n},
+            alpha=alpha,
+            **adapter_gradients_constants(config, one.dtype),
             num_warps=config.warps,
             num_stages=config.stages,
             **FUSION,
         )
-    except BaseException:
-        counters.forget(zeros)
-        raise
     return dA, dB, db
 
 
-def weave(h_s: Tensor, t: Tensor, bias: Tensor | None, order: Tensor) -> Tensor:
-    """One launch: h_s [M, r], t [M, N - r], order int64 [N] -> y [M, N] in order, plus bias."""
-    (M, rank), N = h_s.shape, len(order)
-    y = h_s.new_empty(M, N)
-    BM, BN = (128, 256) if h_s.device.type == "cpu" else (16, 128)
-    kernels.weave[(_cdiv(M, BM) * _cdiv(N, BN),)](
-        *(h_s, t, bias, order, y, M, N, rank, N - rank), BM=BM, BN=BN, **FUSION
-    )
-    return y
-
-
-def thin_constants(config: ThinConfig, dtype: torch.dtype) -> dict:
-    """What `thin` is compiled for."""
+def adapter_gradients_constants(config: AdapterGradientsConfig, dtype: torch.dtype) -> dict:
+    """The constants that kernels.adapter_gradients is compiled for."""
     return {
         "SPLIT": config.split,
         "PRECISION": precision(dtype),
@@ -166,23 +203,24 @@ def thin_constants(config: ThinConfig, dtype: torch.dtype) -> dict:
     }
 
 
+def merge_pivots(h_s: Tensor, t: Tensor, bias: Tensor | None, order: Tensor) -> Tensor:
+    """One launch: pivots h_s [M, r], others t [M, N - r], order int64 [N] -> y [M, N] in output
+    order, plus bias."""
+    (M, rank), N = h_s.shape, len(order)
+    y = h_s.new_empty(M, N)
+    BM, BN = (128, 256) if h_s.device.type == "cpu" else (16, 128)
+    sizes = {"M": M, "N": N, "rank": rank, "others": N - rank, "BM": BM, "BN": BN}
+    kernels.merge_pivots[(_cdiv(M, BM) * _cdiv(N, BN),)](
+        Hs=h_s, T=t, Bias=bias, Order=order, Y=y, **sizes, **FUSION
+    )
+    return y
+
+
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: exactly, unless torch.set_float32_matmul_precision says that
-    tensor cores may round it to tf32."""
+    """The precision of float32 products: exact ("ieee"), unless torch.set_float32_matmul_precision
+    lets tensor cores round to tf32."""
     exact = torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact or dtype != torch.float32 else "tf32"
-
-
-@functools.cache
-def target_of(device: torch.device) -> Target:
-    """The target that a device is; a CPU is the interpreter."""
-    if device.type != "cuda":
-        return Target("interpreter", 0, INTERPRETED_PROGRAMS)
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
-    arch = 10 * properties.major + properties.minor
-    return Target("cuda", arch, properties.multi_processor_count)
 
 
 def _cdiv(size: int, block: int) -> int:

@@ -27,7 +27,7 @@ def forward(x: Tensor, weights: Weights, problem: Problem) -> tuple[Tensor, Tens
 
         h_s = x @ SVh.T
         order = products.output_order(pivots, problem.others)
-        y = launch.weave(h_s, h_s @ U.T, bias, order)
+        y = launch.merge_pivots(h_s, h_s @ U.T, bias, order)
         return products.add_adapter(y, x, A, B, alpha)
     with _one_at_a_time:
         return products.forward(x, weights, _side_by_side)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from hylora_kernels import backends, reference
 from hylora_kernels.backends import triton as triton_room
-from hylora_kernels.backends.triton import config as configs
+from hylora_kernels.backends.triton import dispatch
+from hylora_kernels.backends.triton.config import TORCH_PRODUCTS, Problem, candidate_configs
 from hylora_kernels.machine.selftest.grid import DTYPES, FORMS, Call, Case, Entry, plan
 from hylora_kernels.machine.selftest.races import Race, races, run
 from hylora_kernels.ops import svd_lora_linear
@@ -164,9 +165,9 @@ def _launches(name: str, entry: Entry, dtype, device) -> list:
         return [None]
     case, (K, N, r, ra) = entry.case, entry.case.sizes
     rank, pivoted = (N if case.form == "dense" else r), case.form != "pair"
-    problem = configs.Problem(case.M, K, N, rank, ra, dtype, pivoted)
-    found = configs.candidates(problem, triton_room._target(device))
-    return [None, *[c for c in found if c is not configs.VENDOR][: entry.launches]]
+    problem = Problem(case.M, K, N, rank, ra, dtype, pivoted)
+    found = candidate_configs(problem, dispatch.target_of(device))
+    return [None, *[c for c in found if c is not TORCH_PRODUCTS][: entry.launches]]
 
 
 def _forced(name: str, config):

@@ -21,7 +21,7 @@ import pytest
 import torch
 from helpers.triton_code import MACHINES, Case, Code, faults, of_amd, of_nvidia
 
-from hylora_kernels.backends.triton.config import BACKWARD, Config, Problem, ThinConfig
+from hylora_kernels.backends.triton.config import BACKWARD, AdapterGradientsConfig, Config, Problem
 
 ALL = os.environ.get("HYLORA_TEST_ALL") == "1"
 OLDEST = "3.6.0"  # what torch 2.10, the oldest supported, pairs with
@@ -53,7 +53,7 @@ def test_every_shipped_configuration_passes(target, tmp_path):
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = json.loads(table.read_text(encoding="utf-8"))
-    assert {line["kernel"] for line in lines} == {"dataflow", "thin", "weave"}
+    assert {line["kernel"] for line in lines} == {"layer", "adapter_gradients", "merge_pivots"}
 
 
 @pytest.mark.slow
@@ -147,11 +147,10 @@ def test_what_a_call_excuses():
     pivoted = Case(replace(PROBLEM, pivoted=True, direction=BACKWARD), TILES)
     assert faults(replace(code, waiting=2), pivoted, sm_80) == []
     assert faults(replace(code, waiting=3), pivoted, sm_80) != []
-    thin = replace(code, orders=frozenset())
-    assert faults(thin, Case(PROBLEM, ThinConfig(64, 64, 32, split=1)), sm_80) == []
-    assert faults(thin, Case(PROBLEM, ThinConfig(64, 64, 32, split=2)), sm_80) == [
-        "no atomic with acq_rel"
-    ]
+    without_atomics = replace(code, orders=frozenset())
+    whole, split = (Case(PROBLEM, AdapterGradientsConfig(64, 64, 32, split=n)) for n in (1, 2))
+    assert faults(without_atomics, whole, sm_80) == []
+    assert faults(without_atomics, split, sm_80) == ["no atomic with acq_rel"]
     one_row = Case(PROBLEM, Config(1, 8, 512, 16, 512, swap=True))
     assert faults(replace(code, waiting=9, opcodes=Counter()), one_row, sm_80) == []
     few_rows = Case(PROBLEM, Config(16, 16, 64, 16, 64, swap=True))
@@ -159,7 +158,7 @@ def test_what_a_call_excuses():
 
 
 def test_reading_nvidias_tools():
-    resources = "Function dataflow:\n  REG:72 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:680\n"
+    resources = "Function layer:\n  REG:72 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:680\n"
     sass = (
         "        /*0010*/                   LDC R1, c[0x0][0x28] ;\n"
         "        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R5], desc[UR8][R2.64] ;\n"

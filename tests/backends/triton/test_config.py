@@ -1,4 +1,4 @@
-"""What the Triton room launches: legality, defaults, the tuned table, counters. No GPU, no
+"""The configs of the Triton backend: legality, defaults, tuned tables, counters. No GPU, no
 kernel."""
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
     FORWARD,
-    VENDOR,
+    TORCH_PRODUCTS,
+    TORCH_PRODUCTS_WORD,
+    AdapterGradientsConfig,
     Config,
     Problem,
     Target,
-    ThinConfig,
-    candidates,
-    chosen,
-    default,
-    thin_config,
+    adapter_gradients_config,
+    candidate_configs,
+    default_config,
     why_illegal,
 )
+from hylora_kernels.backends.triton.dispatch import read_tables_again, tuned_or_default
 from hylora_kernels.weights import Weights
 
 pytestmark = pytest.mark.skipif(not room.INSTALLED, reason=room.why_not())
@@ -50,21 +51,21 @@ def test_every_candidate_is_legal_and_there_is_one(dtype, target):
         for direction in (FORWARD, BACKWARD):
             for K in (16, 576, 11008):
                 problem = of(M=M, K=K, rank=8, dtype=dtype, direction=direction)
-                found = candidates(problem, target)
-                assert found[0] is VENDOR and len(found) > 1
+                found = candidate_configs(problem, target)
+                assert found[0] is TORCH_PRODUCTS and len(found) > 1
                 assert not any(why_illegal(c, dtype, target) for c in found[1:])
                 assert len(set(found)) == len(found)
                 for config in found[1:]:
                     steps = math.ceil(problem.depth / config.BK)
                     assert config.split == 1 or steps >= 2 * config.split
-        thin = thin_config(of(M=M, dtype=dtype), target)
-        assert thin is VENDOR or why_illegal(thin, dtype, target) is None
+        tiles = adapter_gradients_config(of(M=M, dtype=dtype), target)
+        assert tiles is TORCH_PRODUCTS or why_illegal(tiles, dtype, target) is None
 
 
 def test_only_nvidia_prefetches_and_only_forward():
-    assert any(c.prefetch for c in candidates(BF16, H100)[1:])
-    assert not any(c.prefetch for c in candidates(BF16, TARGETS[-1])[1:])
-    assert not any(c.prefetch for c in candidates(of(direction=BACKWARD), H100)[1:])
+    assert any(c.prefetch for c in candidate_configs(BF16, H100)[1:])
+    assert not any(c.prefetch for c in candidate_configs(BF16, TARGETS[-1])[1:])
+    assert not any(c.prefetch for c in candidate_configs(of(direction=BACKWARD), H100)[1:])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_only_nvidia_prefetches_and_only_forward():
         (Config(1, 8, 64, 8, 64), "a single row is multiplied with swap alone"),
         (Config(128, 256, 32, 256, 32, warps=4), "4 warps hold 128 sums a thread"),
         (Config(128, 128, 128, 128, 128, warps=8, stages=4), "262144 bytes of shared memory"),
-        (ThinConfig(64, 64, 8), "BA must be a power of two, at least 16, got 8"),
+        (AdapterGradientsConfig(64, 64, 8), "BA must be a power of two, at least 16, got 8"),
     ],
 )
 def test_why_illegal_names_what_is_wrong(config, words):
@@ -88,27 +89,30 @@ def test_a_single_row_may_have_any_tiles():
 
 def test_defaults():
     few, many = of(M=1), of(M=2048)
-    assert isinstance(default(few, H100), Config) and default(many, H100) is VENDOR
-    assert default(of(direction=BACKWARD), H100) is VENDOR
+    assert isinstance(default_config(few, H100), Config)
+    assert default_config(many, H100) is TORCH_PRODUCTS
+    assert default_config(of(direction=BACKWARD), H100) is TORCH_PRODUCTS
     merged = of(lora_rank=0)
-    assert isinstance(default(merged, H100, captured=True), Config)
-    assert default(merged, H100, captured=False) is VENDOR, "two products cost the host less"
+    assert isinstance(default_config(merged, H100, captured=True), Config)
+    assert default_config(merged, H100, captured=False) is TORCH_PRODUCTS, (
+        "two products cost the host less"
+    )
     large = of(lora_rank=0, K=4096, N=11008, rank=1568)
-    assert default(large, H100) is VENDOR
-    assert default(of(M=16, dtype=torch.float32), H100) is VENDOR
+    assert default_config(large, H100) is TORCH_PRODUCTS
+    assert default_config(of(M=16, dtype=torch.float32), H100) is TORCH_PRODUCTS
     interpreter = Target("interpreter", 0, 3)
-    assert isinstance(default(many, interpreter), Config)
+    assert isinstance(default_config(many, interpreter), Config)
 
 
 def test_the_adapters_gradients_are_torchs_where_the_sums_are_long():
-    assert isinstance(thin_config(of(M=2048), H100), ThinConfig)
-    assert thin_config(of(M=8192, K=4096, N=11008), H100) is VENDOR
+    assert isinstance(adapter_gradients_config(of(M=2048), H100), AdapterGradientsConfig)
+    assert adapter_gradients_config(of(M=8192, K=4096, N=11008), H100) is TORCH_PRODUCTS
 
 
 def test_split_shares_cover_every_multiprocessor_but_not_more_than_there_is():
-    short = candidates(of(M=16, K=128), H100)[1]
+    short = candidate_configs(of(M=16, K=128), H100)[1]
     assert short.split == 1
-    assert candidates(of(M=16, K=4096), H100)[1].split > 1
+    assert candidate_configs(of(M=16, K=4096), H100)[1].split > 1
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -120,66 +124,84 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setenv("HYLORA_CACHE", str(tmp_path))
 
     def write(*rows):
-        configs.table.cache_clear()
+        read_tables_again()
         path = configs.table_path("Card 1")
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"rows": rows}))
+        path.write_text(json.dumps({"format": configs.TABLE_FORMAT, "rows": rows}))
 
     yield write
-    configs.table.cache_clear()
+    read_tables_again()
 
 
 TILES = Config(16, 32, 64, 64, 64, split=2, swap=True)
 
 
-def row(problem=BF16, graph=TILES, eager=VENDOR) -> dict:
+def row(problem=BF16, graph=TILES, eager=TORCH_PRODUCTS) -> dict:
     sizes = dataclasses.asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch.")}
 
-    def word(config):
-        return "vendor" if config is VENDOR else dataclasses.asdict(config)
-
-    return sizes | {"graph": word(graph), "eager": word(eager)}
+    graph, eager = (
+        TORCH_PRODUCTS_WORD if config is TORCH_PRODUCTS else dataclasses.asdict(config)
+        for config in (graph, eager)
+    )
+    return sizes | {"graph": graph, "eager": eager}
 
 
 def test_the_table_decides_by_how_the_call_is_made(table):
     table(row())
-    assert chosen(BF16, H100, "Card 1", captured=True) == TILES
-    assert chosen(BF16, H100, "Card 1", captured=False) is VENDOR
-    assert chosen(BF16, H100, "Card 2", captured=True) == default(BF16, H100)
+    assert tuned_or_default(BF16, H100, "Card 1", captured=True) == TILES
+    assert tuned_or_default(BF16, H100, "Card 1", captured=False) is TORCH_PRODUCTS
+    assert tuned_or_default(BF16, H100, "Card 2", captured=True) == default_config(BF16, H100)
 
 
 def test_without_a_table_one_line_of_the_log_names_the_command(table, caplog):
-    configs.table.cache_clear()
+    read_tables_again()
     with caplog.at_level("INFO"):
         for _ in range(2):
-            chosen(BF16, H100, "Card 3", captured=True)
+            tuned_or_default(BF16, H100, "Card 3", captured=True)
     assert [record.getMessage() for record in caplog.records] == [
         "no measured table for Card 3: defaults serve; hylora tune --device cuda"
     ]
 
 
+def test_a_table_of_an_older_format_is_measured_again(table, caplog):
+    """Its rows say "vendor" and "residents", which nothing reads any more."""
+    table()
+    old = {"graph": "vendor", "eager": dataclasses.asdict(TILES) | {"residents": 1}}
+    configs.table_path("Card 1").write_text(json.dumps({"rows": [row() | old]}))
+    for captured in (True, False):
+        found = tuned_or_default(BF16, H100, "Card 1", captured)
+        assert found == default_config(BF16, H100, captured)
+    assert "card-1.json is of an older format and not read" in caplog.text
+    assert "hylora tune --device cuda" in caplog.text
+
+
 def test_the_nearest_row_of_the_same_kind_decides(table):
     other = Config(16, 16, 64, 64, 64, swap=True)
-    table(row(of(M=16)), row(of(M=64), graph=other), row(of(M=16, pivoted=True), graph=VENDOR))
-    assert chosen(of(M=20), H100, "Card 1", True) == TILES
-    assert chosen(of(M=40), H100, "Card 1", True) == other
-    assert chosen(of(M=20, pivoted=True), H100, "Card 1", True) is VENDOR
+    table(
+        row(of(M=16)), row(of(M=64), graph=other), row(of(M=16, pivoted=True), graph=TORCH_PRODUCTS)
+    )
+    assert tuned_or_default(of(M=20), H100, "Card 1", True) == TILES
+    assert tuned_or_default(of(M=40), H100, "Card 1", True) == other
+    assert tuned_or_default(of(M=20, pivoted=True), H100, "Card 1", True) is TORCH_PRODUCTS
     far = of(M=16, K=16384, N=16384)
-    assert chosen(far, H100, "Card 1", True) == default(far, H100)
+    assert tuned_or_default(far, H100, "Card 1", True) == default_config(far, H100)
     without = of(M=16, lora_rank=0)
-    assert chosen(without, H100, "Card 1", True) == default(without, H100)
+    assert tuned_or_default(without, H100, "Card 1", True) == default_config(without, H100)
 
 
 def test_a_row_that_does_not_fit_is_passed_over(table):
     one_row = Config(1, 8, 64, 8, 64, swap=True)
     table(row(of(M=1), graph=one_row), row(of(M=512), graph=Config(128, 128, 64, 256, 64, warps=8)))
-    assert chosen(of(M=1), H100, "Card 1", True) == one_row
-    assert chosen(of(M=3), H100, "Card 1", True) == default(of(M=3), H100)
+    assert tuned_or_default(of(M=1), H100, "Card 1", True) == one_row
+    assert tuned_or_default(of(M=3), H100, "Card 1", True) == default_config(of(M=3), H100)
     small = Target("cuda", 86, 84)
-    assert chosen(of(M=512), small, "Card 1", True) == default(of(M=512), small)
+    assert tuned_or_default(of(M=512), small, "Card 1", True) == default_config(of(M=512), small)
 
 
-@pytest.mark.parametrize("path", sorted(configs.TUNED.glob("*.json")), ids=lambda p: p.stem)
+SHIPPED = sorted(configs.SHIPPED_TABLES.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_tables_that_come_with_the_package(path):
     whole = json.loads(path.read_text())
     assert path.name == configs._file_name(whole["device"])
@@ -187,7 +209,7 @@ def test_tables_that_come_with_the_package(path):
     for found in whole["rows"]:
         assert names <= set(found)
         for winner in (found["graph"], found["eager"]):
-            if winner != "vendor":
+            if winner != TORCH_PRODUCTS_WORD:
                 assert why_illegal(Config(**winner), torch.bfloat16, H100) is None
         best = min(found["timings"], key=lambda t: t["graph_cold"])
         assert found["graph"] == best["config"]
@@ -223,18 +245,18 @@ def test_counters_are_kept_zero_and_grow():
 
 
 def test_a_launch_that_breaks_off_does_not_hold_up_the_next(monkeypatch):
-    """As on Ctrl-C in the interpreter: what it has counted would hold up the next for ever."""
+    """As on Ctrl-C in the interpreter: the next launch would wait for ever on its counters."""
     from hylora_kernels.backends.triton import kernels
 
     class BrokenOff:
         def __getitem__(self, grid):
             return self.warmup
 
-        def warmup(self, *given, **named):
-            given[10].fill_(1)  # Counters
+        def warmup(self, *, Counters, **given):
+            Counters.fill_(1)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(kernels, "dataflow", BrokenOff())
+    monkeypatch.setattr(kernels, "layer", BrokenOff())
     x, SVh, U = torch.ones(2, 16), torch.ones(4, 16), torch.ones(8, 4)
     with pytest.raises(KeyboardInterrupt), room.forcing(Config(16, 16, 16, 16, 16, swap=True)):
         room.forward(x, Weights(SVh, U))
@@ -257,7 +279,7 @@ def test_base_and_adapter_are_contiguous_alike(of_base, of_adapter, ranks, K):
         return made[how]
 
     given = laid_out(of_base, ranks[0]), laid_out(of_adapter, ranks[1])
-    base, adapter, *strides = launch._alike(*given)
+    base, adapter, *strides = launch._with_unit_strides_alike(*given)
     assert [s == 1 for s in strides[0]] == [s == 1 for s in strides[1]]
     for before, after, stride in zip(given, (base, adapter), strides, strict=True):
         assert torch.equal(torch.as_strided(after, after.shape, stride), before)

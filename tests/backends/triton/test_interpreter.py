@@ -41,7 +41,7 @@ from triton_interpreter.resident import Deadlock
 
 from hylora_kernels import svd_lora_linear, use_backend
 from hylora_kernels.backends.triton import launch
-from hylora_kernels.backends.triton.config import Config, ThinConfig
+from hylora_kernels.backends.triton.config import AdapterGradientsConfig, Config
 
 SEEDS = range(20)
 
@@ -258,10 +258,14 @@ def test_a_program_that_fails_ends_the_others():
 
 # --------------------------------------------------------------------------------------- the room
 
-SMALL = Tiles(Config(16, 16, 32, 32, 16), ThinConfig(16, 32, 16))
-SPLIT = Tiles(Config(16, 32, 16, 16, 32, split=3), ThinConfig(16, 16, 32, split=3), programs=5)
-SWAPPED = Tiles(Config(16, 16, 16, 16, 32, split=3, swap=True), ThinConfig(16, 64, 16, split=2))
-LARGE = Tiles(Config(32, 32, 64, 64, 64, swap=True), ThinConfig(64, 64, 32), programs=1)
+SMALL = Tiles(Config(16, 16, 32, 32, 16), AdapterGradientsConfig(16, 32, 16))
+SPLIT = Tiles(
+    Config(16, 32, 16, 16, 32, split=3), AdapterGradientsConfig(16, 16, 32, split=3), programs=5
+)
+SWAPPED = Tiles(
+    Config(16, 16, 16, 16, 32, split=3, swap=True), AdapterGradientsConfig(16, 64, 16, split=2)
+)
+LARGE = Tiles(Config(32, 32, 64, 64, 64, swap=True), AdapterGradientsConfig(64, 64, 32), programs=1)
 TILES = {"small": SMALL, "split": SPLIT, "swapped": SWAPPED, "large": LARGE}
 
 # Little more than a tile of 16 or 32 each way, so that every side has a full and a ragged one.
@@ -297,7 +301,9 @@ def test_numbers_with_guards_on(case, tiles, dtype):
     assert len(launches) == (0 if case.M == 0 else 3 if case.lora_rank else 2)
 
 
-ROW = Tiles(Config(1, 8, 16, 16, 8, split=2, swap=True), ThinConfig(16, 32, 16), programs=4)
+ROW = Tiles(
+    Config(1, 8, 16, 16, 8, split=2, swap=True), AdapterGradientsConfig(16, 32, 16), programs=4
+)
 
 
 @pytest.mark.parametrize("dtype", GRID["dtype"], ids=str)
@@ -329,17 +335,17 @@ def test_some_of_the_gradients(names):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("dtype", GRID["dtype"], ids=str)
-def test_weave(dtype, bias):
+def test_merge_pivots(dtype, bias):
     h_s, t, offset = (torch.randn(shape).to(dtype) for shape in ((130, 45), (130, 255), (300,)))
     order = torch.randperm(300)
     with checked() as launches:
-        y = launch.weave(h_s, t, offset if bias else None, order)
-    woven = torch.cat((h_s, t), 1)[:, order]
-    assert torch.equal(y, woven + offset if bias else woven)
+        y = launch.merge_pivots(h_s, t, offset if bias else None, order)
+    merged = torch.cat((h_s, t), 1)[:, order]
+    assert torch.equal(y, merged + offset if bias else merged)
     assert len(launches) == 1
 
 
-PREFILL = Tiles(Config(16, 16, 32, 32, 32), ThinConfig(16, 32, 16, split=2))
+PREFILL = Tiles(Config(16, 16, 32, 32, 32), AdapterGradientsConfig(16, 32, 16, split=2))
 ORDERS = {
     "prefill": (PREFILL, Case(M=19, sizes=(24, 37, 20), lora_rank=3)),
     "decode": (SWAPPED, Case(M=3, sizes=(40, 24, 12), lora_rank=3)),

@@ -33,7 +33,7 @@ from triton_interpreter.resident import Deadlock
 
 from hylora_kernels import svd_lora_linear, use_backend
 from hylora_kernels.backends.triton import kernels
-from hylora_kernels.backends.triton.config import Config, ThinConfig
+from hylora_kernels.backends.triton.config import AdapterGradientsConfig, Config
 
 SOURCE = Path(kernels.__file__).read_text()
 
@@ -49,20 +49,32 @@ class Trial(NamedTuple):
 TRIALS = {
     "pair": Trial(
         Case(M=19, sizes=(40, 37, 20), lora_rank=3, layout="padded"),
-        Tiles(Config(16, 16, 32, 32, 32), ThinConfig(16, 32, 16, split=2), programs=4),
+        Tiles(Config(16, 16, 32, 32, 32), AdapterGradientsConfig(16, 32, 16, split=2), programs=4),
     ),
     "decode": Trial(
         Case(M=3, sizes=(40, 24, 12), lora_rank=18, layout="every_second"),
-        Tiles(Config(16, 16, 16, 16, 16, split=3, swap=True), ThinConfig(16, 32, 16), programs=4),
+        Tiles(
+            Config(16, 16, 16, 16, 16, split=3, swap=True),
+            AdapterGradientsConfig(16, 32, 16),
+            programs=4,
+        ),
     ),
     "pivoted": Trial(
         Case(M=17, sizes=(20, 40, 12), lora_rank=3, form="pivoted"),
-        Tiles(Config(16, 16, 16, 32, 16, split=2), ThinConfig(16, 32, 16, split=3), programs=3),
+        Tiles(
+            Config(16, 16, 16, 32, 16, split=2),
+            AdapterGradientsConfig(16, 32, 16, split=3),
+            programs=3,
+        ),
         seeds=range(2),
     ),
     "row": Trial(
         Case(M=1, sizes=(33, 21, 9), lora_rank=3, layout="every_second"),
-        Tiles(Config(1, 8, 16, 16, 8, split=2, swap=True), ThinConfig(16, 32, 16), programs=4),
+        Tiles(
+            Config(1, 8, 16, 16, 8, split=2, swap=True),
+            AdapterGradientsConfig(16, 32, 16),
+            programs=4,
+        ),
         seeds=range(2),
     ),
 }
@@ -119,33 +131,32 @@ def load(source: str, folder: Path) -> ModuleType:
 MUTANTS = {
     # ------------------------------------------------------------------------------------- masks
     "K is not masked": Mutant("inside = k < depth", "inside = k < depth + 1", "bounds"),
-    "M is not masked": Mutant("mask_y = (rows < M)", "mask_y = (rows < M + 1)", "bounds"),
-    "N is not masked": Mutant("inside = columns < N\n", "inside = columns < N + 1\n", "bounds"),
+    "M is not masked": Mutant(
+        "mask_y = (rows < sizes.M)", "mask_y = (rows < sizes.M + 1)", "bounds"
+    ),
+    "N is not masked": Mutant(
+        "inside = columns < w2.rows\n", "inside = columns < w2.rows + 1\n", "bounds"
+    ),
     "r is not masked": Mutant(
-        "w_k, ranks, ranks < limit)",
-        "w_k, ranks, ranks <= limit)",
+        "w, ranks, ranks < w.rows,",
+        "w, ranks, ranks <= w.rows,",
         "bounds",
     ),
     "ra is not masked": Mutant(
-        "(columns_a < lora_rank)[None, :]", "(columns_a <= lora_rank)[None, :]", "race"
+        "(columns_a < sizes.lora_rank)[None, :]", "(columns_a <= sizes.lora_rank)[None, :]", "race"
     ),
     "ra is not masked in the expand": Mutant(
-        "*(0, lora_rank, lora_rank, SWAP", "*(0, lora_rank + 1, lora_rank + 1, SWAP", "bounds"
+        "0, sizes.lora_rank, sizes.lora_rank, SWAP",
+        "0, sizes.lora_rank + 1, sizes.lora_rank + 1, SWAP",
+        "bounds",
     ),
     # ----------------------------------------------------------------------------------- strides
-    "x is taken for contiguous": Mutant(
-        "x_m, x_k, rows, M, None),\n            *(W,",
-        "K, x_k, rows, M, None),\n            *(W,",
-        "bounds",
-    ),
+    "x is taken for contiguous": Mutant("Matrix(X, M, x_m, x_k)", "Matrix(X, M, K, x_k)", "bounds"),
     "x's columns are taken for neighbours": Mutant(
-        "x_m, x_k, rows, M, None),\n            *(W,",
-        "x_m, 1, rows, M, None),\n            *(W,",
-        "bounds",
-        "decode",
+        "Matrix(X, M, x_m, x_k)", "Matrix(X, M, x_m, 1)", "bounds", "decode"
     ),
     "B's strides are swapped": Mutant(
-        "*(W2a, w2a_n, w2a_r, columns, inside)", "*(W2a, w2a_r, w2a_n, columns, inside)", "bounds"
+        "Matrix(W2a, N, w2a_n, w2a_r)", "Matrix(W2a, N, w2a_r, w2a_n)", "bounds"
     ),
     # -------------------------------------------------------------------------------------- terms
     "the bias is dropped": Mutant(
@@ -159,7 +170,9 @@ MUTANTS = {
     ),
     "alpha in dB dropped": Mutant("(acc * alpha).to(dB", "acc.to(dB", "numbers"),
     "the adapter is skipped": Mutant(
-        "*(0, lora_rank, lora_rank, SWAP", "*(lora_rank, lora_rank, lora_rank, SWAP", "numbers"
+        "0, sizes.lora_rank, sizes.lora_rank, SWAP",
+        "sizes.lora_rank, sizes.lora_rank, sizes.lora_rank, SWAP",
+        "numbers",
     ),
     "a row's last columns alone": Mutant("sums += w.to", "sums = w.to", "numbers", "row"),
     # ------------------------------------------------------------------------------------- pivots
@@ -171,7 +184,7 @@ MUTANTS = {
     ),
     "the others are taken for the last rows": Mutant(
         "columns = tl.load(Others + columns, mask=inside, other=0).to(tl.int32)",
-        "columns += rank",
+        "columns += sizes.rank",
         "race",
         "pivoted",
     ),
@@ -184,7 +197,7 @@ MUTANTS = {
         'tl.atomic_add(Ready + m_block, 1, sem="release")', "pass", "deadlock"
     ),
     "says so before it is": Mutant(
-        "tl.debug_barrier()  # every thread's part of h is written before one says so",
+        "tl.debug_barrier()  # the release covers what every thread has written of h",
         "pass",
         "race",
     ),

@@ -12,7 +12,7 @@ from helpers.numerics import Case, assert_as_exact_as_formula, by_op, make_dy, m
 from hylora_kernels import svd_lora_linear, use_backend
 from hylora_kernels.backends import triton as room
 from hylora_kernels.backends.triton import torch_products as vendor
-from hylora_kernels.backends.triton.config import VENDOR
+from hylora_kernels.backends.triton.config import TORCH_PRODUCTS
 
 pytestmark = pytest.mark.skipif(
     not (room.INSTALLED and room._interpreted()), reason="runs in Triton's interpreter"
@@ -22,7 +22,7 @@ CASE = Case(M=70, sizes=(37, 53, 7), lora_rank=8)  # rows enough to be worth lay
 
 @pytest.fixture(autouse=True)
 def _by_vendor():
-    with use_backend("triton"), room.forcing(VENDOR):
+    with use_backend("triton"), room.forcing(TORCH_PRODUCTS):
         yield
 
 
