@@ -1,16 +1,16 @@
-"""Statistics of a model on calibration text: Gram matrices of inputs and of output gradients,
-gathered in passes.
+"""Statistics of a model on calibration text: Gram matrices of inputs and of output gradients.
 
-G = sum x x^T over a linear's inputs, C = sum g g^T over the gradients of the summed next-token loss
-at its outputs. Two-sided whitening by both is published as GFWSVD (arXiv:2505.17974); by G alone it
-is SVD-LLM's (arXiv:2403.07378).
+G = sum x x^T over the inputs of a linear, C = sum g g^T over the gradients of the summed next-token
+loss at its outputs. Whitening by both is GFWSVD (arXiv:2505.17974), by G alone SVD-LLM
+(arXiv:2403.07378). They are gathered in passes over the text, each for as many groups of linears as
+fit in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,32 @@ from tqdm import tqdm
 
 from hylora_kernels.model.loss import has_plain_head, token_loss
 from hylora_kernels.model.modules import eval_mode
-from hylora_kernels.model.structure import Group, as_matrix
+from hylora_kernels.model.structure import Group
 
 
 @dataclass
 class Statistics:
-    """inputs: G float32 [K, K] by the first path of each group; gradients: C float32 [N, N] by
-    path, or empty."""
+    """What one pass found about `groups`.
 
-    inputs: dict[str, Tensor]
-    gradients: dict[str, Tensor]
+    inputs:    G float32 [K, K] by the path of each group's leader; empty for method "svd".
+    gradients: C float32 [N, N] by path; empty where no gradients were asked for.
+    """
+
+    groups: list[Group]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Free the Gram matrices."""
+        self.inputs.clear()
+        self.gradients.clear()
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:
     """a [..., m], b [..., n] -> a^T b [m, n], float32.
 
-    bfloat16 operands are multiplied as they are and summed in float32: exact products, at the speed
-    of the low-precision units ("medium" lets torch round float32 operands to bfloat16, which
-    changes nothing for these).
+    bfloat16 operands run on the low-precision units, with exact products and float32 sums:
+    "medium" lets torch round float32 operands to bfloat16, which changes nothing for these.
     """
     exact_in_bfloat16 = a.dtype == b.dtype == torch.bfloat16
     a, b = (t.flatten(0, -2).float() for t in (a, b))
@@ -53,26 +61,25 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def passes(
-    model: nn.Module, groups: list[Group], with_gradients: bool, max_memory: int
-) -> list[list[Group]]:
-    """Split the groups into runs whose float32 statistics fit into max_memory bytes (a single group
-    always runs)."""
+def passes(groups: list[Group], with_gradients: bool, max_memory: int) -> list[list[Group]]:
+    """Split the groups into runs whose float32 statistics fit into max_memory bytes; a run has one
+    group at least."""
     runs: list[list[Group]] = []
-    held = max_memory + 1
+    used = max_memory + 1
     for group in groups:
-        size = statistics_bytes(model, group, with_gradients)
-        if held + size > max_memory:
+        size = statistics_bytes(group, with_gradients)
+        if used + size > max_memory:
             runs.append([])
-            held = 0
+            used = 0
         runs[-1].append(group)
-        held += size
+        used += size
     return runs
 
 
-def statistics_bytes(model: nn.Module, group: Group, with_gradients: bool) -> int:
-    shapes = [as_matrix(model.get_submodule(path)).shape for path in group.paths]
-    return 4 * (shapes[0][1] ** 2 + (sum(n * n for n, _ in shapes) if with_gradients else 0))
+def statistics_bytes(group: Group, with_gradients: bool) -> int:
+    K = group.leader.shape[1]
+    outputs = (target.shape[0] for target in group.targets) if with_gradients else ()
+    return 4 * (K * K + sum(N * N for N in outputs))
 
 
 def gather(
@@ -85,32 +92,27 @@ def gather(
 ) -> Statistics:
     """ids int64 [n, L] -> the statistics of `groups` over all n L tokens, one sequence at a time.
 
-    The model runs as it is: its dtype, its device, eval mode. Raises FloatingPointError naming the
-    layer that was the first to get inputs (in a forward) or gradients (in a backward) that are not
-    finite.
+    The model runs in eval mode, in its own dtype and on its device, and is left as it was. Raises
+    FloatingPointError naming the first layer, in the order of the forward, whose inputs are not
+    finite, or the first in the order of the backward whose output gradients are not.
     """
     device = next(model.parameters()).device
-    has_plain_head(model, ids[:1].to(device))  # asked now, so that its probe isn't counted below
-    statistics, hooks = Statistics({}, {}), []
+    has_plain_head(model, ids[:1].to(device))  # Its probe must not count below.
+    statistics, hooks = Statistics(groups), []
     for group in groups:
-        hooks.append(
-            model.get_submodule(group.paths[0]).register_forward_pre_hook(
-                _see_input(statistics, group)
-            )
-        )
-        if with_gradients:
-            for path in group.paths:
-                hooks.append(
-                    model.get_submodule(path).register_forward_hook(_see_output(statistics, path))
-                )
-    if with_gradients:  # gradients only flow if something below the linears asks for one
+        hook = _see_input(statistics.inputs, group.leader.path)
+        hooks.append(group.leader.module.register_forward_pre_hook(hook))
+        for target in group.targets if with_gradients else ():
+            hook = _see_output(statistics.gradients, target.path)
+            hooks.append(target.module.register_forward_hook(hook))
+    if with_gradients:  # Gradients flow only if something below the linears asks for one.
         embeddings = model.get_input_embeddings()
         hooks.append(
             embeddings.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
         )
     within_base = {id(module) for module in model.base_model.modules()}
-    leaders = (model.get_submodule(group.paths[0]) for group in groups)
-    forward = model.base_model if all(id(m) in within_base for m in leaders) else model
+    all_within = all(id(group.leader.module) in within_base for group in groups)
+    forward = model.base_model if all_within else model
     try:
         with _frozen(model), torch.set_grad_enabled(with_gradients):
             for row in tqdm(
@@ -128,7 +130,7 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
-    _require_finite(groups, statistics)
+    _require_finite(statistics)
     return statistics
 
 
@@ -145,19 +147,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _see_input(statistics: Statistics, group: Group):
-    key = group.paths[0]
-
+def _see_input(sums: dict[str, Tensor], path: str):
     def hook(_module, args):
         x = args[0].detach()
-        _add(statistics.inputs, key, gram(x, x))
+        _add(sums, path, gram(x, x))
 
     return hook
 
 
-def _see_output(statistics: Statistics, path: str):
+def _see_output(sums: dict[str, Tensor], path: str):
     def on_gradient(gradient):
-        _add(statistics.gradients, path, gram(gradient, gradient))
+        _add(sums, path, gram(gradient, gradient))
 
     def hook(_module, _args, output):
         output.register_hook(on_gradient)
@@ -172,13 +172,13 @@ def _add(sums: dict[str, Tensor], key: str, term: Tensor) -> None:
         sums[key] = term
 
 
-def _require_finite(groups: list[Group], statistics: Statistics) -> None:
-    for group in groups:
-        if not _finite(statistics.inputs[group.paths[0]]):
+def _require_finite(statistics: Statistics) -> None:
+    for group in statistics.groups:
+        if not _finite(statistics.inputs[group.leader.path]):
             raise FloatingPointError(
-                f"layer {group.paths[0]}: its inputs on the calibration text are not finite"
+                f"layer {group.leader.path}: its inputs on the calibration text are not finite"
             )
-    for group in reversed(groups):
+    for group in reversed(statistics.groups):
         for path in reversed(group.paths):
             if path in statistics.gradients and not _finite(statistics.gradients[path]):
                 raise FloatingPointError(
@@ -187,6 +187,5 @@ def _require_finite(groups: list[Group], statistics: Statistics) -> None:
 
 
 def _finite(gram_matrix: Tensor) -> bool:
-    """Whether all rows that went into a Gram matrix were finite: any that wasn't shows on the
-    diagonal."""
+    """True if all rows that went into a Gram matrix were finite: the diagonal shows any other."""
     return bool(gram_matrix.diagonal().isfinite().all())

@@ -2,280 +2,249 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.compression.factors import factorize_model, open_workspace
+from hylora_kernels.compression import calibration
+from hylora_kernels.compression.calibration import Statistics
+from hylora_kernels.compression.factors import factor_bytes
 from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.compression.ranks import DENSE, adapter_rank, allocate, curve
-from hylora_kernels.compression.refit import refit as refit_blocks
-from hylora_kernels.compression.replace import build_layer
-from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.compression.ranks import adapter_rank, allocate, curve
+from hylora_kernels.compression.refit import refit_blocks
+from hylora_kernels.compression.replace import replace_linear
+from hylora_kernels.compression.report import CompressReport
+from hylora_kernels.compression.whiten import factorize_whitened
+from hylora_kernels.compression.workspace import open_workspace
 from hylora_kernels.layers.packed import refuse_packed
-from hylora_kernels.model.checkpoint import adopt
+from hylora_kernels.model.checkpoint import save_in_hylora_format
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters
-from hylora_kernels.model.structure import Structure, as_matrix, discover
+from hylora_kernels.model.structure import Target, discover
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.options import reported_options, takes_options
-from hylora_kernels.support.report import Report
+from hylora_kernels.support.storage import require_disk
 from hylora_kernels.support.timing import timed
 from hylora_kernels.text.blocks import token_blocks
-
-
-@dataclass
-class LayerReport:
-    """One layer: N, K, total rank R = r + ra (0: left dense), its parameters, and what the ranks
-    dropped.
-
-    lost_energy: the share of sum S^2 dropped. largest_coefficient: of the pivoted form's U, 0
-                 elsewhere. damping: shares
-    of the mean diagonal added to the Gram matrices of inputs and gradients.
-    """
-
-    path: str
-    out_features: int
-    in_features: int
-    rank: int
-    lora_rank: int
-    parameters: int
-    parameters_as_is: int
-    lost_energy: float
-    largest_coefficient: float
-    damping: tuple[float, float]
-
-
-@dataclass
-class CompressReport(Report):
-    """What compress() did. Parameters count the selected linears without biases; keep and removed
-    are of those.
-
-    `parameters` counts adapters merged (as deployed), `parameters_as_is` as held now; model_* count
-    the whole model.
-    peak_rss: the process's largest resident memory so far, bytes. seconds by stage.
-    """
-
-    options: dict
-    calibration_tokens: int
-    dense_parameters: int
-    parameters: int = 0
-    parameters_as_is: int = 0
-    keep: float = 1.0
-    removed: float = 0.0
-    keep_as_is: float = 1.0
-    model_dense_parameters: int = 0
-    model_parameters: int = 0
-    model_parameters_as_is: int = 0
-    model_keep: float = 1.0
-    model_removed: float = 0.0
-    layers: list[LayerReport] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_rss: int = 0
 
 
 @takes_options(CompressOptions)
 def compress(
     model_or_id: nn.Module | str | Path, options: CompressOptions
 ) -> tuple[nn.Module, CompressReport]:
-    """Replace the linears of a causal LM by SVDLoRALinear; in place, the same model in eval(), all
-    but the adapters frozen, and a report.
+    """Replace the linears of a causal language model by SVDLoRALinear, in place.
 
-    model_or_id: a transformers causal LM, or a hub id / local folder to load.
+    model_or_id: a transformers causal LM, or a hub id or folder to load.
 
-    Raises ValueError naming the argument (and the smallest feasible keep where the budget can't be
-    met), FloatingPointError naming the layer where weights, activations or gradients are not
-    finite.
+    Returns the same model, in eval() with all but the adapters frozen, and a report. Raises
+    ValueError naming the argument (and the smallest feasible keep where the budget can't be met),
+    FloatingPointError naming the layer whose weights, activations or gradients are not finite.
+    CompressOptions gives the sources of the methods.
+
+        model, report = compress(model, keep=0.8, calibration="brown")
     """
-    seconds: dict[str, float] = {}
-    with timed(seconds, "load"):
-        model, tokenizer = _model(model_or_id, options)
-        structure = _structure(model, options.include, options.exclude)
-        # What can't be met is refused before the long work: no budget hangs on the spectra.
-        _allocate(model, structure, options, lambda path: torch.ones(min(_shape(model, path))))
-        ids = _calibration_ids(tokenizer, model, options)
-        report = _report_before(model, structure, options, ids)
-        workspace = open_workspace(
-            model, structure, ids, options.method, options.factorizer, options.seed, options.cache
-        )
-    report.seconds = seconds
-    try:
-        factorize_model(
-            model,
-            structure,
-            ids,
-            options.method,
-            workspace,
-            options.factorizer,
-            options.max_memory,
-            options.seed,
-            seconds,
-            options.progress,
-        )
-        chosen = _allocate(model, structure, options, workspace.singular_values)
-        refitted = (
-            _refit(model, structure, ids, options, workspace, chosen, seconds, options.progress)
-            if options.refit
-            else {}
-        )
-        with timed(seconds, "replace"):
-            _replace(model, structure, options, workspace, chosen, refitted, report)
-    finally:
-        workspace.close()
-    model.hylora_linears = structure.paths
-    adopt(freeze_all_but_adapters(model))
-    _report_after(model, report)
-    return model.eval(), report
+    with Compression(model_or_id, options) as run:
+        for statistics in run.calibrate():
+            run.factorize(statistics)
+        ranks = run.allocate()
+        refitted = run.refit(ranks)
+        run.replace(ranks, refitted)
+    return run.model, run.report
 
 
-def _model(model_or_id, options: CompressOptions):
-    tokenizer = options.tokenizer
+class Compression:
+    """One compression of one model, step by step; use it in a `with`, which ends its workspace.
+
+    Everything is checked here, before the long work. Until replace() the model only gets into
+    eval(), and to the device and dtype of the options. Finished work is kept in the workspace: a
+    step that was done before, by an interrupted run or one with other options, is not done again.
+    """
+
+    def __init__(self, model_or_id: nn.Module | str | Path, options: CompressOptions):
+        self.options = options
+        seconds: dict[str, float] = {}
+        with timed(seconds, "load"):
+            self.model, tokenizer = _load(model_or_id, options)
+            refuse_packed(self.model)
+            self.structure = discover(self.model, options.include, options.exclude)
+            if not self.structure.groups:
+                raise ValueError(
+                    "model has no linear that can be compressed; left alone:"
+                    f" {self.structure.skipped}"
+                )
+            # Fail early: feasibility depends on costs only, so any singular values will do here.
+            self._ranks(lambda target: torch.ones(min(target.shape)))
+            self.ids = None if options.method == "svd" else self._token_ids(tokenizer)
+            self.workspace = open_workspace(self.model, self.structure, self.ids, options)
+        self.report = CompressReport(
+            options=reported_options(options),
+            calibration_tokens=0 if self.ids is None else self.ids.numel(),
+            dense_parameters=sum(target.matrix.numel() for target in self.structure.targets),
+            model_dense_parameters=sum(p.numel() for p in self.model.parameters()),
+            skipped=self.structure.skipped,
+            seconds=seconds,
+        )
+
+    def __enter__(self) -> Compression:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.workspace.close()
+
+    def calibrate(self) -> Iterator[Statistics]:
+        """Yield the statistics of the groups that lack factors, in as many passes over the text as
+        max_memory asks for. Those of one pass are freed when the next is asked for."""
+        options, has = self.options, self.workspace.has
+        missing = [g for g in self.structure.groups if not all(map(has, g.paths))]
+        if not missing:
+            return
+        needed = sum(factor_bytes(target.shape) for g in missing for target in g.targets)
+        require_disk(self.workspace.folder, needed, "factors")
+        _require_finite(self.model)
+        if options.method == "svd":
+            yield Statistics(missing)
+            return
+        with_gradients = options.method == "two_sided"
+        memory = options.max_memory or _free_memory(self.model) // 2
+        runs = calibration.passes(missing, with_gradients, memory)
+        for index, groups in enumerate(runs, 1):
+            label = "calibrating" + (f", pass {index} of {len(runs)}" if len(runs) > 1 else "")
+            with timed(self.report.seconds, "calibrate"):
+                statistics = calibration.gather(
+                    self.model, self.ids, groups, with_gradients, options.progress, label
+                )
+            yield statistics
+            statistics.clear()  # The caller's variable would keep them during the next pass.
+
+    def factorize(self, statistics: Statistics) -> None:
+        """Whiten and factorize the linears of `statistics`, into the workspace."""
+        options = self.options
+        linears = [
+            (group.leader, target)
+            for group in statistics.groups
+            for target in group.targets
+            if not self.workspace.has(target.path)
+        ]
+        hidden = not options.progress
+        with timed(self.report.seconds, "factorize"):
+            for leader, target in tqdm(
+                linears, desc="factorizing", unit="layer", disable=hidden, leave=False
+            ):
+                factors = factorize_whitened(
+                    target.path,
+                    target.matrix,
+                    statistics.inputs.get(leader.path),
+                    statistics.gradients.get(target.path),
+                    options.factorizer,
+                    options.seed,
+                )
+                self.workspace.save(target.path, factors)
+
+    def singular_values(self, target: Target) -> Tensor:
+        """S float32 [min(N, K)] of a factorized linear, in the whitened norm, falling."""
+        return self.workspace.singular_values(target.path)
+
+    def allocate(self) -> dict[str, int]:
+        """path -> total rank R = r + ra of each linear, 0 for one left dense."""
+        return self._ranks(self.singular_values)
+
+    def refit(self, ranks: dict[str, int]) -> dict[str, Tensor]:
+        """path -> refitted U float32 [N, R], or the refitted weight [N, K] of a linear left dense;
+        nothing with refit=False."""
+        options, blocks = self.options, self.structure.blocks
+        if not options.refit:
+            return {}
+        ids = self.ids[: options.refit_samples]
+        if options.init == "classic":  # The adapter's part of the rank starts at zero.
+            ranks = {p: R and R - adapter_rank(R, options.lora_rank) for p, R in ranks.items()}
+        store = self.workspace.refits(fingerprint(ids=ids, ranks=ranks))
+        done = store.load()
+        with timed(self.report.seconds, "refit"):
+            if len(done) < len(blocks):
+                load = self.workspace.load
+                for block, matrices in refit_blocks(
+                    self.model, blocks, ids, load, ranks, done, options.progress
+                ):
+                    if block not in done:
+                        store.save(block, matrices)
+                done = store.load()
+        return {path: matrix for matrices in done.values() for path, matrix in matrices.items()}
+
+    def replace(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> None:
+        """Put the low-rank layers into the model, freeze all but the adapters, end the report."""
+        model, targets, hidden = self.model, self.structure.targets, not self.options.progress
+        with timed(self.report.seconds, "replace"):
+            for index, target in enumerate(
+                tqdm(targets, desc="replacing", disable=hidden, leave=False)
+            ):
+                layer = replace_linear(
+                    model,
+                    target,
+                    self.workspace.load(target.path),
+                    ranks[target.path],
+                    refitted.get(target.path),
+                    self.options,
+                    self.options.seed + index,
+                )
+                self.report.layers.append(layer)
+        model.hylora_linears = self.structure.paths
+        save_in_hylora_format(freeze_all_but_adapters(model))
+        self.report.count(model)
+
+    def _ranks(self, singular_values: Callable[[Target], Tensor]) -> dict[str, int]:
+        o = self.options
+        curves = [
+            curve(
+                target.path,
+                target.shape,
+                singular_values(target),
+                o.form,
+                o.rank_multiple,
+                o.lora_rank,
+                o.count,
+            )
+            for target in self.structure.targets
+        ]
+        return allocate(curves, o.keep, o.ranks)
+
+    def _token_ids(self, tokenizer) -> Tensor:
+        o = self.options
+        if not isinstance(o.calibration, Tensor):
+            tokenizer = tokenizer or tokenizer_of(self.model)
+        ids = token_blocks(
+            o.calibration, tokenizer, o.length, split="train", limit=o.samples, seed=o.seed
+        )
+        words, largest = self.model.get_input_embeddings().num_embeddings, int(ids.max())
+        if largest >= words:
+            raise ValueError(
+                f"calibration must be token ids below {words}, the model's, got {largest}"
+            )
+        return ids
+
+
+def _load(model_or_id, options: CompressOptions) -> tuple[nn.Module, object]:
+    """The model in eval() and its tokenizer, or None where that was neither given nor found."""
     if isinstance(model_or_id, nn.Module):
         model = model_or_id.to(device=options.device, dtype=options.dtype)
-    else:
-        model, found = load_model(model_or_id, options.device or "auto", options.dtype or "auto")
-        tokenizer = tokenizer or found
-    return model.eval(), tokenizer
+        return model.eval(), options.tokenizer
+    model, tokenizer = load_model(model_or_id, options.device or "auto", options.dtype or "auto")
+    return model.eval(), options.tokenizer or tokenizer
 
 
-def _structure(model, include, exclude) -> Structure:
-    refuse_packed(model)
-    structure = discover(model, include, exclude)
-    if not structure.groups:
-        raise ValueError(
-            f"model has no linear that can be compressed; left alone: {structure.skipped}"
-        )
-    for path in structure.paths:
-        if isinstance(model.get_submodule(path), SVDLoRALinear):
-            raise ValueError(
-                f"model must be dense, but its layer {path} has been compressed already"
-            )
-    return structure
+def _require_finite(model: nn.Module) -> None:
+    # All parameters, before the text is read: a bad one would be blamed on a later layer.
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            path, _, kind = name.rpartition(".")
+            raise FloatingPointError(f"layer {path}: its {kind} is not finite")
 
 
-def _calibration_ids(tokenizer, model, options: CompressOptions) -> Tensor | None:
-    if options.method == "svd":
-        return None
-    if not isinstance(options.calibration, Tensor):
-        tokenizer = tokenizer or tokenizer_of(model)
-    ids = token_blocks(
-        options.calibration,
-        tokenizer,
-        options.length,
-        split="train",
-        limit=options.samples,
-        seed=options.seed,
-    )
-    words, most = model.get_input_embeddings().num_embeddings, int(ids.max())
-    if most >= words:
-        raise ValueError(f"calibration must be token ids below {words}, the model's, got {most}")
-    return ids
-
-
-def _shape(model, path) -> tuple[int, int]:
-    return tuple(as_matrix(model.get_submodule(path)).shape)
-
-
-def _allocate(model, structure, options, singular_values) -> dict[str, int]:
-    curves = [
-        curve(
-            path,
-            _shape(model, path),
-            singular_values(path),
-            options.form,
-            options.rank_multiple,
-            options.lora_rank,
-            options.count,
-        )
-        for path in structure.paths
-    ]
-    return allocate(curves, options.keep, options.ranks)
-
-
-def _refit(
-    model, structure, ids, options, workspace, chosen, seconds, progress
-) -> dict[str, Tensor]:
-    """path -> refitted U, or the refitted weight of a layer left dense."""
-    few = ids[: options.refit_samples]
-    if options.init == "classic":  # what the adapter takes of the rank starts at zero
-        chosen = {
-            path: rank and rank - adapter_rank(rank, options.lora_rank)
-            for path, rank in chosen.items()
-        }
-    store = workspace.refits(fingerprint(ids=few, ranks=chosen))
-    done = store.load()
-    with timed(seconds, "refit"):
-        if len(done) < len(structure.blocks):
-            for block, matrices in refit_blocks(
-                model, structure, few, workspace.load, chosen, done, progress
-            ):
-                if block not in done:
-                    store.save(block, matrices)
-            done = store.load()
-    return {path: matrix for matrices in done.values() for path, matrix in matrices.items()}
-
-
-def _replace(model, structure, options, workspace, chosen, refitted, report) -> None:
-    for index, path in enumerate(
-        tqdm(structure.paths, desc="replacing", disable=not options.progress, leave=False)
-    ):
-        linear, total = model.get_submodule(path), chosen[path]
-        N, K = as_matrix(linear).shape
-        factors = workspace.load(path)
-        layer = LayerReport(path, N, K, total, 0, N * K, N * K, 0.0, 0.0, factors.damping)
-        if total == DENSE:
-            if path in refitted:
-                with torch.no_grad():
-                    as_matrix(linear).copy_(refitted[path])
-        else:
-            layer.lora_rank = adapter_rank(total, options.lora_rank)
-            new = build_layer(
-                linear, factors, total - layer.lora_rank, layer.lora_rank, U=refitted.get(path),
-                form=options.form, init=options.init, seed=options.seed + index,
-            )  # fmt: skip
-            model.set_submodule(path, new)
-            kept = new.rank if options.init == "classic" else total
-            squares = factors.S.double() ** 2
-            layer.lost_energy = float(squares[kept:].sum() / squares.sum().clamp_min(1e-300))
-            layer.parameters, layer.parameters_as_is = (
-                new.parameter_count(),
-                new.parameter_count(merged=False),
-            )
-            if options.form == "pivoted" and new.U.numel():
-                layer.largest_coefficient = float(new.U.abs().max())
-        report.layers.append(layer)
-
-
-def _report_before(model, structure, options, ids) -> CompressReport:
-    dense = sum(as_matrix(model.get_submodule(path)).numel() for path in structure.paths)
-    report = CompressReport(
-        reported_options(options),
-        0 if ids is None else ids.numel(),
-        dense,
-        skipped=structure.skipped,
-    )
-    report.model_dense_parameters = sum(p.numel() for p in model.parameters())
-    return report
-
-
-def _report_after(model, report: CompressReport) -> None:
-    report.parameters = sum(layer.parameters for layer in report.layers)
-    report.parameters_as_is = sum(layer.parameters_as_is for layer in report.layers)
-    report.keep = report.parameters / report.dense_parameters
-    report.keep_as_is = report.parameters_as_is / report.dense_parameters
-    report.model_parameters_as_is = sum(p.numel() for p in model.parameters())
-    report.model_parameters = (
-        report.model_parameters_as_is - report.parameters_as_is + report.parameters
-    )
-    report.model_keep = report.model_parameters / report.model_dense_parameters
-    report.removed, report.model_removed = 1 - report.keep, 1 - report.model_keep
-    # Linux counts kilobytes, macOS bytes.
-    report.peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+def _free_memory(model: nn.Module) -> int:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,32 +1,57 @@
-"""Putting layers into a model and folding them: the only place that changes a model's modules."""
+"""The replacement of a model's linears by low-rank layers: the only step that changes the model."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hylora_kernels.compression.whiten import Factors
+from hylora_kernels.compression.factors import Factors
+from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.compression.ranks import DENSE, adapter_rank
+from hylora_kernels.compression.report import LayerReport
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model.structure import Target
 
 
-def build_layer(
-    linear: nn.Module,
+def replace_linear(
+    model: nn.Module,
+    target: Target,
     factors: Factors,
     rank: int,
-    lora_rank: int,
-    *,
-    U: Tensor | None = None,
-    **options,
-) -> SVDLoRALinear:
-    """The layer for `linear`: the factors' first `rank` components as its base, the next
-    `lora_rank` as its adapter.
+    refitted: Tensor | None,
+    options: CompressOptions,
+    seed: int,
+) -> LayerReport:
+    """Put an SVDLoRALinear in the place of `target`, unless its rank is DENSE.
 
-    U float32 [N, rank + lora_rank] ([N, rank] under init="classic") takes the place of the factors'
-    own where it was refitted.
-    options: form, init and seed of SVDLoRALinear.from_product.
+    rank:     r + ra: the first r components of the factors are the base, the next ra the adapter.
+
+    refitted: float32, U [N, rank] ([N, r] under init="classic") instead of the factors' own, or the
+              weight [N, K] of a linear left dense; None where nothing was refitted.
+    seed:     of a classic adapter.
     """
-    total, weight = rank + lora_rank, linear.weight
-    U = factors.U[:, :total] if U is None else U
+    N, K = target.shape
+    report = LayerReport(target.path, N, K, rank, 0, N * K, N * K, 0.0, 0.0, factors.damping)
+    if rank == DENSE:
+        if refitted is not None:
+            target.matrix.copy_(refitted)
+        return report
+    linear, report.lora_rank = target.module, adapter_rank(rank, options.lora_rank)
     layer = SVDLoRALinear.from_product(
-        U, factors.SVh[:total], rank, lora_rank, bias=linear.bias, dtype=weight.dtype, **options
+        factors.U[:, :rank] if refitted is None else refitted,
+        factors.SVh[:rank],
+        rank - report.lora_rank,
+        report.lora_rank,
+        bias=linear.bias,
+        dtype=linear.weight.dtype,
+        form=options.form,
+        init=options.init,
+        seed=seed,
     )
-    return layer.to(weight.device).train(linear.training)
+    layer.to(linear.weight.device).train(linear.training)
+    model.set_submodule(target.path, layer)
+    report.lost_energy = factors.lost_energy(layer.rank if options.init == "classic" else rank)
+    report.parameters = layer.parameter_count()
+    report.parameters_as_is = layer.parameter_count(merged=False)
+    if options.form == "pivoted" and layer.U.numel():
+        report.largest_coefficient = float(layer.U.abs().max())
+    return report

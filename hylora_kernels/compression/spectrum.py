@@ -1,5 +1,4 @@
-"""analyze_spectrum(): how the singular values of a model's linears fall, by layer type, and what
-ranks would cost."""
+"""analyze_spectrum(): singular values of a model's linears by layer type, and the cost of ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hylora_kernels.compression.factors import factorize_model, open_workspace
-from hylora_kernels.compression.options import METHODS
-from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model.load import tokenizer_of
-from hylora_kernels.model.structure import as_matrix, discover
+from hylora_kernels.compression.compress import Compression
+from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.support.console import table
 from hylora_kernels.support.plots import spectrum_plot
 from hylora_kernels.support.report import Report
-from hylora_kernels.text.blocks import token_blocks
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,12 +30,12 @@ LORA_RANKS = (8, 16, 32, 64)
 class TypeSpectrum:
     """One layer type, averaged over its layers of one shape N x K.
 
-    singular_values [min(N, K)]: root mean square over the layers. energy_at: rank -> mean share of
-    sum S^2 kept.
-    rank_for: share of the energy -> mean rank needed. break_even: the rank at which a pair is as
-              large as the dense matrix;
-    the pivoted form is smaller at every rank below min(N, K). lora_parameters: lora_rank ->
-    parameters of one adapter.
+    singular_values: [min(N, K)], root mean square over the layers.
+    energy_at:       rank -> mean share of sum S^2 kept.
+    rank_for:        share of the energy -> mean rank needed.
+    break_even:      the rank at which a pair is as large as the dense matrix; the pivoted form is
+                     smaller at every rank below min(N, K).
+    lora_parameters: lora_rank -> parameters of one adapter.
     """
 
     name: str
@@ -55,8 +51,8 @@ class TypeSpectrum:
 
 @dataclass
 class SpectrumReport(Report):
-    """method: which norm the singular values are of ("svd": the plain weights'). types: one entry
-    per layer type."""
+    """method: the norm of the singular values ("svd": of the plain weights). types: one entry for
+    each layer type and shape. skipped: path of a linear left alone -> the reason."""
 
     method: str
     types: list[TypeSpectrum]
@@ -103,52 +99,50 @@ def analyze_spectrum(
     seed: int = 0,
     progress: bool = True,
 ) -> SpectrumReport:
-    """Singular spectra of a dense model's target linears (structure.select's rules), by layer type
-    and shape.
+    """Singular values of the linears that compress() would replace, by layer type and shape.
 
-    method "svd" looks at the weights alone; "whitened" and "two_sided" at the norms compress()
-    truncates in, for which `calibration` is read as compress() reads it. Factors come from and go
-    to compress()'s cache.
+    method: "svd" measures the weights alone, "whitened" and "two_sided" the norms that compress()
+            truncates in. The other arguments are those of CompressOptions.
+
+    The model is not changed. Factors are read from and written to compress()'s cache. Raises the
+    errors of compress().
+
+        report = analyze_spectrum(model)
+        report.plot("spectrum.png")
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    structure = discover(model, include, exclude)
-    if not structure.groups or any(
-        isinstance(model.get_submodule(p), SVDLoRALinear) for p in structure.paths
-    ):
-        raise ValueError(
-            f"model must be dense and have linears, got {type(model).__name__} with"
-            f" {structure.paths[:2]}"
-        )
-    ids = None
-    if method != "svd":
-        if not isinstance(calibration, Tensor):
-            tokenizer = tokenizer or tokenizer_of(model)
-        ids = token_blocks(calibration, tokenizer, length, split="train", limit=samples, seed=seed)
-    workspace = open_workspace(model, structure, ids, method, cache=cache)
-    try:
-        factorize_model(model, structure, ids, method, workspace, progress=progress)
-        by_type: dict[tuple, list[Tensor]] = {}
-        for path in structure.paths:
-            shape = tuple(as_matrix(model.get_submodule(path)).shape)
-            by_type.setdefault((_type_of(path), *shape), []).append(
-                workspace.singular_values(path).double()
-            )
-    finally:
-        workspace.close()
+    options = CompressOptions(
+        keep=1.0,
+        calibration=calibration,
+        method=method,
+        refit=False,
+        include=include,
+        exclude=exclude,
+        samples=samples,
+        length=length,
+        tokenizer=tokenizer,
+        cache=cache,
+        seed=seed,
+        progress=progress,
+    )
+    by_type: dict[tuple, list[Tensor]] = {}
+    with eval_mode(model), Compression(model, options) as run:
+        for statistics in run.calibrate():
+            run.factorize(statistics)
+        for target in run.structure.targets:
+            kind = _type_of(target.path), *target.shape
+            by_type.setdefault(kind, []).append(run.singular_values(target).double())
     types = [_summary(*kind, torch.stack(spectra)) for kind, spectra in by_type.items()]
-    return SpectrumReport(method, types, structure.skipped)
+    return SpectrumReport(method, types, run.structure.skipped)
 
 
 def _type_of(path: str) -> str:
-    """The path with its numbers taken out from the left: model.layers.3.mlp.up_proj ->
-    mlp.up_proj."""
+    """The path behind its last number: model.layers.3.mlp.up_proj -> mlp.up_proj."""
     return re.split(r"(?:^|\.)\d+\.", path)[-1]
 
 
 def _summary(name: str, N: int, K: int, S: Tensor) -> TypeSpectrum:
     squares = S**2
-    # 0 / 0: of a weight of zeros any rank keeps all
+    # 0 / 0: any rank keeps all of a weight of zeros.
     kept = (squares.cumsum(1) / squares.sum(1, keepdim=True)).nan_to_num(1.0)
     full = S.shape[1]
     return TypeSpectrum(
@@ -158,7 +152,7 @@ def _summary(name: str, N: int, K: int, S: Tensor) -> TypeSpectrum:
         len(S),
         squares.mean(0).sqrt().tolist(),
         {rank: float(kept[:, rank - 1].mean()) for rank in RANKS if rank < full},
-        # rounding may leave the last entry a hair under a share of one
+        # Rounding may leave the last entry slightly below one.
         {
             f"{share:g}": float(((kept < share).sum(1) + 1).clamp_max(full).double().mean())
             for share in SHARES

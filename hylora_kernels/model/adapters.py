@@ -6,7 +6,7 @@ from torch import nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import refuse_packed
-from hylora_kernels.model.checkpoint import adopt
+from hylora_kernels.model.checkpoint import save_in_hylora_format
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.structure import as_matrix, linears
 
@@ -46,7 +46,7 @@ def add_adapters(
             seed=seed + index,
         )
         model.set_submodule(path, layer.train(linear.training))
-    return adopt(freeze_all_but_adapters(model))
+    return save_in_hylora_format(freeze_all_but_adapters(model))
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:

@@ -231,7 +231,7 @@ def load_pretrained(
         unknown = set(model.hylora_linears) - {path for path, _ in model.named_modules()}
         if unknown:
             raise CheckpointError(f"{folder / CONFIG}: linears names no module: {min(unknown)!r}")
-    return adopt(freeze_all_but_adapters(model.to(device).eval()))
+    return save_in_hylora_format(freeze_all_but_adapters(model.to(device).eval()))
 
 
 def layer_shapes(dir) -> tuple[list[tuple[int, int, int, int]], list[str]]:
@@ -350,7 +350,7 @@ def _check_pivots(pivots: Tensor, out_features: int, path: Path, name: str) -> N
 # -------------------------------------------------------------------- transformers' own way to save
 
 
-def adopt(model: PreTrainedModel) -> PreTrainedModel:
+def save_in_hylora_format(model: PreTrainedModel) -> PreTrainedModel:
     """Make transformers' own model.save_pretrained(folder) write this format; the same model."""
     model.save_pretrained = _Save(model)
     return model

@@ -1,9 +1,9 @@
-"""What a causal language model is made of, found by looking at it run: target linears, shared
-inputs, blocks.
+"""The structure of a causal language model, found by watching a forward: target linears, groups
+that share an input, blocks.
 
-No list of architectures: a linear is whatever computes x W^T + b, two linears share an input when
-one forward hands them the same tensor, and the blocks are the module list that holds most of the
-linears' parameters.
+No architecture is listed. A linear is any module that computes x W^T + b; two linears share an
+input if one forward gives both the same tensor; the blocks are the module list that holds most of
+the linears' parameters.
 """
 
 from __future__ import annotations
@@ -21,47 +21,92 @@ from hylora_kernels.layers.linear import SVDLoRALinear
 
 
 @dataclass(frozen=True)
-class Group:
-    """Linears that read one tensor, in call order; `block` is the path of the decoder block they
-    stand in, or None."""
+class Target:
+    """A linear that compression may replace: nn.Linear, a subclass that computes the same, Conv1D.
 
-    paths: tuple[str, ...]
-    block: str | None
+    path: its name in the model. shape: (N, K), outputs by inputs.
+    """
+
+    path: str
+    module: nn.Module
+    shape: tuple[int, int]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight itself as [N, K], without gradient: writing to it changes the model."""
+        return as_matrix(self.module)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one tensor, in call order; the first one is the leader, whose input is
+    watched for all."""
+
+    targets: tuple[Target, ...]
+
+    @property
+    def leader(self) -> Target:
+        return self.targets[0]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(target.path for target in self.targets)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block: its path, its module, and the groups of linears in it, in call order.
+
+    A deep copy is a block of its own: its targets are the linears of the copied module.
+    """
+
+    path: str
+    module: nn.Module
+    groups: tuple[Group, ...]
+
+    @property
+    def targets(self) -> list[Target]:
+        return [target for group in self.groups for target in group.targets]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """groups in call order; blocks: paths of the decoder blocks in order; skipped: path -> why it
-    is left alone."""
+    """groups: all, in call order. blocks: in order; a group may stand in none (an output head).
+    skipped: path of a linear that is left alone -> the reason."""
 
     groups: list[Group]
-    blocks: list[str]
+    blocks: list[Block]
     skipped: dict[str, str]
 
     @property
+    def targets(self) -> list[Target]:
+        return [target for group in self.groups for target in group.targets]
+
+    @property
     def paths(self) -> list[str]:
-        return [path for group in self.groups for path in group.paths]
+        return [target.path for target in self.targets]
 
 
 def linears(
     model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None
 ) -> dict[str, nn.Module]:
-    """path -> module of every linear that compression may replace or has replaced: see `select` for
-    the rules."""
+    """path -> module of every linear that compression may replace or has replaced, by the rules of
+    `select`."""
     return select(model, include, exclude)[0]
 
 
 def select(
     model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """(path -> target linear, path -> why a linear is skipped).
+    """(path -> linear, path -> the reason why a linear is skipped).
 
-    Targets: nn.Linear and subclasses that compute the same, GPT-2's Conv1D, SVDLoRALinear.
-    include, exclude: regular expressions searched in the path; include=None means all but the
-             output head.
-    A weight that another module holds too (tied embeddings), or of a module used in two places, is
-    never touched. A compressed model remembers its own selection, used where include and exclude
-    are both None. Raises ValueError for a pattern that is no regular expression or matches nothing,
+    Linears are nn.Linear and subclasses that compute the same, GPT-2's Conv1D, SVDLoRALinear.
+    include, exclude: regular expressions searched in the path. include=None selects all but the
+                      output head.
+
+    A weight that another module holds too (tied embeddings) and a module used in two places are
+    skipped. A compressed model remembers its selection, which is taken if include and exclude are
+    None. Raises ValueError for a pattern that is no regular expression or matches nothing,
     TypeError for patterns that are no list.
     """
     for name, patterns in (("include", include), ("exclude", exclude)):
@@ -106,7 +151,7 @@ def select(
 
 
 def computes_linear(module: nn.Module) -> bool:
-    """Whether module(x) is x W^T + b: by its forward where that is inherited, else by trying it on
+    """True if module(x) is x W^T + b: an inherited forward is known to be, another one is tried on
     random rows."""
     inherited = type(module).forward in (nn.Linear.forward, Conv1D.forward)
     if inherited and "forward" not in vars(module):
@@ -117,25 +162,25 @@ def computes_linear(module: nn.Module) -> bool:
         with torch.no_grad():
             y = F.linear(x, weight, module.bias)
             return bool((module(x) - y).norm() <= 0.01 * y.norm())
-    except Exception:  # a quantised or sharded subclass may fail in any way: it is no plain linear
+    except Exception:  # A quantised or sharded subclass may fail in any way.
         return False
 
 
 def as_matrix(module: nn.Module) -> Tensor:
-    """The weight as [N, K], out by in; Conv1D stores it the other way round."""
+    """The weight of nn.Linear or Conv1D, which stores [K, N], as a view [N, K] without gradient."""
     weight = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def block_list(model: nn.Module, paths: list[str]) -> list[str]:
-    """Paths of the decoder blocks: the children of the outermost module list that holds most of
-    `paths`' parameters."""
-    sizes = {path: sum(p.numel() for p in model.get_submodule(path).parameters()) for path in paths}
+def block_list(model: nn.Module, linears: dict[str, nn.Module]) -> list[str]:
+    """linears: path -> module. The paths of the decoder blocks, which are the children of the
+    outermost module list that holds most of the linears' parameters."""
+    sizes = {path: sum(p.numel() for p in linear.parameters()) for path, linear in linears.items()}
     best, best_size = [], 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             size = sum(count for path, count in sizes.items() if path.startswith(name + "."))
-            # named_modules goes from the outside in: an inner list must hold more to take its place
+            # named_modules goes from the outside in: an inner list must hold more to replace it.
             if size > best_size:
                 best, best_size = [f"{name}.{i}" for i in range(len(module))], size
     return best
@@ -145,42 +190,59 @@ def block_list(model: nn.Module, paths: list[str]) -> list[str]:
 def discover(
     model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None
 ) -> Structure:
-    """Run eight tokens through the model and watch which linears read which tensor, in which
-    order."""
-    targets, skipped = select(model, include, exclude)
-    blocks = block_list(model, list(targets))
-    seen: dict[tuple[int, int], list[str]] = {}
+    """The structure of a dense model: eight tokens run through it show which linears read which
+    tensor, in which order.
+
+    include, exclude: see `select`. Raises ValueError for a layer that is an SVDLoRALinear already.
+    """
+    linears, skipped = select(model, include, exclude)
+    for path, module in linears.items():
+        if isinstance(module, SVDLoRALinear):
+            raise ValueError(
+                f"model must be dense, but its layer {path} has been compressed already"
+            )
+    readers = _readers(model, linears)
+    called = {path for paths in readers for path in paths}
+    skipped |= {path: "never called in a forward" for path in linears if path not in called}
+
+    def target(path: str) -> Target:
+        return Target(path, linears[path], tuple(as_matrix(linears[path]).shape))
+
+    groups = [Group(tuple(map(target, paths))) for paths in readers]
+    blocks = []
+    for path in block_list(model, linears):
+        inside = (group for group in groups if group.leader.path.startswith(path + "."))
+        blocks.append(Block(path, model.get_submodule(path), tuple(inside)))
+    return Structure(groups, blocks, skipped)
+
+
+def _readers(model: nn.Module, linears: dict[str, nn.Module]) -> list[list[str]]:
+    """The paths of the linears that a forward calls, in call order, those that read one tensor
+    together."""
+    called: set[str] = set()
+    readers: dict[tuple[int, int], list[str]] = {}
     alive, hooks = [], []
 
     def watch(path):
         def hook(_module, args):
             x = args[0]
-            if path not in (known for paths in seen.values() for known in paths):
-                alive.append(x)  # keeps the id from being given to another tensor
-                # changed in place between two calls, it is another input
-                seen.setdefault((id(x), x._version), []).append(path)
+            if path not in called:
+                called.add(path)
+                alive.append(x)  # Another tensor could get the id of a freed one.
+                # A tensor changed in place between two calls is another input.
+                readers.setdefault((id(x), x._version), []).append(path)
 
         return hook
 
-    for path, module in targets.items():
+    for path, module in linears.items():
         hooks.append(module.register_forward_pre_hook(watch(path)))
-    device = next(model.parameters()).device
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
     try:
-        model(
-            input_ids=torch.arange(8, device=device)[None] % model.config.vocab_size,
-            use_cache=False,
-        )
+        model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    called = {path for paths in seen.values() for path in paths}
-    skipped |= {path: "never called in a forward" for path in targets if path not in called}
-    groups = [Group(tuple(paths), _block_of(paths[0], blocks)) for paths in seen.values()]
-    return Structure(groups, blocks, skipped)
-
-
-def _block_of(path: str, blocks: list[str]) -> str | None:
-    return next((block for block in blocks if path.startswith(block + ".")), None)
+    return list(readers.values())
 
 
 def check_pattern(name: str, pattern: str) -> None:

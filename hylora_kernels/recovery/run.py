@@ -47,7 +47,7 @@ def training_mode(
     it still has are in the dtype they came in.
     """
     dtypes = [(parameter, parameter.dtype) for parameter in adapters.values()]
-    paths = block_list(model, list(linears(model))) if gradient_checkpointing else []
+    paths = block_list(model, linears(model)) if gradient_checkpointing else []
     if gradient_checkpointing and not paths:
         raise ValueError("gradient_checkpointing found no list of blocks in this model")
     blocks = [(block, vars(block).get("forward")) for block in map(model.get_submodule, paths)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,9 @@ from helpers.zoo import NAMES, tokens, zoo_model
 
 from hylora_kernels.compression import calibration
 from hylora_kernels.compression.calibration import gather, gram, matmul_precision, passes
-from hylora_kernels.compression.factors import factorize_model, open_workspace
-from hylora_kernels.model.structure import as_matrix, discover
+from hylora_kernels.compression.compress import Compression
+from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.model.structure import discover
 
 IDS = tokens(4, 12)
 
@@ -121,15 +125,26 @@ def test_the_matmul_precision_is_put_back():
 
 def sizes(model, run):
     """Bytes of a run's statistics, counted by hand."""
-    shapes = [[as_matrix(model.get_submodule(p)).shape for p in group.paths] for group in run]
+    shapes = [[model.get_submodule(path).weight.shape for path in group.paths] for group in run]
     return sum(4 * (group[0][1] ** 2 + sum(n * n for n, _ in group)) for group in shapes)
+
+
+def factorized(model, method, folder, max_memory=None):
+    """The workspace of a model, after all passes."""
+    options = CompressOptions(
+        1.0, IDS, method, refit=False, max_memory=max_memory, cache=folder, progress=False
+    )
+    with Compression(model, options) as run:
+        for statistics in run.calibrate():
+            run.factorize(statistics)
+    return run.workspace
 
 
 @pytest.mark.parametrize("max_memory", [1, 15_000, 40_000, 10**9])
 def test_a_pass_holds_no_more_than_it_may(max_memory):
     model = zoo_model("qwen2")
     groups = discover(model).groups
-    runs = passes(model, groups, True, max_memory)
+    runs = passes(groups, True, max_memory)
     assert [group for run in runs for group in run] == groups
     for run, following in zip(runs, [*runs[1:], None], strict=True):
         assert len(run) == 1 or sizes(model, run) <= max_memory
@@ -145,16 +160,15 @@ def test_passes_change_nothing(method, tmp_path, monkeypatch):
     whole = gather(model, IDS, structure.groups, method == "two_sided", progress=False)
     original = calibration.gather
 
-    def spying(*args, **options):
-        seen.append(original(*args, **options))
-        return seen[-1]
+    def spying(*args):
+        found = original(*args)
+        seen.append(copy.copy(found))
+        seen[-1].inputs, seen[-1].gradients = dict(found.inputs), dict(found.gradients)
+        return found
 
     monkeypatch.setattr(calibration, "gather", spying)
-    stores = []
-    for max_memory in (1, 20_000, None):
-        store = open_workspace(model, structure, IDS, method, cache=tmp_path / str(max_memory))
-        factorize_model(model, structure, IDS, method, store, max_memory=max_memory, progress=False)
-        stores.append(store)
+    memories = (1, 20_000, None)
+    stores = [factorized(model, method, tmp_path / str(memory), memory) for memory in memories]
     assert 8 < len(seen) < 16  # one a group, some, one
     for part in seen:
         for path, matrix in part.inputs.items():
@@ -166,6 +180,20 @@ def test_passes_change_nothing(method, tmp_path, monkeypatch):
         for other in others:
             assert all(torch.equal(first[key], other[key]) for key in ("U", "S", "SVh"))
             assert first["damping"] == other["damping"]
+
+
+def test_the_statistics_of_a_pass_are_freed_before_the_next(tmp_path, monkeypatch):
+    matrices, original = [], calibration.gather
+
+    def spying(*args):
+        assert not [matrix for matrix in matrices if matrix() is not None]
+        found = original(*args)
+        matrices.extend(map(weakref.ref, (*found.inputs.values(), *found.gradients.values())))
+        return found
+
+    monkeypatch.setattr(calibration, "gather", spying)
+    factorized(zoo_model("llama"), "two_sided", tmp_path, max_memory=1)
+    assert len(matrices) == 8 + 14 and not [matrix for matrix in matrices if matrix() is not None]
 
 
 # -------------------------------------------------------------------------------- what isn't finite
@@ -187,13 +215,7 @@ def test_the_layer_with_the_bad_weight_is_named(method, bad, path, kind, tmp_pat
     with torch.no_grad():
         getattr(model.get_submodule(path), kind).view(-1)[3] = bad
     with pytest.raises(FloatingPointError, match=f"layer {path}: its {kind} is not finite"):
-        factorize(model, method, tmp_path)
-
-
-def factorize(model, method, folder):
-    structure = discover(model)
-    store = open_workspace(model, structure, IDS, method, cache=folder)
-    factorize_model(model, structure, IDS, method, store, progress=False)
+        factorized(model, method, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["two_sided", "whitened"])
@@ -205,7 +227,7 @@ def test_the_first_layer_that_reads_what_isn_t_finite_is_named(method, tmp_path)
     with pytest.raises(
         FloatingPointError, match=r"layer model\.layers\.0\.mlp\.down_proj: its inp"
     ):
-        factorize(model, method, tmp_path)
+        factorized(model, method, tmp_path)
 
 
 class Spoiled(torch.autograd.Function):
@@ -228,5 +250,5 @@ def test_the_first_layer_that_gets_a_bad_gradient_is_named(tmp_path):
     with pytest.raises(
         FloatingPointError, match=r"layer model\.layers\.1\.mlp\.gate_proj: its out"
     ):
-        factorize(model, "two_sided", tmp_path)
-    factorize(model, "whitened", tmp_path)
+        factorized(model, "two_sided", tmp_path)
+    factorized(model, "whitened", tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from helpers.numerics import pairwise
 from helpers.zoo import NAMES, ZOO, tokens, trained, zoo_model
 from torch import nn
 
-from hylora_kernels.compression.compress import compress
+from hylora_kernels.compression.compress import Compression, compress
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters
 from hylora_kernels.model.structure import as_matrix, linears
@@ -330,9 +329,7 @@ def test_what_cannot_be_is_refused_before_the_work(change, error, message, monke
     def long_work(*_args, **_options):
         raise AssertionError("the long work has begun")
 
-    monkeypatch.setattr(
-        sys.modules["hylora_kernels.compression.compress"], "factorize_model", long_work
-    )
+    monkeypatch.setattr(Compression, "calibrate", long_work)
     model = zoo_model("llama")
     before = copy.deepcopy(model)
     options = {"keep": 0.7, "calibration": IDS, "cache": False} | SMALL | change

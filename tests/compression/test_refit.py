@@ -12,10 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from hylora_kernels.compression.compress import compress
 from hylora_kernels.compression.refit import (
     BATCH,
-    _forward,
     _record_calls,
     _residual_writers,
-    refit,
+    refit_blocks,
 )
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.model.loss import token_loss
@@ -37,7 +36,9 @@ def factors_of(model, paths, seed=0):
 
 def refitted(model, factors, ranks, ids=IDS):
     """path -> the matrix that refit makes of it, [N, K] float64."""
-    results = refit(model, discover(model), ids, factors.get, ranks, {}, progress=False)
+    results = refit_blocks(
+        model, discover(model).blocks, ids, factors.get, ranks, {}, progress=False
+    )
     products = {}
     for _, matrices in results:
         for path, matrix in matrices.items():
@@ -164,19 +165,23 @@ def test_the_model_is_only_looked_at():
 def test_finished_blocks_are_taken_as_they_are():
     model = zoo_model("llama")
     paths = [path for group in paths_of("llama") for path in group]
-    factors, structure = factors_of(model, paths), discover(model)
+    factors, blocks = factors_of(model, paths), discover(model).blocks
     ranks = dict.fromkeys(paths, 5) | {paths[-1]: 0}
-    whole = dict(refit(model, structure, IDS, factors.get, ranks, {}, progress=False))
-    first = {block: whole[block] for block in structure.blocks[:1]}
-    resumed = dict(refit(model, structure, IDS, factors.get, ranks, first, progress=False))
+
+    def run(done):
+        return dict(refit_blocks(model, blocks, IDS, factors.get, ranks, done, progress=False))
+
+    whole = run({})
+    first = {block.path: whole[block.path] for block in blocks[:1]}
+    resumed = run(first)
     for block, matrices in whole.items():
         assert resumed[block].keys() == matrices.keys()
         for path, matrix in matrices.items():
             assert torch.equal(resumed[block][path], matrix)
     marked = {block: {p: m + 1 for p, m in part.items()} for block, part in first.items()}
-    other = dict(refit(model, structure, IDS, factors.get, ranks, marked, progress=False))
-    assert other[structure.blocks[0]] is marked[structure.blocks[0]]
-    last = structure.blocks[1]
+    other = run(marked)
+    assert other[blocks[0].path] is marked[blocks[0].path]
+    last = blocks[1].path
     assert not torch.equal(other[last][paths[-1]], whole[last][paths[-1]])
 
 
@@ -188,16 +193,14 @@ def test_finished_blocks_are_taken_as_they_are():
 @torch.no_grad()
 def test_what_writes_into_the_residual_stream(name, dtype):
     model = zoo_model(name, dtype)
-    structure = discover(model)
-    calls = _record_calls(model, structure.blocks, IDS)
+    blocks = discover(model).blocks
+    calls = _record_calls(model, blocks, IDS)
     assert len(calls.hidden) == len(IDS) > BATCH
     stream = calls.hidden
-    for block in structure.blocks:
-        module = model.get_submodule(block)
-        groups = [group for group in structure.groups if group.block == block]
-        writers = _residual_writers(module, block, groups, stream, calls)
-        assert writers == [f"{block}.{path}" for path in ZOO[name].writers]
-        stream = _forward(module, block, stream, calls)
+    for block in blocks:
+        writers = _residual_writers(block, stream, calls)
+        assert writers == [f"{block.path}.{path}" for path in ZOO[name].writers]
+        stream = calls.run_all(block, stream)
 
 
 def test_blocks_that_are_no_chain_are_refused():
@@ -211,11 +214,8 @@ def test_blocks_that_are_no_chain_are_refused():
 
 
 def test_a_model_without_blocks_is_refused():
-    model = zoo_model("llama")
-    structure = discover(model)
-    structure.blocks.clear()
     with pytest.raises(ValueError, match=r"refit needs a model with a list of blocks.*refit=False"):
-        next(refit(model, structure, IDS, None, {}, {}))
+        next(refit_blocks(zoo_model("llama"), [], IDS, None, {}, {}))
 
 
 def test_what_overflows_in_the_compressed_model_is_named():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import importlib
 
 import pytest
 import torch
@@ -25,26 +25,26 @@ class Interrupted(Exception):
 def calls(monkeypatch):
     """What was really computed: layers factorized, blocks refitted, passes over the text."""
     counts = {"layers": [], "blocks": [], "passes": 0}
-    factors = sys.modules["hylora_kernels.compression.factors"]
-    refit = sys.modules["hylora_kernels.compression.refit"]
-    factorize, solve_block = factors.factorize_whitened, refit._refit_block
-    gather = factors.calibration.gather
+    compression = importlib.import_module("hylora_kernels.compression.compress")
+    refit = importlib.import_module("hylora_kernels.compression.refit")
+    factorize, refit_block = compression.factorize_whitened, refit._refit_block
+    gather = compression.calibration.gather
 
     def factorizing(path, *args):
         counts["layers"].append(path)
         return factorize(path, *args)
 
-    def refitting(dense, student, block, *args):
-        counts["blocks"].append(block)
-        return solve_block(dense, student, block, *args)
+    def refitting(block, *args):
+        counts["blocks"].append(block.path)
+        return refit_block(block, *args)
 
     def gathering(*args):
         counts["passes"] += 1
         return gather(*args)
 
-    monkeypatch.setattr(factors, "factorize_whitened", factorizing)
+    monkeypatch.setattr(compression, "factorize_whitened", factorizing)
     monkeypatch.setattr(refit, "_refit_block", refitting)
-    monkeypatch.setattr(factors.calibration, "gather", gathering)
+    monkeypatch.setattr(compression.calibration, "gather", gathering)
     return counts
 
 

@@ -35,7 +35,12 @@ from transformers import (
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model import checkpoint
-from hylora_kernels.model.checkpoint import CheckpointError, adopt, load_pretrained, save_pretrained
+from hylora_kernels.model.checkpoint import (
+    CheckpointError,
+    load_pretrained,
+    save_in_hylora_format,
+    save_pretrained,
+)
 
 # ---------------------------------------------------------------------------- there and back again
 
@@ -400,7 +405,7 @@ def test_too_little_room_is_said_first(tmp_path, monkeypatch):
 
 
 def test_adopted_model_writes_this_format(saved, tmp_path):
-    model = adopt(build())
+    model = save_in_hylora_format(build())
     model.save_pretrained(tmp_path / "a")
     save_pretrained(model, tmp_path / "b")
     for file in (tmp_path / "b").iterdir():
@@ -428,12 +433,12 @@ def test_adopted_model_writes_this_format(saved, tmp_path):
 )
 def test_adopted_model_refuses_what_it_can_not_honour(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        adopt(build()).save_pretrained(tmp_path, **arguments)
+        save_in_hylora_format(build()).save_pretrained(tmp_path, **arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_adopted_models_copy_saves_itself(tmp_path):
-    model = adopt(build())
+    model = save_in_hylora_format(build())
     for i, twin in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
         with torch.no_grad():
             twin.lm_head.weight.add_(1)
@@ -444,7 +449,7 @@ def test_an_adopted_models_copy_saves_itself(tmp_path):
 
 def test_an_adopted_model_is_freed_at_once():
     """No reference cycle, which would keep gigabytes until the next garbage collection."""
-    model = adopt(build())
+    model = save_in_hylora_format(build())
     alive = weakref.ref(model)
     gc.disable()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -34,9 +35,15 @@ def test_groups_and_blocks_of(name):
     model = zoo_model(name)
     found, arch = discover(model), ZOO[name]
     assert [group.paths for group in found.groups] == paths_of(name)
-    assert found.blocks == [f"{arch.blocks}.{i}" for i in range(arch.config.num_hidden_layers)]
-    for group in found.groups:
-        assert all(path.startswith(f"{group.block}.") for path in group.paths)
+    paths = [f"{arch.blocks}.{i}" for i in range(arch.config.num_hidden_layers)]
+    assert [block.path for block in found.blocks] == paths
+    assert [group for block in found.blocks for group in block.groups] == found.groups
+    for block in found.blocks:
+        assert block.module is model.get_submodule(block.path)
+        assert all(target.path.startswith(f"{block.path}.") for target in block.targets)
+    for target in found.targets:
+        assert target.module is model.get_submodule(target.path)
+        assert target.shape == target.matrix.shape == as_matrix(target.module).shape
     (head,) = (p for p, m in model.named_modules() if m is model.get_output_embeddings())
     assert found.skipped == {head: "output head"}
     assert list(linears(model)) and set(linears(model)) == set(found.paths)
@@ -55,7 +62,8 @@ def test_an_untied_head_is_taken_if_asked_for():
         "lm_head",
     ]
     found = discover(model, include=["lm_head", r"layers\.0\.mlp\.up"])
-    assert [group.block for group in found.groups] == ["model.layers.0", None]
+    assert [block.groups for block in found.blocks] == [(found.groups[0],), (), ()]
+    assert found.groups[1].paths == ("lm_head",)
 
 
 def test_weights_held_twice_and_modules_used_twice_are_skipped():
@@ -206,8 +214,28 @@ def test_blocks_are_the_outermost_list_that_holds_most():
 
     toy = Toy(run, before=nn.ModuleList([nn.Linear(6, 6)]), blocks=nn.ModuleList([block(2)]))
     found = discover(toy)
-    assert found.blocks == ["blocks.0"]
-    assert [g.block for g in found.groups] == ["blocks.0", "blocks.0", None]
+    assert [block.path for block in found.blocks] == ["blocks.0"]
+    assert found.blocks[0].groups == tuple(found.groups[:2]) and len(found.groups) == 3
+
+
+def test_a_copied_block_has_its_own_linears():
+    block = discover(zoo_model("gpt2")).blocks[1]
+    copied = copy.deepcopy(block)
+    inside = set(copied.module.modules())
+    for target, original in zip(copied.targets, block.targets, strict=True):
+        assert target.path == original.path and target.module in inside
+        before = original.matrix.clone()
+        target.matrix.fill_(7)
+        assert (target.module.weight == 7).all() and torch.equal(original.matrix, before)
+
+
+def test_a_compressed_layer_is_named():
+    model = zoo_model("llama")
+    model.model.layers[1].mlp.up_proj = SVDLoRALinear(32, 56, 8)
+    with pytest.raises(
+        ValueError, match=r"dense, but its layer model\.layers\.1\.mlp\.up_proj has"
+    ):
+        discover(model)
 
 
 def test_a_compressed_model_remembers_its_selection():
