@@ -45,7 +45,7 @@ class CompressOptions:
         "brown", "Text to calibrate on; as --data of evaluate.", reported=False
     )
     method: str = option("two_sided", "two_sided, whitened or svd.", choices=METHODS)
-    ranks: str | dict = option(
+    ranks: str | dict[str, int | float] = option(
         "global",
         'global, uniform, energy, or by pattern: {"mlp": 0.5, "q_proj": 64} (keep or rank).',
     )

@@ -1,8 +1,8 @@
-"""Which rank each layer keeps: a budget of parameters spent where the loss needs it most.
+"""The rank of each layer: a budget of parameters, spent to lose as little as possible.
 
-A layer's candidates are ranks R = r + ra in multiples of `multiple`, and staying dense; each has a
-cost in parameters and an error, the sum of the squared singular values it drops. A rank that costs
-as much as the dense layer is no candidate, so no layer ever grows.
+The candidates of a layer are the total ranks R = r + ra in multiples of `multiple`, and DENSE. Each
+has a cost in parameters and an error, the sum of the squared singular values that it drops. A rank
+that costs as much as the dense layer is no candidate, so no layer ever grows.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from torch import Tensor
 
 from hylora_kernels.compression.options import POLICIES
 from hylora_kernels.layers.linear import factor_count
 from hylora_kernels.model.structure import check_pattern
 
-DENSE = 0  # the rank that stands for "left dense, no adapter"
+DENSE = 0  # The rank of a layer that is left dense, without an adapter.
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A layer's candidates, cheapest first; the last is always DENSE.
+    """The candidates of a layer, cheapest first; the last is always DENSE.
 
-    total: the sum of all squared singular values. cost(rank): the parameters of any rank, candidate
-           or not.
+    ranks, costs, errors: of each candidate.
+    total: the sum of all squared singular values.
+    cost:  rank -> its parameters, for any rank, candidate or not.
     """
 
     path: str
@@ -39,7 +41,7 @@ class Curve:
     cost: Callable[[int], int]
 
     def affordable(self, budget: float) -> int | None:
-        """The index of the dearest candidate within `budget`, None where there is none."""
+        """The index of the dearest candidate within `budget`, or None."""
         within = np.flatnonzero(self.costs <= budget)
         return int(within[-1]) if len(within) else None
 
@@ -47,16 +49,16 @@ class Curve:
 def curve(
     path: str,
     shape: tuple[int, int],
-    singular_values,
+    singular_values: Tensor | np.ndarray | list[float],
     form: str = "pivoted",
     multiple: int = 16,
     lora_rank: int = 0,
     count: str = "merged",
 ) -> Curve:
-    """shape (N, K), singular_values [min(N, K)] descending -> the layer's candidates.
+    """shape (N, K), singular_values [min(N, K)] descending -> the candidates of a layer.
 
-    count: "merged" costs rank R in the form; "as_is" costs base rank R - ra in the form plus the
-           separate adapter.
+    count: "merged" is the cost of rank R in the form; "as_is" that of the base rank R - ra in the
+           form and of the separate adapter.
     """
     N, K = shape
     squares = np.asarray(singular_values, dtype=np.float64) ** 2
@@ -75,7 +77,7 @@ def curve(
 
 
 def adapter_rank(total_rank: int, lora_rank: int) -> int:
-    """What of a layer's rank R the adapter takes: lora_rank, leaving the base at least rank 1."""
+    """The adapter's part ra of a layer's total rank R: lora_rank, but the base keeps rank 1."""
     return min(lora_rank, total_rank - 1)
 
 
@@ -86,18 +88,22 @@ def _cost(rank: int, N: int, K: int, form: str, lora_rank: int, count: str) -> i
     return factor_count(rank - adapter, K, N, form) + adapter * (N + K)
 
 
-def allocate(curves: list[Curve], keep: float, policy: str | dict = "global") -> dict[str, int]:
-    """path -> total rank R of each layer, DENSE (0) for those that stay dense.
+def allocate(
+    curves: list[Curve], keep: float, policy: str | dict[str, int | float] = "global"
+) -> dict[str, int]:
+    """path -> total rank R of each layer, DENSE (0) for one left dense.
 
+    keep:   the budget as a share of all parameters; it is met from below.
     policy:
-        "global"   one budget of keep * (all parameters), met from below, least total error
-                   (`spend`)
-        "uniform"  each layer the largest rank within keep * (its own parameters)
-        "energy"   each layer the smallest rank that keeps one share of its energy, common to all:
-                   the largest share whose ranks fit the budget
-        dict       pattern (regular expression searched in the path; an exact path goes first) -> an
-                   int, the rank; or a float, the keep of the layers it matches, spent over them as
-                   "global" does. Layers that nothing matches are spent `keep` on together.
+        "global"   the least total error within the budget (`spend`).
+        "uniform"  each layer gets the largest rank within keep * its own parameters.
+        "energy"   each layer gets the smallest rank that keeps a share of its energy, which is the
+                   same for all layers and the largest that the budget allows.
+        dict       pattern -> int, a rank, or float, the keep of the layers that match, on which it
+                   is spent as by "global". A pattern is a path, which has precedence, or a regular
+                   expression searched in paths; a layer belongs to the first one that matches. The
+                   layers that nothing matches share a budget of `keep`.
+
     Raises ValueError for a keep outside (0, 1], an unknown policy, a pattern that matches nothing,
     or a budget below the cheapest ranks, naming the smallest feasible keep.
     """
@@ -123,12 +129,13 @@ def allocate(curves: list[Curve], keep: float, policy: str | dict = "global") ->
 
 
 def spend(curves: list[Curve], budget: float) -> list[int]:
-    """The candidate of each layer that minimises the summed error within `budget` parameters.
+    """The index of the candidate of each layer that minimises the total error within `budget`.
 
     Lagrangian: each layer minimises error + price * cost, and the price is bisected on the budget.
-    That only reaches the lower convex hulls of the curves (the pivoted cost is concave: no greedy
-    price per rank would do, and a layer may jump from a middle rank to dense). What is left then
-    goes, step by step, to the step that gains most per parameter, until no layer's next step fits.
+    This reaches the lower convex hulls of the curves. The pivoted cost is concave, so a greedy
+    choice of ranks would not: a layer may jump from a middle rank to dense. The rest of the budget
+    is spent step by step on the layer whose next candidate saves the most error per parameter,
+    until none fits.
     """
 
     def at(price: float) -> tuple[list[int], int]:
@@ -159,8 +166,7 @@ def spend(curves: list[Curve], budget: float) -> list[int]:
 
 def _common_energy(curves: list[Curve], budget: float) -> list[int]:
     def at(share: float) -> list[int]:
-        # the first candidate that drops no more than 1 - share of the energy; errors fall along a
-        # curve
+        # The first candidate that drops at most 1 - share of the energy; errors fall along a curve.
         return [int(np.argmax(c.errors <= (1 - share) * c.total)) for c in curves]
 
     def fits(chosen: list[int]) -> bool:
@@ -175,7 +181,7 @@ def _common_energy(curves: list[Curve], budget: float) -> list[int]:
     return at(low)
 
 
-def _by_pattern(curves: list[Curve], keep: float, policy: dict) -> dict[str, int]:
+def _by_pattern(curves: list[Curve], keep: float, policy: dict[str, int | float]) -> dict[str, int]:
     for pattern in policy:
         check_pattern("ranks", pattern)
     owner = {c.path: _pattern_of(c.path, policy) for c in curves}
@@ -203,7 +209,7 @@ def _by_pattern(curves: list[Curve], keep: float, policy: dict) -> dict[str, int
     return ranks | allocate(rest, keep, "global")
 
 
-def _pattern_of(path: str, policy: dict) -> str | None:
+def _pattern_of(path: str, policy: dict[str, int | float]) -> str | None:
     if path in policy:
         return path
     return next((pattern for pattern in policy if re.search(pattern, path)), None)
@@ -216,7 +222,7 @@ def _explicit(c: Curve, pattern: str, rank: int) -> int:
 
 
 def _infeasible(keep: float, smallest: float) -> None:
-    # Rounded up, and past a tie: there keep * parameters may come out a hair below what is needed.
+    # Rounded up, and past a tie, where keep * parameters may come out slightly below the need.
     named = min(1.0, math.ceil(smallest * 1e4 * (1 + 1e-12)) / 1e4)
     raise ValueError(
         f"keep={keep:g} can't be met: the smallest feasible keep with this form and rank_multiple"

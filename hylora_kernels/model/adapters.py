@@ -20,12 +20,17 @@ def add_adapters(
     exclude: list[str] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Give every target linear a trainable adapter (A random, B zero) on its dense weight; in
-    place, the same model.
+    """Give linears a trainable adapter on their dense weight (plain LoRA, arXiv:2106.09685), in
+    place; returns the model.
 
-    The dense weight becomes a pivoted base of rank N, the matrix itself, so plain LoRA runs through
-    the same op. All else is frozen. Raises ValueError where the model has been compressed already
-    or lora_rank is below 1.
+    lora_rank:        rank ra of A [ra, K], random by `seed`, and B [N, ra], zero.
+    alpha:            the scale of the adapter. lora_dropout: on the adapter's input in training.
+    include, exclude: regular expressions searched in the path; by default all linears but the
+                      output head.
+
+    The dense weight, which is shared and not copied, becomes a pivoted base of rank N, so the
+    adapter runs through the same op as after compress(). All else is frozen. Raises ValueError for
+    a lora_rank below 1 or a model that has been compressed already.
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
@@ -50,7 +55,7 @@ def add_adapters(
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """SVDLoRALinear.merge() on every layer; in place, the same model."""
+    """Fold every adapter into its base, exactly, in place (SVDLoRALinear.merge); returns it."""
     for module in model.modules():
         if isinstance(module, SVDLoRALinear):
             module.merge()

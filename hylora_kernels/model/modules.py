@@ -1,4 +1,4 @@
-"""A model's modules: switched to eval() for a while, frozen but for the adapters."""
+"""Modes of a model's modules: eval() for a while, all but the adapters frozen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hylora_kernels.layers.linear import SVDLoRALinear
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval(), and back to what each of them was."""
+    """All modules in eval(); afterwards each is in its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -23,7 +23,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def freeze_all_but_adapters(model: nn.Module) -> nn.Module:
-    """Make A and B of the model's SVDLoRALinears the only parameters that require grad."""
+    """Let only A and B of the SVDLoRALinears require gradients; returns the model."""
     model.requires_grad_(False)
     for layer in model.modules():
         if isinstance(layer, SVDLoRALinear) and layer.A is not None:

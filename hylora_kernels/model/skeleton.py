@@ -1,7 +1,8 @@
-"""A model as its config describes it, still without weights, and the places in it for tensors."""
+"""A model as its config describes it, without weights yet, and the places in it for tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +19,18 @@ from hylora_kernels.model.tensorfile import CheckpointError
 
 @dataclass
 class Slot:
-    """A place in a model for a tensor."""
+    """A place for a tensor: the attribute `name` of a module.
+
+    kind: "parameter", "buffer", or "made" for a buffer that the model makes for itself.
+    """
 
     module: nn.Module
     name: str
-    kind: str  # "parameter", "buffer", or "made": a buffer that the model makes for itself
+    kind: str
     tensor: Tensor
 
-    def hold(self, tensor: Tensor) -> Tensor:
-        """Put `tensor` there; what is there afterwards."""
+    def set(self, tensor: Tensor) -> Tensor:
+        """Put `tensor` there; returns the attribute, which is a new Parameter for a parameter."""
         if self.kind == "parameter":
             tensor = nn.Parameter(tensor, requires_grad=self.tensor.requires_grad)
         setattr(self.module, self.name, tensor)
@@ -34,7 +38,7 @@ class Slot:
 
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:
-    """Every place under its name in a state dict; tied places hold the same tensor."""
+    """name in a state dict -> place; tied places have the same tensor."""
     slots = {}
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -48,19 +52,19 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
     return slots
 
 
-def missing_from(slots: dict[str, Slot], names) -> list[str]:
-    """The slots that get no tensor from `names`, not even through one they are tied to."""
+def missing_from(slots: dict[str, Slot], names: Iterable[str]) -> list[str]:
+    """The slots without a tensor among `names`, of their own or of a slot they are tied to."""
     filled = {id(slots[name].tensor) for name in names}
     return [n for n, slot in slots.items() if slot.kind != "made" and id(slot.tensor) not in filled]
 
 
 def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
-    """The model of a saved config: parameters on the meta device, the buffers it makes in place."""
+    """The model of a saved config, its parameters on the meta device, the buffers it makes real."""
     config = dict(config)
     modules = config.pop("quantization_config")["modules"]
     model_class = _model_class(config, source)
-    # Parameters are taken off to meta one by one, as they are made. Under torch.device("meta") the
-    # rotary frequencies and masks, which are in no file, would be lost as well.
+    # init_empty_weights moves each parameter to the meta device when it is made. Under
+    # torch.device("meta") the rotary frequencies and masks, which are in no file, would be lost.
     try:
         with init_empty_weights(include_buffers=False):
             model = model_class._from_config(model_class.config_class.from_dict(config))
@@ -77,7 +81,7 @@ def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
     return model
 
 
-def _model_class(config: dict, source) -> type[PreTrainedModel]:
+def _model_class(config: dict, source: str | Path) -> type[PreTrainedModel]:
     """The class that `config` names, from transformers or registered with its AutoModels."""
     name, kind = (config.get("architectures") or [None])[0], config.get("model_type")
     known = [getattr(transformers, str(name), None)]
@@ -92,6 +96,7 @@ def _model_class(config: dict, source) -> type[PreTrainedModel]:
 def _empty_layer(
     linear: nn.Module, *, rank, lora_rank, alpha, form, group=None, lora_dropout=0.0
 ) -> SVDLoRALinear:
+    """The layer for `linear` that an entry of config.json describes, on the meta device."""
     if isinstance(linear, Conv1D):
         in_features, out_features = linear.weight.shape
     elif isinstance(linear, nn.Linear):

@@ -1,8 +1,9 @@
 """Reading a safetensors file one tensor at a time, with errors that name the file and the tensor.
 
-The library maps the file into memory and hands out views: its pages count as ours until the file is
-closed, and its errors don't name the tensor. Here a tensor is read into the memory it will live in,
-and its checksum is taken on the way. Writing is left to the library.
+The library safetensors maps the file into memory and returns views: the mapped pages count as this
+process's memory until the file is closed, and its errors do not name the tensor. Here each tensor
+is read into memory of its own, and its checksum is computed from there. Files are written by the
+library.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class CheckpointError(ValueError):
 
 
 def checksum(tensor: Tensor) -> str:
-    """The crc32 of a CPU tensor's bytes, 8 hex digits: against accidents, not against forgery."""
+    """The crc32 of a CPU tensor's bytes, 8 hex digits. It finds accidents, not forgery."""
     return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: its bytes are file[start : start + length]."""
+    """One tensor of a file, whose bytes are file[start : start + length]."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -54,7 +55,9 @@ class Entry:
 class TensorFile:
     """The header of a safetensors file, checked against the file's length.
 
-    entries: tensor name -> Entry, in the order of their bytes
+    entries: name of a tensor -> Entry, in the order of their bytes.
+
+    Raises CheckpointError for a file that is missing, truncated or corrupted.
     """
 
     def __init__(self, path: Path):
@@ -74,7 +77,7 @@ class TensorFile:
             entries = {name: self._entry(8 + length, **entry) for name, entry in listed.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise CheckpointError(f"{path}: corrupted header: {error}") from error
-        # Empty tensors start where the next one does, and come first.
+        # An empty tensor starts at the same byte as the next one, and comes first.
         order = sorted(entries.items(), key=lambda item: (item[1].start, item[1].length))
         self.entries = dict(order)
         self._check_layout(8 + length, size)
@@ -101,7 +104,10 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: {size - position} bytes after the last tensor")
 
     def read(self, name: str, expected: str | None = None) -> Tensor:
-        """The tensor, in CPU memory of its own; its checksum must be `expected` if given."""
+        """The tensor `name`, in CPU memory of its own.
+
+        Raises CheckpointError if its checksum is not `expected`.
+        """
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         data = tensor_bytes(tensor)

@@ -1,1 +1,1 @@
-"""Text as blocks of tokens, and where it comes from."""
+"""Text: its sources, and its tokens in blocks."""

