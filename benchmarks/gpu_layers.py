@@ -2,17 +2,16 @@
 
     python benchmarks/gpu_layers.py [--quick] [--compile] [--out runs/gpu]
 
-Writes layers.json (what gpu_prediction.py --compare reads), gpu.json (limits, training, means) and
-table.txt. All in bfloat16. Regimes: "graph cold", replays of a CUDA graph that goes round copies of
-the weights larger than L2; "graph warm", the same weights again and again; "eager cold", called
-from Python. A ratio is a rival's time over that of `auto`: above 1, auto is faster.
+layers.json is rewritten after every layer; gpu_prediction.py --compare reads it. All in bfloat16.
+Regimes: "graph cold", replays of a CUDA graph that goes round copies of the weights larger than L2;
+"graph warm", the same weights again and again; "eager cold", called from Python. A ratio is a
+rival's time over that of `auto`: above 1, auto is faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import sys
@@ -23,11 +22,11 @@ from pathlib import Path
 import gpu_rivals as rivals
 import torch
 from gpu_rivals import DEVICE, DTYPE, Layer
-from rich.console import Console
 
 from hylora_kernels.backends import cuda, triton
 from hylora_kernels.machine import tune
 from hylora_kernels.support.console import show, table
+from hylora_kernels.support.storage import write_json
 
 ROWS, QUICK_ROWS = (1, 16, 64, 256, 2048, 8192), (1, 16, 256, 2048)
 QUICK_SHAPES = tune.SHAPES[2:4]
@@ -245,62 +244,57 @@ def layers(shapes, rows, merged: bool) -> list[Layer]:
 
 def run(quick: bool, compiled: bool, out: Path) -> None:
     """Measure everything, write it, print the tables; exits with an error if a layer failed."""
-    out.mkdir(parents=True, exist_ok=True)
     start, rounds = time.perf_counter(), 7 if quick else 15
     shapes, rows = (QUICK_SHAPES, QUICK_ROWS) if quick else (tune.SHAPES, ROWS)
-    device = torch.cuda.get_device_name()
     found = limits()
-    lora = "peft" if rivals.LoraConfig is not None else "peft's arithmetic, peft is not installed"
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "lora_on_dense": "peft" if rivals.LoraConfig is not None else "peft's arithmetic",
+        "limits": found,
+        "forward": [],
+        "training": [],
+        "geometric_means": {},
+        "failures": [],
+    }
     say = functools.partial(print, flush=True)
     say(
-        f"{device}, torch {torch.__version__}: {found['hbm'] / 1e12:.2f} TB/s, "
-        f"{found['product'] / 1e12:.0f} TFLOP/s in bf16; LoRA on dense: {lora}"
+        f"{report['device']}, torch {torch.__version__}: {found['hbm'] / 1e12:.2f} TB/s, "
+        f"{found['product'] / 1e12:.0f} TFLOP/s in bf16; LoRA on dense: {report['lora_on_dense']}"
     )
     if reason := cuda.why_not():
         say(f"without cuda_launch: {reason}")
-    measured, trained, failures = [], [], []
 
-    def attempt(words: str, function: Callable, *arguments) -> list[dict]:
+    def attempt(kind: str, layer: Layer, function: Callable, *arguments) -> None:
+        words = f"{kind} {layer} M={layer.M}"
         say(f"{time.perf_counter() - start:6.1f} s  {words}")
         try:
-            return function(*arguments)
+            report[kind] += function(layer, *arguments)
         # One layer that fails, in whatever way, is not to lose the others.
         except Exception as error:
-            failures.append(f"{words}: {type(error).__name__}: {error}")
-            say(f"FAILED: {failures[-1]}")
-            return []
-        finally:
-            torch.cuda.empty_cache()
+            report["failures"].append(f"{words}: {type(error).__name__}: {error}")
+            say(f"FAILED: {report['failures'][-1]}")
+        torch.cuda.empty_cache()
+        report["geometric_means"] = all_tables(report)[1]
+        write_json(out / "layers.json", report)
 
     for layer in layers(shapes, rows, merged=True):
         also_compiled = compiled and shapes[0][:2] == (layer.K, layer.N)
-        words = f"{layer} M={layer.M}"
-        measured += attempt(words, forward, layer, quick, also_compiled, rounds)
-        (out / "layers.json").write_text(json.dumps(measured, indent=1))
+        attempt("forward", layer, forward, quick, also_compiled, rounds)
     for layer in layers(shapes, TRAINING_ROWS[: 1 if quick else 2], merged=False):
-        trained += attempt(f"training {layer} M={layer.M}", training, layer, rounds)
-    shown, means = tables(measured, found, "forward")
-    more, training_means = tables(trained, None, "training step")
-    report = {
-        "device": device,
-        "torch": torch.__version__,
-        "lora_on_dense": lora,
-        "limits": found,
-        "training": trained,
-        "geometric_means": means | training_means,
-        "failures": failures,
-        "seconds": time.perf_counter() - start,
-    }
-    (out / "gpu.json").write_text(json.dumps(report, indent=1))
-    with (out / "table.txt").open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=200)
-        for one in (*shown, *more):
-            console.print(one)
-    for one in (*shown, *more):
+        attempt("training", layer, training, rounds)
+    for one in all_tables(report)[0]:
         show(one)
-    say(f"{report['seconds']:.0f} s; written to {out}: layers.json, gpu.json, table.txt")
-    if failures:
+    say(f"{time.perf_counter() - start:.0f} s; written to {out / 'layers.json'}")
+    if failures := report["failures"]:
         sys.exit(f"layers that failed: {len(failures)}, the first: {failures[0]}")
+
+
+def all_tables(report: dict) -> tuple[list, dict]:
+    """The tables of both kinds, and their geometric means."""
+    shown, means = tables(report["forward"], report["limits"], "forward")
+    more, training_means = tables(report["training"], None, "training step")
+    return shown + more, means | training_means
 
 
 def main() -> None:

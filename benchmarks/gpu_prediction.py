@@ -4,10 +4,10 @@
     python benchmarks/gpu_prediction.py --gpu A100 --M 1 --K 2048 --N 2048 --rank 512 --lora-rank 32
     python benchmarks/gpu_prediction.py --compare measured.json  measured over predicted, row by row
 
-The model is gpu_roofline.py. A measured file is a table of `hylora tune`, or a JSON list of {K, N,
-r, ra, M, form, candidate, seconds, regime}: form "pair" or "pivoted"; candidate a name of
-gpu_roofline.CANDIDATES; regime "graph" or "eager" and, where all that is read was in L2 already,
-"warm" ("graph warm").
+The model is gpu_roofline.py. A measured file is what gpu_layers.py writes, a table of `hylora
+tune`, or a JSON list of {K, N, r, ra, M, form, candidate, seconds, regime}: form "pair" or
+"pivoted"; candidate a name of gpu_roofline.CANDIDATES; regime "graph" or "eager" and, where all
+that is read was in L2 already, "warm" ("graph warm").
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def measured_rows(path: Path) -> list[dict]:
     found = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(found, list):
         return found
+    if "forward" in found:
+        return found["forward"]
     rows = []
     for tuned in (row for row in found["rows"] if row["direction"] == "forward"):
         M, K, N, r, ra = (tuned[name] for name in ("M", "K", "N", "rank", "lora_rank"))

@@ -112,13 +112,31 @@ class Lora(nn.Module):
 
     def __init__(self, dense: nn.Linear, rank: int):
         super().__init__()
+        kind = {"bias": False, "device": dense.weight.device, "dtype": dense.weight.dtype}
         self.dense = dense
-        self.A = nn.Linear(dense.in_features, rank, bias=False, device=DEVICE, dtype=DTYPE)
-        self.B = nn.Linear(rank, dense.out_features, bias=False, device=DEVICE, dtype=DTYPE)
+        self.A = nn.Linear(dense.in_features, rank, **kind)
+        self.B = nn.Linear(rank, dense.out_features, **kind)
         nn.init.zeros_(self.B.weight)
 
     def forward(self, x):
         return self.dense(x) + self.B(self.A(x)) * ALPHA
+
+
+def add_lora(model: nn.Module, paths: list[str], rank: int) -> list[Tensor]:
+    """Give the linears at `paths` peft's adapters, or the same arithmetic; the trainable A and B,
+    in the model's dtype."""
+    if LoraConfig is None:
+        for path in paths:
+            model.set_submodule(path, Lora(model.get_submodule(path), rank))
+        layers = [model.get_submodule(path) for path in paths]
+        return [side.weight for layer in layers for side in (layer.A, layer.B)]
+    weight = model.get_submodule(paths[0]).weight
+    config = LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=paths)
+    inject_adapter_in_model(config, model)
+    trainable = [p for name, p in model.named_parameters() if "lora_" in name]
+    for parameter in trainable:
+        parameter.data = parameter.data.to(weight.device, weight.dtype)
+    return trainable
 
 
 def lora_on_dense(weights: Weights, layer: Layer) -> tuple[Callable, list[Tensor]]:
@@ -126,15 +144,8 @@ def lora_on_dense(weights: Weights, layer: Layer) -> tuple[Callable, list[Tensor
     dense = nn.Linear(layer.K, layer.N, device="meta")
     dense.weight = nn.Parameter(reference.dense_weight(weights), requires_grad=False)
     dense.bias = nn.Parameter(weights.bias, requires_grad=False)
-    if LoraConfig is None:
-        made = Lora(dense, layer.lora_rank)
-        return made, [made.A.weight, made.B.weight]
-    rank = layer.lora_rank
-    config = LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=["0"])
-    model = inject_adapter_in_model(config, nn.Sequential(dense))
-    trainable = [p for name, p in model.named_parameters() if "lora_" in name]
-    for parameter in trainable:
-        parameter.data = parameter.data.to(DEVICE, DTYPE)
+    model = nn.Sequential(dense)
+    trainable = add_lora(model, ["0"], layer.lora_rank)
     return model[0], trainable
 
 

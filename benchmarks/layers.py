@@ -10,6 +10,7 @@ from limits import cycled_bytes
 from torch import Tensor
 
 from hylora_kernels import reference
+from hylora_kernels.layers.linear import factor_count
 from hylora_kernels.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -70,6 +71,12 @@ class Case:
 
     def x(self) -> Tensor:
         return torch.randn(self.M, self.shape.K).to(self.torch_dtype)
+
+
+def kept_rank(K: int, N: int, keep: float, form: str) -> int:
+    """The largest multiple of 16 at which a layer keeps at most `keep` of its parameters."""
+    ranks = range(16, min(K, N), 16)
+    return max(rank for rank in ranks if factor_count(rank, K, N, form) <= keep * K * N)
 
 
 def random_factors(shape: Shape, dtype: torch.dtype, form: str = "pair", seed: int = 0) -> Weights:

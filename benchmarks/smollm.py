@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers import Shape, random_factors
+from layers import Shape, kept_rank, random_factors
 from torch import nn
 
-from hylora_kernels.layers.linear import SVDLoRALinear, factor_count
+from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model import load as models
 from hylora_kernels.model.structure import linears
 
@@ -28,17 +28,8 @@ def compressed(dtype: torch.dtype, lora_rank: int = 0) -> nn.Module:
     model = dense(dtype)
     for seed, (path, linear) in enumerate(linears(model).items()):
         K, N = linear.in_features, linear.out_features
-        shape = Shape(K, N, kept_rank(K, N) - lora_rank, lora_rank)
+        shape = Shape(K, N, kept_rank(K, N, KEEP, "pivoted") - lora_rank, lora_rank)
         SVh, U, A, B, _, alpha, pivots = random_factors(shape, dtype, "pivoted", seed)
         layer = SVDLoRALinear.from_factors(SVh, U, A, B, linear.bias, alpha, pivots)
         model.set_submodule(path, layer.eval())
     return model.requires_grad_(False)
-
-
-def kept_rank(K: int, N: int) -> int:
-    """The largest multiple of 16 whose pivoted form keeps at most KEEP of the parameters."""
-    return max(
-        rank
-        for rank in range(16, min(K, N), 16)
-        if factor_count(rank, K, N, "pivoted") <= KEEP * K * N
-    )

@@ -1,6 +1,6 @@
-"""benchmarks/gpu.sh, gpu_layers.py and `hylora tune` from one end to the other without a GPU:
-Triton's interpreter and the emulated CUDA kernels compute on the CPU, clocks and graphs are stand-ins.
-Times mean nothing here; that every rival runs, is checked and comes into the tables does.
+"""gpu_layers.py and `hylora tune` from one end to the other without a GPU: Triton's interpreter and
+the emulated CUDA kernels compute on the CPU, clocks and graphs are stand-ins. Times mean nothing
+here; that every rival runs, is checked and comes into the tables does.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -109,7 +106,8 @@ def bench(clocks, monkeypatch):
 
 def test_the_benchmark_runs_every_rival(bench, tmp_path, capsys):
     bench(tmp_path, compiled=True)
-    rows = json.loads((tmp_path / "layers.json").read_text())
+    report = json.loads((tmp_path / "layers.json").read_text())
+    rows = report["forward"]
     compiled = ("auto compiled", "four_products compiled", "two_products compiled")
     seen = {(r["form"], r["M"], r["regime"], r["candidate"]) for r in rows}
     wanted = set()
@@ -119,7 +117,6 @@ def test_the_benchmark_runs_every_rival(bench, tmp_path, capsys):
             wanted |= {(form, M, regime, r) for regime in regimes for r in gpu_rivals.FORWARD}
             wanted |= {(form, M, "eager warm", r) for r in compiled}
     assert seen == wanted
-    report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["failures"] == []
     trained = {(r["form"], r["regime"], r["candidate"]) for r in report["training"]}
     assert trained == {
@@ -128,9 +125,13 @@ def test_the_benchmark_runs_every_rival(bench, tmp_path, capsys):
         for regime in ("graph", "eager")
         for r in gpu_rivals.TRAINING
     }
-    table = (tmp_path / "table.txt").read_text(encoding="utf-8")
-    assert "training step, pivoted, graph: microseconds" in table and "peft / auto" in table
-    capsys.readouterr()
+    assert set(report["geometric_means"]) == {
+        *(f"forward, {f}, {r}" for f in gpu_layers.FORMS for r in ("graph cold", "eager cold")),
+        *(f"forward, {f}, {r} warm" for f in gpu_layers.FORMS for r in ("graph", "eager")),
+        *(f"training step, {f}, {r}" for f in gpu_layers.FORMS for r in ("graph", "eager")),
+    }
+    shown = capsys.readouterr().out
+    assert "training step, pivoted, graph: microseconds" in shown and "peft / auto" in shown
     gpu_prediction.main(["--gpu", "H100", "--compare", str(tmp_path / "layers.json")])
     assert "two_products" in capsys.readouterr().out
 
@@ -145,7 +146,8 @@ def test_a_rival_that_is_wrong_fails_its_layer_alone(bench, tmp_path, monkeypatc
     monkeypatch.setattr(gpu_layers, "FORMS", ("pair",))
     with pytest.raises(SystemExit, match=r"failed: 1, the first: .*M=65.* two_products of"):
         bench(tmp_path)
-    assert {r["M"] for r in json.loads((tmp_path / "layers.json").read_text())} == {3}
+    report = json.loads((tmp_path / "layers.json").read_text())
+    assert {r["M"] for r in report["forward"]} == {3}
 
 
 @pytest.fixture
@@ -224,70 +226,3 @@ def test_a_candidate_that_is_wrong_is_refused(tuning, monkeypatch):
     monkeypatch.setattr(room, "_launch", wrong)
     with pytest.raises(FloatingPointError, match=r"Config\(BM=16.* computes Problem\(M=3"):
         tuning.run(rows=(3,), forms=("pair",), directions=("forward",))
-
-
-# A Python that has everything; what it is asked to run is a line in $CALLS, and $FAILS tells what
-# of it goes wrong.
-PYTHON = """#!/usr/bin/env bash
-case "$*" in
-  -) cat >/dev/null; echo tests/test_ops.py; exit ;;
-  *capability*) echo 90; exit ;;
-  *get_device_name*) echo H100; exit ;;
-  *xdist*) exit 1 ;;
-esac
-echo "${HYLORA_CUDA_ARCHS:-} $*" >>"$CALLS"
-case "$*" in *$FAILS*) exit 3 ;; *$HANGS*) sleep 60 ;; esac
-"""
-
-
-@pytest.fixture
-def script(tmp_path):
-    """benchmarks/gpu.sh with that Python: (exit code, what it printed, what it ran)."""
-    if shutil.which("bash") is None or shutil.which("timeout") is None:
-        pytest.skip("needs bash and timeout")
-    python, calls = tmp_path / "python", tmp_path / "calls"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
-
-    def run(fails="no such word", hangs="no such word", **options):
-        calls.write_text("")
-        paths = {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "CALLS": str(calls)}
-        done = subprocess.run(
-            ["bash", Path(gpu_layers.__file__).with_name("gpu.sh")],
-            env=os.environ | paths | {"FAILS": fails, "HANGS": hangs} | options,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.stderr == ""
-        return (
-            done.returncode,
-            done.stdout,
-            calls.read_text().replace(str(tmp_path), "").split("\n"),
-        )
-
-    return run
-
-
-def test_the_script_runs_every_step(script):
-    code, printed, calls = script()
-    assert code == 0 and printed.count("  ok") == 6
-    assert calls == [
-        "90 setup.py --quiet build_csrc",
-        " -m pytest -m gpu -q tests/test_ops.py",
-        " -m hylora_kernels selftest --device cuda --json /out/selftest.json",
-        " -m hylora_kernels tune --device cuda --json /out/tune.json",
-        " benchmarks/gpu_layers.py --compile --out /out",
-        " benchmarks/gpu_prediction.py --gpu H100 --compare /out/layers.json",
-        "",
-    ]
-    _, _, calls = script(QUICK="1", STEPS="tune bench")
-    assert calls[0].endswith("tune --device cuda --quick --json /out/tune.json")
-    assert calls[1:] == [" benchmarks/gpu_layers.py --quick --out /out", ""]
-
-
-def test_the_script_goes_on_where_a_step_fails_or_hangs(script):
-    code, printed, calls = script(fails="selftest", hangs="benchmarks/gpu_layers.py", LIMIT="1")
-    assert code == 3 and len(calls) == 7
-    assert "FAILED (3)" in printed and "FAILED (over 1 s)" in printed
-    assert printed.count("  ok") == 4

@@ -1,0 +1,165 @@
+"""What a run of gpu.sh has measured so far, as Markdown: results.md, ready for docs/performance.md.
+
+    python benchmarks/gpu_results.py runs/gpu      prints it from the folder's JSON files
+
+A file that is missing leaves its section out. Standard library only: it runs after every step, and
+on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def render(folder: Path) -> str:
+    """The whole of results.md."""
+    session = _read(folder, "session.json") or {}
+    sections = [
+        _title(session.get("machine", {}), session.get("started", "")),
+        _models(_read(folder, "models.json") or []),
+        _layers(_read(folder, "layers.json") or {}),
+        *(_selftest(_read(folder, name)) for name in ("selftest.json", "selftest-full.json")),
+        _tuned(_read(folder, "tune.json") or {}),
+        _steps(session.get("steps", [])),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _read(folder: Path, name: str):
+    """The JSON of a file; None where it is missing or was cut off while it was written."""
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def markdown(heads, rows) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in cells) + " |" for cells in lines)
+
+
+def one_cell(text: str, most: int = 120) -> str:
+    """Text that fits a cell of a table."""
+    return " ".join(text.replace("|", "/").split())[:most]
+
+
+def _title(machine: dict, started: str) -> str:
+    card = machine.get("card", "no card")
+    versions = ", ".join(f"{name} {found}" for name, found in machine.get("versions", {}).items())
+    driver, commit = machine.get("driver", "?"), machine.get("commit", "?")
+    where = f"driver {driver}, {versions}; commit {commit}, {started}, `benchmarks/gpu.sh`."
+    return f"## {card}\n\n{where}"
+
+
+# ------------------------------------------------------------------------------------- whole models
+
+UNITS = {"host cost of a layer's call": ("µs", 1e6), "training step": ("ms", 1e3)}
+
+
+def _models(rows: list[dict]) -> str:
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for adapters in ("merged", "apart"):
+            mine = [r for r in rows if (r["model"], r["adapters"]) == (model, adapters)]
+            if mine:
+                parts.append(f"{model}, adapters {adapters}:\n\n{_model_table(mine)}")
+    if not parts:
+        return ""
+    note = (
+        "Random weights, bfloat16, one rank for each size of layer. Tokens a second, a training "
+        "step in ms, a layer's call on the host in µs; in brackets how many times as fast as "
+        "dense, the median of interleaved rounds. Peak: own weights and what the call allocates."
+    )
+    return "\n\n".join(["### Whole models", note, *parts])
+
+
+def _model_table(rows: list[dict]) -> str:
+    """A column for each measurement, a row for each candidate; the least and the largest peak."""
+    columns = list(dict.fromkeys((r["what"], r["mode"], r["batch"]) for r in rows))
+    cells: dict[str, dict[tuple, str]] = {}
+    peaks: dict[str, dict[str, float]] = {}
+    for r in rows:
+        unit, scale = UNITS.get(r["what"], ("", 0))
+        value = f"{scale * r['seconds']:.1f}" if unit else f"{r['tokens_per_second']:.0f}"
+        cell = f"{value} ({r['times_faster_than_dense']:.2f})"
+        cells.setdefault(r["candidate"], {})[r["what"], r["mode"], r["batch"]] = cell
+        if r["peak_bytes"] is not None:
+            of_candidate = peaks.setdefault(r["candidate"], {})
+            most = max(of_candidate.get(r["what"], 0), r["peak_bytes"])
+            of_candidate[r["what"]] = most
+    kinds = list(dict.fromkeys(what for found in peaks.values() for what in found))
+    heads = ["", *map(_head, columns), *(f"peak GB, {what}" for what in kinds)]
+    lines = [
+        [
+            name,
+            *(found.get(column, "") for column in columns),
+            *(f"{peaks[name][what] / 1e9:.2f}" if name in peaks else "" for what in kinds),
+        ]
+        for name, found in cells.items()
+    ]
+    return markdown(heads, lines)
+
+
+def _head(column: tuple) -> str:
+    what, mode, batch = column
+    unit = UNITS.get(what, ("",))[0]
+    if what == "decode":
+        return f"decode {mode}, batch {batch}"
+    return f"{what}, {unit}" if unit else what
+
+
+# ---------------------------------------------------------------------------------- the other steps
+
+
+def _layers(report: dict) -> str:
+    means = report.get("geometric_means", {})
+    if not means:
+        return ""
+    rivals = list(dict.fromkeys(name for found in means.values() for name in found))
+    rows = [
+        [group, *(f"{found[name]:.2f}" if name in found else "" for name in rivals)]
+        for group, found in means.items()
+    ]
+    limits = report.get("limits", {})
+    note = (
+        "A rival's time over that of `auto`, geometric mean of the layers; above 1, `auto` is "
+        f"faster. Memory {limits.get('hbm', 0) / 1e12:.2f} TB/s, a large bf16 product "
+        f"{limits.get('product', 0) / 1e12:.0f} TFLOP/s."
+    )
+    failed = "".join(f"\n* FAILED: {failure}" for failure in report.get("failures", []))
+    return f"### One layer\n\n{note}\n\n{markdown(['', *rivals], rows)}{failed}"
+
+
+def _selftest(report: dict | None) -> str:
+    if not report:
+        return ""
+    rows = [
+        [
+            *(line["backend"], line["dtype"], line["form"], line["cases"], f"{line['worst']:.2f}"),
+            f"{line['repeats']} x {'bit-equal' if line['bit_equal'] else 'DIFFERENT'}",
+            f"FAILED: {len(line['failures'])}" if line["failures"] else "ok",
+        ]
+        for line in report["lines"]
+    ]
+    heads = ["backend", "dtype", "form", "cases", "worst error / allowed", "repeated", "verdict"]
+    failures = [failure for line in report["lines"] for failure in line["failures"]]
+    notes = [f"not tested: {what}: {why}" for what, why in report["skipped"].items()]
+    notes += [f"FAILED: {failure}" for failure in failures[:20]]
+    listed = "".join(f"\n* {note}" for note in notes)
+    return f"### Selftest, {report['seconds']:.0f} s\n\n{markdown(heads, rows)}\n{listed}"
+
+
+def _tuned(report: dict) -> str:
+    rows = report.get("rows", [])
+    return f"### Tuned\n\n{len(rows)} problems, in tune.json." if rows else ""
+
+
+def _steps(steps: list[dict]) -> str:
+    rows = [[s["name"], s["status"], f"{s['seconds']:.0f}", s["last_line"]] for s in steps]
+    return f"### Steps\n\n{markdown(['step', 'status', 'seconds', 'last line'], rows)}"
+
+
+if __name__ == "__main__":
+    print(render(Path(sys.argv[1])), end="")
