@@ -95,10 +95,10 @@ def check_totals(model, report, dense):
     assert report.parameters_as_is == sum(counted(module) for module in parts(model).values())
     assert report.keep == report.parameters / dense and report.removed == 1 - report.keep
     assert report.keep_as_is == report.parameters_as_is / dense
-    held = sum(p.numel() for p in model.parameters())
-    assert report.model_parameters_as_is == held
-    assert report.model_dense_parameters == held + dense - report.parameters_as_is
-    assert report.model_parameters == held + report.parameters - report.parameters_as_is
+    total = sum(p.numel() for p in model.parameters())
+    assert report.model_parameters_as_is == total
+    assert report.model_dense_parameters == total + dense - report.parameters_as_is
+    assert report.model_parameters == total + report.parameters - report.parameters_as_is
     assert report.model_keep == report.model_parameters / report.model_dense_parameters
 
 

@@ -52,7 +52,7 @@ def layers_of(architecture, blocks, generator):
 
 
 def parameters(rank, shape, form, lora_rank, count):
-    """What a layer of total rank `rank` holds, from the shapes of its tensors."""
+    """Parameters of a layer of total rank `rank`, from the shapes of its tensors."""
     N, K = shape
     if rank == DENSE:
         return N * K
@@ -137,7 +137,7 @@ def test_budget(seed):
 
 
 def next_step(triple, path, cost):
-    """What the next dearer candidate costs more than `cost`; infinite for a dense layer."""
+    """The extra cost of the next dearer candidate; infinite for a dense layer."""
     dearer = [c for c in triple.candidates[path].values() if c > cost]
     return min(dearer) - cost if dearer else float("inf")
 
@@ -228,7 +228,7 @@ def hull(c):
 
 
 def one_step(curves, budget):
-    """How much error the first edge of the hulls saves that the budget has no room for."""
+    """The error that the first edge of the hulls beyond the budget would save."""
     edges = sorted(
         ((c.errors[a] - c.errors[b]) / (c.costs[b] - c.costs[a]), c.costs[b] - c.costs[a])
         for c in curves

@@ -88,7 +88,7 @@ def ridge(X, Y, prior, strength):
 
 
 def by_regression(name, model, factors, ranks, ids=IDS):
-    """What refit() does, by definition: one regression a linear, in the order of the calls."""
+    """The refit by definition: one regression for each linear, in the order of the calls."""
     arch, student = ZOO[name], copy.deepcopy(model)
     found = {}
     blocks = [f"{arch.blocks}.{i}" for i in range(arch.config.num_hidden_layers)]

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: tiny models of several architectures, and altering files."""
+"""Shared by the tests of checkpoints: tiny models of several architectures, altered files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CONFIGS = {
 
 
 def build(name="llama", form="pivoted", rank=8, lora_rank=4, alpha=0.5):
-    """A tiny random model whose linears, the head aside, are SVDLoRALinear (all if rank is set)."""
+    """A tiny random model whose linears, but for the head, are SVDLoRALinear; rank=0: dense."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32)
     for path, module in list(model.named_modules()):
         if isinstance(module, Conv1D):

@@ -1,4 +1,4 @@
-"""What the tests of compress() share: its small settings, and looking at models."""
+"""Shared by the tests of compress(): small settings, measures and comparisons of models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def close(a, b, tolerance):
 
 
 def parts(model):
-    """path -> module of all linears that were candidates, in the order of `model`."""
+    """path -> module of all linears in the budget, in the order of the model."""
     return {path: model.get_submodule(path) for path in linears(model)}
 
 

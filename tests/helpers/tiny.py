@@ -45,14 +45,14 @@ def adapted(model, rank=12, lora_rank=4, form="pivoted", alpha=1.0, dropout=0.0,
 
 
 def tokens(n: int, length: int, words: int = WORDS, seed: int = 0) -> torch.Tensor:
-    """Random ids [n, length] with something to learn: every second token follows from the first."""
+    """Random ids [n, length]; every second token is a function of the one before."""
     ids = torch.randint(words, (n, length), generator=torch.Generator().manual_seed(seed))
     ids[:, 1::2] = (ids[:, 0 : length - length % 2 : 2] * 7 + 3) % words
     return ids
 
 
 def tokenizer(text: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, as GPT-2's, of at most WORDS + 256 tokens, learnt from `text`."""
+    """A byte-level BPE like GPT-2's, of at most WORDS + 256 tokens, learned from `text`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())

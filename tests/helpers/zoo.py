@@ -1,7 +1,7 @@
-"""A tiny random model of each architecture that compression is tried on.
+"""A tiny random model of each architecture that compression is tested on.
 
-Two or three blocks of width 32 to 48, 128 words. Weights are drawn by `seed` and wide enough that
-logits vary; norms and biases are random too, so that nothing is an identity by chance.
+Two or three blocks of width 32 to 48, 128 words. Weights are drawn by `seed`, with a spread that
+makes logits vary; norms and biases are random too, so that nothing is an identity by chance.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from helpers import tiny
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -49,7 +50,8 @@ GATED += [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
 
 @dataclass(frozen=True)
 class Architecture:
-    """config, the groups of one block in call order, what writes into the residual stream."""
+    """groups: paths of one block's linears, in call order. writers: those that write into the
+    residual stream."""
 
     config: object
     groups: list[tuple[str, ...]]
@@ -172,7 +174,7 @@ def _trained(name: str):
 
 
 def trained(name: str):
-    """A model of the zoo after two seconds of training on tokens(): what it keeps matters."""
+    """A model of the zoo after two seconds of training on tokens(), so that its weights matter."""
     return copy.deepcopy(_trained(name)).eval()
 
 
@@ -188,7 +190,5 @@ def paths_of(name: str) -> list[tuple[str, ...]]:
 
 
 def tokens(n: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:
-    """Random ids [n, length], every second one a function of the one before."""
-    ids = torch.randint(VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
-    ids[:, 1::2] = (ids[:, 0 : length - length % 2 : 2] * 7 + 3) % VOCAB
-    return ids
+    """tiny.tokens of the zoo's vocabulary."""
+    return tiny.tokens(n, length, VOCAB, seed)

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint is said, naming the file and the tensor."""
+"""Every fault of a checkpoint is an error that names the file and the tensor."""
 
 from __future__ import annotations
 

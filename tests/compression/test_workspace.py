@@ -1,4 +1,4 @@
-"""An interrupted compression goes on where it was; finished work serves later ones."""
+"""The workspace: an interrupted compression continues, and finished work serves later ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from hylora_kernels.compression.compress import compress
 from hylora_kernels.compression.workspace import Refits, Workspace
 from hylora_kernels.support.storage import cache_dir
 
-# ------------------------------------------------------------------------------ resuming, the cache
-
 
 class Interrupted(Exception):
     pass
@@ -23,7 +21,7 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What was really computed: layers factorized, blocks refitted, passes over the text."""
+    """The work that was done: layers factorized, blocks refitted, passes over the text."""
     counts = {"layers": [], "blocks": [], "passes": 0}
     compression = importlib.import_module("hylora_kernels.compression.compress")
     refit = importlib.import_module("hylora_kernels.compression.refit")

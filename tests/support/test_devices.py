@@ -1,0 +1,45 @@
+"""Devices and dtypes by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hylora_kernels.support.devices import resolve_device, resolve_dtype
+
+
+def test_devices(monkeypatch):
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+    for cuda, mps, wanted in ((2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=cuda: count)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert resolve_device("auto").type == wanted
+        assert resolve_device().type == wanted
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device 'cuda' is not available; there is: cpu$"):
+        resolve_device("cuda")
+    with pytest.raises(ValueError, match=r"device 'mps' is not available; there is: cpu$"):
+        resolve_device(torch.device("mps"))
+    with pytest.raises(ValueError, match="device must be one of auto, cpu, got 'gpu'"):
+        resolve_device("gpu")
+    with pytest.raises(TypeError, match=r"device must be a str or torch\.device, got int"):
+        resolve_device(0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="device 'cuda:1' is not available; there is: cuda, cpu"):
+        resolve_device("cuda:1")
+
+
+def test_dtypes():
+    assert resolve_dtype("auto") is None
+    assert resolve_dtype(None) is None
+    assert resolve_dtype("bfloat16") is torch.bfloat16
+    assert resolve_dtype(torch.float64) is torch.float64
+    for wrong in ("int8", torch.int8, 16):
+        with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float16, float"):
+            resolve_dtype(wrong)
