@@ -25,13 +25,13 @@ def test_overhead(benchmark, room, with_threads, quick):
     packed = backends.ROOMS[room].pack(factors)
     layer = SVDLoRALinear.from_factors(*factors).eval()
     weights = [panels.pack_matrix(t) for t in (SVh, A, U, B)]
-    dual = functools.partial(torch.ops.hylora.cpu_dual.default, x, *weights, bias, None)
+    layer_op = functools.partial(torch.ops.hylora.cpu_layer.default, x, *weights, bias, None)
     optimised = optimize_for_inference(SVDLoRALinear.from_factors(*factors).eval())
     calls = {
         "F.linear": lambda: F.linear(x, SVh),
         "F.linear twice": lambda: F.linear(F.linear(x, SVh), U, bias),
-        "our C++ op, 6 tensors": lambda: dual(TINY.r, TINY.ra, TINY.N, alpha, 0, 0),
-        "our C++ op, layer joined": lambda: backends.ROOMS[room].forward_packed(x, packed),
+        "our C++ op, 6 tensors": lambda: layer_op(TINY.r, TINY.ra, TINY.N, alpha, False, False, 0),
+        "our C++ op, packed layer": lambda: backends.ROOMS[room].forward_packed(x, packed),
         "svd_lora_linear (eager)": lambda: svd_lora_linear(x, *factors),
         "SVDLoRALinear (eager)": lambda: layer(x),
         "SVDLoRALinear, optimised": lambda: optimised(x),
@@ -41,4 +41,4 @@ def test_overhead(benchmark, room, with_threads, quick):
     seconds = {name: times.median(name) for name in calls}
     benchmark.extra_info.update(suite="overhead", seconds=seconds)
     print("\none call: " + ", ".join(f"{k} {1e6 * s:.1f} µs" for k, s in seconds.items()), end="")
-    benchmark.pedantic(calls["our C++ op, layer joined"], rounds=5)
+    benchmark.pedantic(calls["our C++ op, packed layer"], rounds=5)

@@ -1,4 +1,13 @@
-// What the binding hands to the kernels: pointers, sizes and strides, nothing of torch.
+// The calls that the bindings hand to the kernels: pointers, sizes and strides, nothing of torch.
+//
+// A layer is y = x SVh^T U^T + bias + alpha (x A^T) B^T, computed as two products:
+//
+//     shrink    h = x [SVh; A]^T           A's columns of h are then scaled by alpha
+//     expand    y = h [U, B]^T + bias
+//
+// M rows of x, K inputs, N outputs; the base SVh, U has rank r, the adapter A, B has rank ra. In
+// the pivoted form r outputs, the pivots, equal the columns of x SVh^T, and U makes only the
+// others. Sizes and strides count numbers, not bytes.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,102 +16,129 @@ namespace hylora {
 
 enum class Type : int32_t { bf16, fp16, fp32 };
 
-// One weight matrix W [n, k] in panels of 32 rows of W (columns of the product), zero padded.
-//   bf16         [n/32][k/32][2][16][16][2]   two AMX tiles of 16 k-pairs by 16 columns a block
+// One weight matrix W [n, k] for products x W^T, cut into panels of 32 rows of W, zero padded.
+//   bf16         [n/32][k/32][2][16][16][2]   for every 32 k two AMX tiles: 16 pairs of k, 16 rows
 //   fp16, fp32   [n/32][k][32]
 struct Panels {
   const void* data = nullptr;
   int64_t n = 0, k = 0;
 };
 
-// What the 32 outputs of one panel of y are made of (pivoted form), and the other way round.
-struct OrderPanel {
-  uint8_t from[32];        // index after `pivot0` for a pivot, after `other0` for the others
-  uint8_t pivot_at[32];    // the columns of the panel that are pivots, ascending
-  uint8_t other_at[32];    // and those that are not
-  uint32_t is_pivot;       // bit c: column c is a pivot
-  int32_t pivot0, other0;  // pivots and others before this panel
+// The pivot table's entry for 32 outputs. Outputs are numbered within the entry; pivots and others
+// are numbered within the entry too, each kind from 0.
+struct PivotPanel {
+  uint8_t from[32];        // output -> its number among the pivots, or among the others
+  uint8_t pivot_at[32];    // pivot -> its output
+  uint8_t other_at[32];    // other -> its output
+  uint32_t is_pivot;       // bit c: output c is a pivot
+  int32_t pivot0, other0;  // how many pivots and others all entries before this one have
 };
 
-// The pivoted form's table: a panel for every 32 outputs.
-struct Order {
-  const OrderPanel* panels = nullptr;
-  int64_t n = 0, pivots = 0;
+// The pivot table says how pivots and others, each ascending, are put back in output order.
+struct PivotTable {
+  const PivotPanel* panels = nullptr;  // null in the pair form
+  int64_t n = 0, pivots = 0;           // outputs, and pivots among them
 };
 
-// y = ((x first^T) second^T) + bias, the adapter's part of the middle scaled by alpha. Columns of
-// the middle: first.n of the base (padded to 32), then first_tail.n of the adapter; or both joined
-// in `first`. With first.n = 0 there is no middle: y = x second^T + bias. In the pivoted form
-// `second` makes the others. The adapter's part of the pivots is second_tail's: with tails the rows
-// before the others', joined all it has, for the columns of the middle from the last multiple of 32
-// up to tail_at on.
-struct Dual {
+// How a layer's adapter is stored.
+enum class Adapter : int32_t {
+  none,
+  separate,  // as matrices of its own: in training every step changes them
+  joined,    // in one matrix with the base's: less padding, for inference
+};
+
+// One layer on M rows. A | in h's columns stands at a multiple of 32, dots are zeros:
+//
+//     none       | x SVh^T ........ |
+//     separate   | x SVh^T ........ | x A^T ........ |
+//                                   ^ adapter_column
+//     joined     | x SVh^T  x A^T ......... |
+//                           ^ adapter_column
+//
+// Backward, x is dy, y is dx, h is dh, and the factors are transposed: shrink holds U^T and B^T,
+// expand SVh^T and A^T. In the pivoted form dy's columns are first sorted into pivots (padded to a
+// multiple of 32) and others; shrink multiplies the others, and the pivots are added to h.
+struct LayerCall {
   Type type;
-  const void* x;
+  bool backward;
+  const void* x;  // [M, K], rows ldx apart
   int64_t M, K, ldx;
-  Panels first, first_tail, second, second_tail;
+  Panels shrink;     // SVh, or joined [SVh; A]; empty: a plain linear layer, y = x expand^T + bias
+  Panels expand;     // U, or joined [U, B]; in the pivoted form the rows of the others
   const void* bias;  // [N] or null
-  void* y;           // [M, N], rows of N
+  void* y;           // [M, N], rows N apart
   int64_t N;
-  void* tail;       // [M, ra] out: the adapter's columns of the middle, or null
-  int64_t ra;       // their number
-  int64_t tail_at;  // where they start in the padded middle
+  Adapter adapter;
+  int64_t ra;
   float alpha;
-  bool emit_scaled;
-  Order order;  // of y, or of x where sorts_input; order.panels null in the pair form
-  bool sorts_input;
-  int products;  // bf16 limb products for fp16 and fp32: 0 (FMA), 3 or 6
+  int64_t adapter_column;  // of h, where the adapter's ra columns start
+  Panels adapter_shrink;   // separate: A
+  // Separate: B; in the pivoted form its rows are sorted into pivots (padded to a multiple of 32)
+  // and others. Joined in the pivoted form: B's rows of the pivots; its columns stand for h's from
+  // the last multiple of 32 up to adapter_column on.
+  Panels adapter_expand;
+  void* h_a;          // [M, ra] out, or null: the adapter's columns of h, forward before alpha
+  PivotTable table;   // of y's columns; backward of x's
+  int limb_products;  // of bf16 limbs (kernels/amx.h) for fp16 and fp32: 3, 6, or 0 for FMA
+
+  bool sorts_x() const { return table.panels && backward; }
+  bool merges_pivots() const { return table.panels && !backward; }
 };
 
-// C [ra, n] = scale * a^T b for columns [col0, col1); with sums a last row, the sum over M of b.
-struct Thin {
+// C [ra, n] = scale * a^T b, in columns [col0, col1). With sums C has one row more: the sum of b's
+// rows. dA = dh_a^T x and dB^T = alpha h_a^T dy are such products, and db is that last row.
+struct AdapterGradients {
   Type type;
-  const void *a, *b;
+  const void *a, *b;  // [M, ra] and [M, n], rows lda and ldb apart
   int64_t M, ra, n, lda, ldb;
   float scale;
   void* c;
   bool sums;
 };
 
-// To be packed, or float32 unpacked.
-struct Pack {
+// W [n, k] to be packed into panels, or float32 panels to be unpacked into W.
+struct Packing {
   Type type;
-  void* W;  // [n, k] with strides
+  void* W;
   int64_t n, k, row_stride, column_stride;
   void* panels;
 };
 
-// One level's kernels. `first` and `second` work on panels [begin, end) of what `prepare` laid down
-// in `block`: for few rows the threads share one block and split its panels; `rows` does everything
-// for rows [m0, m1), so for many rows the threads split those. `weave` is the pivoted form's: rows
-// of y, out of what `between` and `second` left in the block.
+// The kernels of one instruction set. With many rows threads split the rows: `rows` does the whole
+// layer for rows [m0, m1). With few rows they share one block in memory of block_bytes, which
+// `prepare` fills with x; then they split the panels of `shrink`, those of `expand`, and in the
+// pivoted form the rows of `merge_pivots`. `pivots` adds the adapter's part to the pivots; one
+// thread does it between shrink and expand.
 struct Kernels {
-  void (*rows)(const Dual&, int64_t m0, int64_t m1);
-  size_t (*block_bytes)(const Dual&);
-  void (*prepare)(const Dual&, void* block);
-  void (*first)(const Dual&, void* block, int64_t begin, int64_t end);
-  void (*between)(const Dual&, void* block);
-  void (*second)(const Dual&, void* block, int64_t begin, int64_t end);
-  void (*weave)(const Dual&, void* block, int64_t row0, int64_t row1);
-  void (*thin)(const Thin&, int64_t col0, int64_t col1);
-  void (*pack)(const Pack&, int64_t panel0, int64_t panel1);
-  void (*unpack)(const Pack&, int64_t panel0, int64_t panel1);
+  void (*rows)(const LayerCall&, int64_t m0, int64_t m1);
+  size_t (*block_bytes)(const LayerCall&);
+  void (*prepare)(const LayerCall&, void* block);
+  void (*shrink)(const LayerCall&, void* block, int64_t panel0, int64_t panel1);
+  void (*pivots)(const LayerCall&, void* block);
+  void (*expand)(const LayerCall&, void* block, int64_t panel0, int64_t panel1);
+  void (*merge_pivots)(const LayerCall&, void* block, int64_t row0, int64_t row1);
+  void (*adapter_gradients)(const AdapterGradients&, int64_t col0, int64_t col1);
+  void (*pack)(const Packing&, int64_t panel0, int64_t panel1);
+  void (*unpack)(const Packing&, int64_t panel0, int64_t panel1);
 };
 
-constexpr int64_t kFewRows = 64;  // up to here threads split panels, above it rows
+constexpr int64_t kFewRows = 64;  // at most so many rows: threads split panels, else rows
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-constexpr int64_t at_most(int64_t a, int64_t most) { return a < most ? a : most; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline int64_t first_panels(const Dual& d) {
-  return ceil_div(d.first.n, 32) + ceil_div(d.first_tail.n, 32);
+// Panels of 32 columns of h, and of what expand makes: y, or in the pivoted form the others.
+inline int64_t shrink_panels(const LayerCall& call) {
+  return ceil_div(call.shrink.n, 32) + ceil_div(call.adapter_shrink.n, 32);
 }
-inline int64_t second_panels(const Dual& d) { return ceil_div(d.second.n, 32); }
+inline int64_t expand_panels(const LayerCall& call) { return ceil_div(call.expand.n, 32); }
 
-// This thread's scratch: 64-byte aligned, kept and grown, never shrunk. Two of them, since a block
-// shared by several threads must not move while its owner works on a part of it.
-void* scratch(int which, size_t bytes);
+// A thread's own memory, 64-byte aligned; it grows and is kept until the thread ends. A block that
+// several threads share and a thread's own work need memory at once, so there are two.
+enum class Scratch { own_work, shared_block };
+void* scratch(Scratch which, size_t bytes);
 
 const Kernels& kernels_scalar();
 const Kernels& kernels_avx2();

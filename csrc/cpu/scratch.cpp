@@ -1,3 +1,4 @@
+// Scratch memory of each thread (call.h).
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -19,11 +20,12 @@ thread_local Memory memories[2];
 
 }  // namespace
 
-void* scratch(int which, size_t bytes) {
-  Memory& memory = memories[which];
+void* scratch(Scratch which, size_t bytes) {
+  Memory& memory = memories[int(which)];
   if (bytes > memory.size) {
     std::free(memory.p);
-    // Whole huge pages where it is worth one: a block walks over many rows, each on its own page.
+    // From half a huge page on, use whole ones: a block's rows lie far apart, and with small pages
+    // each row would need an entry of the TLB.
     const size_t unit = bytes >= kHugePage / 2 ? kHugePage : 64;
     memory.size = (bytes + unit - 1) / unit * unit;
     memory.p = std::aligned_alloc(unit, memory.size);

@@ -1,3 +1,4 @@
+// Which kernels run, and how a layer is split among threads.
 #include "threads.h"
 
 #include <torch/headeronly/util/Exception.h>
@@ -7,7 +8,8 @@
 namespace hylora {
 namespace {
 
-// Rows that a thread takes at a time: enough to make up for the weights it fetches once more.
+// Rows that a thread takes at a time. Each part reads all weights again; over this many rows that
+// costs little.
 constexpr int64_t kRowsPerPart = 512;
 
 }  // namespace
@@ -42,38 +44,54 @@ const Kernels& kernels() {
   return table;
 }
 
-void run(const Dual& d) {
-  if (d.M == 0 || d.N == 0) return;
+namespace {
+
+// Threads split the rows.
+void run_many_rows(const LayerCall& call) {
+  const Kernels& k = kernels();
+  const int64_t used = std::min<int64_t>(torch::stable::get_num_threads(), call.M / 32);
+  const int64_t parts = used > 1 ? std::max(used, call.M / kRowsPerPart / used * used) : 1;
+  in_parallel(parts, [&](int64_t i, int64_t) {
+    const int64_t end = i + 1 == parts ? call.M : call.M * (i + 1) / parts / 32 * 32;
+    k.rows(call, call.M * i / parts / 32 * 32, end);
+  });
+}
+
+// Threads share one block of all rows and split its panels.
+void run_few_rows(const LayerCall& call) {
   const Kernels& k = kernels();
   const int64_t threads = torch::stable::get_num_threads();
-  if (d.M > kFewRows) {
-    const int64_t used = std::min(threads, d.M / 32);
-    const int64_t parts = used > 1 ? std::max(used, d.M / kRowsPerPart / used * used) : 1;
-    in_parallel(parts, [&](int64_t i, int64_t) {
-      const int64_t end = i + 1 == parts ? d.M : d.M * (i + 1) / parts / 32 * 32;
-      k.rows(d, d.M * i / parts / 32 * 32, end);
-    });
-    return;
-  }
-  const int64_t size = d.type == Type::fp32 ? 4 : 2;
-  const int64_t bytes =
-      size * (d.first.n * d.first.k + d.second.n * d.second.k + d.ra * (d.K + d.N));
-  const int64_t useful = std::min(threads, std::max<int64_t>(1, bytes / kBytesPerThread));
-  const int64_t weaves = d.order.panels && !d.sorts_input;
-  // Panels, and in the last stage rows.
-  const int64_t items[4] = {d.first.n ? first_panels(d) : 0, weaves, second_panels(d),
-                            weaves ? d.M : 0};
+  const int64_t size = call.type == Type::fp32 ? 4 : 2;
+  const int64_t weights =
+      call.shrink.n * call.shrink.k + call.expand.n * call.expand.k + call.ra * (call.K + call.N);
+  const int64_t useful = std::min(threads, std::max<int64_t>(1, size * weights / kBytesPerThread));
+  const int64_t merges = call.merges_pivots();
+  enum Stage : size_t { shrink, pivots, expand, merge_pivots };
+  // What a stage splits: panels, and merge_pivots rows.
+  const int64_t items[4] = {call.shrink.n ? shrink_panels(call) : 0, merges, expand_panels(call),
+                            merges ? call.M : 0};
   int64_t parts[4];
   for (int stage = 0; stage < 4; stage++)
     parts[stage] = std::min(useful, items[stage]);
-  void* block = scratch(1, k.block_bytes(d));
-  k.prepare(d, block);
+  void* block = scratch(Scratch::shared_block, k.block_bytes(call));
+  k.prepare(call, block);
   in_stages(parts, [&](size_t stage, int64_t i) {
-    if (stage == 1) return k.between(d, block);
+    if (stage == pivots) return k.pivots(call, block);
     const int64_t begin = items[stage] * i / parts[stage];
     const int64_t end = items[stage] * (i + 1) / parts[stage];
-    (stage == 0 ? k.first : stage == 2 ? k.second : k.weave)(d, block, begin, end);
+    const auto run = stage == shrink ? k.shrink : stage == expand ? k.expand : k.merge_pivots;
+    run(call, block, begin, end);
   });
+}
+
+}  // namespace
+
+void run_layer(const LayerCall& call) {
+  if (call.M == 0 || call.N == 0) return;
+  if (call.M > kFewRows)
+    run_many_rows(call);
+  else
+    run_few_rows(call);
 }
 
 }  // namespace hylora

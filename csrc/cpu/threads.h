@@ -10,18 +10,19 @@
 
 namespace hylora {
 
-// Less than this for each thread and waking them costs more than they save.
+// Waking another thread pays from this many bytes of weights for each thread on.
 constexpr int64_t kBytesPerThread = 256 << 10;
 
-// The kernels of the level in use; throws the reason where HYLORA_ISA can't be followed.
+// The kernels of the instruction set in use. Throws the reason if HYLORA_ISA can't be followed.
 const Kernels& kernels();
 
-// Both products of d, or the one.
-void run(const Dual& d);
+// Computes a layer.
+void run_layer(const LayerCall& call);
 
-// Stages one after another, each of so many parts; a thread takes the next part that nobody has. So
-// one that the system holds back holds up no other, and a wait is only ever for parts that a
-// running thread is at. One fork and join for all stages: they cost about 10 us.
+// Runs N stages one after another. Stage s has parts[s] parts; a thread takes the next part that
+// no other has taken. A thread that the system suspends before it takes a part delays no other: a
+// stage only waits for parts that have been started. All stages run in one fork and join, which
+// cost about 10 us.
 template <size_t N, class F>
 void in_stages(const int64_t (&parts)[N], const F& run_part) {
   const int64_t most = *std::max_element(parts, parts + N);
@@ -43,10 +44,20 @@ void in_stages(const int64_t (&parts)[N], const F& run_part) {
   });
 }
 
+// Calls part(i, parts) for i in [0, parts), at least once.
 template <class F>
 void in_parallel(int64_t parts, const F& part) {
   in_stages({std::max<int64_t>(parts, 1)},
             [&](size_t, int64_t i) { part(i, std::max<int64_t>(parts, 1)); });
+}
+
+// Calls work(begin, end) on parts of [0, count), one for each thread that `bytes` are worth.
+template <class F>
+void split_among_threads(int64_t count, int64_t bytes, const F& work) {
+  const int64_t useful = std::max<int64_t>(1, bytes / kBytesPerThread);
+  const int64_t threads = torch::stable::get_num_threads();
+  in_parallel(std::min({threads, useful, count}),
+              [&](int64_t i, int64_t parts) { work(count * i / parts, count * (i + 1) / parts); });
 }
 
 }  // namespace hylora

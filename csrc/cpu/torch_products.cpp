@@ -10,13 +10,17 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Of six layers of two plain products' speed (MKL's), K = 224 to 2048: at 512 rows 0.85 to 0.96
-// this way and 0.88 to 1.02 by our own, at 1024 0.92 to 0.97 and 0.84 to 0.97, at 2048 0.95 to 0.98
-// and 0.82 to 0.98.
+// Measured on six layers, K = 224 to 2048, as speed relative to two MKL products on weights that
+// are not packed:
+//
+//     rows     unpacked for MKL     by the kernels
+//      512        0.85 - 0.96         0.88 - 1.02
+//     1024        0.92 - 0.97         0.84 - 0.97
+//     2048        0.95 - 0.98         0.82 - 0.98
 constexpr int64_t kRowsForTorch = 1024;
-// Weights unpacked at a time: enough columns for a product, little enough to stay in L3.
+// Weights unpacked at a time: enough columns for MKL to be fast, few enough to stay in L3.
 constexpr int64_t kUnpackedBytes = 8 << 20;
-// Scratch is kept, so the number of rows must not decide how large it grows.
+// Rows of h kept at a time. A thread's scratch never shrinks, so its size must not grow with M.
 constexpr int64_t kRowsAtATime = 4096;
 
 Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t row_stride,
@@ -38,13 +42,8 @@ void product(int64_t M, const float* a, int64_t lda, const Panels& W, const floa
   const Tensor left = matrix(a, M, W.k, lda);
   for (int64_t n0 = 0; n0 < W.n; n0 += chunk) {
     const int64_t n = std::min(chunk, W.n - n0), panels = ceil_div(n, 32);
-    const Pack rows{Type::fp32,
-                    memory,
-                    n,
-                    W.k,
-                    W.k,
-                    1,
-                    const_cast<float*>(static_cast<const float*>(W.data)) + n0 * W.k};
+    Packing rows{Type::fp32, memory, n, W.k, W.k, 1, nullptr};
+    rows.panels = const_cast<float*>(static_cast<const float*>(W.data)) + n0 * W.k;
     in_parallel(std::min(threads, panels), [&](int64_t i, int64_t parts) {
       kernel.unpack(rows, panels * i / parts, panels * (i + 1) / parts);
     });
@@ -61,32 +60,34 @@ void product(int64_t M, const float* a, int64_t lda, const Panels& W, const floa
 
 }  // namespace
 
-bool torch_is_faster(const Dual& d) {
-  const bool multiplies_and_adds = d.type == Type::fp32 && d.products == 0;
-  const bool is_pair = !d.order.panels && !d.first_tail.n;
-  return multiplies_and_adds && is_pair && d.M >= kRowsForTorch;
+bool torch_products_are_faster(const LayerCall& call) {
+  const bool is_fma = call.type == Type::fp32 && call.limb_products == 0;
+  const bool is_pair = !call.table.panels && call.adapter != Adapter::separate;
+  return is_fma && is_pair && call.M >= kRowsForTorch;
 }
 
-void through_torch(const Dual& d) {
-  const int64_t r = d.first.n, longest = std::max(d.second.k, r ? d.K : 0);
-  const int64_t weights = std::max<int64_t>(kUnpackedBytes / 4, longest * 32);
-  const int64_t most = at_most(d.M, kRowsAtATime);
-  float* memory = static_cast<float*>(scratch(0, size_t(weights + most * r) * sizeof(float)));
+void run_torch_products(const LayerCall& call) {
+  const int64_t h_columns = call.shrink.n;
+  const int64_t longest_k = std::max(call.expand.k, h_columns ? call.K : 0);
+  const int64_t weights = std::max<int64_t>(kUnpackedBytes / 4, longest_k * 32);
+  const int64_t most = std::min(call.M, kRowsAtATime);
+  const size_t bytes = size_t(weights + most * h_columns) * sizeof(float);
+  float* memory = static_cast<float*>(scratch(Scratch::own_work, bytes));
   float* h = memory + weights;
-  const float* bias = static_cast<const float*>(d.bias);
-  for (int64_t m0 = 0; m0 < d.M; m0 += most) {
-    const int64_t rows = std::min(most, d.M - m0);
-    const float* x = static_cast<const float*>(d.x) + m0 * d.ldx;
-    float* y = static_cast<float*>(d.y) + m0 * d.N;
-    if (!r) {
-      product(rows, x, d.ldx, d.second, bias, y, d.N, memory);
+  const float* bias = static_cast<const float*>(call.bias);
+  for (int64_t m0 = 0; m0 < call.M; m0 += most) {
+    const int64_t rows = std::min(most, call.M - m0);
+    const float* x = static_cast<const float*>(call.x) + m0 * call.ldx;
+    float* y = static_cast<float*>(call.y) + m0 * call.N;
+    if (!h_columns) {
+      product(rows, x, call.ldx, call.expand, bias, y, call.N, memory);
       continue;
     }
-    product(rows, x, d.ldx, d.first, nullptr, h, r, memory);
-    for (int64_t m = 0; m < rows && d.ra && d.alpha != 1.0f; m++)
-      for (int64_t c = d.tail_at; c < r; c++)
-        h[m * r + c] *= d.alpha;
-    product(rows, h, r, d.second, bias, y, d.N, memory);
+    product(rows, x, call.ldx, call.shrink, nullptr, h, h_columns, memory);
+    for (int64_t m = 0; m < rows && call.ra && call.alpha != 1.0f; m++)
+      for (int64_t c = call.adapter_column; c < h_columns; c++)
+        h[m * h_columns + c] *= call.alpha;
+    product(rows, h, h_columns, call.expand, bias, y, call.N, memory);
   }
 }
 

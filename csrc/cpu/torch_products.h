@@ -1,13 +1,13 @@
-// torch's own products where they are faster.
+// torch's own matrix product (MKL), for the layers where it is faster than the kernels.
 #pragma once
 #include "call.h"
 
 namespace hylora {
 
-// float32 multiplied and added, so many rows that MKL wins back what unpacking costs.
-bool torch_is_faster(const Dual& d);
+// At this many rows of float32 without bf16 limbs, MKL gains more than unpacking the weights costs.
+bool torch_products_are_faster(const LayerCall& call);
 
-// Both products of d, or the one, on weights unpacked for this call.
-void through_torch(const Dual& d);
+// Computes the layer with torch's product on weights that are unpacked for this call.
+void run_torch_products(const LayerCall& call);
 
 }  // namespace hylora

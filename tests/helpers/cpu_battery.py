@@ -22,7 +22,6 @@ import traceback
 
 import torch
 
-EMIT, SCALED, INPUT = 1, 2, 4
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 # K, N, r, ra
 SHAPES = [(1, 1, 1, 0), (33, 17, 5, 3), (70, 37, 16, 8), (64, 96, 32, 16), (129, 257, 48, 33)]
@@ -147,27 +146,41 @@ def run_pair(t: Battery, x, SVh, U, A, B, bias, alpha, products) -> None:
     wanted = x.double() @ SVh.double().T @ U.double().T + bias.double()
     wanted = wanted if A is None else wanted + alpha * h_a @ B.double().T
     what = ("pair", x.shape, N, r, ra, products)
-    tails = (t.pack(A), t.pack(B))
-    arguments = (t.pack(U), tails[1], bias, None, r, ra, N, alpha, EMIT, products)
-    y, tail = t.call(ops.cpu_dual, x, t.pack(SVh), tails[0], *arguments)
+    separate = (t.pack(SVh), t.pack(A), t.pack(U), t.pack(B))
+    sizes = (bias, None, r, ra, N, alpha)
+    y, emitted = t.call(ops.cpu_layer, x, *separate, *sizes, True, False, products)
     t.close(y, wanted, what)
     if ra:
-        t.close(tail, h_a, ("tail of", *what))
-        P, Q = torch.cat([SVh, A]), torch.cat([U, B], 1)
-        joined = (t.pack(P), None, t.pack(Q), None, bias, None, r, ra, N, alpha, 0, products)
-        t.close(t.call(ops.cpu_dual, x, *joined)[0], wanted, ("joined", *what))
+        t.close(emitted, h_a, ("h_a of", *what))
+        joined = (t.pack(torch.cat([SVh, A])), None, t.pack(torch.cat([U, B], 1)), None)
+        y, _ = t.call(ops.cpu_layer, x, *joined, *sizes, False, False, products)
+        t.close(y, wanted, ("joined", *what))
+        run_packed(t, x, y, joined, sizes, products)
+    else:
+        run_packed(t, x, y, separate, sizes, products)
     dy = torch.randn(len(x), N).to(x.dtype)
-    backward = (t.pack(U.T), t.pack(transposed(B)), t.pack(SVh.T), t.pack(transposed(A)))
-    flags = (None, None, r, ra, K, alpha, EMIT | SCALED, products)
-    dx, tail = t.call(ops.cpu_dual, dy, *backward, *flags)
-    check_backward(t, dx, tail, dy.double() @ U.double(), dy, SVh, A, B, alpha, what)
+    weights = (t.pack(U.T), t.pack(transposed(B)), t.pack(SVh.T), t.pack(transposed(A)))
+    sizes = (None, None, r, ra, K, alpha)
+    dx, dh_a = t.call(ops.cpu_layer, dy, *weights, *sizes, True, True, products)
+    check_backward(t, dx, dh_a, dy.double() @ U.double(), dy, SVh, A, B, alpha, what)
 
 
-def check_backward(t: Battery, dx, tail, dh_s, dy, SVh, A, B, alpha, what) -> None:
+def run_packed(t: Battery, x, y, weights, sizes, products) -> None:
+    """The same layer as one tensor gives the same bits, and its parts are what was packed."""
+    bias, table, r, ra, N, alpha = sizes
+    layer = t.call(ops.cpu_pack_layer, *weights, table, x.shape[1], r, ra, N, alpha)
+    again = t.call(ops.cpu_packed_layer, x, layer, bias, N, products)
+    assert torch.equal(bits(again), bits(y)), ("packed", x.shape, N, r, ra)
+    for part, panels in enumerate(weights):
+        W = t.call(ops.cpu_unpack_part, layer, part)
+        assert torch.equal(bits(t.pack(W)), bits(panels)) if panels is not None else not W.numel()
+
+
+def check_backward(t: Battery, dx, emitted, dh_s, dy, SVh, A, B, alpha, what) -> None:
     wanted = dh_s @ SVh.double()
     if A is not None:
         dh_a = alpha * dy.double() @ B.double()
-        t.close(tail, dh_a, ("backward's tail of", *what))
+        t.close(emitted, dh_a, ("dh_a of", *what))
         wanted = wanted + dh_a @ A.double()
     t.close(dx, wanted, ("backward of", *what))
 
@@ -177,42 +190,46 @@ def run_pivoted(t: Battery, x, SVh, A, B, bias, alpha, products) -> None:
     pivots = torch.randperm(N)[:r].sort().values.int()
     others = torch.tensor([i for i in range(N) if i not in set(pivots.tolist())], dtype=torch.long)
     U = random(N - r, r, dtype=x.dtype)
-    stream = None
+    sorted_B = None
     if B is not None:
         padding = B.new_zeros(-r % 32, ra)
-        stream = torch.cat([B[pivots.long()], padding, B[others]])
-    order = t.call(ops.cpu_order, pivots, N)
+        sorted_B = torch.cat([B[pivots.long()], padding, B[others]])
+    table = t.call(ops.cpu_pivot_table, pivots, N)
     h_s = x.double() @ SVh.double().T
     wanted = bias.double().repeat(len(x), 1)
     wanted[:, pivots.long()] += h_s
     wanted[:, others] += h_s @ U.double().T
     wanted = wanted if A is None else wanted + alpha * (x.double() @ A.double().T) @ B.double().T
     what = ("pivoted", x.shape, N, r, ra, products)
-    panels = (t.pack(SVh), t.pack(A), t.pack(U), t.pack(stream))
-    y, _ = t.call(ops.cpu_dual, x, *panels, bias, order, r, ra, N, alpha, 0, products)
+    separate = (t.pack(SVh), t.pack(A), t.pack(U), t.pack(sorted_B))
+    sizes = (bias, table, r, ra, N, alpha)
+    y, _ = t.call(ops.cpu_layer, x, *separate, *sizes, False, False, products)
     t.close(y, wanted, what)
     if A is not None:
         of_pivots = torch.nn.functional.pad(B[pivots.long()], (r % 32, 0))
         P, Q = torch.cat([SVh, A]), torch.cat([U, B[others]], 1)
-        joined = (t.pack(P), None, t.pack(Q), t.pack(of_pivots), bias, order)
-        y, _ = t.call(ops.cpu_dual, x, *joined, r, ra, N, alpha, 0, products)
+        joined = (t.pack(P), None, t.pack(Q), t.pack(of_pivots))
+        y, _ = t.call(ops.cpu_layer, x, *joined, *sizes, False, False, products)
         t.close(y, wanted, ("joined", *what))
+        run_packed(t, x, y, joined, sizes, products)
+    else:
+        run_packed(t, x, y, separate, sizes, products)
     dy = torch.randn(len(x), N).to(x.dtype)
     dh_s = dy[:, pivots.long()].double() + dy[:, others].double() @ U.double()
-    panels = (t.pack(U.T), t.pack(transposed(stream)), t.pack(SVh.T), t.pack(transposed(A)))
-    flags = (None, order, r, ra, K, alpha, EMIT | SCALED | INPUT, products)
-    dx, tail = t.call(ops.cpu_dual, dy, *panels, *flags)
-    check_backward(t, dx, tail, dh_s, dy, SVh, A, B, alpha, what)
+    weights = (t.pack(U.T), t.pack(transposed(sorted_B)), t.pack(SVh.T), t.pack(transposed(A)))
+    sizes = (None, table, r, ra, K, alpha)
+    dx, dh_a = t.call(ops.cpu_layer, dy, *weights, *sizes, True, True, products)
+    check_backward(t, dx, dh_a, dh_s, dy, SVh, A, B, alpha, what)
 
 
-def run_thin(t: Battery, M: int, ra: int, N: int, dtype: torch.dtype) -> None:
-    """Thin operands are rows of longer ones, as the tail of a saved h is."""
+def run_adapter_gradients(t: Battery, M: int, ra: int, N: int, dtype: torch.dtype) -> None:
+    """a is strided: its rows are parts of longer ones."""
     a, b = rows(M, ra, dtype, True), rows(M, N, dtype, False)
     for sums in (False, True):
-        got = t.call(ops.cpu_thin, a, b, 0.5, sums)
+        got = t.call(ops.cpu_adapter_gradients, a, b, 0.5, sums)
         wanted = 0.5 * a.double().T @ b.double()
         wanted = torch.cat([wanted, b.double().sum(0, keepdim=True)]) if sums else wanted
-        t.close(got, wanted, ("thin", M, ra, N, sums))
+        t.close(got, wanted, ("adapter gradients", M, ra, N, sums))
 
 
 def run_shape(t: Battery, M: int, shape: tuple[int, ...], dtype: torch.dtype, products: int):
@@ -226,7 +243,7 @@ def run_shape(t: Battery, M: int, shape: tuple[int, ...], dtype: torch.dtype, pr
     if r <= N:
         run_pivoted(t, x, SVh, A, B, bias, 0.37, products)
     if ra and products == 0:
-        run_thin(t, M, ra, N, dtype)
+        run_adapter_gradients(t, M, ra, N, dtype)
 
 
 def run(library: str, guard: bool, quick: bool) -> None:

@@ -1,14 +1,21 @@
-// The products in AMX tiles. One plane: bf16 as it is. Several: every number is the sum of that
-// many bf16 limbs (8 bits of mantissa each) and a product is the sum of the limb products that
-// count.
+// Products in AMX tiles, of bf16 or of bf16 limbs.
+//
+// bf16 limbs: bf16 pieces whose sum is a float32. Each has 8 bits of mantissa, so two hold a
+// float16 and three a float32. A product of two numbers is then the sum of products of their limbs;
+// products of two low limbs are too small to matter:
+//
+//     limb_products   type      limbs   limb i of x times limb j of W   error
+//     3               float16   2       i + j < 2                       that of float32 sums
+//     3               float32   2       i + j < 2                       5e-6
+//     6               float32   3       i + j < 3                       that of float32
 #pragma once
 #include "fma.h"
 
 namespace hylora {
 namespace {
 
-// g++ 12's tile intrinsics claim no memory: between plain stores and tile loads of the same bytes,
-// or the reverse, the compiler needs to be told.
+// Keeps the compiler from moving plain stores past tile loads of the same bytes, or tile stores
+// past plain loads: g++ 12's tile intrinsics don't say that they touch memory.
 HYLORA_INLINE void barrier() { asm volatile("" ::: "memory"); }
 
 struct alignas(64) TileConfig {
@@ -17,8 +24,9 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0-3 sum, 4 and 5 hold rows of `a`, 6 and 7 a block of the panel. Up to 16 rows: 0, 1 sum
-// even blocks and 2, 3 odd ones, so that a block doesn't wait for the one before it.
+// Tiles 0-3 hold sums, 4 and 5 rows of `a`, 6 and 7 a k-block of the panel. With more than 16 rows,
+// 4, 0 and 1 are the upper 16 rows and 5, 2 and 3 the lower ones. With at most 16, 0 and 1 sum the
+// even k-blocks and 2 and 3 the odd ones, so that a block needn't wait for the one before.
 HYLORA_INLINE void configure_tiles(int rows) {
   TileConfig config;
   for (int i = 0; i < 8; i++) {
@@ -29,6 +37,7 @@ HYLORA_INLINE void configure_tiles(int rows) {
   _tile_loadconfig(&config);
 }
 
+// Multiplies one k-block of 32 rows and 32 columns. load_a and load_b are the load instructions.
 #define HYLORA_TILE_BLOCK(load_a, load_b)                                                          \
   load_b(6, b, 64);                                                                                \
   load_a(4, a, stride);                                                                            \
@@ -51,7 +60,7 @@ HYLORA_INLINE void configure_tiles(int rows) {
   _tile_dpbf16ps(2, 5, 6);                                                                         \
   a += 32, lower += 32, b += 1024
 
-// Fetches the block of a panel that is 4 KB ahead.
+// Prefetches the 2 KB block of a panel that is 4 KB ahead.
 HYLORA_INLINE void fetch_ahead(const bf16* b) {
   const char* ahead = reinterpret_cast<const char*>(b) + 4096;
 #pragma GCC unroll 32
@@ -59,27 +68,26 @@ HYLORA_INLINE void fetch_ahead(const bf16* b) {
     _mm_prefetch(ahead + line * 64, _MM_HINT_T0);
 }
 
-// Few: at most 16 rows, one tile of them.
+// Planes: 1 for bf16 as it is, else the number of limbs. Few: at most 16 rows, one tile of them.
 template <int Planes, bool Few = false>
 struct Amx {
   using A = bf16;
   static constexpr int kPlanes = Planes;
-  static constexpr int kWide = 1;
+  static constexpr int kPanelsPerTile = 1;
   static constexpr bool kTiles = true;
-  // 32 rows of 18 blocks are 36 KB of L1; more k a pass means fewer partial sums spilled. Three
-  // limb planes of 8 blocks of a panel are 48 KB.
-  static constexpr int64_t kChunk = Planes == 1 ? 18 : 8;
+  // 32 rows of 18 k-blocks take 36 KB of L1 (48 KB); longer chunks mean fewer spilled partial sums.
+  // With limbs, 8 k-blocks of a panel in three planes take 48 KB.
+  static constexpr int64_t kChunkBlocks = Planes == 1 ? 18 : 8;
   static constexpr int64_t kRows = Planes == 1 ? 256 : 192;
-
-  explicit Amx(int) {}
 
   void begin(int rows) { configure_tiles(Few ? rows : 16); }
   void end() { _tile_release(); }
 
+  // to = (from or 0) + the terms; step() is called once a k-block.
   template <class Interleave>
-  HYLORA_MEMBER void tile(const Step<bf16>* steps, int count, const float* from, float* to, int,
+  HYLORA_MEMBER void tile(const Term<bf16>* terms, int count, const float* from, float* to, int,
                           int64_t columns, bool cold, Interleave&& step) {
-    if constexpr (Few) return tile_few(steps, count, to, columns, step);
+    if constexpr (Few) return tile_few(terms, count, to, columns, step);
     if (from) {
       _tile_loadd(0, from, 64);
       _tile_loadd(1, from + 256, 64);
@@ -92,13 +100,13 @@ struct Amx {
       _tile_zero(3);
     }
     for (int s = 0; s < count; s++) {
-      const bf16 *a = steps[s].a, *lower = a + 16 * steps[s].lda;
-      const bf16* b = static_cast<const bf16*>(steps[s].b);
-      const int64_t stride = steps[s].lda * 2, blocks = ceil_div(steps[s].k, 32);
-      // What streams from L2 is loaded with the hint that keeps it from pushing the other operand
-      // out of L1: 1.3-1.5x.
+      const bf16 *a = terms[s].a, *lower = a + 16 * terms[s].lda;
+      const bf16* b = static_cast<const bf16*>(terms[s].b);
+      const int64_t stride = terms[s].lda * 2, blocks = ceil_div(terms[s].k, 32);
+      // Panels stream from L2. The streaming load keeps them from evicting the rows from
+      // L1: 1.3-1.5x.
       if constexpr (Planes > 1) {
-        const int64_t pa = steps[s].a_plane, pb = steps[s].b_plane;
+        const int64_t pa = terms[s].a_plane, pb = terms[s].b_plane;
         for (int64_t k = 0; k < blocks; k++)
           limb_block(a + 32 * k, lower + 32 * k, stride, pa, b + 1024 * k, pb, step);
       } else if (columns <= 16) {
@@ -123,8 +131,9 @@ struct Amx {
     barrier();
   }
 
-  // One k-block of all limb products that count (the sum of both limbs' numbers below Planes), in
-  // an order that changes one operand at a time: 14 tile loads for 24 products, not 24.
+  // Multiplies one k-block of all limb products i + j < Planes, the smallest first, in an order
+  // that changes one operand at a time: 14 tile loads instead of 24 for the 24 tile products of 3
+  // limbs.
   template <class Interleave>
   static HYLORA_MEMBER void limb_block(const bf16* a, const bf16* lower, int64_t stride, int64_t pa,
                                        const bf16* b, int64_t pb, Interleave&& step) {
@@ -168,19 +177,19 @@ struct Amx {
     _tile_dpbf16ps(3, 5, 7);
   }
 
-  // Up to 16 rows: the panels pass through once and memory is the limit, so they are fetched 4 KB
-  // ahead. The two halves of the sum are added when the tile is read.
+  // The same for at most 16 rows. Every panel is read once, so memory is the limit, and panels are
+  // prefetched 4 KB ahead. row() adds the sums of even and odd k-blocks.
   template <class Interleave>
-  HYLORA_MEMBER void tile_few(const Step<bf16>* steps, int count, float* to, int64_t columns,
+  HYLORA_MEMBER void tile_few(const Term<bf16>* terms, int count, float* to, int64_t columns,
                               Interleave&& step) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int s = 0; s < count; s++) {
-      const bf16* a = steps[s].a;
-      const bf16* b = static_cast<const bf16*>(steps[s].b);
-      const int64_t stride = steps[s].lda * 2, blocks = ceil_div(steps[s].k, 32);
+      const bf16* a = terms[s].a;
+      const bf16* b = static_cast<const bf16*>(terms[s].b);
+      const int64_t stride = terms[s].lda * 2, blocks = ceil_div(terms[s].k, 32);
       for (int64_t k = 0; k < blocks; k++) {
         fetch_ahead(b);
         _tile_loadd(4, a, stride);
@@ -212,6 +221,7 @@ struct Amx {
     return sum;
   }
 
+  // Stores a row, or its limbs, each in its plane.
   static HYLORA_MEMBER void put(bf16* at, int64_t plane, const Row& value) {
     Row rest = value;
     for (int p = 0; p < Planes; p++) {
@@ -229,7 +239,8 @@ struct Amx {
     return sum;
   }
 
-  // A [k][32] panel -> its limbs in tile blocks, planes of `plane` numbers.
+  // Splits k numbers of a [k][32] panel into limbs, which lie as AMX tiles (Panels in call.h), one
+  // plane after another.
   template <class T>
   static void split_panel(const T* panel, int64_t k, bf16* to, int64_t plane) {
     static const uint16_t pairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,

@@ -1,4 +1,4 @@
-// AMX tiles for bf16, and for fp16 and fp32 with many rows as bf16 limbs.
+// The kernels for AMX-BF16: bf16 in AMX tiles; fp16 and fp32 with many rows too, as bf16 limbs.
 #if defined(__AMX_BF16__)
 #define HYLORA_LIMBS
 #include "amx.h"

@@ -1,4 +1,4 @@
-// AVX2, FMA, F16C.
+// The kernels for AVX2, FMA, F16C.
 #if defined(__AVX2__)
 #include "engine.h"
 

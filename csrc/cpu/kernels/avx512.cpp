@@ -1,4 +1,4 @@
-// AVX-512 F, BW, DQ, VL.
+// The kernels for AVX-512 F, BW, DQ, VL.
 #if defined(__AVX512BW__)
 #include "engine.h"
 

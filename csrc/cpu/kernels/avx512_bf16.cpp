@@ -1,4 +1,4 @@
-// AVX-512 with vdpbf16ps.
+// The kernels for AVX-512 with AVX512-BF16: bf16 by vdpbf16ps.
 #if defined(__AVX512BF16__)
 #include "engine.h"
 #include "paired.h"

@@ -1,13 +1,11 @@
-// The fused pair of products, once for every way of multiplying (K: Fma, Paired, Amx) and type T.
+// A layer, computed block of rows by block of rows, for every way of multiplying (K: Fma, Paired,
+// Amx) and every type T.
 //
-//     middle = x first^T          rounded once, the adapter's columns scaled, never leaves cache
-//     y      = middle second^T + bias
-//
-// A block of rows goes through both before the next one starts. In the pivoted form the base's
-// second matrix is [I; U] with its rows sorted, and the identity is never multiplied by: forward,
-// the pivot outputs stand beside the middle, and rows of y are woven out of them and the others;
-// backward, x is sorted into (pivots, others) first and the pivots are added to the
-// middle.
+// A block goes through shrink and expand before the next one starts, so h never leaves the cache;
+// it is rounded to T once. In the pivoted form the base's expand matrix is [I; U] with its rows put
+// in output order, and nothing is multiplied by I. Forward, the pivots are kept beside h, and rows
+// of y are merged from them and the others (merge.h). Backward, dy is first sorted into pivots and
+// others (block.h), and the pivots are added to h (shrink.h).
 #pragma once
 #include "adapter_gradients.h"
 #include "expand.h"
@@ -15,114 +13,127 @@
 namespace hylora {
 namespace {
 
-// Up to here multiply-adds keep up with memory, and other users of a core's tile unit don't matter:
-// M = 1, 4.5 MB from L3, 232 us instead of 241 (one row), where the tiles are contended 230 and
-// 580.
-constexpr int64_t kFewestRows = 4;
+// At 4 rows or fewer, FMA keeps up with memory and beats AMX when another process uses the core's
+// tile unit (M = 1, 4.5 MB from L3: 230 us against 580; uncontended 232 against 241).
+constexpr int64_t kFmaRows = 4;
 
 template <class K, class T>
 struct Engine {
   using B = Block<K, T>;
 
-  static void block_of_rows(const Dual& d, int64_t m0, int64_t rows) {
-    B b(d, m0, rows, false);
-    b.lay_out(static_cast<char*>(scratch(0, b.lay_out(nullptr))));
+  static void block_of_rows(const LayerCall& call, int64_t m0, int64_t rows) {
+    B b(call, m0, rows, false);
+    b.lay_out(static_cast<char*>(scratch(Scratch::own_work, b.lay_out(nullptr))));
     b.prepare();
-    if (b.has_middle) first_product(b, 0, first_panels(d));
-    if constexpr (B::kSplit)
-      if (!b.fits_limbs()) return Engine<Fma<T>, T>::rows(d, m0, m0 + rows);
-    second_product(b, 0, second_panels(d));
+    if (b.plan.has_h) Shrink<B>(b).run(0, shrink_panels(call));
+    if constexpr (B::kLimbs)
+      if (!b.fits_limbs()) return Engine<Fma<T>, T>::rows(call, m0, m0 + rows);
+    expand_product(b, 0, expand_panels(call));
   }
 
-  static void rows(const Dual& d, int64_t m0, int64_t m1) {
-    const int64_t blocks = ceil_div(m1 - m0, B::rows_per_block(d));
+  static void rows(const LayerCall& call, int64_t m0, int64_t m1) {
+    const int64_t blocks = ceil_div(m1 - m0, rows_per_block(B::kMethod, call));
     const int64_t even = blocks ? round_up(ceil_div(m1 - m0, blocks), 32) : 0;
     for (int64_t m = m0; m < m1; m += even) {
       const int64_t left = m1 - m;
-      // A last block of less than a tile would have to be copied: the one before it takes it along.
+      // A last block smaller than a tile would need a copy of x, so it joins the one before.
       if (left > even && left < even + 32) {
-        block_of_rows(d, m, left);
+        block_of_rows(call, m, left);
         return;
       }
-      block_of_rows(d, m, left < even ? left : even);
+      block_of_rows(call, m, left < even ? left : even);
     }
   }
 
-  static size_t block_bytes(const Dual& d) { return B(d, 0, d.M, true).lay_out(nullptr); }
-  static B shared_block(const Dual& d, void* memory) {
-    B b(d, 0, d.M, true);
+  // A block of all rows, which threads share: each has its own Block on the same memory.
+  static B shared_block(const LayerCall& call, void* memory) {
+    B b(call, 0, call.M, true);
     b.lay_out(static_cast<char*>(memory));
     return b;
   }
-  static void prepare(const Dual& d, void* memory) { shared_block(d, memory).prepare(); }
-  static void first(const Dual& d, void* memory, int64_t begin, int64_t end) {
-    B b = shared_block(d, memory);
-    first_product(b, begin, end);
+  static size_t block_bytes(const LayerCall& call) {
+    return B(call, 0, call.M, true).lay_out(nullptr);
   }
-  static void between(const Dual& d, void* memory) {
-    B b = shared_block(d, memory);
-    pivots_alone(b, 0, b.row_tiles());
+  static void prepare(const LayerCall& call, void* memory) { shared_block(call, memory).prepare(); }
+  static void shrink(const LayerCall& call, void* memory, int64_t panel0, int64_t panel1) {
+    B b = shared_block(call, memory);
+    Shrink<B>(b).run(panel0, panel1);
   }
-  static void second(const Dual& d, void* memory, int64_t begin, int64_t end) {
-    B b = shared_block(d, memory);
-    second_product(b, begin, end);
+  static void pivots(const LayerCall& call, void* memory) {
+    B b = shared_block(call, memory);
+    add_adapter_to_all_pivots(b, 0, b.row_tiles());
   }
-  static void weave(const Dual& d, void* memory, int64_t row0, int64_t row1) {
-    weave_rows(shared_block(d, memory), row0, row1, 0, ceil_div(d.N, 32), 0);
+  static void expand(const LayerCall& call, void* memory, int64_t panel0, int64_t panel1) {
+    B b = shared_block(call, memory);
+    expand_product(b, panel0, panel1);
+  }
+  static void merge_pivots(const LayerCall& call, void* memory, int64_t row0, int64_t row1) {
+    merge_rows(shared_block(call, memory), row0, row1, 0, ceil_div(call.N, 32), 0);
   }
 };
 
-// What each type is multiplied by, with many rows and with few: limbs only pay with many.
-template <class Bf16, class FewBf16, class F>
-void for_type(const Dual& d, F&& call) {
-  if (d.type == Type::bf16) {
-    if (d.M <= kFewestRows) return call(Engine<Fma<bf16>, bf16>());
-    if (d.M <= 16) return call(Engine<FewBf16, bf16>());
-    return call(Engine<Bf16, bf16>());
-  }
-#if defined(HYLORA_LIMBS)
-  // Splitting rows into limbs costs as much as multiplying them by about 64 columns.
-  const bool narrow = d.first.n + d.first_tail.n < 64 && d.first.n > 0;
-  if (d.M > kFewRows && d.products && !narrow && d.K >= 64 && d.N >= 64) {
-    if (d.type == Type::fp16) return call(Engine<Amx<2>, fp16>());
-    if (d.products == 3) return call(Engine<Amx<2>, float>());
-    return call(Engine<Amx<3>, float>());
-  }
-#endif
-  if (d.type == Type::fp16) return call(Engine<Fma<fp16>, fp16>());
-  call(Engine<Fma<float>, float>());
+// Splitting a row into bf16 limbs costs as much as multiplying it by about 64 columns, so limbs
+// only pay with many rows and in wide products.
+inline bool limbs_pay(const LayerCall& call) {
+  const int64_t h_columns = call.shrink.n + call.adapter_shrink.n;
+  const bool is_narrow = h_columns < 64 && call.shrink.n > 0;
+  return call.limb_products && call.M > kFewRows && !is_narrow && call.K >= 64 && call.N >= 64;
 }
 
+// Calls work(engine) with the engine for the call's type and number of rows. Bf16: how this
+// instruction set multiplies bf16; FewBf16: the same for at most 16 rows.
+template <class Bf16, class FewBf16, class F>
+void with_engine(const LayerCall& call, F&& work) {
+  if (call.type == Type::bf16) {
+    if (call.M <= kFmaRows) return work(Engine<Fma<bf16>, bf16>());
+    if (call.M <= 16) return work(Engine<FewBf16, bf16>());
+    return work(Engine<Bf16, bf16>());
+  }
+#if defined(HYLORA_LIMBS)
+  if (limbs_pay(call)) {
+    if (call.type == Type::fp16) return work(Engine<Amx<2>, fp16>());
+    if (call.limb_products == 3) return work(Engine<Amx<2>, float>());
+    return work(Engine<Amx<3>, float>());
+  }
+#endif
+  if (call.type == Type::fp16) return work(Engine<Fma<fp16>, fp16>());
+  work(Engine<Fma<float>, float>());
+}
+
+// The kernels of an instruction set; templates as in with_engine.
 template <class Bf16, class FewBf16 = Bf16>
 Kernels kernels_with() {
   Kernels table;
-  table.rows = [](const Dual& d, int64_t m0, int64_t m1) {
-    for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.rows(d, m0, m1); });
+  table.rows = [](const LayerCall& call, int64_t m0, int64_t m1) {
+    with_engine<Bf16, FewBf16>(call, [&](auto engine) { engine.rows(call, m0, m1); });
   };
-  table.block_bytes = [](const Dual& d) {
+  table.block_bytes = [](const LayerCall& call) {
     size_t bytes = 0;
-    for_type<Bf16, FewBf16>(d, [&](auto engine) { bytes = engine.block_bytes(d); });
+    with_engine<Bf16, FewBf16>(call, [&](auto engine) { bytes = engine.block_bytes(call); });
     return bytes;
   };
-  table.prepare = [](const Dual& d, void* block) {
-    for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.prepare(d, block); });
+  table.prepare = [](const LayerCall& call, void* block) {
+    with_engine<Bf16, FewBf16>(call, [&](auto engine) { engine.prepare(call, block); });
   };
-  table.first = [](const Dual& d, void* block, int64_t begin, int64_t end) {
-    for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.first(d, block, begin, end); });
+  table.shrink = [](const LayerCall& call, void* block, int64_t panel0, int64_t panel1) {
+    with_engine<Bf16, FewBf16>(call,
+                               [&](auto engine) { engine.shrink(call, block, panel0, panel1); });
   };
-  table.between = [](const Dual& d, void* block) {
-    for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.between(d, block); });
+  table.pivots = [](const LayerCall& call, void* block) {
+    with_engine<Bf16, FewBf16>(call, [&](auto engine) { engine.pivots(call, block); });
   };
-  table.second = [](const Dual& d, void* block, int64_t begin, int64_t end) {
-    for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.second(d, block, begin, end); });
+  table.expand = [](const LayerCall& call, void* block, int64_t panel0, int64_t panel1) {
+    with_engine<Bf16, FewBf16>(call,
+                               [&](auto engine) { engine.expand(call, block, panel0, panel1); });
   };
-  table.weave = [](const Dual& d, void* block, int64_t row0, int64_t row1) {
-    for_type<Bf16, FewBf16>(d, [&](auto engine) { engine.weave(d, block, row0, row1); });
+  table.merge_pivots = [](const LayerCall& call, void* block, int64_t row0, int64_t row1) {
+    with_engine<Bf16, FewBf16>(call,
+                               [&](auto engine) { engine.merge_pivots(call, block, row0, row1); });
   };
-  table.thin = [](const Thin& t, int64_t col0, int64_t col1) {
-    if (t.type == Type::bf16) return thin_with<Bf16, bf16>(t, col0, col1);
-    if (t.type == Type::fp16) return thin_with<Fma<fp16>, fp16>(t, col0, col1);
-    thin_with<Fma<float>, float>(t, col0, col1);
+  table.adapter_gradients = [](const AdapterGradients& call, int64_t col0, int64_t col1) {
+    if (call.type == Type::bf16) return adapter_gradients_by<Bf16, bf16>(call, col0, col1);
+    if (call.type == Type::fp16) return adapter_gradients_by<Fma<fp16>, fp16>(call, col0, col1);
+    adapter_gradients_by<Fma<float>, float>(call, col0, col1);
   };
   table.pack = pack;
   table.unpack = unpack;

@@ -1,4 +1,4 @@
-// The products in plain fused multiply-adds: rows of floats times a panel, at any vector width.
+// Products by fused multiply-adds: rows of floats times panels, at any vector width.
 #pragma once
 #include "../call.h"
 #include "vector.h"
@@ -8,11 +8,11 @@
 namespace hylora {
 namespace {
 
-// One stretch of k of a tile of 32 rows and one or two panels: rows of `a` (lda elements apart)
-// times a panel. Planes hold the limbs of both; without limbs, b_plane is where the second panel of
-// a pair starts.
+// One term of a tile's sums: up to 32 rows of `a`, lda numbers apart, times k numbers of a panel,
+// or of two. With bf16 limbs the planes of each limb of `a` and of the panel are a_plane and
+// b_plane apart; without, b_plane is the way to the second panel.
 template <class A>
-struct Step {
+struct Term {
   const A* a;
   int64_t lda;
   const void* b;
@@ -20,14 +20,14 @@ struct Step {
   int64_t a_plane = 0, b_plane = 0;
 };
 
-// Where row r, vector i of a 32 x 32 tile lies: the tile is kept as AMX stores it, four 16 x 16
-// quarters.
+// The place of row r, vector i in a 32 x 32 tile of sums. All methods keep a tile as AMX stores it,
+// in four quarters of 16 x 16.
 HYLORA_INLINE int tile_at(int r, int i) {
   int column = i * W;
   return (r >> 4) * 512 + (column >> 4) * 256 + (r & 15) * 16 + (column & 15);
 }
 
-// A row of a tile, given where it starts.
+// A row of a tile. `sums` points to its first number.
 HYLORA_INLINE Row tile_row(const float* sums) {
   Row row;
   for (int i = 0; i < P; i++)
@@ -35,8 +35,9 @@ HYLORA_INLINE Row tile_row(const float* sums) {
   return row;
 }
 
-// Number k of MR rows, three rows a pointer: the addresses are pointer + 0, 1 or 2 strides,
-// so few registers hold them all. (With one offset a row, the compiler reloads them every k.)
+// Pointers to number k of MR rows: one for every three rows, which lie at the pointer plus 0, 1 or
+// 2 strides. So few registers hold all addresses; with one offset for each row, the compiler would
+// reload them at every k.
 template <class A, int MR>
 struct RowPointers {
   static constexpr int kThirds = (MR + 2) / 3;
@@ -60,8 +61,8 @@ struct RowPointers {
   }
 };
 
-// The sums of MR rows by the vectors of one or two panels, in registers. U > 1 keeps that many
-// apart, so that few rows don't wait for one another's additions.
+// The sums of MR rows by kVectors vectors of columns, in registers. Each sum is kept as U separate
+// ones, so that with few rows an addition needn't wait for the one before.
 template <int MR, int U, int kVectors>
 struct Sums {
   V v[U][MR][kVectors];
@@ -80,7 +81,7 @@ struct Sums {
     for (int i = 0; i < kVectors; i++)
       v[u][r][i] = fma(factor, w[i], v[u][r][i]);
   }
-  // to = (from or 0) + the sums, as rows r0 and on of a tile, or of one for each panel.
+  // to = (from or 0) + the sums. They are rows r0 and on of a tile, or of one tile for each panel.
   HYLORA_MEMBER void hand_over(const float* from, float* to, int r0) const {
 #pragma GCC unroll 8
     for (int r = 0; r < MR; r++)
@@ -97,55 +98,56 @@ struct Sums {
   }
 };
 
-// k a turn of the loop below: of what a turn costs beside its multiply-adds, only loads are left.
+// Numbers of k in a turn of the loop below: enough that loop control and address arithmetic vanish
+// beside loads and multiply-adds.
 constexpr int kTurn = 4;
 
-// Rows r0 to r0 + MR times a stretch of one or two [k][32] panels. Every turn fetches `Lines` more
-// lines of each, `ahead` bytes on. Not inlined: among a tile's other loops the compiler runs out of
-// registers.
+// Rows [r0, r0 + MR) times `Vectors` vectors of columns of one or two [k][32] panels. Every turn
+// prefetches `Lines` lines of each panel, `ahead` bytes on. Not inlined: together with a tile's
+// other loops the compiler would run out of registers.
 template <class T, int MR, int U, int Vectors, int Lines>
-HYLORA_APART void fma_rows(const Step<float>& step, const float* from, float* to, int r0,
+HYLORA_APART void fma_rows(const Term<float>& term, const float* from, float* to, int r0,
                            int64_t ahead) {
   constexpr int Wide = (Vectors + P - 1) / P;
   Sums<MR, U, Vectors> sums;
-  RowPointers<float, MR> a(step.a + r0 * step.lda, step.lda);
-  const T* b = static_cast<const T*>(step.b);
+  RowPointers<float, MR> a(term.a + r0 * term.lda, term.lda);
+  const T* b = static_cast<const T*>(term.b);
   auto one = [&](int u) HYLORA_LAMBDA {
     V w[Vectors];
 #pragma GCC unroll 8
     for (int i = 0; i < Vectors; i++)
-      w[i] = load(b + i / P * step.b_plane + u * 32 + i % P * W);
+      w[i] = load(b + i / P * term.b_plane + u * 32 + i % P * W);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; r++)
       sums.add(u % U, r, splat(a.at(r)[u]), w);
   };
   const char* fetch = reinterpret_cast<const char*>(b) + ahead;
   int64_t k = 0;
-  for (; k + kTurn <= step.k; k += kTurn) {
+  for (; k + kTurn <= term.k; k += kTurn) {
 #pragma GCC unroll 16
     for (int line = 0; line < Wide * Lines; line++)
-      __builtin_prefetch(fetch + line / Wide * 64 + line % Wide * step.b_plane * sizeof(T));
+      __builtin_prefetch(fetch + line / Wide * 64 + line % Wide * term.b_plane * sizeof(T));
     fetch += 64 * Lines;
 #pragma GCC unroll 4
     for (int u = 0; u < kTurn; u++)
       one(u);
     a.advance(kTurn), b += kTurn * 32;
   }
-  for (; k < step.k; k++) {
+  for (; k < term.k; k++) {
     one(0);
     a.advance(1), b += 32;
   }
   sums.hand_over(from, to, r0);
 }
 
-// The same over bf16 tiles: each 32-bit lane holds the weights of an even and an odd k, so widening
-// is one shift and one mask.
+// The same for a bf16 panel. Each 32-bit lane holds the weights of an even and of the next, odd k,
+// so a shift widens one and a mask the other. Cold: the panel is prefetched 4 KB ahead.
 template <int MR, int U, bool Cold>
-HYLORA_APART void fma_rows_paired(const Step<float>& step, const float* from, float* to, int r0) {
+HYLORA_APART void fma_rows_paired(const Term<float>& term, const float* from, float* to, int r0) {
   Sums<MR, U, P> sums;
-  RowPointers<float, MR> a(step.a + r0 * step.lda, step.lda);
-  const bf16* b = static_cast<const bf16*>(step.b);
-  const int64_t pairs = ceil_div(step.k, 2);
+  RowPointers<float, MR> a(term.a + r0 * term.lda, term.lda);
+  const bf16* b = static_cast<const bf16*>(term.b);
+  const int64_t pairs = ceil_div(term.k, 2);
   for (int64_t pair = 0; pair < pairs; pair++) {
     const bf16* line = b + (pair >> 4) * 1024 + (pair & 15) * 32;
     if constexpr (Cold) {
@@ -170,43 +172,44 @@ HYLORA_APART void fma_rows_paired(const Step<float>& step, const float* from, fl
   sums.hand_over(from, to, r0);
 }
 
+// An integer as a type, for generic lambdas.
 template <int N>
 struct Int {
   static constexpr int value = N;
 };
 
-// The rows of the middle and of x are floats; panels hold T.
+// Multiplies floats, which x and h are converted to, by panels of T.
 template <class T>
 struct Fma {
   using A = float;
   static constexpr int kPlanes = 1;
   static constexpr bool kTiles = false;
   static constexpr bool kPaired = sizeof(T) == 2 && __is_same(T, bf16);
-  // Panels a tile: of 64 columns 6 rows fit the registers, so 10 loads feed 24 multiply-adds where
-  // 8 rows of 32 columns need 10 for 16 (1.08x).
-  static constexpr int kWide = kPaired || W < 16 ? 1 : 2;
-  static constexpr int64_t kStretch = 96;  // k: what is summed in one chain
-  static constexpr int64_t kChunk = 8;     // k-blocks a pass over a block of rows
-  static constexpr int64_t kRows = 192;    // rows a block
+  // With two panels the sums of 6 rows fit the registers, and 10 loads feed 24 multiply-adds; with
+  // one, 8 rows need 10 loads for 16 (1.08x).
+  static constexpr int kPanelsPerTile = kPaired || W < 16 ? 1 : 2;
+  static constexpr int64_t kStretch = 96;     // numbers of k that are summed in one chain
+  static constexpr int64_t kChunkBlocks = 8;  // k-blocks a pass over a block of rows sums
+  static constexpr int64_t kRows = 192;       // rows of a block
 
-  explicit Fma(int) {}
   void begin(int) {}
   void end() {}
 
-  // to = (from or 0) + sum over steps, `rows` of 32 rows. Every stretch of k is summed from zero
-  // and then added: rounding errors grow with the length of a chain, and the stretch stays in L1.
+  // to = (from or 0) + the terms, for the first `rows` rows of the tile. Every stretch of k is
+  // summed from zero and then added: rounding errors grow with the length of a chain of additions,
+  // and a stretch of the panel stays in L1 while all rows pass it.
   template <class Interleave>
-  void tile(const Step<float>* steps, int count, const float* from, float* to, int rows,
+  void tile(const Term<float>* terms, int count, const float* from, float* to, int rows,
             int64_t columns, bool cold, Interleave&& step) {
     step();
     for (int s = 0; s < count; s++)
-      for (int64_t k = 0; k < steps[s].k; k += kStretch) {
-        Step<float> piece = steps[s];
+      for (int64_t k = 0; k < terms[s].k; k += kStretch) {
+        Term<float> piece = terms[s];
         piece.a += k;
         piece.b = static_cast<const T*>(piece.b) + k * 32;
         piece.k = piece.k - k < kStretch ? piece.k - k : kStretch;
-        if constexpr (kWide == 2)
-          wide_stretch(piece, from, to, rows, columns, cold);
+        if constexpr (kPanelsPerTile == 2)
+          double_stretch(piece, from, to, rows, columns, cold);
         else if constexpr (W == 16)
           stretch<P, 8, 4, 2, 1>(piece, from, to, rows, cold);
         else if constexpr (W == 8)
@@ -216,61 +219,62 @@ struct Fma {
         from = to;
       }
     if (from != to)
-      for (int i = 0; i < 1024 * (columns > 32 ? kWide : 1); i++)
+      for (int i = 0; i < 1024 * (columns > 32 ? kPanelsPerTile : 1); i++)
         to[i] = from ? from[i] : 0.0f;
   }
 
-  // A vector without a column is left out, for most ranks are no multiple of 64: K = 1267, r = 33,
-  // M = 1316 in 2.1 ms instead of 2.5. A panel alone is summed as in a pair: the same bits.
-  static void wide_stretch(const Step<float>& step, const float* from, float* to, int rows,
-                           int64_t columns, bool cold) {
-    if (columns > 48) return stretch<4, 6, 4, 2, 1>(step, from, to, rows, cold);
-    if (columns > 32) return stretch<3, 6, 4, 2, 1>(step, from, to, rows, cold);
-    if (columns > 16) return stretch<2, 6, 4, 2, 1>(step, from, to, rows, cold);
-    stretch<1, 6, 4, 2, 1>(step, from, to, rows, cold);
+  // Vectors beyond the last column are left out, since few ranks are a multiple of 64 (K = 1267,
+  // r = 33, M = 1316: 2.1 ms instead of 2.5). A single panel is summed in the same groups of rows
+  // as a double one, so that it gives the same bits.
+  static void double_stretch(const Term<float>& term, const float* from, float* to, int rows,
+                             int64_t columns, bool cold) {
+    if (columns > 48) return stretch<4, 6, 4, 2, 1>(term, from, to, rows, cold);
+    if (columns > 32) return stretch<3, 6, 4, 2, 1>(term, from, to, rows, cold);
+    if (columns > 16) return stretch<2, 6, 4, 2, 1>(term, from, to, rows, cold);
+    stretch<1, 6, 4, 2, 1>(term, from, to, rows, cold);
   }
 
-  // `rows` in groups of Most rows as long as there are that many, then of More..., and so on. What
-  // lies 8 KB ahead in a cold panel is fetched by all groups together, so that memory works while
-  // any of them multiplies.
+  // Takes `rows` in groups of Most rows while there are that many, then in groups of each of More.
+  // All groups together prefetch a cold panel 8 KB ahead, each a share of the lines, so that memory
+  // is busy while any of them multiplies.
   template <int Vectors, int Most, int... More>
-  HYLORA_INLINE void stretch(const Step<float>& step, const float* from, float* to, int rows,
+  HYLORA_INLINE void stretch(const Term<float>& term, const float* from, float* to, int rows,
                              bool cold) {
-    constexpr int kLines = kTurn * int(sizeof(T)) / 2;           // a turn and panel
+    constexpr int kLines = kTurn * int(sizeof(T)) / 2;           // of a panel in a turn
     const bool odd_few = Most == 6 && (rows == 3 || rows == 5);  // 2 + 1 and 4 + 1
     const int groups = odd_few ? 2 : (rows + Most - 1) / Most;
     const int lines = !cold ? 0 : groups == 1 ? kLines : groups == 2 ? kLines / 2 : kLines / 4 + 1;
-    const int64_t share = ceil_div(step.k, kTurn) * lines * 64;
+    const int64_t share = ceil_div(term.k, kTurn) * lines * 64;
     int64_t ahead = 8192;
     int r = 0;
     auto groups_of = [&](auto mr) HYLORA_LAMBDA {
       constexpr int MR = decltype(mr)::value;
       constexpr int few = W < 16 ? 2 : kPaired ? 8 : 4;
       constexpr int U = MR >= few ? 1 : W < 16 || MR > 1 ? 2 : 4;
-      // 8 rows are twice 4 rather than 6 and 2.
+      // 8 rows are taken as 4 and 4, not as 6 and 2.
       for (; rows - r >= MR && !(MR == 6 && rows - r == 8); r += MR, ahead += share)
         if constexpr (kPaired)
-          group_of_paired<MR, (U > 1 ? 2 : 1)>(step, from, to, r, cold && r == 0);
+          group_of_paired<MR, (U > 1 ? 2 : 1)>(term, from, to, r, cold && r == 0);
         else if (lines == 0)
-          fma_rows<T, MR, U, Vectors, 0>(step, from, to, r, ahead);
+          fma_rows<T, MR, U, Vectors, 0>(term, from, to, r, ahead);
         else if (lines == kLines)
-          fma_rows<T, MR, U, Vectors, kLines>(step, from, to, r, ahead);
+          fma_rows<T, MR, U, Vectors, kLines>(term, from, to, r, ahead);
         else if (lines == kLines / 2)
-          fma_rows<T, MR, U, Vectors, kLines / 2>(step, from, to, r, ahead);
+          fma_rows<T, MR, U, Vectors, kLines / 2>(term, from, to, r, ahead);
         else
-          fma_rows<T, MR, U, Vectors, kLines / 4 + 1>(step, from, to, r, ahead);
+          fma_rows<T, MR, U, Vectors, kLines / 4 + 1>(term, from, to, r, ahead);
     };
     groups_of(Int<Most>());
     (groups_of(Int<More>()), ...);
   }
 
   template <int MR, int U>
-  HYLORA_INLINE void group_of_paired(const Step<float>& step, const float* from, float* to, int r0,
+  HYLORA_INLINE void group_of_paired(const Term<float>& term, const float* from, float* to, int r0,
                                      bool cold) {
     if (cold)
-      fma_rows_paired<MR, U, true>(step, from, to, r0);
+      fma_rows_paired<MR, U, true>(term, from, to, r0);
     else
-      fma_rows_paired<MR, U, false>(step, from, to, r0);
+      fma_rows_paired<MR, U, false>(term, from, to, r0);
   }
 
   static HYLORA_MEMBER Row row(const float* sums) { return tile_row(sums); }

@@ -1,4 +1,5 @@
-// Weights into panels (params.h). The way back, which nothing waits for, is in panels.cpp.
+// Weights into panels (call.h), and float32 panels back into weights. The way back for other types,
+// which need not be fast, is in panels.cpp.
 #pragma once
 #include "../call.h"
 #include "vector.h"
@@ -7,7 +8,8 @@ namespace hylora {
 namespace {
 
 #if defined(__AVX512BW__)
-// 16 rows of 16 32-bit numbers, `stride` bytes apart, turned: out[i] holds number i of every row.
+// Transposes 16 rows, `stride` bytes apart, of 16 numbers of 32 bits: out[i] holds number i of
+// every row.
 HYLORA_INLINE void transpose16(const char* rows, int64_t stride, __m512i* out) {
   __m512i in[16], two[16];
 #pragma GCC unroll 16
@@ -40,8 +42,8 @@ HYLORA_INLINE void transpose16(const char* rows, int64_t stride, __m512i* out) {
 }
 #endif
 
-// One panel of bf16: block [2][16][16][2] for every 32 k. `rows` rows of W, sn and sk numbers
-// apart.
+// Packs one bf16 panel, a block [2][16][16][2] for every 32 k, of the first `rows` (at most 32)
+// rows of W. Neighbours along n are sn numbers apart, along k sk.
 static void pack_panel(const bf16* W, int64_t rows, int64_t k, int64_t sn, int64_t sk, bf16* to) {
   for (int64_t k0 = 0; k0 < k; k0 += 32, to += 1024) {
     const int64_t width = k - k0 < 32 ? k - k0 : 32;
@@ -80,7 +82,7 @@ static void pack_panel(const bf16* W, int64_t rows, int64_t k, int64_t sn, int64
   }
 }
 
-// One panel of floats or halves: [k][32].
+// The same for float or half panels, [k][32].
 template <class T>
 static void pack_panel(const T* W, int64_t rows, int64_t k, int64_t sn, int64_t sk, T* to) {
   int64_t j = 0;
@@ -101,20 +103,21 @@ static void pack_panel(const T* W, int64_t rows, int64_t k, int64_t sn, int64_t 
 }
 
 template <class T>
-static void pack_panels(const Pack& p, int64_t panel0, int64_t panel1) {
+static void pack_panels(const Packing& p, int64_t panel0, int64_t panel1) {
   const int64_t size = (__is_same(T, bf16) ? round_up(p.k, 32) : p.k) * 32;
   for (int64_t panel = panel0; panel < panel1; panel++)
     pack_panel(static_cast<const T*>(p.W) + panel * 32 * p.row_stride, p.n - panel * 32, p.k,
                p.row_stride, p.column_stride, static_cast<T*>(p.panels) + panel * size);
 }
 
-static void pack(const Pack& p, int64_t panel0, int64_t panel1) {
+static void pack(const Packing& p, int64_t panel0, int64_t panel1) {
   if (p.type == Type::bf16) return pack_panels<bf16>(p, panel0, panel1);
   if (p.type == Type::fp16) return pack_panels<fp16>(p, panel0, panel1);
   pack_panels<float>(p, panel0, panel1);
 }
 
-// One [k][32] panel of floats -> `rows` rows of W, `stride` numbers apart.
+// Unpacks one [k][32] panel of floats into the first `rows` (at most 32) rows of W, `stride`
+// numbers apart.
 static void unpack_panel(const float* panel, int64_t rows, int64_t k, int64_t stride, float* W) {
   int64_t j = 0;
 #if defined(__AVX512BW__)
@@ -133,7 +136,7 @@ static void unpack_panel(const float* panel, int64_t rows, int64_t k, int64_t st
       W[n * stride + i] = panel[i * 32 + n];
 }
 
-static void unpack(const Pack& p, int64_t panel0, int64_t panel1) {
+static void unpack(const Packing& p, int64_t panel0, int64_t panel1) {
   for (int64_t panel = panel0; panel < panel1; panel++)
     unpack_panel(static_cast<const float*>(p.panels) + panel * p.k * 32, p.n - panel * 32, p.k,
                  p.row_stride, static_cast<float*>(p.W) + panel * 32 * p.row_stride);

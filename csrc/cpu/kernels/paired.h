@@ -1,5 +1,6 @@
-// The products in vdpbf16ps: rows stay bf16, two k a lane. Half the rate of plain multiply-adds on
-// Sapphire Rapids (120 against 240 GFLOP/s a core), where AMX serves instead; twice it on Zen 4.
+// Products by vdpbf16ps, which multiplies pairs of bf16: x and h stay bf16, each 32-bit lane sums
+// two k. On Sapphire Rapids it has half the rate of FMA (120 against 240 GFLOP/s a core), but there
+// AMX serves; on Zen 4 it has twice that rate.
 #pragma once
 #include "fma.h"
 
@@ -9,19 +10,19 @@ namespace {
 struct Paired {
   using A = bf16;
   static constexpr int kPlanes = 1;
-  static constexpr int kWide = 1;
+  static constexpr int kPanelsPerTile = 1;
   static constexpr bool kTiles = false;
-  static constexpr int64_t kChunk = 16;
+  static constexpr int64_t kChunkBlocks = 16;
   static constexpr int64_t kRows = 192;
 
-  explicit Paired(int) {}
   void begin(int) {}
   void end() {}
 
+  // to = (from or 0) + the terms, for rows [r0, r0 + MR) of a tile.
   template <int MR>
-  HYLORA_INLINE void group(const Step<bf16>* steps, int count, const float* from, float* to,
+  HYLORA_INLINE void group(const Term<bf16>* terms, int count, const float* from, float* to,
                            int r0) {
-    // Few rows keep two sums apart, so that they don't wait for one another's additions.
+    // With few rows each sum is kept as two, so that an addition needn't wait for the one before.
     constexpr int U = MR <= 4 ? 2 : 1;
     V sum[U][MR][2];
 #pragma GCC unroll 2
@@ -31,9 +32,9 @@ struct Paired {
         for (int i = 0; i < 2; i++)
           sum[u][r][i] = from && u == 0 ? load(from + tile_at(r0 + r, i)) : V{};
     for (int s = 0; s < count; s++) {
-      RowPointers<bf16, MR> a(steps[s].a + r0 * steps[s].lda, steps[s].lda);
-      const bf16* b = static_cast<const bf16*>(steps[s].b);
-      const int64_t pairs = round_up(ceil_div(steps[s].k, 2), U);
+      RowPointers<bf16, MR> a(terms[s].a + r0 * terms[s].lda, terms[s].lda);
+      const bf16* b = static_cast<const bf16*>(terms[s].b);
+      const int64_t pairs = round_up(ceil_div(terms[s].k, 2), U);
       for (int64_t pair = 0; pair < pairs; pair += U) {
 #pragma GCC unroll 2
         for (int u = 0; u < U; u++) {
@@ -61,18 +62,18 @@ struct Paired {
   }
 
   template <class Interleave>
-  void tile(const Step<bf16>* steps, int count, const float* from, float* to, int rows, int64_t,
+  void tile(const Term<bf16>* terms, int count, const float* from, float* to, int rows, int64_t,
             bool, Interleave&& step) {
     step();
     int r = 0;
     for (; rows - r >= 12 && rows - r != 16; r += 12)
-      group<12>(steps, count, from, to, r);
+      group<12>(terms, count, from, to, r);
     for (; rows - r >= 8; r += 8)
-      group<8>(steps, count, from, to, r);
+      group<8>(terms, count, from, to, r);
     for (; rows - r >= 4; r += 4)
-      group<4>(steps, count, from, to, r);
+      group<4>(terms, count, from, to, r);
     for (; rows - r >= 1; r += 1)
-      group<1>(steps, count, from, to, r);
+      group<1>(terms, count, from, to, r);
   }
 
   static HYLORA_MEMBER Row row(const float* sums) { return tile_row(sums); }

@@ -1,3 +1,4 @@
+// The scalar side of packing (panels.h).
 #include "panels.h"
 
 #include <sys/mman.h>
@@ -24,11 +25,11 @@ void copy_panel_row(Type type, const Panels& panels, int64_t row, void* to) {
   }
 }
 
-void fill_order(const int32_t* pivots, int64_t r, int64_t n, OrderPanel* panels) {
+void fill_pivot_table(const int32_t* pivots, int64_t r, int64_t n, PivotPanel* panels) {
   const int64_t count = (n + 31) / 32;
   int32_t pivot = 0, other = 0;
   for (int64_t p = 0; p < count; p++) {
-    OrderPanel panel{};
+    PivotPanel panel{};
     panel.pivot0 = pivot, panel.other0 = other;
     for (int c = 0; c < 32 && p * 32 + c < n; c++) {
       if (pivot < r && pivots[pivot] == p * 32 + c) {

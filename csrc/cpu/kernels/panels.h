@@ -1,4 +1,4 @@
-// Panels and the pivoted form's table, where speed does not matter: plain code for any processor.
+// Panels and the pivot table where speed does not matter: plain code for any processor.
 #pragma once
 #include <cstddef>
 
@@ -6,13 +6,14 @@
 
 namespace hylora {
 
-// Row `row` of W [n, k] out of its panels.
+// Copies row `row` of W [n, k] out of its panels, bit for bit.
 void copy_panel_row(Type type, const Panels& panels, int64_t row, void* to);
 
-// pivots [r] strictly ascending in [0, n) -> the panels of 32 outputs.
-void fill_order(const int32_t* pivots, int64_t r, int64_t n, OrderPanel* panels);
+// Fills the pivot table of n outputs. `pivots` [r] are strictly ascending in [0, n).
+void fill_pivot_table(const int32_t* pivots, int64_t r, int64_t n, PivotPanel* panels);
 
-// Asks for huge pages behind memory that nothing has touched yet: weights are streamed.
+// Asks the system for huge pages. The memory must not have been touched yet. Weights are streamed,
+// and with small pages the processor would stop at every 4 KB to translate the address.
 void want_huge_pages(void* p, size_t bytes);
 
 }  // namespace hylora

@@ -1,4 +1,5 @@
-// Any processor: four floats at a time, as the compiler sees fit (SSE2 on x86-64).
+// The kernels for any processor: vectors of four floats, which the compiler maps to what its
+// baseline has (SSE2 on x86-64).
 #include "engine.h"
 
 namespace hylora {

@@ -1,187 +1,223 @@
-// The first product, middle = x first^T: rounded once, the adapter's columns scaled by alpha.
+// The shrink product, h = x [SVh; A]^T: rounded once, the adapter's columns scaled by alpha.
 #pragma once
 #include "block.h"
 
 namespace hylora {
 namespace {
 
-// The rows of one tile of the middle, from the first on.
+// Finishes the rows of one 32-column panel of h.
 template <class B>
-struct MiddleTask {
+struct FinishH {
   using A = typename B::A;
   using T = typename B::Type;
 
-  bool bare;  // nothing to do but round
   A* to;
-  int64_t ld, row_at, panel;
+  int64_t stride, row_index, panel;
   T* pivots;
-  int64_t ld_pivots;
+  int64_t pivots_stride;
   Row scale, bias;
-  VU keep[P];
-  bool adds_pivots, keeps_pivots, keeps_adapter, emits;
+  VU valid[P];         // the columns that aren't padding
+  bool only_rounds;    // nothing below applies
+  bool adds_pivots;    // backward: dy's pivots are added to h
+  bool keeps_pivots;   // the pivots are kept beside h, with their bias
+  bool keeps_adapter;  // the adapter's columns are kept apart, too
+  bool emits;          // the adapter's columns are a result of the call (h_a)
 
-  MiddleTask() = default;
-  MiddleTask(const B& b, int64_t panel) : ld(b.ld_middle), panel(panel), ld_pivots(b.ld_pivots) {
-    const Dual& d = b.d;
-    const bool base = panel < b.r32;
-    adds_pivots = d.sorts_input && base;
-    keeps_pivots = b.weaves && !b.pivots_in_middle && base && d.ra == 0;
-    const int64_t valid = base ? d.first.n - panel * 32 : d.first_tail.n - (panel - b.r32) * 32;
-    const int64_t adapter_from = d.tail_at - panel * 32;
-    emits = d.tail && adapter_from < 32 && adapter_from + d.ra > 0;
-    keeps_adapter = b.joined_pivots && panel >= d.tail_at / 32;
-    const bool scales = d.ra && adapter_from < 32 && d.alpha != 1.0f;
-    bare = !B::kSplit && !adds_pivots && !keeps_adapter && !emits && !scales && valid >= 32;
-    bias = keeps_pivots && d.bias ? load_row(b.bias + panel * 32) : Row{};
-    const VU one = float_as_bits(splat(1.0f)), alpha = float_as_bits(splat(d.ra ? d.alpha : 1.0f));
+  FinishH() = default;
+  FinishH(const B& b, int64_t panel)
+      : stride(b.at.h.stride), panel(panel), pivots_stride(b.at.pivots_stride) {
+    const LayerCall& call = b.call;
+    const BlockPlan& plan = b.plan;
+    const bool is_base = panel < plan.base_panels;
+    adds_pivots = call.sorts_x() && is_base;
+    keeps_pivots = plan.merges_pivots && !plan.h_is_pivots && is_base && call.ra == 0;
+    const int64_t columns = is_base ? call.shrink.n - panel * 32
+                                    : call.adapter_shrink.n - (panel - plan.base_panels) * 32;
+    const int64_t adapter_from = call.adapter_column - panel * 32;
+    emits = call.h_a && adapter_from < 32 && adapter_from + call.ra > 0;
+    keeps_adapter = plan.adapter_h_apart && panel >= call.adapter_column / 32;
+    const bool scales = call.ra && adapter_from < 32 && call.alpha != 1.0f;
+    only_rounds =
+        !B::kLimbs && !adds_pivots && !keeps_adapter && !emits && !scales && columns >= 32;
+    bias = keeps_pivots && call.bias ? load_row(b.at.bias + panel * 32) : Row{};
+    const VU one = float_as_bits(splat(1.0f));
+    const VU alpha = float_as_bits(splat(call.ra ? call.alpha : 1.0f));
     for (int i = 0; i < P; i++) {
-      keep[i] = columns_in(i * W, 0, valid);
+      valid[i] = columns_in(i * W, 0, columns);
       const VU scaled = columns_in(i * W, adapter_from, 32);
       scale.v[i] = bits_as_float((alpha & scaled) | (one & ~scaled));
     }
   }
-  MiddleTask& at(const B& b, int64_t row) {
-    row_at = row;
-    to = b.middle + row * ld + panel * 32;
+
+  // Goes to a row of the block, from which row() steps to the next one.
+  FinishH& at(const B& b, int64_t row) {
+    row_index = row;
+    to = b.at.h.at(row, panel * 32);
     if (keeps_pivots) pivots = b.pivots_row(row) + panel * 32;
     return *this;
   }
 
   HYLORA_MEMBER void row(B& b, const float* sums) {
     Row sum = b.k.row(sums);
-    if (!bare) sum = dressed(b, sum);
-    b.k.put(to, b.middle_plane, sum);
-    to += ld, row_at++;
+    if (!only_rounds) sum = adjusted(b, sum);
+    b.k.put(to, b.at.h.plane, sum);
+    to += stride, row_index++;
     if (!keeps_pivots) return;
     for (int i = 0; i < P; i++)
       sum.v[i] += bias.v[i];
     store_row(pivots, sum);
-    pivots += ld_pivots;
+    pivots += pivots_stride;
   }
 
-  __attribute__((noinline)) Row dressed(B& b, Row sum) const {
+  // Not inlined: row() has to stay short (pipeline.h).
+  __attribute__((noinline)) Row adjusted(B& b, Row sum) const {
     if (adds_pivots) {
-      Row identity = b.k.get(b.x + row_at * b.ldx + panel * 32, b.x_plane);
+      const Row pivots_of_dy = b.k.get(b.at.x.at(row_index, panel * 32), b.at.x.plane);
       for (int i = 0; i < P; i++)
-        sum.v[i] += identity.v[i];
+        sum.v[i] += pivots_of_dy.v[i];
     }
-    // The padding is zeroed, not left to zero weights: x may hold Inf, and Inf * 0 is NaN.
+    // Zero weights alone don't make the padding zero: x may hold Inf, and Inf * 0 is NaN.
     for (int i = 0; i < P; i++)
-      sum.v[i] = bits_as_float(float_as_bits(sum.v[i]) & keep[i]);
-    if (emits && !b.d.emit_scaled) emit(b, sum);
+      sum.v[i] = bits_as_float(float_as_bits(sum.v[i]) & valid[i]);
+    if (emits && !b.call.backward) emit(b, sum);  // h_a = x A^T
     for (int i = 0; i < P; i++)
       sum.v[i] *= scale.v[i];
-    if (emits && b.d.emit_scaled) emit(b, sum);
+    if (emits && b.call.backward) emit(b, sum);  // dh_a = alpha dy B
     if (keeps_adapter) keep_adapter(b, sum);
-    if constexpr (B::kSplit) {
-      typename B::Range range;
+    if constexpr (B::kLimbs) {
+      Range range;
       range.see(sum);
-      b.out_of_range |= range.unfit();
+      b.out_of_range |= range.has_unfit();
     }
     return sum;
   }
 
-  // Alone, for what is infinite in the base's columns would be NaN times their zero weights.
+  // Zeroes the base's columns first: an Inf in them would be NaN times their zero weights.
   void keep_adapter(B& b, Row sum) const {
-    const int64_t base_panels = b.d.tail_at / 32;
-    for (int i = 0; i < P; i++)
-      sum.v[i] =
-          bits_as_float(float_as_bits(sum.v[i]) & columns_in(i * W, b.d.tail_at - panel * 32, 32));
-    b.k.put(b.adapter + row_at * b.ld_adapter + (panel - base_panels) * 32, b.adapter_plane, sum);
+    const int64_t first_panel = b.call.adapter_column / 32;
+    for (int i = 0; i < P; i++) {
+      const VU kept = columns_in(i * W, b.call.adapter_column - panel * 32, 32);
+      sum.v[i] = bits_as_float(float_as_bits(sum.v[i]) & kept);
+    }
+    b.k.put(b.at.adapter_h.at(row_index, (panel - first_panel) * 32), b.at.adapter_h.plane, sum);
   }
 
   void emit(B& b, const Row& sum) const {
     T rounded[32];
     store_row(rounded, sum);
-    T* tail = static_cast<T*>(b.d.tail) + (b.m0 + row_at) * b.d.ra;
+    T* h_a = static_cast<T*>(b.call.h_a) + (b.m0 + row_index) * b.call.ra;
     for (int c = 0; c < 32; c++) {
-      const int64_t j = panel * 32 + c - b.d.tail_at;
-      if (j >= 0 && j < b.d.ra) tail[j] = rounded[c];
+      const int64_t j = panel * 32 + c - b.call.adapter_column;
+      if (j >= 0 && j < b.call.ra) h_a[j] = rounded[c];
     }
   }
 };
 
-// Panels [begin, end) of the middle. With many rows the k-chunks are outermost, and the sums of
-// unfinished chunks are spilled. Within a chunk tiles go row tile by row tile: its rows, 32 of
-// them, stay in L1 while the panels, a group that fits L2, stream past. Other ways of multiplying
-// keep the panel instead and let the rows stream.
+// Computes panels of h. The passes over k are outermost, and the sums of unfinished passes are
+// spilled to partial_sums.
 template <class B>
-void first_product(B& b, int64_t begin, int64_t end) {
+class Shrink {
   using A = typename B::A;
-  const Dual& d = b.d;
-  const int64_t longest = ceil_div(d.first.k > d.first_tail.k ? d.first.k : d.first_tail.k, 32);
-  const int64_t chunks = longest > b.chunk ? ceil_div(longest, b.chunk) : 1;
-  const int64_t even = ceil_div(longest, chunks), tiles = b.row_tiles();
-  const bool copies = !b.straight && !b.whole_x;
-  Pipeline<MiddleTask<B>> pipe;
-  bool cold = true;  // nobody has fetched the panels
 
-  auto one = [&](int64_t c, int64_t p, int64_t wide, int64_t tile_begin, int64_t tile_end) {
-    const bool base = p < b.r32;
-    const Panels& panels = base ? d.first : d.first_tail;
-    const int64_t panel = base ? p : p - b.r32;
-    const int64_t block = c * even, left = panels.k - block * 32;
-    const int64_t width = left < even * 32 ? left : even * 32;
-    const bool last = left <= even * 32;
-    if (left <= 0 && c > 0) return;
-    const A* a = b.straight ? reinterpret_cast<const A*>(b.x_row(0)) : b.x;
-    // The sorted input starts with the pivots, which the base doesn't multiply.
-    if (!copies) a += block * 32 + (d.sorts_input && base ? b.r32 * 32 : 0);
-    const int64_t lda = b.straight ? d.ldx : b.ldx;
-    Step<A> steps[1];
-    const int count = b.steps_of(steps, a, lda, b.x_plane, panels, panel, block, width, b.split);
-    const int64_t columns = at_most(panels.n - panel * 32, 32 * wide);
-    MiddleTask<B> task(b, p), right;
-    if (wide == 2) right = MiddleTask<B>(b, p + 1);
-    for (int64_t t = tile_begin; t < tile_end; t++) {
-      float* sums = b.partial + (chunks > 1 ? p * tiles + t * wide : 0) * 1024;
-      float* to = last ? pipe.template free_tile<B>() : sums;
-      Step<A> here[1];
-      const int64_t row = copies && B::kRowsStay ? 0 : b.row_of(t);
-      for (int s = 0; s < count; s++)
-        here[s] = steps[s], here[s].a += row * lda;
-      pipe.multiply(b, here, count, c ? sums : nullptr, to, int(b.rows_of(t)), columns,
-                    t == 0 && cold);
-      if (!last) continue;
-      pipe.push_tile(b, t, to, task, wide == 2 ? &right : nullptr);
-    }
-  };
+  B& b;
+  const LayerCall& call;
+  Pipeline<FinishH<B>> pipe;
+  bool cold = true;  // the panels haven't been fetched into L2
 
-  b.k.begin(int(b.rows));
-  const int64_t group = b.panels_a_group(end - begin, b.panels_in_l2(even));
-  for (int64_t c = 0; c < chunks; c++) {
-    const int64_t from = c * even * 32, to = from + even * 32 < d.K ? from + even * 32 : d.K;
-    if (B::kRowsStay && !b.shared) {
-      for (int64_t p0 = begin; p0 < end; p0 += group) {
-        const int64_t p1 = p0 + group < end ? p0 + group : end, steps = (p1 - p0) * even;
-        const bool more = p1 < end;
-        pipe.panels_ahead =
-            b.fetch_panels(more ? p1 : begin, more ? c * even : (c + 1) * even, even,
-                           more             ? end - p1
-                           : c + 1 < chunks ? group
-                                            : 0,
-                           group, steps * tiles);
-        for (int64_t t = 0; t < tiles; t++) {
-          if (copies) b.copy_columns(b.row_of(t), b.rows_of(t), from, to);
-          if (t + 1 < tiles && !b.whole_x)
-            pipe.rows_ahead =
-                Fetch(b.x_row(b.row_of(t + 1)) + from, 32, (to - from) * 2, d.ldx * 2, steps);
-          for (int64_t p = p0; p < p1; p++)
-            one(c, p, 1, t, t + 1);
-        }
-        cold = false;
+  bool copies_chunks() const { return b.plan.x == XSource::chunk_copy; }
+  int64_t chunk_begin(int64_t pass) const { return pass * b.plan.shrink.blocks * 32; }
+  int64_t chunk_end(int64_t pass) const { return smaller(chunk_begin(pass + 1), call.K); }
+
+  // One pass of row tiles [tile_begin, tile_end) over panel p of h, and the next one if is_double.
+  void column(int64_t pass, int64_t p, bool is_double, int64_t tile_begin, int64_t tile_end) {
+    const int64_t even = b.plan.shrink.blocks;
+    const bool is_base = p < b.plan.base_panels;
+    const Panels& panels = is_base ? call.shrink : call.adapter_shrink;
+    const int64_t panel = is_base ? p : p - b.plan.base_panels;
+    const int64_t block = pass * even, left = panels.k - block * 32;
+    if (left <= 0 && pass > 0) return;
+    Rows<A> x = b.rows_of_x();
+    // A sorted dy starts with the pivots, which the base doesn't multiply.
+    if (!copies_chunks()) x.data += block * 32 + (call.sorts_x() && is_base ? pivot_columns() : 0);
+
+    TileColumn<FinishH<B>, A> column;
+    column.count =
+        b.term_of(column.terms, x, panels, panel, block, smaller(left, even * 32), b.base_limbs());
+    column.row_stride = copies_chunks() && B::kRowsStay ? 0 : x.stride;
+    column.is_double = is_double;
+    column.columns = smaller(panels.n - panel * 32, is_double ? 64 : 32);
+    column.first_pass = pass == 0, column.last_pass = left <= even * 32;
+    column.partial = b.at.partial_sums;
+    if (b.plan.shrink.count > 1)
+      column.partial += (p * b.row_tiles() + tile_begin * (is_double ? 2 : 1)) * 1024;
+    if (column.last_pass) column.finisher = FinishH<B>(b, p);
+    if (column.last_pass && is_double) column.right_finisher = FinishH<B>(b, p + 1);
+    pipe.multiply_column(b, column, tile_begin, tile_end, cold);
+  }
+  int64_t pivot_columns() const { return b.plan.base_panels * 32; }
+
+  // While panels [p0, p1) are multiplied: fetches the group after them, or the first one of the
+  // next pass. The adapter's panels are few, and not fetched.
+  void fetch_next_group(int64_t pass, int64_t begin, int64_t p0, int64_t p1, int64_t end,
+                        int64_t group) {
+    const int64_t even = b.plan.shrink.blocks, blocks = k_blocks(call.shrink);
+    const bool same_pass = p1 < end;
+    const int64_t p = same_pass ? p1 : begin, block = (same_pass ? pass : pass + 1) * even;
+    int64_t count = same_pass ? end - p1 : pass + 1 < b.plan.shrink.count ? group : 0;
+    pipe.panels_ahead = {};
+    if (p >= b.plan.base_panels || block >= blocks) return;
+    count = smaller(smaller(count, group), b.plan.base_panels - p);
+    pipe.panels_ahead =
+        Fetch(B::panel_at(call.shrink, p, block), count, smaller(even, blocks - block) * 2048,
+              blocks * 2048, (p1 - p0) * even * b.row_tiles());
+  }
+
+  // For methods whose rows stay: a row tile passes a group of panels, which fits L2, while its 32
+  // rows stay in L1; then the next one does.
+  void pass_by_row_tiles(int64_t pass, int64_t begin, int64_t end) {
+    const int64_t from = chunk_begin(pass), to = chunk_end(pass), tiles = b.row_tiles();
+    const int64_t group = even_group(end - begin, b.plan.shrink_group);
+    for (int64_t p0 = begin; p0 < end; p0 += group) {
+      const int64_t p1 = smaller(p0 + group, end);
+      fetch_next_group(pass, begin, p0, p1, end, group);
+      for (int64_t t = 0; t < tiles; t++) {
+        if (copies_chunks()) b.copy_chunk(b.row_of(t), b.rows_of(t), from, to);
+        if (t + 1 < tiles && b.plan.x != XSource::whole_copy)
+          pipe.rows_ahead = Fetch(b.x_row(b.row_of(t + 1)) + from, 32, (to - from) * 2,
+                                  call.ldx * 2, (p1 - p0) * b.plan.shrink.blocks);
+        for (int64_t p = p0; p < p1; p++)
+          column(pass, p, false, t, t + 1);
       }
-    } else {
-      if (copies) b.copy_columns(0, b.rows, from, to);
-      for (int64_t p = begin, wide; p < end; p += wide) {
-        wide = panels_a_tile<B>(p, p < b.r32 && b.r32 < end ? b.r32 : end);
-        one(c, p, wide, 0, tiles);
-      }
+      cold = false;
     }
   }
-  pipe.finish(b);
-  b.k.end();
-}
+
+  // For the others: all row tiles pass one panel, or two side by side, then the next.
+  void pass_by_panels(int64_t pass, int64_t begin, int64_t end) {
+    if (copies_chunks()) b.copy_chunk(0, b.plan.rows, chunk_begin(pass), chunk_end(pass));
+    const int64_t base = b.plan.base_panels;
+    for (int64_t p = begin, count; p < end; p += count) {
+      count = B::panels_of_tile(p, p < base && base < end ? base : end);
+      column(pass, p, count == 2, 0, b.row_tiles());
+    }
+  }
+
+ public:
+  explicit Shrink(B& b) : b(b), call(b.call) {}
+
+  // Panels [begin, end) of h.
+  void run(int64_t begin, int64_t end) {
+    b.k.begin(int(b.plan.rows));
+    for (int64_t pass = 0; pass < b.plan.shrink.count; pass++) {
+      if (B::kRowsStay && !b.plan.shared)
+        pass_by_row_tiles(pass, begin, end);
+      else
+        pass_by_panels(pass, begin, end);
+    }
+    pipe.finish(b);
+    b.k.end();
+  }
+};
 
 }  // namespace
 }  // namespace hylora

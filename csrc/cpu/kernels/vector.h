@@ -1,6 +1,7 @@
-// Vectors of W floats at the width this file is compiled for, and how bf16 and fp16 get in and out.
-// Included once by every ISA file, everything with internal linkage: an inline function that two
-// ISA files share would be merged by the linker, and the wrong one could be kept.
+// Vectors of W floats, as wide as this compilation's instruction set has them, and their conversion
+// from and to bf16 and fp16. Each instruction set's file includes this header, so everything has
+// internal linkage: of an inline function with external linkage the linker keeps one copy, maybe
+// one that older processors can't run.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -62,7 +63,7 @@ HYLORA_INLINE V fma(V a, V b, V c) {
 }
 
 #if defined(__AVX512F__)
-// 16 numbers in half a register.
+// Widens 16 numbers of half a register. The second argument only chooses the type.
 HYLORA_INLINE V widen(__m256i h, bf16) {
   return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
 }
@@ -84,7 +85,7 @@ HYLORA_INLINE V load(const fp16* p) {
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  // The exponent is moved by a product: exact, and it turns fp16 denormals into floats.
+  // A product moves the exponent. It is exact, and turns fp16 denormals into normal floats.
   VU h = __builtin_convertvector(*reinterpret_cast<const VHu*>(p), VU);
   VU magnitude = h & 0x7fff;
   V value = bits_as_float(magnitude << 13) * 0x1p112f;
@@ -94,7 +95,7 @@ HYLORA_INLINE V load(const fp16* p) {
 #endif
 }
 
-// Round to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays one.
 HYLORA_INLINE VU bf16_bits(V v) {
   VU u = float_as_bits(v);
   VU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -118,7 +119,7 @@ HYLORA_INLINE uint16_t fp16_bits(float f) {
   uint32_t sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
-  if (magnitude < 0x38800000) {  // denormal in fp16: let a float addition round it
+  if (magnitude < 0x38800000) {  // denormal in fp16: an addition of floats rounds it
     float value;
     __builtin_memcpy(&value, &magnitude, 4);
     value += 0.5f;
@@ -139,7 +140,7 @@ HYLORA_INLINE void store(fp16* p, V v) {
 #endif
 }
 
-// All bits set in the lanes whose column, column0 + lane, is in [begin, end).
+// A mask with all bits set in the lanes whose column, column0 + lane, is in [begin, end).
 HYLORA_INLINE VU columns_in(int column0, int64_t begin, int64_t end) {
   typedef int32_t VI __attribute__((vector_size(4 * W)));
   VI column;
@@ -174,7 +175,8 @@ HYLORA_INLINE void store_row(bf16* p, const Row& row) {
 }
 #endif
 
-// The first `count` columns only: what lies behind them belongs to someone else.
+// Stores or loads the first `count` columns only; memory behind them isn't touched. The other
+// columns are loaded as zeros.
 template <class T>
 HYLORA_INLINE void store_row(T* p, const Row& row, int count) {
   if (count >= 32) return store_row(p, row);
@@ -193,9 +195,9 @@ HYLORA_INLINE Row load_row(const T* p, int count) {
   return load_row(whole);
 }
 
-// 32 numbers as they are.
+// Copies 32 numbers bit for bit.
 template <class T>
-HYLORA_INLINE void copy_row_of(T* to, const T* from) {
+HYLORA_INLINE void copy_32(T* to, const T* from) {
 #if defined(__AVX512F__)
   for (int i = 0; i < int(sizeof(T)) / 2; i++)
     _mm512_storeu_si512(to + 32 / (sizeof(T) / 2) * i,

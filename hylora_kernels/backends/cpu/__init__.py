@@ -24,12 +24,9 @@ from hylora_kernels.backends.cpu.packed import (
     unpack,
 )
 from hylora_kernels.backends.cpu.panels import (
-    EMIT,
-    INPUT,
     LEVEL,
     LEVELS,
     REFUSAL,
-    SCALED,
     forget,
     in_range_of,
     in_stream,
@@ -121,12 +118,13 @@ def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
         in_range = in_range and in_range_of(x.dtype, (A, 1), (B, 1))
         first_tail = pack_matrix(A)
         second_tail = pack_matrix(B if pivots is None else in_stream(B, stream))
-    y, h_a = op("dual")(
+    y, h_a = op("layer")(
         x,
         *(first, first_tail, second, second_tail, bias, table),
         *(rank, lora_rank, out_features, alpha),
-        EMIT if lora_rank else 0,
-        products_for(x.dtype, in_range),
+        emit_h_a=lora_rank > 0,
+        backward=False,
+        limb_products=products_for(x.dtype, in_range),
     )
     return y, h_a if lora_rank else x.new_empty(len(x), 0)
 
@@ -142,9 +140,9 @@ def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[
     elif need_dA and lora_rank:
         dh_a = alpha * (dy @ B)
     if need_dA:
-        dA = op("thin")(dh_a, x, 1.0, False) if lora_rank else torch.empty_like(A)
+        dA = op("adapter_gradients")(dh_a, x, 1.0, False) if lora_rank else torch.empty_like(A)
     if need_dB and lora_rank:
-        rows = op("thin")(h_a, dy, alpha, need_db)  # one pass over dy for both
+        rows = op("adapter_gradients")(h_a, dy, alpha, need_db)  # one pass over dy for both
         dB = rows[:lora_rank].T.clone(memory_format=torch.contiguous_format)
         db = rows[lora_rank].clone() if need_db else None
     elif need_dB:
@@ -163,19 +161,18 @@ def _backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
     if weights.is_dense and not lora_rank:
         return op("linear")(dy, second, None, K, products_for(dy.dtype, in_range)), None
     first_tail = second_tail = table = None
-    flags = 0
     if pivots is not None:
-        flags = INPUT
         table, stream = order_of(pivots, out_features)
     if lora_rank:
-        flags |= EMIT | SCALED
         in_range = in_range and in_range_of(dy.dtype, (B, 0), (A, 0))
         first_tail = pack_matrix((B if pivots is None else in_stream(B, stream)).T)
         second_tail = pack_matrix(A.T)
-    dx, dh_a = op("dual")(
+    dx, dh_a = op("layer")(
         dy,
         *(first, first_tail, second, second_tail, None, table),
-        *(rank, lora_rank, K, alpha, flags),
-        products_for(dy.dtype, in_range),
+        *(rank, lora_rank, K, alpha),
+        emit_h_a=lora_rank > 0,
+        backward=True,
+        limb_products=products_for(dy.dtype, in_range),
     )
     return dx, dh_a

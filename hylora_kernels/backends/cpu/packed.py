@@ -25,9 +25,9 @@ from hylora_kernels.weights import Weights
 class Packed:
     """The factors of one layer as forward_packed wants them. Shared by whoever holds it; immutable.
 
-    call:     "joined" or "linear", the op; "plain", two torch products on P = [SVh; A] and
+    call:     "packed_layer" or "linear", the op; "plain", two torch products on P = [SVh; A] and
               Q = [U, alpha B], or one on the dense matrix.
-    args:     what follows x in the op's call, up to `products`. For "joined" that is the
+    args:     what follows x in the op's call, up to `products`. For "packed_layer" that is the
               whole layer as one tensor, the bias, and N: a call with two tensors costs 3.7 us, one
               with six 8.6. For "plain" P, Q, the bias, and B itself, all but P may be None.
     products: as the ops take it.
@@ -84,7 +84,7 @@ def pack(weights: Weights) -> Packed | None:
         if lora_rank:  # one matrix of rank r + ra has less padding than two
             P, Q = torch.cat((matrices[0], matrices[2])), torch.cat((matrices[1], matrices[3]), 1)
         panels = (pack_matrix(P), None, pack_matrix(Q), None)
-        layer = op("join")(*panels, None, K, rank, lora_rank, out_features, alpha)
+        layer = op("pack_layer")(*panels, None, K, rank, lora_rank, out_features, alpha)
         args = (layer, plain_bias, out_features)
     else:
         table, stream = order_of(pivots, out_features)
@@ -94,7 +94,7 @@ def pack(weights: Weights) -> Packed | None:
             P, Q = torch.cat((P, A.detach())), torch.cat((Q, B.detach()[others]), 1)
             of_pivots = pack_matrix(F.pad(B.detach()[pivots.long()], (rank % 32, 0)))
         panels = (pack_matrix(P), None, pack_matrix(Q), of_pivots)
-        layer = op("join")(*panels, table, K, rank, lora_rank, out_features, alpha)
+        layer = op("pack_layer")(*panels, table, K, rank, lora_rank, out_features, alpha)
         args = (layer, plain_bias, out_features)
     in_range = in_range_of(SVh.dtype, *((matrix, 1) for matrix in matrices))
     float32 = SVh.dtype == torch.float32 and in_range
@@ -119,7 +119,7 @@ def pack(weights: Weights) -> Packed | None:
 
 
 def _layout(weights: Weights) -> str:
-    """How a layer is packed: "joined" or "linear" for panels, or "plain" where two plain products
+    """How a layer is packed: "packed_layer" or "linear" for panels, or "plain" where torch products
     are faster (the pair form and dense matrices; the pivoted form has panels alone)."""
     dense = weights.is_dense and not weights.lora_rank
     has_plain_layout = dense or weights.pivots is None
@@ -132,7 +132,7 @@ def _layout(weights: Weights) -> str:
     is_padded = 8 * (_padded(middle) * K + _padded(N) * middle) > 9 * middle * (K + N)
     if weights.SVh.dtype == torch.float32 and has_plain_layout and (is_thin or is_padded):
         return "plain"
-    return "linear" if dense else "joined"
+    return "linear" if dense else "packed_layer"
 
 
 def _padded(size: int) -> int:
@@ -147,8 +147,8 @@ def forward_packed(x: Tensor, packed: Packed) -> Tensor:
     products = packed.products
     if packed.float32:
         products = _float32_products(products)
-    if packed.call == "joined":
-        return torch.ops.hylora.cpu_joined.default(x, *packed.args, products)
+    if packed.call == "packed_layer":
+        return torch.ops.hylora.cpu_packed_layer.default(x, *packed.args, products)
     return torch.ops.hylora.cpu_linear.default(x, *packed.args, products)
 
 
@@ -185,23 +185,17 @@ def unpack(packed: Packed) -> Weights:
         if packed.call == "plain":
             P, Q = packed.args[0], packed.args[1]
         else:
-            first, _, second, _ = _parts(packed.args[0])
-            P = op("unpack")(first, rank + lora_rank, K)
-            Q = op("unpack")(second, N, rank + lora_rank)
+            P, _, Q, _ = _parts(packed.args[0])
         SVh, A = (part.clone() for part in P.split((rank, lora_rank)))
         U, B = (part.contiguous().clone() for part in Q.split((rank, lora_rank), 1))
         if packed.call == "plain" and lora_rank:
             B = packed.args[3].clone()
     else:
-        first, _, second, of_pivots = _parts(packed.args[0])
-        P, Q = op("unpack")(first, rank + lora_rank, K), first.new_empty(0, rank + lora_rank)
-        if rank < N:
-            Q = op("unpack")(second, N - rank, rank + lora_rank)
+        P, _, Q, of_pivots = _parts(packed.args[0])
         SVh, U = P[:rank].clone(), Q[:, :rank].contiguous().clone()
         if lora_rank:
             A, B = P[rank:].clone(), P.new_empty(N, lora_rank)
-            wide = op("unpack")(of_pivots, rank, rank % 32 + lora_rank)
-            B[pivots.long()] = wide[:, rank % 32 :]
+            B[pivots.long()] = of_pivots[:, rank % 32 :]
             B[order_of(pivots, N)[1][rank + -rank % 32 :]] = Q[:, rank:]
     if not packed.adapted:
         A = B = None
@@ -211,5 +205,5 @@ def unpack(packed: Packed) -> Weights:
 
 
 def _parts(layer: Tensor) -> list[Tensor]:
-    """The panels that were joined, in join's order, empty where there were none."""
-    return [op("part")(layer, which) for which in range(4)]
+    """The matrices that were packed, in pack_layer's order, empty where there were none."""
+    return [op("unpack_part")(layer, part) for part in range(4)]

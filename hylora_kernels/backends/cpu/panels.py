@@ -17,7 +17,6 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from hylora_kernels.backends.shared.library import MISSING, in_words
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-EMIT, SCALED, INPUT = 1, 2, 4  # flags of cpu_dual: emit the adapter's h, scaled; order sorts x
 
 # bf16 limbs hold what lies 2^-60 .. 2^60 around: beyond, a product of two limbs may overflow, or a
 # small limb is flushed to zero.
@@ -229,7 +228,7 @@ def order_of(pivots: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
     if kept is not None and kept[1] == out_features and _unwritten(pivots, kept[0]):
         return kept[2:]
     try:
-        table = op("order")(pivots, out_features)
+        table = op("pivot_table")(pivots, out_features)
     except RuntimeError as error:
         raise ValueError(_pivots_error(pivots, out_features)) from error
     is_other = torch.ones(out_features, dtype=torch.bool)
@@ -262,12 +261,27 @@ def in_stream(B: Tensor, stream: Tensor) -> Tensor:
 # ------------------------------------------------------------- the ops of csrc/ under torch's tools
 
 
-def _fake_linear(x, weights, bias, n, products):
+def _fake_linear(x, weights, bias, n, limb_products):
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _fake_dual(x, first, first_tail, second, second_tail, bias, order, r, ra, n, alpha, flags, _):
-    emitted = math.prod(x.shape[:-1]) if flags & EMIT else 0
+def _fake_layer(
+    x,
+    shrink,
+    adapter_shrink,
+    expand,
+    adapter_expand,
+    bias,
+    pivot_table,
+    r,
+    ra,
+    n,
+    alpha,
+    emit_h_a,
+    backward,
+    limb_products,
+):
+    emitted = math.prod(x.shape[:-1]) if emit_h_a else 0
     return x.new_empty((*x.shape[:-1], n)), x.new_empty((emitted, ra))
 
 
@@ -284,8 +298,8 @@ def _refuse_vmap(info, in_dims, *args):
 if not REFUSAL:
     for _name, _fake in (
         ("linear", _fake_linear),
-        ("joined", _fake_linear),
-        ("dual", _fake_dual),
+        ("packed_layer", _fake_linear),
+        ("layer", _fake_layer),
         ("rows", _fake_rows),
     ):
         torch.library.register_fake(f"hylora::cpu_{_name}", _fake)

@@ -38,7 +38,7 @@ def lay_out(monkeypatch, plain: bool) -> None:
         has_plain_layout = dense or weights.pivots is None
         if plain and weights.SVh.dtype == torch.float32 and has_plain_layout:
             return "plain"
-        return "linear" if dense else "joined"
+        return "linear" if dense else "packed_layer"
 
     monkeypatch.setattr(packed_module, "_layout", asked)
 
@@ -84,7 +84,7 @@ def test_packed_shares_bias_and_pivots_and_needs_no_more():
     *_, bias, _alpha, pivots = cpu.unpack(packed)
     assert bias is inputs.bias and pivots is inputs.pivots
     factors = sum(t.nbytes for t in (inputs.SVh, inputs.U, inputs.A, inputs.B))
-    table = torch.ops.hylora.cpu_order(inputs.pivots, 96).nbytes
+    table = torch.ops.hylora.cpu_pivot_table(inputs.pivots, 96).nbytes
     header_and_gaps = 1024
     beyond = sum(t.nbytes for t in packed.tensors) - factors - table
     assert 0 < beyond <= header_and_gaps, "all sizes are multiples of 32: no padding"
@@ -139,10 +139,10 @@ def test_opcheck_of_the_op_that_takes_the_panels_apart(dtype):
     inputs = make_inputs(Case(M=17, lead_dims=2, lora_rank=8), dtype)
     weights = [panels.pack_matrix(t) for t in (inputs.SVh, inputs.A, inputs.U, inputs.B)]
     sizes = (inputs.SVh.shape[0], 8, inputs.U.shape[0], 0.37)
-    for flags in (0, panels.EMIT):
-        args = (inputs.x, *weights, inputs.bias, None, *sizes, flags, 0)
+    for emit_h_a in (False, True):
+        args = (inputs.x, *weights, inputs.bias, None, *sizes, emit_h_a, False, 0)
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.hylora.cpu_dual.default, args, test_utils=tests)
+        torch.library.opcheck(torch.ops.hylora.cpu_layer.default, args, test_utils=tests)
 
 
 def test_opcheck_rows():
@@ -186,11 +186,11 @@ def test_thin_or_padded_float32_is_laid_out_plain():
         (16, 16, "plain"),
         (16, 17, "plain"),  # 33 are padded to 64
         (33, 0, "plain"),
-        (47, 13, "joined"),
-        (64, 0, "joined"),
+        (47, 13, "packed_layer"),
+        (64, 0, "packed_layer"),
     ):
         inputs = make_inputs(Case(sizes=(64, 96, rank), lora_rank=lora_rank), torch.float32)
         assert packed_of(inputs).call == call
-        assert packed_of(inputs.map(Tensor.bfloat16)).call == "joined"
+        assert packed_of(inputs.map(Tensor.bfloat16)).call == "packed_layer"
     inputs = make_inputs(Case(sizes=(64, 96, 16), form="pivoted"), torch.float32)
-    assert packed_of(inputs).call == "joined", "the pivoted form has panels alone"
+    assert packed_of(inputs).call == "packed_layer", "the pivoted form has panels alone"

@@ -144,13 +144,13 @@ class Problem:
     def __init__(self, M: int, K: int, N: int, rank: int, dtype: torch.dtype):
         scale = K**-0.5
         self.x = torch.randn(M, K).to(dtype)
-        self.first = torch.ops.hylora.cpu_pack((torch.randn(rank, K) * scale).to(dtype))
-        self.second = torch.ops.hylora.cpu_pack((torch.randn(N, rank) * scale).to(dtype))
-        self.sizes = (None, None, rank, 0, N, 1.0, 0, 0)
+        self.shrink = torch.ops.hylora.cpu_pack((torch.randn(rank, K) * scale).to(dtype))
+        self.expand = torch.ops.hylora.cpu_pack((torch.randn(N, rank) * scale).to(dtype))
+        self.sizes = (None, None, rank, 0, N, 1.0, False, False, 0)
 
     def run(self) -> torch.Tensor:
-        dual = torch.ops.hylora.cpu_dual
-        return dual(self.x, self.first, None, self.second, None, *self.sizes)[0]
+        layer = torch.ops.hylora.cpu_layer
+        return layer(self.x, self.shrink, None, self.expand, None, *self.sizes)[0]
 
 
 def problems() -> list[Problem]:
