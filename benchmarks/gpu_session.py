@@ -67,13 +67,14 @@ KNOWN_TO_THE_PREDICTION = ("H100", "A100", "L4", "RTX 4090", "MI300X")
 @dataclass(frozen=True)
 class Step:
     """One program. seconds: its limit. least: it isn't begun with fewer left. why_not: why it is
-    left out on this machine, "" where it runs."""
+    left out on this machine, "" where it runs. stops_by_itself: it takes --seconds."""
 
     name: str
     words: list[str]
     seconds: float
     least: float
     why_not: str = ""
+    stops_by_itself: bool = False
 
 
 @dataclass
@@ -96,23 +97,25 @@ def steps(machine: dict, out: Path, scale: float) -> list[Step]:
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     hylora, models, at = ["-m", "hylora_kernels"], "benchmarks/gpu_models.py", ["--out", str(out)]
     selftest = [*hylora, "selftest", "--device", "cuda", "--json"]
+    full = [*selftest, f"{out}/selftest-full.json", "--full"]
     layers = ["benchmarks/gpu_layers.py", "--quick", "--compile", *at]
     compare = ["benchmarks/gpu_prediction.py", "--gpu", card, "--compare", f"{out}/layers.json"]
     has_table = f"there is a table for {machine['card']}" if machine["has_table"] else ""
     too_small = "" if machine["memory"] > 60e9 else "needs 60 GB on the GPU"
     unknown = "" if card else f"gpu_roofline.py doesn't know {machine['card']}"
+    on_time = {"stops_by_itself": True}
     found = [
         Step("build", ["setup.py", "--quiet", "build_csrc"], 150, 20),
-        Step("selftest", [*selftest, f"{out}/selftest.json"], 90, 30),
-        Step("tinyllama", [models, "tinyllama", *at], 100, 40),
-        Step("llama-3.2-1b", [models, "llama-3.2-1b", *at], 75, 40),
-        Step("7b", [models, "7b", *at], 110, 50, too_small),
-        Step("compiled", [models, "tinyllama", "--compiled", *at], 95, 60),
+        Step("selftest", [*selftest, f"{out}/selftest.json"], 90, 30, **on_time),
+        Step("tinyllama", [models, "tinyllama", *at], 100, 40, **on_time),
+        Step("llama-3.2-1b", [models, "llama-3.2-1b", *at], 75, 40, **on_time),
+        Step("7b", [models, "7b", *at], 110, 50, too_small, **on_time),
+        Step("compiled", [models, "tinyllama", "--compiled", *at], 95, 60, **on_time),
         Step("layers", layers, 90, 40),
         Step("predicted", compare, 20, 2, unknown),
         Step("tune", [*hylora, "tune", "--device", "cuda", "--quick"], 150, 60, has_table),
         Step("tests", ["-m", "pytest", "-m", "gpu", "-q", *workers, *files], 240, 45),
-        Step("selftest-full", [*selftest, f"{out}/selftest-full.json", "--full"], 600, 120),
+        Step("selftest-full", full, 600, 90, **on_time),
     ]
     return [replace(step, seconds=scale * step.seconds) for step in found]
 
@@ -186,7 +189,7 @@ class Session:
     def run(self, step: Step, limit: float) -> Outcome:
         begin = time.monotonic()
         program = subprocess.Popen(
-            [sys.executable, *step.words, *self.deadline_of(step, limit)],
+            [sys.executable, *step.words, *seconds_of(step, limit)],
             cwd=ROOT,
             env=environment(self.machine),
             stdout=subprocess.PIPE,
@@ -215,11 +218,6 @@ class Session:
         seconds = time.monotonic() - begin
         return Outcome(step.name, status, code, seconds, gpu_results.one_cell(last[0]))
 
-    def deadline_of(self, step: Step, limit: float) -> list[str]:
-        """gpu_models.py begins nothing in its last seconds: it would be cut."""
-        is_model = step.words[0] == "benchmarks/gpu_models.py"
-        return ["--seconds", str(round(limit - AT_THE_END))] if is_model else []
-
     def write(self) -> None:
         """session.json and results.md, each whole or not at all; tune.json, the user's table for
         this card, which tuning writes to the cache after every problem."""
@@ -234,6 +232,11 @@ class Session:
             write_whole(self.out / "tune.json", table.read_text(encoding="utf-8"))
         write_whole(self.out / "session.json", json.dumps(report, indent=1) + "\n")
         write_whole(self.out / "results.md", gpu_results.render(self.out))
+
+
+def seconds_of(step: Step, limit: float) -> list[str]:
+    """The words that tell a step to begin nothing in its last tenth, where it can be told."""
+    return ["--seconds", f"{0.9 * limit:.0f}"] if step.stops_by_itself else []
 
 
 def environment(machine: dict) -> dict[str, str]:

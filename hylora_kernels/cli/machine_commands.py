@@ -36,12 +36,15 @@ def selftest(
         int | None, Option(help="Runs of each call, for races; by default 20 on a GPU.")
     ] = None,
     seed: Seed = 0,
+    seconds: Annotated[
+        float | None, Option(help="No case is begun after them; those left are counted.")
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Check every backend against the formula in float64, and for races, on this machine."""
     from hylora_kernels.machine.selftest.run import selftest as run
 
-    report = run(device, full, repeats, seed)
+    report = run(device, full, repeats, seed, seconds)
     show(report.render())
     for what, why in report.skipped.items():
         show(f"not tested: {what}: {why}")

@@ -186,11 +186,11 @@ def test_only_the_steps_named(session, capsys):
     assert "--only must be one of a, got 'd'" in capsys.readouterr().err
 
 
-def test_models_are_told_when_to_stop(tmp_path):
-    session = gpu_session.Session(tmp_path, 1)
-    step = names()["7b"]
-    assert session.deadline_of(step, 70.0) == ["--seconds", "65"]
-    assert session.deadline_of(names()["build"], 70.0) == []
+def test_steps_that_can_stop_by_themselves_are_told_when():
+    steps = names()
+    told = {name for name, step in steps.items() if gpu_session.seconds_of(step, 100.0)}
+    assert told == {"selftest", "tinyllama", "llama-3.2-1b", "7b", "compiled", "selftest-full"}
+    assert gpu_session.seconds_of(steps["7b"], 100.0) == ["--seconds", "90"]
 
 
 def test_the_steps_find_the_package_and_build_for_the_present_card_alone(monkeypatch):

@@ -136,6 +136,16 @@ def test_what_cannot_be_tested_is_named(small, monkeypatch):
         assert next(iter(report.skipped.values())) in ("no such machine", "serves nothing")
 
 
+def test_no_case_is_begun_out_of_time(small, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(selftest.time, "perf_counter", lambda: next(now))
+    report = selftest.selftest("cpu", seconds=1.5)  # the second case is begun at 2
+    assert [line.form for line in report.lines] == ["pair"]
+    assert report.skipped == {
+        f"eager float32 {form} on cpu": "1 of 1 cases: out of time" for form in FORMS[1:]
+    }
+
+
 def test_deterministic_mode_is_as_it_was(small):
     for mode in (True, False):
         torch.use_deterministic_algorithms(mode, warn_only=not mode)
@@ -207,6 +217,8 @@ def test_selftest_verb(small, monkeypatch, tmp_path):
     shown = invoke("selftest", "--device", "cpu", "--repeats", 1, "--json", path).output
     assert "3 cases passed" in shown and "pivoted" in shown and "bit-equal" in shown
     assert len(json.loads(path.read_text())["lines"]) == 3
+    shown = invoke("selftest", "--device", "cpu", "--seconds", 0).output
+    assert "not tested: eager float32 pair on cpu: 1 of 1 cases: out of time" in shown
     altered(monkeypatch, *WRONG["dx"])
     result = invoke("selftest", "--device", "cpu", "--json", path, code=2)
     assert "error: 6 failures in 3 cases" in result.stderr and "FAILED" in result.stdout

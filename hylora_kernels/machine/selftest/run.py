@@ -9,6 +9,7 @@ bits that differ. Memory that nobody has written is NaN in half of the runs.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 import warnings
@@ -83,13 +84,19 @@ class SelftestReport(Report):
 
 
 def selftest(
-    device: str = "auto", full: bool = False, repeats: int | None = None, seed: int = 0
+    device: str = "auto",
+    full: bool = False,
+    repeats: int | None = None,
+    seed: int = 0,
+    seconds: float | None = None,
 ) -> SelftestReport:
     """Every backend that can be used on `device` ("auto": on the CPU and, if there is one, a GPU).
 
     full:    more sizes, and every launch that tuning may pick in every dtype: many minutes on a
              GPU, most of them compilation.
     repeats: how often each call is repeated; by default 20 times on a GPU and 3 on a CPU.
+    seconds: no case is begun after them; the report's `skipped` counts those that are left. None:
+             no limit.
 
     What fails is in the report's lines. Raises ValueError for a device that isn't there.
     """
@@ -100,12 +107,13 @@ def selftest(
     if device == "auto":
         found["cpu"] = torch.device("cpu")
     start, lines, skipped = time.perf_counter(), [], {}
+    deadline = math.inf if seconds is None else start + seconds
     for name, room in backends.ROOMS.items():
         if reason := room.why_not():
             skipped[name] = reason
             continue
         for where in found.values():
-            lines += _test_room(name, where, full, repeats, seed, skipped)
+            lines += _test_room(name, where, full, repeats, seed, skipped, deadline)
     models = {str(where): _model_of(where) for where in found.values()}
     return SelftestReport(torch.__version__, models, time.perf_counter() - start, lines, skipped)
 
@@ -114,7 +122,7 @@ def _model_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def _test_room(name, device, full, repeats, seed, skipped) -> list[Line]:
+def _test_room(name, device, full, repeats, seed, skipped, deadline) -> list[Line]:
     interpreted = name == "triton" and device.type == "cpu"
     if repeats is None:
         repeats = GPU_REPEATS if device.type == "cuda" else CPU_REPEATS
@@ -135,11 +143,15 @@ def _test_room(name, device, full, repeats, seed, skipped) -> list[Line]:
                 skipped[f"{name} {_word(dtype)} on {device}"] = reason
                 continue
             tally = _Tally(name, device, dtype, repeats, seed)
-            for entry in chosen:
+            for done, entry in enumerate(chosen):
+                if time.perf_counter() > deadline:
+                    kind = f"{name} {_word(dtype)} {form} on {device}"
+                    skipped[kind] = f"{len(chosen) - done} of {len(chosen)} cases: out of time"
+                    break
                 for config in _launches(name, entry, dtype, device):
                     tally.add(entry.case, config)
                 bar.update()
-            if chosen:
+            if tally.cases:
                 lines.append(tally.line(form))
     return lines
 
