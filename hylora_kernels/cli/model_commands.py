@@ -382,8 +382,9 @@ def demo(
         device=device,
     )
     show(report.render())
-    for note in demo_page.notes(report):
-        show(f"- {note}")
+    show(demo_page.summary(report))
+    for term, note in demo_page.notes(report).items():
+        show(f"- {term}: {note}")
     show(f"written to {out}: report.html, report.json, stages.png, hylora-0.8, hylora-0.6")
     show(f"Next: hylora generate {out / 'hylora-0.8'} 'Once upon a time'")
     write_report(report, json_path)

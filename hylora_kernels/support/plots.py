@@ -1,33 +1,74 @@
-"""Pictures. Each takes plain numbers and a path, whose ending (.png, .svg) is the format."""
+"""Pictures: lines, bars and heat maps, drawn one way everywhere.
+
+`figure` opens a picture, the draw_* functions fill its axes, and the *_plot functions are whole
+pictures. The ending of a path (.png, .svg) is the format.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hylora_kernels.support.console import format_ppl
 from hylora_kernels.support.storage import atomic_path
 
-# One ink for lines and letters, so that a page can exchange it for its own (embedded_svg does).
+# The colour of lines and letters. A page replaces it by its own text colour (embedded_svg).
 INK = "#1f2933"
 
+# Each has a contrast of at least 3 against white and against a dark page (tests/support).
+GREY, OCHRE, ROSE, PURPLE = "#7a828c", "#a8862a", "#c2476b", "#8f66b8"
+BLUE, TEAL, GREEN, ORANGE = "#2f7fc1", "#1f93a0", "#2f9460", "#d1622b"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, ROSE, GREY, OCHRE, TEAL)
 
-COLOURS = ("#2f6fb0", "#d1622b", "#3a8f5c", "#8a5fb0", "#b03a5b", "#6b7280", "#a8862a", "#2a9aa8")
+FONT_SIZE = (
+    10.5  # points, of every letter: a picture 4.8 inches wide shows them 10 px high at 340 px
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points joined by a line. A colour of None takes the next of COLOURS; without a label the
+    line is not in the legend."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    label: str | None = None
+    colour: str | None = None
+    marker: str = ""
+    dashed: bool = False
+    width: float = 1.5
+    opacity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar of length `value`, with a label above it and a text at its end."""
+
+    label: str
+    value: float
+    text: str
+    colour: str
+
+
+# ---------------------------------------------------------------------------------- whole pictures
 
 
 def loss_plot(curves: Mapping[str, Sequence[float]], path: str | Path, title: str = "") -> None:
     """curves: name -> the loss of every step from the first, nats a token; thick: running mean."""
-    with _figure(path, 6.4, 3.6) as figure:
-        axes = figure.add_subplot()
+    with figure(path, 6.4, 3.6) as drawing:
+        axes = drawing.add_subplot()
         for (name, losses), colour in zip(curves.items(), _colours(), strict=False):
             steps = range(1, len(losses) + 1)
-            axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
-            axes.plot(steps, _running_mean(losses), color=colour, linewidth=2, label=name)
+            smooth = Line(steps, _running_mean(losses), name, colour, width=2)
+            draw_lines(axes, [Line(steps, losses, colour=colour, opacity=0.3, width=1), smooth])
         axes.set(title=title, xlabel="step", ylabel="loss (nats a token)")
-        _legend(axes, len(curves))
+        draw_legend(axes)
 
 
 def spectrum_plot(
@@ -37,21 +78,22 @@ def spectrum_plot(
 
     Both over the share of the full rank, so that types of different sizes can be compared.
     """
-    with _figure(path, 9.6, 3.8) as figure:
-        left, right = figure.subplots(1, 2)
+    with figure(path, 9.6, 4.4) as drawing:
+        left, right = drawing.subplots(1, 2)
         for (name, values), colour in zip(spectra.items(), _colours(), strict=False):
             values = [float(v) for v in values]
-            ranks = [(i + 1) / len(values) for i in range(len(values))]
+            shares = [(i + 1) / len(values) for i in range(len(values))]
             largest, energy = values[0] or 1.0, _cumulated([v * v for v in values])
-            left.plot(ranks, [v / largest for v in values], color=colour, label=name)
-            right.plot(ranks, [e / (energy[-1] or 1.0) for e in energy], color=colour, label=name)
+            draw_lines(left, [Line(shares, [v / largest for v in values], name, colour)])
+            kept = [e / (energy[-1] or 1.0) for e in energy]
+            draw_lines(right, [Line(shares, kept, name, colour)])
         left.set(title=title, yscale="log", ylabel="singular value / largest")
         right.set(ylabel="energy kept", ylim=(0, 1.02))
         for share in (0.9, 0.95, 0.99):
-            right.axhline(share, color=INK, alpha=0.25, linewidth=0.8, linestyle="--")
+            draw_reference(right, share)
         for axes in (left, right):
             axes.set(xlabel="rank / full rank", xlim=(0, 1))
-        _legend(right, len(spectra))
+        draw_legend(right, columns=3)
 
 
 def sweep_plot(
@@ -62,66 +104,22 @@ def sweep_plot(
     title: str = "",
 ) -> None:
     """series: name -> (x, perplexity) points; dense: the untouched model's perplexity, a line."""
-    with _figure(path, 6.4, 4.0) as figure:
-        axes = figure.add_subplot()
-        for (name, points), colour in zip(series.items(), _colours(), strict=False):
-            xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, color=colour, marker="o", markersize=5, label=name)
+    with figure(path, 6.4, 4.4) as drawing:
+        axes = drawing.add_subplot()
+        for name, points in series.items():
+            draw_lines(axes, [Line(*zip(*sorted(points), strict=True), label=name, marker="o")])
         if dense is not None:
-            _dense_line(axes, dense)
+            draw_reference(axes, dense, f"dense {format_ppl(dense)}")
         axes.set(title=title, xlabel=xlabel, ylabel="perplexity")
-        _log_perplexity(axes)
-        _legend(axes, len(series))
+        scale_perplexity(axes)
+        draw_legend(axes)
 
 
-def stages_plot(stages: Sequence[Mapping], path: str | Path, title: str = "") -> None:
-    """stages: {"name", "keep", "ppl", "bytes_total"} in order, the first one dense.
-
-    Left the perplexity of every stage as bars on a log axis, right perplexity over bytes, without
-    the stages beyond four times dense, which would flatten the rest.
-    """
-    dense, values = stages[0]["ppl"], [stage["ppl"] for stage in stages]
-    with _figure(path, 11.0, 0.36 * len(stages) + 1.4) as figure:
-        bars, frontier = figure.subplots(1, 2, width_ratios=(1, 1))
-        for place, (stage, value) in enumerate(zip(stages, values, strict=True)):
-            colour = _stage_colour(stage["name"])
-            bars.barh(place, value, color=colour, height=0.68)
-            _label(bars, format_ppl(value), (value, place))
-            if value <= 4 * dense:
-                frontier.plot(stage["bytes_total"] / 1e6, value, "o", color=colour, markersize=7)
-                point = (stage["bytes_total"] / 1e6, value)
-                _label(frontier, stage_label(stage), point, offset=(0, 8), ha="center")
-        bars.set_yticks(range(len(stages)), [stage_label(stage) for stage in stages])
-        bars.tick_params(axis="y", length=0)
-        bars.invert_yaxis()
-        bars.set(xscale="log", xlabel="perplexity", xlim=(min(values) / 2, max(values) * 8))
-        bars.axvline(dense, color=INK, linewidth=1, linestyle="--", alpha=0.7)
-        bars.set_title(title, loc="left")
-        frontier.set(xlabel="MB in memory", ylabel="perplexity")
-        frontier.margins(x=0.3, y=0.12)  # room for the labels
-        frontier.axhline(dense, color=INK, linewidth=1, linestyle="--", alpha=0.4)
-        _log_perplexity(frontier)
-
-
-def stage_label(stage: Mapping) -> str:
-    """For instance "HyLoRA 0.8", by the keep that was asked for ("target") where that is known."""
-    keep = stage.get("target", stage["keep"])
-    return stage["name"] if keep == 1 else f"{stage['name']} {keep:g}"
-
-
-def embedded_svg(path: str | Path) -> str:
-    """An .svg written here, as an element to put into an HTML page: no prolog, no metadata, no
-    address, as wide as the page allows, and drawn in the page's own text colour."""
-    text = Path(path).read_text(encoding="utf-8")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace(INK, "currentColor")
+# ------------------------------------------------------------------------------- parts of a picture
 
 
 @contextlib.contextmanager
-def _figure(path: str | Path, width: float, height: float) -> Iterator:
+def figure(path: str | Path, width: float, height: float) -> Iterator:
     """A matplotlib figure of width x height inches, written to `path` when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -129,71 +127,175 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator:
     style = {
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
+        "axes.labelsize": FONT_SIZE,
         "axes.spines.right": False,
         "axes.spines.top": False,
-        "axes.titlesize": 11,
+        "axes.titlecolor": INK,
+        "axes.titlesize": FONT_SIZE,
         "font.family": "sans-serif",
-        "font.size": 9,
+        "font.size": FONT_SIZE,
+        "legend.fontsize": FONT_SIZE,
         "legend.frameon": False,
         "svg.fonttype": "none",  # letters stay letters: smaller, and in the page's own font
         "svg.hashsalt": Path(path).name,  # ids that repeat, yet differ between a page's pictures
         "text.color": INK,
         "xtick.color": INK,
+        "xtick.labelsize": FONT_SIZE,
         "ytick.color": INK,
+        "ytick.labelsize": FONT_SIZE,
     }
     is_svg = Path(path).suffix == ".svg"
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        yield drawing
         with atomic_path(path) as temporary:
             metadata = {"Date": None} if is_svg else None
-            figure.savefig(temporary, dpi=160, transparent=is_svg, metadata=metadata)
+            drawing.savefig(temporary, dpi=160, transparent=is_svg, metadata=metadata)
 
 
-def _colours() -> Iterator[str]:
-    return itertools.cycle(COLOURS)
+def draw_lines(axes, lines: Sequence[Line]) -> None:
+    for line in lines:
+        drawn = COLOURS[len(axes.lines) % len(COLOURS)] if line.colour is None else line.colour
+        axes.plot(
+            line.xs,
+            line.ys,
+            label=line.label,
+            color=drawn,
+            marker=line.marker,
+            markersize=6,
+            linestyle="--" if line.dashed else "-",
+            linewidth=line.width,
+            alpha=line.opacity,
+        )
 
 
-def _stage_colour(name: str) -> str:
-    """Untouched grey, the recovered models green, what is only compressed blue."""
-    if name.startswith("dense"):
-        return COLOURS[5]
-    return COLOURS[2] if name == "HyLoRA" else COLOURS[0]
+def draw_bars(
+    axes,
+    bars: Sequence[Bar | None],
+    reference: float | None = None,
+    limit: float = math.inf,
+    labels: bool = True,
+) -> None:
+    """Horizontal bars from zero, the first on top, without an axis. None leaves a row empty.
+
+    reference: a value that is marked on every bar.
+    limit:     a longer bar is broken, and ends a little beyond the longest of the others.
+    """
+    longest = max((bar.value for bar in bars if bar and bar.value <= limit), default=1.0)
+    for row, bar in enumerate(bars):
+        if bar is None:
+            continue
+        end = bar.value if bar.value <= limit else 1.16 * longest
+        pieces = [(0, end)] if bar.value <= limit else [(0, longest), (1.05 * longest, end)]
+        for start, stop in pieces:
+            axes.barh(row, stop - start, height=0.38, left=start, color=bar.colour)
+        if bar.value > limit:
+            _draw_break(axes, row, longest)
+        if reference is not None:
+            axes.plot([reference] * 2, [row - 0.19, row + 0.19], color=INK, linewidth=1.5)
+        _annotate(axes, bar.text, (max(end, reference or 0), row), (5, 0), va="center")
+        if labels:
+            _annotate(axes, bar.label, (0, row - 0.21), (0, 1), va="bottom")
+    axes.set(xlim=(0, 1.36 * longest), ylim=(len(bars) - 0.6, -0.85))
+    axes.set_axis_off()
 
 
-def _label(axes, text: str, at: tuple[float, float], offset=(6, 0), ha="left") -> None:
-    axes.annotate(text, at, offset, textcoords="offset points", ha=ha, va="center", fontsize=8)
+def draw_reference(axes, value: float, label: str = "") -> None:
+    """A dashed horizontal line, its label over the right end."""
+    axes.axhline(value, color=INK, linewidth=1, linestyle="--", alpha=0.5)
+    if label:
+        at = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        _annotate(axes, label, (1, value), (0, 2), **at)
 
 
-def _legend(axes, count: int) -> None:
-    if count > 1:
-        axes.legend(fontsize=8)
+def draw_heatmap(axes, rows: Mapping[str, Sequence[float]]):
+    """rows: label -> values in [0, 1], the first row on top; returns what a colour bar needs."""
+    no_seams = {"edgecolors": "face", "linewidth": 0.3}
+    mesh = axes.pcolormesh(list(rows.values()), cmap="viridis", vmin=0, vmax=1, **no_seams)
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], list(rows))
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return mesh
 
 
-def _dense_line(axes, ppl: float) -> None:
-    axes.axhline(ppl, color=INK, linewidth=1, linestyle="--", alpha=0.7)
-    corner = (1, ppl)
-    axes.annotate(
-        f"dense {format_ppl(ppl)}",
-        corner,
-        (0, 3),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-    )
+def draw_legend(axes, columns: int = 2) -> None:
+    """Below the picture; of a single line there is none."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def _log_perplexity(axes) -> None:
+def scale_perplexity(axes) -> None:
     """A log axis whose ticks are perplexities to read (50, 100), not powers (10^2)."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = axes.dataLim.intervaly
     subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9) if high < 10 * low else (1, 2, 5)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=subs if high < 1000 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def draw_beyond(axes, points: Sequence[tuple[float, str, str]]) -> None:
+    """Points above the plot's values, (x, text, colour): arrows beyond a break in the y axis.
+
+    The y axis is logarithmic and has all other points already.
+    """
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    axes.set_ylim(low, high * (high / low) ** 0.2)
+    axes.set_yticks(ticks)
+    axes.spines.left.set_bounds(low, high)
+    span = (high / low) ** 0.2
+    for middle in (0.0, 0.12):
+        ys = [high * span ** (middle + slope) for slope in (-0.06, 0.06)]
+        place = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+        axes.plot([-0.02, 0.02], ys, color=INK, linewidth=1, **place)
+    at = axes.get_xaxis_transform()  # x in data, y as a share of the axis
+    for x, text, colour in points:
+        axes.plot(x, 0.94, marker="^", markersize=7, color=colour, transform=at)
+        _annotate(axes, text, (x, 0.94), (-7, 0), xycoords=at, ha="right", va="center")
+
+
+# ------------------------------------------------------------------------------------ in a web page
+
+
+def embedded_svg(path: str | Path, title: str) -> str:
+    """An .svg written here, as an element of an HTML page.
+
+    It has no prolog, no metadata, no address and no id that nothing refers to, is as wide as the
+    page allows, is drawn in the page's own text colour, and is read out as `title`.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    used = set(re.findall(r"#([\w.-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    opening, rest = text.split(">", 1)
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    text = f'{opening} role="img"><title>{html.escape(title)}</title>{rest}'
+    return text.replace(INK, "currentColor")
+
+
+# ------------------------------------------------------------------------------------------ helpers
+
+
+def _colours() -> Iterator[str]:
+    return itertools.cycle(COLOURS)
+
+
+def _annotate(axes, text: str, at: tuple[float, float], offset: tuple[float, float], **where):
+    note = axes.annotate(text, at, offset, textcoords="offset points", **where)
+    note.set_in_layout(False)  # a long label must not narrow the plot
+
+
+def _draw_break(axes, row: int, longest: float) -> None:
+    """Two slanted strokes in the gap of a broken bar."""
+    for share in (1.015, 1.035):
+        xs = [(share - 0.008) * longest, (share + 0.008) * longest]
+        axes.plot(xs, [row + 0.28, row - 0.28], color=INK, linewidth=1)
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

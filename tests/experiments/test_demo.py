@@ -1,18 +1,24 @@
-"""The demonstration, dry: all its stages on a tiny random model."""
+"""The demo: all its stages on a tiny random model, and its page of a real run's figures."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny
+from helpers.demo_report import demo_report
 from safetensors import safe_open
 
+from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.experiments.demo import page as demo_page
+from hylora_kernels.experiments.demo import pictures
 from hylora_kernels.experiments.demo import run as demonstration
-from hylora_kernels.experiments.demo.stages import HEADINGS, RECIPES, round_to_int8
+from hylora_kernels.experiments.demo.recipes import RECIPES, HeldOutCurve, round_to_int8
+from hylora_kernels.experiments.demo.stages import HEADINGS, MAIN_COLUMNS, OTHER_COLUMNS
 from hylora_kernels.model import load as models
 
 TEXT = [f"The {a} {b} went to the {c} and came back, number {i}.\n" for i, (a, b, c) in enumerate(
@@ -21,6 +27,7 @@ TEXT = [f"The {a} {b} went to the {c} and came back, number {i}.\n" for i, (a, b
 )] * 12  # fmt: skip
 NAMES = [
     "dense",
+    "dense, optimised",
     "dense int8",
     "plain SVD",
     "whitened SVD",
@@ -46,6 +53,7 @@ def settings(tmp_path_factory):
     model.to(torch.bfloat16).save_pretrained(folder)
     tiny.tokenizer("".join(TEXT)).save_pretrained(folder)
     shape = {"samples": 4, "length": 32, "blocks": 3, "new_tokens": 4, "steps": 3, "deep_steps": 2}
+    shape["recovery_blocks"] = 2
     ranks = {"lora_rank": 4, "control_rank": 2, "rank_multiple": 4}
     texts = {"train": TEXT[:300], "test": TEXT[300:], "out_of_domain": TEXT[::-1]}
     return {"model": str(folder), "prompt": "The old", "progress": False, **shape, **ranks, **texts}
@@ -64,7 +72,7 @@ def test_report_has_the_keys_and_stages_that_were_promised(made):
     assert list(written) == ["stages", "model", "data", "environment", "seconds"]
     assert [stage["name"] for stage in written["stages"]] == NAMES
     assert all(set(stage) >= KEYS for stage in written["stages"])
-    assert [s["target"] for s in written["stages"]] == [1, 1, 0.8, 0.8, *[0.8, 0.6] * 3, 1]
+    assert [s["target"] for s in written["stages"]] == [1, 1, 1, 0.8, 0.8, *[0.8, 0.6] * 3, 1]
     assert written["seconds"] == sum(stage["seconds"] for stage in written["stages"])
 
 
@@ -79,6 +87,15 @@ def test_what_is_measured_where(made):
     steps = {label: len(s.losses) for label, s in stages.items() if s.losses}
     assert steps == {"HyLoRA 0.8": 3, "HyLoRA 0.6": 2, "dense + LoRA (control)": 3}
     assert all((s.trainable > 0) == bool(s.losses) for s in stages.values())
+    curves = {label: [step for step, _ in s.held_out] for label, s in stages.items() if s.held_out}
+    assert curves == {
+        "HyLoRA 0.8": [0, 1, 2, 3], "HyLoRA 0.6": [0, 1, 2], "dense + LoRA (control)": [0, 1, 2, 3]
+    }  # fmt: skip
+    compressed = {label for label, s in stages.items() if s.ranks}
+    assert compressed == {label for label, s in stages.items() if s.target < 1}
+    assert all(0 < r["rank"] <= r["full_rank"] for s in stages.values() for r in s.ranks)
+    assert stages["dense, optimised"].ppl == pytest.approx(stages["dense"].ppl, rel=0.02)
+    assert not stages["dense"].optimized
 
 
 def test_keep_is_what_the_counts_say_and_within_its_budget(made):
@@ -118,7 +135,7 @@ def test_the_page_is_whole_and_names_no_address(made):
     assert not re.search(r"https?:|//\w|<link|<script|src=", page)
     for text in (*HEADINGS, *(s.label for s in report.stages), "<svg", "The old", "removed"):
         assert text in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == page.count('role="img"><title>') == 5
     assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in folder.iterdir()} == {
         "report.json", "report.html", "stages.png", "stages.jsonl", "training",
@@ -126,16 +143,70 @@ def test_the_page_is_whole_and_names_no_address(made):
     }  # fmt: skip
 
 
+def test_the_page_has_few_columns_and_says_first_what_came_of_it():
+    assert len(MAIN_COLUMNS) <= 8 and {*MAIN_COLUMNS, *OTHER_COLUMNS} == set(HEADINGS)
+    report = demo_report()
+    page = demo_page.render(report, Path("runs/demo"))
+    order = ["20\u202f% fewer", "How to read this", "<table>", "<svg", "What to try next"]
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+    assert "hylora generate runs/demo/hylora-0.8" in page
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    for label in ("HyLoRA 0.8", "dense + LoRA (control)"):
+        assert f'<th scope="row">{label}</th>' in page
+
+
+def test_the_summary_names_gains_losses_and_what_they_are_beside():
+    assert demo_page.summary(demo_report()).replace("\u202f", " ") == (
+        "At keep 0.8 the model has 20 % fewer parameters in its linears and takes 16 % less "
+        "memory; perplexity rises from 44.81 to 46.62, decoding is 2.3 × as fast as the dense "
+        "model in transformers and 1.2 × as fast as the dense model laid out the same way, and out "
+        "of domain perplexity rises from 14.72 to 27.47."
+    )
+    assert "44.81 (14.72) to 39.82 (13.73)" in demo_page.control(demo_report())
+
+
+def test_the_summary_does_not_call_a_loss_a_gain():
+    report = demo_report()
+    place = [stage.label for stage in report.stages].index("HyLoRA 0.8")
+    worse = dataclasses.replace(
+        report.stages[place], bytes_total=280_000_000, decode_tok_s=5.5, ppl=40.0, optimized=False
+    )
+    report.stages[place] = worse
+    words = demo_page.summary(report).replace("\u202f", " ")
+    assert "takes 4 % more memory" in words and "falls from 44.81 to 40.00" in words
+    assert "0.5 × as fast as the dense model, and" in words
+
+
 def test_the_notes_and_the_table_say_kept_and_removed(made, capsys):
     from hylora_kernels.support.console import show
 
-    notes = " ".join(demo_page.notes(made[0]))
-    for text in ("93 tokens", "3 blocks of 32", "keep and removed", "int8", "control"):
-        assert text in notes or text == "control"
+    notes = " ".join(demo_page.notes(made[0]).values())
+    for text in ("93 tokens", "3 blocks of 32", "keep and removed", "as many steps", "bfloat16"):
+        assert text in notes
     assert "Q4_1" not in notes  # that is the demo's own model
     show(made[0].render())
     shown = capsys.readouterr().out
     assert "keep" in shown and "removed" in shown and "HyLoRA 0.8" in shown
+
+
+def test_a_method_has_one_colour_and_one_marker():
+    assert set(pictures.STYLES) == {recipe.name for recipe in RECIPES}
+    styles = [style for name, style in pictures.STYLES.items() if name != "dense, optimised"]
+    assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == 8
+
+
+def test_a_recovery_curve_survives_an_interruption(tmp_path):
+    model, blocks = tiny.llama(), tiny.tokens(2, 16)
+    first = HeldOutCurve(model, blocks, 8, tmp_path)
+    for step in range(5):
+        first.on_step(step)
+    again = HeldOutCurve(model, blocks, 8, tmp_path)
+    for step in range(3, 9):
+        again.on_step(step)
+    loss = perplexity(model, blocks, progress=False).nll
+    assert again.points() == [[step, loss] for step in (0, 2, 4, 6, 8)]
 
 
 def test_a_second_run_measures_nothing_and_a_cut_off_one_only_what_is_missing(
@@ -145,9 +216,9 @@ def test_a_second_run_measures_nothing_and_a_cut_off_one_only_what_is_missing(
     measured = []
     measure = demonstration.measure
 
-    def watched(bench, recipe):
+    def watched(setup, recipe):
         measured.append(recipe.label)
-        return measure(bench, recipe)
+        return measure(setup, recipe)
 
     monkeypatch.setattr(demonstration, "measure", watched)
     monkeypatch.setattr(demo_page, "write", lambda report, folder: None)
@@ -156,18 +227,19 @@ def test_a_second_run_measures_nothing_and_a_cut_off_one_only_what_is_missing(
     file = folder / "stages.jsonl"
     lines = file.read_text().splitlines()
     assert len(lines) == len(RECIPES)
-    file.write_text("\n".join([*lines[:3], *lines[4:-1], lines[-1][:50]]))
+    file.write_text("\n".join([*lines[:4], *lines[5:-1], lines[-1][:50]]))
     again = demonstration.demo(folder, **settings).stages
     assert measured == ["whitened SVD 0.8", "dense + LoRA (control)"]
     for old, new in zip(report.stages, again, strict=True):
         assert (old.ppl, old.losses, old.sample) == (new.ppl, new.losses, new.sample)
+        assert (old.held_out, old.ranks) == (new.held_out, new.ranks)
 
 
 def test_other_settings_use_nothing_of_an_earlier_run(made, settings, monkeypatch):
     _, folder = made
     before = (folder / "stages.jsonl").read_text()
 
-    def stop(bench, recipe):
+    def stop(setup, recipe):
         raise KeyboardInterrupt(recipe.label)
 
     monkeypatch.setattr(demonstration, "measure", stop)

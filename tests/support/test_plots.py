@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from hylora_kernels.support import plots
 
-STAGES = [
-    {"name": "dense", "keep": 1.0, "ppl": 44.8, "bytes_total": 269_000_000},
-    {"name": "plain SVD", "keep": 0.78, "target": 0.8, "ppl": 1.4e7, "bytes_total": 226_000_000},
-    {"name": "HyLoRA", "keep": 0.7998, "target": 0.8, "ppl": 44.6, "bytes_total": 226_000_000},
-]
 PLOTS = {
     "loss": lambda path: plots.loss_plot({"a": [3.0, 2.5, 2.0], "b": [3.0]}, path, "title"),
     "spectrum": lambda path: plots.spectrum_plot({"q": [3.0, 2.0, 0.0], "k": [1.0]}, path),
     "sweep": lambda path: plots.sweep_plot({"r 0": [(0.8, 50), (0.6, 1e5)]}, path, dense=45.0),
     "one point": lambda path: plots.sweep_plot({"r 0": [(0.8, 50)]}, path),
-    "stages": lambda path: plots.stages_plot(STAGES, path),
+    "bars": lambda path: bars(path),
+    "heat map": lambda path: heatmap(path),
+    "beyond": lambda path: beyond(path),
 }
+
+
+def bars(path, limit=100.0):
+    row = [plots.Bar("a <b> & c", 20.0, "20", plots.BLUE), None]
+    with plots.figure(path, 4.8, 2) as drawing:
+        far = plots.Bar("far", 2e7, "2e+07", plots.ROSE)
+        plots.draw_bars(drawing.add_subplot(), [*row, far], reference=10.0, limit=limit)
+
+
+def heatmap(path):
+    with plots.figure(path, 4.8, 2) as drawing:
+        mesh = plots.draw_heatmap(drawing.add_subplot(), {"q": [0.1, 0.5], "k": [1.0, 0.2]})
+        drawing.colorbar(mesh)
+
+
+def beyond(path):
+    with plots.figure(path, 4.8, 4) as drawing:
+        axes = drawing.add_subplot()
+        plots.draw_lines(axes, [plots.Line([1, 2], [40, 90], "near", plots.BLUE, "o")])
+        plots.scale_perplexity(axes)
+        plots.draw_beyond(axes, [(1.5, "far: 2e+07", plots.ROSE)])
 
 
 @pytest.mark.parametrize("name, ending", [*((name, "png") for name in PLOTS), ("loss", "svg")])
@@ -31,16 +51,47 @@ def test_plots_write_a_picture_and_nothing_else(name, ending, tmp_path):
 
 def test_an_embedded_picture_names_no_address_and_repeats_exactly(tmp_path):
     for folder in ("a", "b"):
-        PLOTS["stages"](tmp_path / folder / "stages.svg")
-    first, second = (plots.embedded_svg(tmp_path / f / "stages.svg") for f in ("a", "b"))
+        bars(tmp_path / folder / "bars.svg")
+    first, second = (plots.embedded_svg(tmp_path / f / "bars.svg", "a < b") for f in ("a", "b"))
     assert first == second
     assert first.startswith("<svg ") and first.rstrip().endswith("</svg>")
-    assert "http" not in first and "plain SVD 0.8" in first and "currentColor" in first
+    assert "http" not in first and "a &lt;b&gt; &amp; c" in first and "currentColor" in first
+    assert 'role="img"><title>a &lt; b</title>' in first
+    assert not re.search(r"<svg[^>]* (width|height)=", first)
 
 
-def test_a_stage_is_named_by_the_keep_it_was_asked_for():
-    assert [plots.stage_label(stage) for stage in STAGES] == [
-        "dense",
-        "plain SVD 0.8",
-        "HyLoRA 0.8",
-    ]
+def test_embedded_pictures_share_no_id(tmp_path):
+    ids = []
+    for name, draw in (("bars", bars), ("heat map", heatmap), ("beyond", beyond)):
+        draw(tmp_path / f"{name}.svg")
+        ids += re.findall(r' id="([^"]*)"', plots.embedded_svg(tmp_path / f"{name}.svg", name))
+    assert ids and len(ids) == len(set(ids))
+
+
+def test_a_bar_beyond_the_limit_is_broken_and_leaves_the_others_their_length(tmp_path):
+    lengths = {}
+    for limit in (100.0, 1e9):
+        with plots.figure(tmp_path / "bars.png", 4.8, 2) as drawing:
+            axes = drawing.add_subplot()
+            values = [20.0, 40.0, 2e7]
+            row = [plots.Bar(f"{v:g}", v, f"{v:g}", plots.BLUE) for v in values]
+            plots.draw_bars(axes, row, limit=limit)
+            share = 1 / axes.get_xlim()[1]
+            lengths[limit] = [patch.get_width() * share for patch in axes.patches]
+    assert len(lengths[100.0]) == 4 and len(lengths[1e9]) == 3  # the broken one is two pieces
+    assert lengths[100.0][0] > 0.3 and lengths[1e9][0] < 1e-5
+
+
+@pytest.mark.parametrize("colour", plots.COLOURS)
+@pytest.mark.parametrize("page", ["#ffffff", "#14181d"])
+def test_colours_stand_out_from_light_and_dark_pages(colour, page):
+    """3 to 1 is what WCAG asks of graphics."""
+    low, high = sorted(map(luminance, (colour, page)))
+    assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def luminance(colour):
+    """WCAG's relative luminance of "#rrggbb"."""
+    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

@@ -1,96 +1,143 @@
-"""The demonstration's result to look at: its notes in words, its pictures, and report.html."""
+"""The demo's report in words, and report.html: one file that names no other file and no address."""
 
 from __future__ import annotations
 
-import tempfile
+import shlex
 from pathlib import Path
 
-from hylora_kernels.experiments.demo.stages import HEADINGS, DemoReport, Stage
+from hylora_kernels.experiments.demo import pictures
+from hylora_kernels.experiments.demo.stages import (
+    MAIN_COLUMNS,
+    OTHER_COLUMNS,
+    DemoReport,
+    Stage,
+)
 from hylora_kernels.support.console import format_bytes, format_ppl, format_seconds
-from hylora_kernels.support.plots import embedded_svg, loss_plot, stages_plot
 from hylora_kernels.support.storage import write_text
 
 TEMPLATES = Path(__file__).parent
+NARROW = "\u202f"  # a narrow space that no line breaks at
 
 
 def write(report: DemoReport, folder: Path) -> None:
-    """stages.png, and report.html with everything in it: it names no other file and no address."""
+    """Write stages.png and report.html to the folder."""
+    pictures.png(report, folder / "stages.png")
+    write_text(folder / "report.html", render(report, folder))
+
+
+def render(report: DemoReport, folder: Path) -> str:
+    """The page; folder: of the recovered models, for the commands on it."""
     import jinja2
 
-    title = f"{report.model['name']}: perplexity on {report.data['test']['name']}"
-    rows = [stage.to_dict() for stage in report.stages]
-    stages_plot(rows, folder / "stages.png", title)
-    curves = {stage.label: stage.losses for stage in report.stages if stage.losses}
-    with tempfile.TemporaryDirectory() as temporary:
-        stages_plot(rows, Path(temporary) / "stages.svg")
-        loss_plot(curves, Path(temporary) / "losses.svg")
-        pictures = {
-            name: embedded_svg(Path(temporary) / f"{name}.svg") for name in ("stages", "losses")
-        }
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    page = jinja2.Environment(
-        loader=loader,
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = page.get_template("report.html.j2").render(
+    return templates.get_template("report.html.j2").render(
         report=report,
-        headings=HEADINGS,
-        rows=[stage.cells() for stage in report.stages],
-        pictures=pictures,
+        summary=summary(report),
+        control=control(report),
         notes=notes(report),
-        seconds=format_seconds(report.seconds),
+        tables={
+            "main": (MAIN_COLUMNS, report.cells(MAIN_COLUMNS)),
+            "sizes": (OTHER_COLUMNS, report.cells(OTHER_COLUMNS)),
+            "ranks": pictures.rank_table(report),
+        },
+        recovered=[stage.label for stage in report.stages if stage.name == "HyLoRA"],
+        pictures=pictures.pictures(report),
         samples=[stage for stage in report.stages if stage.sample is not None],
+        commands=commands(folder),
+        seconds=format_seconds(report.seconds),
         ppl=format_ppl,
     )
-    write_text(folder / "report.html", text)
 
 
-def notes(report: DemoReport) -> list[str]:
-    """What a reader must know to take the table for what it is, each in a sentence or two."""
-    stages = {stage.label: stage for stage in report.stages}
-    test, other = report.data["test"], report.data["out_of_domain"]
-    steps = report.data["steps"]
-    found = [
-        f"Perplexity is over {test['tokens']:,} tokens of {test['name']}: {test['blocks']} blocks "
-        f"of {test['length']}, every token but each block's first predicted and counted; out of "
-        f"domain over {other['tokens']:,} of {other['name']}. Other blocks give other levels.",
-        "keep and removed are of the parameters of all linears but the output head, biases "
-        "excluded, adapters merged; 'all' and 'memory' count everything, embeddings included. "
-        "'trained' are the adapters' parameters, before they were merged.",
-    ]
+def summary(report: DemoReport) -> str:
+    """The result in a sentence: what HyLoRA at keep 0.8 gains and loses against the dense model."""
+    dense, best = report.stage("dense"), report.stage("HyLoRA 0.8")
+    speed = f"{_times(best, dense)} as fast as the dense model"
+    if best.optimized:
+        speed += f" in transformers and {_times(best, report.stage('dense, optimised'))} as fast as"
+        speed += " the dense model laid out the same way"
+    return (
+        f"At keep 0.8 the model has {_less(best.params_linear, dense.params_linear, 'fewer')} "
+        f"parameters in its linears and takes {_less(best.bytes_total, dense.bytes_total, 'less')} "
+        f"memory; perplexity {_change(dense.ppl, best.ppl)}, decoding is {speed}, and out of "
+        f"domain perplexity {_change(dense.ppl_out_of_domain, best.ppl_out_of_domain)}."
+    )
+
+
+def control(report: DemoReport) -> str:
+    """The sentence that the summary must not be read without."""
+    dense, trained = report.stage("dense"), report.stage("dense + LoRA (control)")
+    return (
+        f"Part of the recovery is adaptation to the text: the uncompressed model, trained for as "
+        f"many steps ({report.data['steps']['control']}), goes from {_both(dense)} to "
+        f"{_both(trained)}, out of domain in brackets."
+    )
+
+
+def notes(report: DemoReport) -> dict[str, str]:
+    """How to read the table: term -> a sentence or two."""
+    test, other, env = report.data["test"], report.data["out_of_domain"], report.environment
+    int8, low = report.stage("dense int8"), report.stage("two-sided SVD, pivoted 0.8")
+    found = {
+        "Perplexity": f"lower is better. It is over {test['tokens']:,} tokens of {test['name']}: "
+        f"{test['blocks']} blocks of {test['length']}, every token but each block's first "
+        f"predicted and counted; out of domain over {other['tokens']:,} tokens of {other['name']}. "
+        "Other blocks give other levels.",
+        "Size": "keep and removed are shares of the parameters of all linears but the output head, "
+        "biases excluded, adapters merged. memory and all count everything, embeddings included; "
+        "trained are the adapters' parameters before they were merged.",
+        "Control": control(report),
+        "int8": "rounded to nearest, weights only, in groups of 64 along the input, and only "
+        "simulated: its bytes are what it would take, and its speed is not measured. "
+        + _compare(int8, low),
+        "Speed": f"tokens per second at batch 1, a prompt of 128, 32 new tokens, {env.threads} "
+        f"threads on {env.devices[-1].model}, one short measurement each. "
+        + _layout(report.stage("HyLoRA 0.8")),
+    }
     if report.model["package"]:
         size = format_bytes(report.model["package_file_bytes"])
-        found.append(
-            f"The dense baseline is not the original model but the 4-bit one (Q4_1, {size}) of the "
+        found["Baseline"] = (
+            f"the dense model is not the original one but the 4-bit one (Q4_1, {size}) of the "
             f"package {report.model['package']}, dequantised and stored as bfloat16."
         )
-    int8, low = stages["dense int8"], stages["two-sided SVD, pivoted 0.8"]
-    found.append(
-        "dense int8 is rounded to nearest, weights only, in groups of 64 along the input, and only "
-        "simulated: its bytes are what it would take, and its speed is not measured. "
-        + _compare(int8, low)
-    )
-    control, best = stages["dense + LoRA (control)"], stages["HyLoRA 0.8"]
-    found.append(
-        f"Part of every recovery is adaptation to the text: the untouched model with adapters "
-        f"trained as long ({steps['control']} steps) gets from {_both(stages['dense'])} to "
-        f"{_both(control)}, out of domain in brackets; HyLoRA 0.8 to {_both(best)}."
-    )
-    env = report.environment
-    found.append(
-        f"Tokens a second: batch 1, a prompt of 128, 32 new tokens, on {env.devices[-1].model}, "
-        f"{env.threads} threads; "
-        + (
-            "compressed models optimised (optimize_for_inference), dense ones as transformers runs "
-            "them."
-            if best.optimized
-            else "the layers run in plain torch products here."
-        )
-    )
     return found
+
+
+def commands(folder: Path) -> list[tuple[str, str]]:
+    """(purpose, command line) of what to try next."""
+    model = shlex.quote(str(folder / "hylora-0.8"))
+    return [
+        ("Let the recovered model write", f'hylora generate {model} "Once upon a time"'),
+        ("Measure it on your text", f"hylora evaluate {model} --data my.txt"),
+        ("Compress your own model", "hylora compress MODEL --out small --keep 0.8"),
+        ("and recover it", "hylora finetune small --out recovered --data my.txt"),
+        ("Compare keeps", "hylora sweep MODEL --out runs/sweep --keep 0.9,0.8,0.6"),
+    ]
+
+
+def _less(after: float, before: float, less: str) -> str:
+    """The change in whole percent: "20 % fewer", "3 % more"."""
+    percent = round(100 * (1 - after / before))
+    return f"{abs(percent)}{NARROW}% {less if percent >= 0 else 'more'}"
+
+
+def _times(stage: Stage, other: Stage) -> str:
+    """How many times as fast `stage` decodes: "2.3 ×"."""
+    return f"{stage.decode_tok_s / other.decode_tok_s:.1f}{NARROW}×"
+
+
+def _change(before: float, after: float) -> str:
+    """For instance "rises from 14.72 to 27.47"."""
+    before, after = format_ppl(before), format_ppl(after)
+    if before == after:
+        return f"stays at {after}"
+    return f"{'rises' if float(after) > float(before) else 'falls'} from {before} to {after}"
 
 
 def _compare(int8: Stage, low: Stage) -> str:
@@ -101,10 +148,20 @@ def _compare(int8: Stage, low: Stage) -> str:
     )
     if int8.bytes_total < low.bytes_total and int8.ppl < low.ppl:
         return (
-            f"It beats untrained low rank in size and quality ({figures}): here low rank saves "
-            "products and bandwidth at a given dtype, and adds to int8, rather than replacing it."
+            f"It beats untrained low rank in size and quality ({figures}): low rank saves "
+            "products and bandwidth at a given dtype, and adds to int8 rather than replacing it."
         )
     return f"It takes {figures}."
+
+
+def _layout(best: Stage) -> str:
+    if not best.optimized:
+        return "The layers run in plain torch products here."
+    return (
+        "Compressed models are laid out for this processor (optimize_for_inference), dense ones "
+        "run as in transformers. The row dense, optimised is the dense model laid out the same "
+        "way: what a compressed model gains over that is compression's own."
+    )
 
 
 def _both(stage: Stage) -> str:

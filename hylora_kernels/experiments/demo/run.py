@@ -1,32 +1,37 @@
-"""The demonstration: what each part of the method does to a real model, every number measured here.
+"""The demo: what each part of the method does to a real model, every number measured here.
 
-A stage loads the dense model anew, makes a model of it, measures that, and is then a line of
-stages.jsonl: an interrupted demo goes on after the last finished stage, and a finished one is only
-printed again. Lines of another version of the package, or of other settings, are not used.
+Each stage loads the dense model, makes its own model of it, measures that, and becomes a line of
+stages.jsonl: an interrupted demo continues after the last finished stage, and a finished one only
+prints its report again. Lines of another version of the package, or of other settings, are ignored.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from importlib.metadata import distribution
 from pathlib import Path
 
 from torch import Tensor
 
+from hylora_kernels.evaluation.perplexity import perplexity
+from hylora_kernels.evaluation.size import model_size
+from hylora_kernels.evaluation.speed import throughput
 from hylora_kernels.experiments.demo import page as demo_page
-from hylora_kernels.experiments.demo.stages import (
-    RECIPES,
-    Bench,
-    DemoReport,
-    Settings,
-    Stage,
-    measure,
-)
+from hylora_kernels.experiments.demo.recipes import RECIPES, Recipe, Setup
+from hylora_kernels.experiments.demo.stages import DemoReport, Settings, Stage
+from hylora_kernels.inference.generate import generate
+from hylora_kernels.inference.optimize import optimize_for_inference
 from hylora_kernels.machine.info import environment
 from hylora_kernels.model import load as models
 from hylora_kernels.support import storage
-from hylora_kernels.support.console import format_bytes, format_ppl, format_seconds
+from hylora_kernels.support.console import (
+    format_bytes,
+    format_ppl,
+    format_seconds,
+    report_lines,
+)
 
 STAGES = "stages.jsonl"
 # With the demo's own model: three sets of factors and two of refits; two models and checkpoints.
@@ -42,29 +47,29 @@ def demo(
     settings: the fields of Settings, e.g. seed, samples, steps, deep_steps, model.
     """
     folder, file = Path(output_dir), Path(output_dir) / STAGES
-    bench = Bench(Settings(**settings), folder, progress)
-    key = bench.key()
-    done = {} if fresh else _finished(file, key, bench)
+    setup = Setup(Settings(**settings), folder, progress)
+    key = setup.key()
+    done = {} if fresh else _finished(file, key, setup)
     if not done:
-        _say_disk(bench)
+        _check_disk(setup)
         shutil.rmtree(folder / "training", ignore_errors=True)  # checkpoints of other settings
     _rewrite(file, key, done)
     for place, recipe in enumerate(RECIPES, 1):
-        words = f"[{place}/{len(RECIPES)}] {recipe.label}"
+        title = f"[{place}/{len(RECIPES)}] {recipe.label}"
         if recipe.label in done:
-            bench.say(f"{words}: measured in an earlier run, in {file}")
+            setup.say(f"{title}: measured in an earlier run, in {file}")
             continue
-        bench.say(words)
-        stage = done[recipe.label] = measure(bench, recipe)
+        setup.say(title)
+        stage = done[recipe.label] = measure(setup, recipe)
         _rewrite(file, key, done)
-        shutil.rmtree(folder / "training" / recipe.label / "checkpoint", ignore_errors=True)
+        shutil.rmtree(setup.training(recipe.label) / "checkpoint", ignore_errors=True)
         memory, seconds = format_bytes(stage.bytes_total), format_seconds(stage.seconds)
-        bench.say(f"{words}: perplexity {format_ppl(stage.ppl)}, {memory}, {seconds}")
+        setup.say(f"{title}: perplexity {format_ppl(stage.ppl)}, {memory}, {seconds}")
     stages = [done[recipe.label] for recipe in RECIPES]
     report = DemoReport(
         stages=stages,
-        model=_about_model(bench, stages[0]),
-        data=_about_data(bench),
+        model=_about_model(setup, stages[0]),
+        data=_about_data(setup),
         environment=environment(),
         seconds=sum(stage.seconds for stage in stages),
     )
@@ -73,17 +78,57 @@ def demo(
     return report
 
 
-def _finished(file: Path, key: str, bench: Bench) -> dict[str, Stage]:
-    """label -> the stage, for the lines of `file` with this key whose model is still there."""
+def measure(setup: Setup, recipe: Recipe) -> Stage:
+    """Make a stage's model and measure it; `seconds` are of both.
+
+    Speeds are of each model as it would be used: a compressed one laid out by
+    optimize_for_inference, a dense one as transformers runs it, unless its recipe says optimize.
+    """
+    start, s, progress = time.perf_counter(), setup.settings, setup.progress
+    made = recipe.make(setup, recipe)
+    model, recovery = made.model, made.recovery
+    setup.say(report_lines(model))
+    if recipe.optimize:
+        optimize_for_inference(model)
+    size = model_size(model)
+    speed = throughput(model, optimize=recipe.target < 1) if recipe.speed else None
+    other = perplexity(model, setup.other, progress=progress) if recipe.out_of_domain else None
+    sample = None
+    if recipe.sample:
+        sample = generate(model, setup.tokenizer, s.prompt, max_new_tokens=s.new_tokens)
+    return Stage(
+        name=recipe.name,
+        target=recipe.target,
+        keep=size.linears.keep_merged,
+        removed=size.linears.removed_merged,
+        params_linear=size.linears.merged,
+        params_total=size.parameters,
+        bytes_total=made.size_bytes or size.resident_bytes,
+        trainable=recovery.trainable if recovery else 0,
+        ppl=perplexity(model, setup.test, progress=progress).ppl,
+        ppl_out_of_domain=other.ppl if other else None,
+        prefill_tok_s=speed.prefill_tok_s if speed else None,
+        decode_tok_s=speed.decode_tok_s if speed else None,
+        seconds=time.perf_counter() - start,
+        optimized=bool(speed and speed.optimized),
+        sample=sample,
+        losses=recovery.losses if recovery else [],
+        held_out=made.held_out,
+        ranks=made.ranks,
+    )
+
+
+def _finished(file: Path, key: str, setup: Setup) -> dict[str, Stage]:
+    """label -> stage, of the lines of `file` with this key whose saved model still exists."""
     found = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # a line cut off when the process was killed
             continue
         if record["key"] == key:
             stage = Stage(**record["stage"])
-            model = bench.saved(stage.target)
+            model = setup.saved(stage.target)
             if stage.name != "HyLoRA" or (model / "config.json").is_file():
                 found[stage.label] = stage
     return found
@@ -94,14 +139,14 @@ def _rewrite(file: Path, key: str, done: dict[str, Stage]) -> None:
     storage.write_text(file, "".join(line + "\n" for line in lines))
 
 
-def _say_disk(bench: Bench) -> None:
-    if bench.settings.model == models.DEMO_MODEL:
+def _check_disk(setup: Setup) -> None:
+    if setup.settings.model == models.DEMO_MODEL:
         storage.require_disk(storage.cache_root(), CACHE_BYTES, "the demo's cache")
-        storage.require_disk(bench.folder, FOLDER_BYTES, "the demo's models and checkpoints")
+        storage.require_disk(setup.folder, FOLDER_BYTES, "the demo's models and checkpoints")
 
 
-def _about_model(bench: Bench, dense: Stage) -> dict:
-    model, name = bench.dense(), bench.settings.model
+def _about_model(setup: Setup, dense: Stage) -> dict:
+    model, name = setup.dense(), setup.settings.model
     about = {
         "name": str(name),
         "architecture": type(model).__name__,
@@ -117,20 +162,24 @@ def _about_model(bench: Bench, dense: Stage) -> dict:
     return about
 
 
-def _about_data(bench: Bench) -> dict:
-    s = bench.settings
-
-    def about(text, blocks: Tensor) -> dict:
-        n, length = blocks.shape
-        name = text if isinstance(text, str) else f"{len(text)} texts"
-        return {"name": name, "blocks": n, "length": length, "tokens": n * (length - 1)}
-
+def _about_data(setup: Setup) -> dict:
+    s = setup.settings
     return {
-        "train": s.train if isinstance(s.train, str) else f"{len(s.train)} texts",
-        "test": about(s.test, bench.test),
-        "out_of_domain": about(s.out_of_domain, bench.other),
+        "train": _source(s.train),
+        "test": _about_text(s.test, setup.test),
+        "out_of_domain": _about_text(s.out_of_domain, setup.other),
+        "recovery_blocks": min(s.recovery_blocks, len(setup.test)),
         "calibration_blocks": s.samples,
         "steps": {"0.8": s.steps, "0.6": s.deep_steps, "control": s.steps},
         "prompt": s.prompt,
         "seed": s.seed,
     }
+
+
+def _about_text(text: str | list[str], blocks: Tensor) -> dict:
+    n, length = blocks.shape
+    return {"name": _source(text), "blocks": n, "length": length, "tokens": n * (length - 1)}
+
+
+def _source(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else f"{len(text)} texts"

