@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import gc
 import itertools
@@ -37,33 +36,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gpu_compressed import (
+    DTYPE,
+    FORMS,
+    SHAPES,
+    build,
+    check_layer,
+    compile_ahead,
+    compressed,
+    has_adapter,
+    sharing_copy,
+    weight_bytes,
+)
 from gpu_layers import graph_of
 from gpu_rivals import add_lora
-from layers import kept_rank
 from timing import interleave
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 
-from hylora_kernels import reference
-from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.backends import triton
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.structure import linears
 from hylora_kernels.recovery.run import training_mode
 from hylora_kernels.support.storage import write_json
-from hylora_kernels.weights import Weights
 
-# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
-# vocab_size, tie_word_embeddings
-SHAPES = {
-    "tinyllama": (2048, 5632, 22, 32, 4, 32000, False),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
-    "7b": (4096, 11008, 32, 32, 32, 32000, False),
-    "tiny": (128, 192, 1, 4, 2, 96, False),
-}
-KEEPS, FORMS, LORA_RANK = (0.5, 0.6), ("pivoted", "pair"), 32
+KEEPS, LORA_RANK = (0.5, 0.6), 32
 COMPILED_KEEPS = (0.5,)  # compiling takes half a minute a model and batch
-DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -91,77 +90,6 @@ TINY = Sizes(
     least_rounds=1,
     lora_rank=8,
 )
-
-
-# --------------------------------------------------------------------------------------- the models
-
-
-def build(name: str, device: torch.device) -> nn.Module:
-    """A dense model with random weights, in eval()."""
-    hidden, inner, depth, heads, kv_heads, words, tied = SHAPES[name]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=words,
-        tie_word_embeddings=tied,
-        max_position_embeddings=4096,
-        pad_token_id=None,
-    )
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
-    return model.requires_grad_(False).eval()
-
-
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """Modules of its own that hold the model's very tensors."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def compressed(dense: nn.Module, keep: float, form: str, lora_rank: int) -> nn.Module:
-    """The dense model with random factors in the place of its linears; all else is shared."""
-    model = sharing_copy(dense)
-    for path, linear in linears(model).items():
-        K, N = linear.in_features, linear.out_features
-        rank = kept_rank(K, N, keep, form) - lora_rank
-        kind = {"device": linear.weight.device, "dtype": DTYPE}
-        layer = SVDLoRALinear(K, N, rank, lora_rank, bias=False, form=form, **kind)
-        if layer.pivots is not None:
-            drawn = torch.randperm(N, device=linear.weight.device)[:rank]
-            layer.pivots.copy_(drawn.sort().values)
-        if lora_rank:
-            nn.init.normal_(layer.B, std=lora_rank**-0.5)
-        model.set_submodule(path, layer.eval())
-    return model.requires_grad_(False)
-
-
-def check_layer(model: nn.Module, name: str) -> float:
-    """Relative error of a linear against float64, on 16 rows; FloatingPointError from 2 % on."""
-    layer = next(iter(linears(model).values()))
-    if not isinstance(layer, SVDLoRALinear):
-        return 0.0
-    x = torch.randn(16, layer.in_features, device=layer.SVh.device).to(DTYPE)
-    wide = [None if t is None else t.double() for t in (layer.SVh, layer.U, layer.A, layer.B)]
-    weights = Weights(*wide, alpha=layer.alpha, pivots=layer.pivots)
-    expected = reference.forward(x.double(), weights)[0]
-    error = float((layer(x).double() - expected).norm() / expected.norm())
-    if not error < 2e-2:
-        raise FloatingPointError(f"a layer of {name} is wrong: relative error {error:.1e}")
-    return error
-
-
-def _has_adapter(model: nn.Module) -> bool:
-    layers = (layer for layer in model.modules() if isinstance(layer, SVDLoRALinear))
-    return any(layer.lora_rank for layer in layers)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    return sum(
-        t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    )
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -215,17 +143,37 @@ class Bench:
         self.rows = json.loads(self.path.read_text()) if self.path.is_file() else []
         self.dense = build(name, device)
 
-    # ---- the contests: name -> a model, "dense" first
+    def compare(self, lora_rank: int, keeps, modes, least_seconds: float) -> None:
+        """Build the compressed models of one kind and measure all parts that concern them."""
+        kind = "apart" if lora_rank else "merged"
+        models = self.attempt(f"building {kind}", least_seconds, self.contest, lora_rank, keeps)
+        if models is None:
+            return
+        parts = {}
+        if modes != ("compiled",):
+            if lora_rank:
+                parts["training step"] = (self.training_step, models)
+            parts["prefill"] = (self.prefill, models)
+            parts["host cost"] = (self.host_cost, models)
+        for batch, mode in itertools.product(self.sizes.batches, modes):
+            parts[f"decode {mode}, batch {batch}"] = (self.decode, models, mode, batch)
+        for words, part in parts.items():
+            self.attempt(f"{words}, {kind}", least_seconds, *part)
 
     def contest(self, lora_rank: int, keeps=KEEPS) -> dict[str, nn.Module]:
+        """name -> model, "dense" first; each compressed one has a layer checked."""
         found = {"dense": self.dense}
         for keep, form in itertools.product(keeps, FORMS):
-            name = f"keep {keep} {form}"
-            found[name] = compressed(self.dense, keep, form, lora_rank)
-            error = check_layer(found[name], name)
-            self.say(
-                f"{name}: {weight_bytes(found[name]) / 1e9:.2f} GB, a layer's error {error:.1e}"
+            found[f"keep {keep} {form}"] = compressed(self.dense, keep, form, lora_rank)
+        if self.device.type == "cuda" and triton.is_available():
+            sizes = self.sizes
+            rows, training = [*sizes.batches, sizes.prefill], [sizes.training] * (lora_rank > 0)
+            self.attempt(
+                "compiling", 0, compile_ahead, [*found.values()], rows, training, self.device
             )
+        for name, model in found.items():
+            error, size = check_layer(model, name), weight_bytes(model) / 1e9
+            self.say(f"{name}: {size:.2f} GB, a layer's relative error {error:.1e}")
         return found
 
     @torch.no_grad()
@@ -280,13 +228,11 @@ class Bench:
         calls = {name: functools.partial(layer, x) for name, layer in layers.items()}
         self.measure("host cost of a layer's call", "eager", 1, layers, calls, 1, waits=False)
 
-    # ---- one contest
-
     def measure(
         self, what, mode, batch, models, calls, tokens, calls_in_one: int = 1, waits: bool = True
     ) -> None:
         """A row for each model. tokens: of one call; calls_in_one: steps that it consists of."""
-        adapters = "apart" if any(_has_adapter(model) for model in models.values()) else "merged"
+        adapters = "apart" if any(has_adapter(model) for model in models.values()) else "merged"
         peaks = {name: self.peak_bytes(models[name], call, name) for name, call in calls.items()}
         timed = {name: [self.synchronised(call) if waits else call] for name, call in calls.items()}
         times = interleave(timed, self.sizes.seconds, self.sizes.least_rounds, lead_in=False)
@@ -409,28 +355,12 @@ def line(row: dict) -> str:
 
 def run(bench: Bench, only_compiled: bool) -> list[str]:
     """Measure one model, the most telling parts first; what failed, in words."""
-    sizes = bench.sizes
     if only_compiled:
         torch._dynamo.config.recompile_limit = 64  # the models share their code
-        models = bench.contest(0, COMPILED_KEEPS)
-        for batch in sizes.batches:
-            words = f"decode compiled, batch {batch}"
-            bench.attempt(words, 20 * sizes.seconds, bench.decode, models, "compiled", batch)
-        return bench.failures
-    least = 4 * sizes.seconds
-    for lora_rank in (0, sizes.lora_rank):
-        kind, parts = "apart" if lora_rank else "merged", {}
-        models = bench.attempt(f"building {kind}", least, bench.contest, lora_rank)
-        if models is None:
-            continue
-        if lora_rank:
-            parts["training step"] = (bench.training_step, models)
-        parts["prefill"] = (bench.prefill, models)
-        for batch, mode in itertools.product(sizes.batches, ("graph", "eager")):
-            parts[f"decode {mode}, batch {batch}"] = (bench.decode, models, mode, batch)
-        parts["host cost"] = (bench.host_cost, models)
-        for words, part in parts.items():
-            bench.attempt(f"{words}, {kind}", least, *part)
+        bench.compare(0, COMPILED_KEEPS, ("compiled",), least_seconds=20 * bench.sizes.seconds)
+    else:
+        for lora_rank in (0, bench.sizes.lora_rank):
+            bench.compare(lora_rank, KEEPS, ("graph", "eager"), 4 * bench.sizes.seconds)
     return bench.failures
 
 
@@ -443,7 +373,9 @@ def main(words: list[str] | None = None) -> None:
     given = parser.parse_args(words)
     if given.models != ["tiny"] and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu_models.py needs a GPU for any model but tiny: no CUDA device")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     deadline, failures = time.monotonic() + given.seconds, []
     torch.manual_seed(0)
     for name in given.models:

@@ -19,9 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from hylora_kernels import SVDLoRALinear
+from hylora_kernels.backends.triton.config import (
+    BACKWARD,
+    FORWARD,
+    TORCH_PRODUCTS,
+    Target,
+    default_config,
+)
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import gpu_compressed
 import gpu_models
 import gpu_results
 import gpu_session
@@ -91,8 +99,8 @@ def test_every_part_is_measured(ran):
 def test_the_results_are_tables_of_the_measured(ran):
     rendered = gpu_results.render(ran[1])
     merged, apart = rendered.split("tiny, adapters apart:")
-    head = "|  | prefill | decode graph, batch 2 | decode eager, batch 2 |"
-    assert head in merged and "decode compiled, batch 2 |" in merged
+    head = "|  | prefill | host cost of a layer's call, µs | decode graph, batch 2 |"
+    assert head in merged and "| decode compiled, batch 2 |" in merged
     assert "| training step, ms |" in apart and "host cost of a layer's call, µs" in apart
     assert [line.split(" | ")[0] for line in apart.splitlines()[4:9]] == [
         f"| {name}" for name in CANDIDATES
@@ -100,12 +108,12 @@ def test_the_results_are_tables_of_the_measured(ran):
 
 
 def test_compressed_models_keep_what_they_say():
-    dense = gpu_models.build("tiny", CPU)
-    linears = gpu_models.linears(dense)
+    dense = gpu_compressed.build("tiny", CPU)
+    linears = gpu_compressed.linears(dense)
     whole = sum(linear.weight.numel() for linear in linears.values())
-    for form, lora_rank in itertools.product(gpu_models.FORMS, (0, 8)):
-        model = gpu_models.compressed(dense, 0.6, form, lora_rank)
-        layers = gpu_models.linears(model)
+    for form, lora_rank in itertools.product(gpu_compressed.FORMS, (0, 8)):
+        model = gpu_compressed.compressed(dense, 0.6, form, lora_rank)
+        layers = gpu_compressed.linears(model)
         assert list(layers) == list(linears)
         kept = sum(layer.parameter_count(merged=True) for layer in layers.values())
         assert 0.4 * whole < kept <= 0.6 * whole
@@ -114,6 +122,31 @@ def test_compressed_models_keep_what_they_say():
         assert model.lm_head.weight is dense.lm_head.weight
         assert model.model.embed_tokens.weight is dense.model.embed_tokens.weight
     assert not any(isinstance(module, SVDLoRALinear) for module in dense.modules())
+
+
+def test_all_launches_are_compiled_ahead(monkeypatch):
+    dense, given = gpu_compressed.build("tiny", CPU), {}
+    models = [dense, gpu_compressed.compressed(dense, 0.5, "pivoted", 8)]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "no such card")
+    target = Target("cuda", 90, 132)
+    monkeypatch.setattr(gpu_compressed.dispatch, "target_of", lambda device: target)
+
+    def keep(problems, device, target, candidates):
+        given.update({problem: candidates(problem, target) for problem in problems})
+
+    monkeypatch.setattr(gpu_compressed.tune, "compile_all", keep)
+    gpu_compressed.compile_ahead(models, [1, 2048], [2048], CPU)
+    layers = gpu_compressed.linears(models[1]).values()
+    sizes = {(layer.in_features, layer.out_features, layer.rank, 8) for layer in layers}
+    assert {(p.K, p.N, p.rank, p.lora_rank) for p in given} == sizes
+    assert {(p.M, p.direction) for p in given} == {
+        (1, FORWARD),
+        (2048, FORWARD),
+        (2048, BACKWARD),
+    }
+    for problem, configs in given.items():
+        assert configs == [default_config(problem, target, c) for c in (True, False)]
+        assert problem.M > 1 or TORCH_PRODUCTS not in configs
 
 
 class NoNumberAsked(TorchDispatchMode):
@@ -127,8 +160,8 @@ class NoNumberAsked(TorchDispatchMode):
 
 @torch.no_grad()
 def test_a_decode_step_can_be_captured_and_replayed():
-    dense = gpu_models.build("tiny", CPU)
-    for model in (dense, gpu_models.compressed(dense, 0.5, "pivoted", 8)):
+    dense = gpu_compressed.build("tiny", CPU)
+    for model in (dense, gpu_compressed.compressed(dense, 0.5, "pivoted", 8)):
         cache = StaticCache(config=dense.config, max_cache_len=8)
         ids = gpu_models.random_ids(dense, 2, 6)
         dense(input_ids=ids, past_key_values=cache, logits_to_keep=1)
@@ -157,7 +190,7 @@ def test_no_part_is_begun_after_the_deadline(tmp_path, capsys):
 
 def test_a_wrong_layer_and_a_number_that_is_not_finite_are_failures(tmp_path, monkeypatch):
     made = bench(tmp_path, 100)
-    models = {"dense": made.dense, "broken": gpu_models.sharing_copy(made.dense)}
+    models = {"dense": made.dense, "broken": gpu_compressed.sharing_copy(made.dense)}
     broken = models["broken"].model.layers[0].mlp.down_proj
     broken.weight = torch.nn.Parameter(broken.weight * torch.inf, requires_grad=False)
     made.attempt("prefill", 0, made.prefill, models)
