@@ -57,11 +57,12 @@ def compress(
 
 
 class Compression:
-    """One compression of one model, step by step; use it in a `with`, which ends its workspace.
+    """One compression of one model, step by step, in a `with` that closes its workspace.
 
-    Everything is checked here, before the long work. Until replace() the model only gets into
-    eval(), and to the device and dtype of the options. Finished work is kept in the workspace: a
-    step that was done before, by an interrupted run or one with other options, is not done again.
+    The constructor loads the model and checks everything, before the long work; it raises what
+    compress() raises. Until replace() the model is not changed, except that it is in eval() and on
+    the device and in the dtype of the options. Factors and refitted blocks are stored in the
+    workspace, from which an interrupted run and one with other options read them.
     """
 
     def __init__(self, model_or_id: nn.Module | str | Path, options: CompressOptions):
@@ -96,8 +97,8 @@ class Compression:
         self.workspace.close()
 
     def calibrate(self) -> Iterator[Statistics]:
-        """Yield the statistics of the groups that lack factors, in as many passes over the text as
-        max_memory asks for. Those of one pass are freed when the next is asked for."""
+        """Yield the statistics of the groups without factors in the workspace, one pass over the
+        text at a time, as many as max_memory requires. They are freed before the next pass."""
         options, has = self.options, self.workspace.has
         missing = [g for g in self.structure.groups if not all(map(has, g.paths))]
         if not missing:
@@ -118,10 +119,10 @@ class Compression:
                     self.model, self.ids, groups, with_gradients, options.progress, label
                 )
             yield statistics
-            statistics.clear()  # The caller's variable would keep them during the next pass.
+            statistics.clear()  # The caller's loop variable would keep them during the next pass.
 
     def factorize(self, statistics: Statistics) -> None:
-        """Whiten and factorize the linears of `statistics`, into the workspace."""
+        """Whiten and factorize the linears of `statistics`; the workspace gets their Factors."""
         options = self.options
         linears = [
             (group.leader, target)
@@ -153,8 +154,8 @@ class Compression:
         return self._ranks(self.singular_values)
 
     def refit(self, ranks: dict[str, int]) -> dict[str, Tensor]:
-        """path -> refitted U float32 [N, R], or the refitted weight [N, K] of a linear left dense;
-        nothing with refit=False."""
+        """path -> refitted U float32 [N, R], or weight [N, K] of a linear left dense; {} with
+        refit=False."""
         options, blocks = self.options, self.structure.blocks
         if not options.refit:
             return {}
@@ -226,8 +227,10 @@ class Compression:
         return ids
 
 
-def _load(model_or_id, options: CompressOptions) -> tuple[nn.Module, object]:
-    """The model in eval() and its tokenizer, or None where that was neither given nor found."""
+def _load(
+    model_or_id: nn.Module | str | Path, options: CompressOptions
+) -> tuple[nn.Module, object]:
+    """(the model in eval(), its tokenizer or None)."""
     if isinstance(model_or_id, nn.Module):
         model = model_or_id.to(device=options.device, dtype=options.dtype)
         return model.eval(), options.tokenizer

@@ -58,7 +58,7 @@ def refit_blocks(
     FloatingPointError naming the layer whose inputs in the compressed model are not finite.
     """
     if not blocks:
-        raise ValueError("refit needs a model with a list of blocks, got none: refit=False")
+        raise ValueError("refit needs a model with a list of blocks, got none: set refit=False")
     calls, solver = _record_calls(model, blocks, ids), _Solver(load_factors, ranks)
     dense_stream, student_stream = calls.hidden, calls.hidden.clone()
     for block in tqdm(blocks, desc="refitting", unit="block", disable=not progress, leave=False):

@@ -76,7 +76,7 @@ def test_of_an_output_head(with_gradients):
     x, gradient = by_autograd(model, IDS, ["lm_head"])["lm_head"]
     if not with_gradients:
         return assert_close(statistics.inputs["lm_head"], x.T @ x)
-    # the loss has no use for what is predicted from the last token, and leaves it out
+    # The loss leaves out the prediction from the last token.
     x = x.view(4, 12, -1)[:, :-1].flatten(0, 1)
     assert_close(statistics.inputs["lm_head"], x.T @ x)
     assert_close(statistics.gradients["lm_head"], gradient.T @ gradient)
@@ -102,7 +102,7 @@ def test_gram_of_bfloat16_is_exact():
     exact = torch.einsum("nti,ntj->ij", a.double(), b.double())
     size = torch.einsum("nti,ntj->ij", a.double().abs(), b.double().abs())
     error = (gram(a, b).double() - exact).abs() / size
-    assert error.max() < 1e-6  # a product rounded to bfloat16 would be off by 4e-3
+    assert error.max() < 1e-6  # A product rounded to bfloat16 would be off by 4e-3.
 
 
 def test_gram_of_float32_is_not_rounded_to_bfloat16():
@@ -148,7 +148,7 @@ def test_a_pass_holds_no_more_than_it_may(max_memory):
     assert [group for run in runs for group in run] == groups
     for run, following in zip(runs, [*runs[1:], None], strict=True):
         assert len(run) == 1 or sizes(model, run) <= max_memory
-        # nor less than it could
+        # No pass is smaller than it has to be.
         assert following is None or sizes(model, run) + sizes(model, following[:1]) > max_memory
     assert (len(runs) == 1) == (max_memory == 10**9)
 
@@ -169,7 +169,7 @@ def test_passes_change_nothing(method, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "gather", spying)
     memories = (1, 20_000, None)
     stores = [factorized(model, method, tmp_path / str(memory), memory) for memory in memories]
-    assert 8 < len(seen) < 16  # one a group, some, one
+    assert 8 < len(seen) < 16  # One pass for each group, some passes, one pass.
     for part in seen:
         for path, matrix in part.inputs.items():
             assert torch.equal(matrix, whole.inputs[path])
@@ -221,7 +221,7 @@ def test_the_layer_with_the_bad_weight_is_named(method, bad, path, kind, tmp_pat
 @pytest.mark.parametrize("method", ["two_sided", "whitened"])
 def test_the_first_layer_that_reads_what_isn_t_finite_is_named(method, tmp_path):
     model = zoo_model("llama")
-    with torch.no_grad():  # all weights are finite, gate * up is not
+    with torch.no_grad():  # All weights are finite, gate * up is not.
         model.model.layers[0].mlp.gate_proj.weight.mul_(1e25)
         model.model.layers[0].mlp.up_proj.weight.mul_(1e25)
     with pytest.raises(
@@ -246,7 +246,7 @@ def test_the_first_layer_that_gets_a_bad_gradient_is_named(tmp_path):
     model = zoo_model("llama")
     activation = model.model.layers[1].mlp.act_fn
     activation.register_forward_hook(lambda _module, _args, output: Spoiled.apply(output))
-    # a backward comes to the gate first; all layers before it get NaN from it
+    # The backward reaches the gate first; all layers before it get NaN from it.
     with pytest.raises(
         FloatingPointError, match=r"layer model\.layers\.1\.mlp\.gate_proj: its out"
     ):

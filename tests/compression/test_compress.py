@@ -74,7 +74,7 @@ def test_compress(point):
     budgeted = report.parameters if options["count"] == "merged" else report.parameters_as_is
     assert budgeted <= keep * report.dense_parameters
 
-    # nothing else has changed: biases, norms, embeddings, what is tied and what isn't
+    # Nothing else has changed: biases, norms, embeddings, tied or not.
     for name, tensor in model.state_dict().items():
         if name in dense and name.removesuffix(".weight") not in shapes:
             assert torch.equal(tensor, dense[name]), name
@@ -168,8 +168,8 @@ def test_a_classic_adapter_starts_as_nothing(refit):
     model, report = compressed(copy.deepcopy(dense), lora_rank=8, init="classic", refit=refit)
     layers = {path: m for path, m in parts(model).items() if isinstance(m, SVDLoRALinear)}
     assert layers and not any(m.B.any() for m in layers.values())
-    assert len({m.A[0, 0].item() for m in layers.values()}) == len(layers)  # each its own draw
-    # the base is then what compression to that rank alone makes of the layer
+    assert len({m.A[0, 0].item() for m in layers.values()}) == len(layers)  # Each has its own draw.
+    # The base is the layer that compression to that rank alone makes.
     ranks = {f"{re.escape(path)}$": m.rank for path, m in layers.items()}
     ranks |= {re.escape(path): 1.0 for path in parts(model) if path not in layers}
     plain, alone = compressed(dense, lora_rank=0, ranks=ranks, refit=refit)

@@ -163,7 +163,7 @@ def check_energy(triple, keep, chosen, costs):
 
     common = min(triple.shares(chosen).values())
     assert chosen == by_share(common)
-    if common < 1 - 1e-9:  # else all keep everything: no more could be bought
+    if common < 1 - 1e-9:  # Otherwise all layers keep everything, and no more could be bought.
         assert sum(triple.costs(by_share(common + 1e-7)).values()) > keep * triple.dense
 
 
@@ -303,7 +303,7 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can(policy, form, mult
 
 @pytest.mark.parametrize("numerator", range(1, 100))
 def test_the_least_feasible_keep_survives_rounding(numerator):
-    # keep * parameters, in floating point, may come out below the very whole number meant
+    # keep * parameters in floating point may come out below the whole number that is meant.
     c = curve("path", (100, 100), np.ones(100), "pair", multiple=200)
     c = type(c)(**{**vars(c), "costs": np.array([100 * numerator]), "dense_cost": 10_000})
     for policy in POLICIES:
@@ -364,7 +364,7 @@ def test_the_rest_is_spent_keep_on(block):
 def test_explicit_ranks_by_path_and_pattern(block):
     paths = [c.path for c in block]
     assert allocate(block, 0.1, {path: 17 for path in paths}) == dict.fromkeys(paths, 17)
-    # an exact path goes before a pattern, an earlier pattern before a later one
+    # An exact path has precedence over a pattern, an earlier pattern over a later one.
     policy = {r"\.1\.": 5, "proj": 20, "layers.1.up_proj": 9, "layers.0.up_proj": 7}
     assert allocate(block, 0.1, policy) == {
         "layers.0.q_proj": 20,

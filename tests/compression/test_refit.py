@@ -20,7 +20,7 @@ from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.structure import as_matrix, discover
 
-IDS = tokens(6, 12)  # one batch of BATCH, and a smaller one
+IDS = tokens(6, 12)  # One batch of BATCH, and a smaller one.
 
 
 def factors_of(model, paths, seed=0):
@@ -124,7 +124,7 @@ def test_each_matrix_is_the_solution_of_its_ridge_regression(name):
     model = zoo_model(name, torch.float64)
     paths = [path for group in paths_of(name) for path in group]
     factors = factors_of(model, paths)
-    # of every kind: low rank, full rank, left dense
+    # All kinds: low rank, full rank, left dense.
     ranks = {path: (6, 11, 0, 16, 3)[i % 5] for i, path in enumerate(paths)}
     got, want = refitted(model, factors, ranks), by_regression(name, model, factors, ranks)
     assert list(got) == paths
@@ -136,7 +136,7 @@ def test_each_matrix_is_the_solution_of_its_ridge_regression(name):
         if ranks[path]:
             U, SVh = factors[path].U[:, : ranks[path]], factors[path].SVh[: ranks[path]]
             start = U.double() @ SVh.double()
-        # in front of the first group nothing is lost, nor of a parallel MLP's first linear
+        # Nothing is lost in front of the first group, or of the first linear of a parallel MLP.
         if path not in (*paths_of(name)[0], "gpt_neox.layers.0.mlp.dense_h_to_4h"):
             assert difference(got[path], start) > 1e-3, f"{path} hasn't moved"
 

@@ -26,7 +26,7 @@ def with_spectra(model, by_name):
     return model
 
 
-# squares of 9, 4, 2, 1 and nothing; all alike; 0.99 in one. k and v of the Llama have 16 values
+# Squares of 9, 4, 2, 1, 0, ...; all equal; 0.99 in one. k and v of the Llama have 16 values.
 STEPS = [3.0, 2.0, 2**0.5, 1.0] + [0.0] * 28
 FLAT = [0.5] * 32
 SPECTRA = dict.fromkeys(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), STEPS)
@@ -48,7 +48,7 @@ def test_known_spectra(report):
     assert (flat.out_features, flat.in_features) == (16, 32)
     assert steps.singular_values == pytest.approx(STEPS, abs=1e-5)
     assert one.singular_values == pytest.approx(SPECTRA["v_proj"], abs=1e-4)
-    # shares of 16: 9, 13, 15, 16
+    # Cumulated shares of 16: 9, 13, 15, 16.
     assert steps.rank_for == {"0.9": 3, "0.95": 4, "0.99": 4, "0.999": 4}
     assert flat.rank_for == {"0.9": 15, "0.95": 16, "0.99": 16, "0.999": 16}
     assert one.rank_for["0.95"] == 1 and one.rank_for["0.999"] == 2

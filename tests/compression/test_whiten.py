@@ -87,7 +87,7 @@ def test_whitened_is_svd_llm(N, K):
 @pytest.mark.parametrize("rank", [None, 5])
 def test_all_components_give_the_matrix(N, K, method, factorizer, rank):
     W, G, C = problem(N, K, method)
-    if rank:  # the others are rounding, and must add nothing
+    if rank:  # The other components are rounding errors, and must add nothing.
         W = W[:, :rank] @ W[:rank]
     factors = factorize_whitened("path", W, G, C, factorizer)
     assert factors.U.dtype == factors.S.dtype == factors.SVh.dtype == torch.float32

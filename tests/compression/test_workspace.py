@@ -161,7 +161,7 @@ def files(folder):
 
 
 def test_without_a_cache_nothing_stays(monkeypatch, tmp_path):
-    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path))  # the session's is other tests' as well
+    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path))  # Other tests use the session's.
     cache_dir("temporary")
     before = files(cache_dir())
     compressed(zoo_model("llama"))

@@ -334,11 +334,13 @@ def test_loading_takes_the_model_and_one_tensor_more(tmp_path):
     save_pretrained(model.to(torch.float64), tmp_path)
     largest = model.model.embed_tokens.weight.nbytes
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
-    assert largest > 2**25  # glibc maps it afresh, whatever memory earlier tests have left
+    assert (
+        largest > 2**25
+    )  # glibc maps a block of that size anew, regardless of memory that earlier tests freed.
     del model
     load_pretrained(tmp_path)
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts again from here
+        file.write("5")  # Resets the peak.
     before = resident("VmRSS")
     loaded = load_pretrained(tmp_path)
     # The embedding alone is as large as the allowed extra tensor; nothing is cast here.

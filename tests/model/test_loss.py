@@ -138,7 +138,7 @@ def test_soft_capped_logits_take_the_other_path():
         model.lm_head(model.model(ids)[0])[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     )
     loss, count = token_loss(model, ids)
-    assert (head_alone - loss / count).abs() > 0.1  # the cap matters here
+    assert (head_alone - loss / count).abs() > 0.1  # The cap matters here.
     assert_as_in_float64(model, lambda m: token_loss(m, ids)[0], lambda m: formula(m, ids))
 
 

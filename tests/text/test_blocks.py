@@ -28,7 +28,7 @@ def test_blocks_are_contiguous_and_drop_the_remainder(tokenizer):
 
 
 def test_texts_are_joined_by_a_blank_line(tokenizer):
-    blank = "w3\n\nw4"  # one unknown word here
+    blank = "w3\n\nw4"  # One unknown word.
     assert token_blocks(["w1 w2 w3", "w4 w5 w6"], tokenizer, length=5).tolist() == [[1, 2, 0, 5, 6]]
     assert token_blocks([f"w1 w2 {blank} w5 w6"], tokenizer, length=5).tolist() == [[1, 2, 0, 5, 6]]
 
@@ -117,7 +117,7 @@ def all_texts_are_long(monkeypatch, tmp_path):
 
 def test_long_text_is_tokenized_once_and_kept(tokenizer, monkeypatch, all_texts_are_long):
     text = [text_of(*range(1, 41)) + " kept"]
-    wanted = token_blocks(text, tokenizer, length=4, limit=1)  # all of it is one piece
+    wanted = token_blocks(text, tokenizer, length=4, limit=1)  # All of it is one piece.
     (kept,) = cache_dir("tokens").glob("*.safetensors")
     with monkeypatch.context() as patch:
         patch.setattr(blocks, "_encode", lambda *_: pytest.fail("tokenized again"))
