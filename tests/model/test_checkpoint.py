@@ -334,9 +334,7 @@ def test_loading_takes_the_model_and_one_tensor_more(tmp_path):
     save_pretrained(model.to(torch.float64), tmp_path)
     largest = model.model.embed_tokens.weight.nbytes
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
-    assert (
-        largest > 2**25
-    )  # glibc maps a block of that size anew, regardless of memory that earlier tests freed.
+    assert largest > 2**25  # glibc maps such a block anew, regardless of memory freed before.
     del model
     load_pretrained(tmp_path)
     with open("/proc/self/clear_refs", "w") as file:
