@@ -139,6 +139,7 @@ class Bench:
 
     def __init__(self, name: str, sizes: Sizes, device: torch.device, deadline: float, out: Path):
         self.name, self.sizes, self.device, self.deadline = name, sizes, device, deadline
+        self.on_gpu = device.type == "cuda"
         self.path, self.failures = out / "models.json", []
         self.rows = json.loads(self.path.read_text()) if self.path.is_file() else []
         self.dense = build(name, device)
@@ -165,7 +166,7 @@ class Bench:
         found = {"dense": self.dense}
         for keep, form in itertools.product(keeps, FORMS):
             found[f"keep {keep} {form}"] = compressed(self.dense, keep, form, lora_rank)
-        if self.device.type == "cuda" and triton.is_available():
+        if self.on_gpu and triton.is_available():
             sizes = self.sizes
             rows, training = [*sizes.batches, sizes.prefill], [sizes.training] * (lora_rank > 0)
             self.attempt(
@@ -202,7 +203,7 @@ class Bench:
             else:
                 forward = compiled(model, self.device) if mode == "compiled" else model
                 made[name] = static_decode(forward, cache, token, sizes.steps)
-            if mode == "graph" and self.device.type == "cuda":
+            if mode == "graph" and self.on_gpu:
                 check_finite(name, made[name]())
                 made[name] = graph_of([made[name]])
         tokens = batch * sizes.steps
@@ -260,7 +261,7 @@ class Bench:
 
     def peak_bytes(self, model: nn.Module, call: Callable, name: str) -> int | None:
         """Bytes of the model's weights and of all that the call allocates; it checks the result."""
-        if self.device.type != "cuda":
+        if not self.on_gpu:
             check_finite(name, call())
             return None
         call()
@@ -273,7 +274,7 @@ class Bench:
     def synchronised(self, call: Callable) -> Callable:
         def run():
             call()
-            if self.device.type == "cuda":
+            if self.on_gpu:
                 torch.cuda.synchronize()
 
         return run
@@ -300,7 +301,7 @@ class Bench:
             return None
         finally:
             gc.collect()
-            if self.device.type == "cuda":
+            if self.on_gpu:
                 torch.cuda.empty_cache()
 
     def say(self, words: str) -> None:

@@ -182,6 +182,44 @@ def bench(tmp_path, seconds: float):
     return gpu_models.Bench("tiny", gpu_models.TINY, CPU, deadline, tmp_path)
 
 
+def test_a_gpu_is_waited_for_its_memory_read_and_its_graphs_replayed(tmp_path, monkeypatch):
+    asked, allocated = [], iter(itertools.count(0, 100))
+    for name, function in {
+        "synchronize": lambda: asked.append("synchronize"),
+        "empty_cache": lambda: asked.append("empty_cache"),
+        "reset_peak_memory_stats": lambda: asked.append("reset"),
+        "memory_allocated": lambda: next(allocated),
+        "max_memory_allocated": lambda: next(allocated) + 7,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(gpu_models, "compile_ahead", lambda *given: asked.append("compile"))
+    monkeypatch.setattr(gpu_models.triton, "is_available", lambda: True)
+    captured = []
+
+    def graph_of(calls):
+        captured.extend(calls)
+
+        def replay():
+            calls[0]()
+
+        return replay
+
+    monkeypatch.setattr(gpu_models, "graph_of", graph_of)
+    made = bench(tmp_path, 100)
+    made.on_gpu = True
+    made.compare(8, (0.5,), ("graph", "eager"), 0)
+    assert made.failures == [] and len(captured) == 3
+    assert {"synchronize", "empty_cache", "reset"} <= set(asked) and asked[0] == "compile"
+    rows = json.loads((tmp_path / "models.json").read_text())
+    peaks = {(row["what"], row["mode"]): row["peak_bytes"] for row in rows}
+    assert [kind for kind, peak in peaks.items() if peak is None] == [
+        ("host cost of a layer's call", "eager"),
+        ("decode", "graph"),
+    ]
+    assert all(r["peak_bytes"] in (None, r["weight_bytes"] + 107) for r in rows)
+    assert "peak GB, training step" in gpu_results.render(tmp_path)
+
+
 def test_no_part_is_begun_after_the_deadline(tmp_path, capsys):
     assert gpu_models.run(bench(tmp_path, -1), only_compiled=False) == []
     assert capsys.readouterr().out.count("skipped: building") == 2
