@@ -1,21 +1,22 @@
-"""The formula in the fewest of torch's own products, on any device and in any floating dtype.
+"""The torch products: the formula by torch's own matrix products, in any floating dtype anywhere.
 
-The pair form needs two products when P = [SVh; A] and Q = [U, alpha B] are laid side by side, four
-when they are not. Laying them side by side copies R (K + N) numbers a call and saves a pass over y
-(M N numbers): one bf16 core, K=576 N=1536 r=208 ra=16: M=2048 4.1 ms instead of 8.2, M=16 0.48
-instead of 0.40. So the sizes decide.
+The pair form needs four products, or two of P = [SVh; A] and Q = [U, alpha B], base and adapter
+side by side. Laying them side by side copies (r + ra) (K + N) numbers a call and saves a pass over
+y, M N numbers. On one core in bfloat16, K = 576, N = 1536, r = 208, ra = 16, M = 2048 takes 4.1 ms
+instead of 8.2, but M = 16 0.48 ms instead of 0.40. The sizes decide.
 
-The pivoted form saves products and pays for sorting its outputs. A CPU gathers columns slowly: with
-r=400 there, M=2048 takes 28 ms gathered and 11 ms as the equivalent pair, whose U is put together
-anew for each call; M=16 0.54 and 1.00.
+The pivoted form multiplies less and then has to put its outputs in order. A CPU gathers columns
+slowly: with r = 400 there, M = 2048 takes 28 ms gathered and 11 ms as the equivalent pair, whose U
+is built for each call; M = 16 takes 0.54 and 1.00 ms.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from hylora_kernels.backends.shared import backward as steps
+from hylora_kernels.backends.shared.kept import KeptWhileUnwritten
 from hylora_kernels.weights import Needs, Saved, Weights
 
 
@@ -49,16 +50,13 @@ def forward(x: Tensor, weights: Weights, side_by_side=side_by_side) -> tuple[Ten
 
 def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
     """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]), None where not needed."""
-    dx = dA = dB = dh_a = None
-    if needs.dx:
-        dx, dh_a = backward_x(dy, weights)
-    elif needs.dA:
-        dh_a = weights.alpha * (dy @ weights.B)
-    if needs.dA:
-        dA = dh_a.T @ saved.x
-    if needs.dB:
-        dB = weights.alpha * (dy.T @ saved.h_a)
-    return dx, dA, dB, dy.sum(0) if needs.db else None
+    return steps.backward(dy, saved, weights, needs, backward_x, adapter_gradients)
+
+
+def adapter_gradients(dh_a, x, h_a, dy, alpha, need_db) -> tuple[Tensor | None, ...]:
+    """(dA [ra, K] = dh_a^T x, dB [N, ra] = alpha dy^T h_a, None), None without dh_a or h_a."""
+    dA = None if dh_a is None else dh_a.T @ x
+    return dA, None if h_a is None else alpha * (dy.T @ h_a), None
 
 
 def backward_x(
@@ -117,10 +115,9 @@ def add_adapter(y, x, A, B, alpha) -> tuple[Tensor, Tensor]:
     return y.addmm_(h_a, B.T, alpha=alpha), h_a
 
 
-# pivots tensor -> (its version or a copy, part order, output order). Building them costs about 30
-# us a call, as much as the products of a small decode step, so they are kept while the tensor lives
-# and isn't written to.
-_orders = WeakTensorKeyDictionary()
+# pivots -> (part order, output order). Making them takes about 30 us, as much as the products of a
+# small decode step.
+_orders: KeptWhileUnwritten[tuple[Tensor, Tensor]] = KeptWhileUnwritten(compares_copies=True)
 
 
 def part_order(pivots: Tensor, others_count: int) -> Tensor:
@@ -129,22 +126,17 @@ def part_order(pivots: Tensor, others_count: int) -> Tensor:
 
 
 def output_order(pivots: Tensor, others_count: int) -> Tensor:
-    """int64 [N]: where each output stands in the concatenation (pivots, others); kept likewise."""
+    """int64 [N]: the place of each output in the concatenation (pivots, others); kept likewise."""
     return _both_orders(pivots, others_count)[1]
 
 
 def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
-    # Inside a CUDA graph nothing may wait for the device, and what is allocated belongs to the
-    # graph.
+    # Inside a CUDA graph nothing may wait for the device, and memory belongs to the graph.
     capturing = pivots.is_cuda and torch.cuda.is_current_stream_capturing()
     out_features = others_count + pivots.shape[0]
-    kept = _orders.get(pivots)
-    if (
-        kept is not None
-        and len(kept[1]) == out_features
-        and (capturing or _unwritten(pivots, kept[0]))
-    ):
-        return kept[1:]
+    kept = _orders.get_unchecked(pivots) if capturing else _orders.get(pivots)
+    if kept is not None and len(kept[0]) == out_features:
+        return kept
     if not capturing:
         check_pivots(pivots, out_features)
     is_other = torch.ones(out_features, dtype=torch.uint8, device=pivots.device)
@@ -152,14 +144,8 @@ def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
     part_order = torch.argsort(is_other, stable=True)
     orders = part_order, torch.argsort(part_order)
     if not capturing:
-        _orders[pivots] = (pivots.clone() if pivots.is_inference() else pivots._version, *orders)
+        _orders.keep(orders, pivots)
     return orders
-
-
-def _unwritten(pivots: Tensor, stamp: int | Tensor) -> bool:
-    """Whether pivots holds what it held at `stamp`: its version, or a copy, since inference tensors
-    have no version."""
-    return torch.equal(pivots, stamp) if pivots.is_inference() else pivots._version == stamp
 
 
 def check_pivots(pivots: Tensor, out_features: int) -> None:

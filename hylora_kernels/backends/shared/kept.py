@@ -1,0 +1,86 @@
+"""Values derived from tensors, kept from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+Value = TypeVar("Value")
+
+
+class KeptWhileUnwritten(Generic[Value]):
+    """Values kept while the tensors that they were made of live and nobody writes to them.
+
+    The first of the tensors is the key. The version counter tells a write. An inference tensor has
+    none, so its value is kept only where `compares_copies` is set: the tensor is then compared with
+    a copy, which waits for a GPU. `sample` picks numbers to compare as well, since a write through
+    `.data` leaves the version as it was.
+
+    Single operations are atomic: two threads that find nothing both make the value, and either one
+    stays.
+    """
+
+    def __init__(
+        self, compares_copies: bool = False, sample: Callable[[Tensor], Tensor] | None = None
+    ):
+        self._entries = WeakTensorKeyDictionary()
+        self._compares_copies, self._sample = compares_copies, sample
+
+    def get(self, *tensors: Tensor) -> Value | None:
+        """The value made of these very tensors, None where it is missing or out of date."""
+        entry = self._entries.get(tensors[0])
+        return None if entry is None or not self._is_fresh(entry, tensors) else entry.value
+
+    def get_unchecked(self, tensor: Tensor) -> Value | None:
+        """The value last kept for the key, without looking for writes."""
+        entry = self._entries.get(tensor)
+        return None if entry is None else entry.value
+
+    def keep(self, value: Value, *tensors: Tensor) -> None:
+        if not self._compares_copies and any(t.is_inference() for t in tensors):
+            return
+        self._entries[tensors[0]] = _Entry(
+            value,
+            tuple(TensorWeakRef(t) for t in tensors[1:]),
+            tuple(map(_stamp, tensors)),
+            tuple(None if view is None else view.clone() for view in self._compared(tensors)),
+        )
+
+    def forget(self, tensor: Tensor) -> None:
+        """Drop the value kept for the key."""
+        self._entries.pop(tensor, None)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _is_fresh(self, entry: _Entry[Value], tensors: tuple[Tensor, ...]) -> bool:
+        same_tensors = all(ref() is t for ref, t in zip(entry.others, tensors[1:], strict=True))
+        if not same_tensors or entry.stamps != tuple(map(_stamp, tensors)):
+            return False
+        views = zip(self._compared(tensors), entry.copies, strict=True)
+        return all(view is None or torch.equal(view, copy) for view, copy in views)
+
+    def _compared(self, tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """The part of each tensor that is compared with a copy."""
+        if self._compares_copies:
+            return [t if t.is_inference() else None for t in tensors]
+        return [self._sample(t) if self._sample else None for t in tensors]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry(Generic[Value]):
+    value: Value
+    others: tuple[TensorWeakRef, ...]
+    stamps: tuple[tuple, ...]
+    copies: tuple[Tensor | None, ...]
+
+
+def _stamp(tensor: Tensor) -> tuple:
+    """What a write to the tensor, or an exchange of its memory, changes."""
+    version = None if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

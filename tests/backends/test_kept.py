@@ -1,0 +1,74 @@
+"""KeptWhileUnwritten: found again for the same tensors, gone with a write or with the tensors."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from hylora_kernels.backends.shared.kept import KeptWhileUnwritten
+
+
+def corner(tensor):
+    return tensor[:2]
+
+
+def test_a_value_is_found_for_the_same_tensors_only():
+    kept, a, b = KeptWhileUnwritten(), torch.ones(3), torch.ones(3)
+    assert kept.get(a, b) is None
+    kept.keep("value", a, b)
+    assert kept.get(a, b) == kept.get_unchecked(a) == "value"
+    assert kept.get(a, b.clone()) is None and kept.get(b, a) is None
+    kept.forget(a)
+    assert kept.get(a, b) is None and kept.get_unchecked(a) is None
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_write_to_either_tensor_ends_it(written):
+    kept, tensors = KeptWhileUnwritten(), (torch.ones(3), torch.ones(3))
+    kept.keep("value", *tensors)
+    tensors[written].add_(1)
+    assert kept.get(*tensors) is None
+    assert kept.get_unchecked(tensors[0]) == "value"
+
+
+def test_other_memory_under_the_same_tensor_ends_it():
+    kept, a = KeptWhileUnwritten(), torch.ones(3)
+    kept.keep("value", a)
+    a.data = torch.ones(3)
+    assert kept.get(a) is None
+
+
+def test_a_write_through_data_is_seen_in_the_sample():
+    for kept, expected in (
+        (KeptWhileUnwritten(), "value"),
+        (KeptWhileUnwritten(sample=corner), None),
+    ):
+        a = torch.ones(3)
+        kept.keep("value", a)
+        a.data[0] = 2
+        assert kept.get(a) == expected
+
+
+def test_inference_tensors_are_compared_with_a_copy_or_not_kept():
+    with torch.inference_mode():
+        a = torch.ones(3)
+    for kept in (KeptWhileUnwritten(), KeptWhileUnwritten(sample=corner)):
+        kept.keep("value", a)
+        assert kept.get(a) is None
+    kept = KeptWhileUnwritten(compares_copies=True)
+    kept.keep("value", a)
+    assert kept.get(a) == "value"
+    with torch.inference_mode():
+        a[1] = 5
+    assert kept.get(a) is None
+
+
+def test_a_value_goes_with_its_key():
+    kept, a = KeptWhileUnwritten(), torch.ones(3)
+    kept.keep("value", a)
+    assert len(kept) == 1
+    del a
+    gc.collect()
+    assert len(kept) == 0
