@@ -13,6 +13,9 @@ import functools
 import math
 import numbers
 import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -70,7 +73,7 @@ def svd_lora_linear(
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def packed_linear(x: Tensor, packed) -> Tensor:
+def packed_linear(x: Tensor, packed: Any) -> Tensor:
     """x [..., K] -> y [..., N] by what backends.pack made: svd_lora_linear without gradients, for a
     model that waits for every token: the checks are few and cheap.
 
@@ -84,7 +87,7 @@ def packed_linear(x: Tensor, packed) -> Tensor:
     return backends.forward_packed(x, packed)
 
 
-def packed_embedding(ids: Tensor, packed) -> Tensor:
+def packed_embedding(ids: Tensor, packed: Any) -> Tensor:
     """ids int32 or int64 [...] -> [..., K]: rows of a dense matrix that backends.pack packed."""
     if ids.dtype != torch.int64:
         if ids.dtype != torch.int32:
@@ -93,7 +96,7 @@ def packed_embedding(ids: Tensor, packed) -> Tensor:
     return backends.rows_packed(ids, packed)
 
 
-def _as_packed(x: Tensor, packed) -> Tensor:
+def _as_packed(x: Tensor, packed: Any) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "x requires grad, but a layer packed for inference has no backward: "
@@ -133,7 +136,7 @@ def _check(x: Tensor, weights: Weights) -> None:
     _refuse_forward_mode(tensors)
 
 
-def check_alpha(alpha) -> None:
+def check_alpha(alpha: object) -> None:
     """Raise TypeError or ValueError unless alpha is a real number that a float64 holds."""
     if not isinstance(alpha, numbers.Real | torch.SymFloat) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
@@ -156,7 +159,7 @@ def check_shapes(K: int, source: str, weights: Weights) -> None:
     if pivots is not None:
         _want("pivots", pivots, "[r]", (rank,), "r from SVh")
     out_features = weights.out_features
-    if A is not None:
+    if A is not None and B is not None:
         _want("A", A, "[ra, K]", (None, K), source)
         _want("B", B, "[N, ra]", (out_features, A.shape[0]), "N from U, ra from A")
     if bias is not None:
@@ -219,12 +222,24 @@ def _refuse_forward_mode(tensors: dict[str, Tensor | None]) -> None:
 # ------------------------------------------------------------------------------------- registration
 
 
-def _kernel_forward(backend, x, *weights):
+def _kernel_forward(backend: ModuleType, x: Tensor, *weights: Any) -> tuple[Tensor, Tensor]:
     y, h_a = backend.forward(_matrix(x), Weights(*weights))
     return _with_lead(y, x.shape[:-1]), h_a
 
 
-def _kernel_backward(backend, dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
+def _kernel_backward(
+    backend: ModuleType,
+    dy: Tensor,
+    x: Tensor | None,
+    h_a: Tensor | None,
+    SVh: Tensor,
+    U: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    alpha: float,
+    pivots: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     saved = Saved(x if x is None else _matrix(x), h_a)
     weights = Weights(SVh, U, A, B, None, alpha, pivots)
     dx, *others = backend.backward(_matrix(dy), saved, weights, Needs(*needs))
@@ -237,18 +252,29 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _with_lead(tensor: Tensor, lead) -> Tensor:
+def _with_lead(tensor: Tensor, lead: torch.Size) -> Tensor:
     """[M, n] -> [*lead, n]. A view would forbid the caller to write into an output in place."""
     return torch.ops.aten._unsafe_view.default(tensor, (*lead, tensor.shape[-1]))
 
 
-def _fake_forward(x, *weights):
-    weights, lead = Weights(*weights), x.shape[:-1]
+def _fake_forward(x: Tensor, *factors: Any) -> tuple[Tensor, Tensor]:
+    weights, lead = Weights(*factors), x.shape[:-1]
     h_a = x.new_empty(math.prod(lead), weights.lora_rank)
     return x.new_empty(*lead, weights.out_features), h_a
 
 
-def _fake_backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h_a: Tensor | None,
+    SVh: Tensor,
+    U: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    alpha: float,
+    pivots: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     shapes = (
         (*dy.shape[:-1], SVh.shape[1]),
         A is not None and A.shape,
@@ -260,7 +286,7 @@ def _fake_backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, SVh, U, A, B, _bias, alpha, pivots = inputs
     need_x, _, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     ctx.needs, ctx.alpha = [need_x, need_A, need_B, need_bias], alpha
@@ -270,7 +296,9 @@ def _save(ctx, inputs, output):
     )
 
 
-def _differentiate(backward_op, ctx, dy, _dh_a):
+def _differentiate(
+    backward_op: Callable[..., Any], ctx: Any, dy: Tensor | None, _dh_a: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
     x, h_a, SVh, U, A, B, pivots = ctx.saved_tensors
@@ -279,27 +307,27 @@ def _differentiate(backward_op, ctx, dy, _dh_a):
     return dx, None, None, dA, dB, db, None, None
 
 
-def _refuse_double_backward(ctx, *_grads):
+def _refuse_double_backward(ctx: Any, *_grads: Any) -> NoReturn:
     raise NotImplementedError(
         "svd_lora_linear has no double backward: its gradients can't be differentiated again"
     )
 
 
-def _refuse_vmap(info, in_dims, *args):
+def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
     raise NotImplementedError(
         "svd_lora_linear has no vmap rule: give the batch as leading dims of x instead"
     )
 
 
-def _autocast(op, device_type, *args):
+def _autocast(op: Callable[..., Any], device_type: str, *args: Any) -> Any:
     dtype = torch.get_autocast_dtype(device_type)
     castable = (torch.float32, torch.bfloat16, torch.float16)
-    args = [a.to(dtype) if isinstance(a, Tensor) and a.dtype in castable else a for a in args]
+    cast = [a.to(dtype) if isinstance(a, Tensor) and a.dtype in castable else a for a in args]
     with torch.autocast(device_type, enabled=False):
-        return op(*args)
+        return op(*cast)
 
 
-def _define(name: str, room):
+def _define(name: str, room: ModuleType) -> Callable[..., Any]:
     """Define and register the two ops of one room; returns its forward op."""
     forward, backward = f"{name}_forward", f"{name}_backward"
     for op_name, schema, kernel, fake in (

@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def forget(SVh: Tensor) -> None:
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def pack(weights: Weights):
+def pack(weights: Weights) -> Any:
     """The weights as the room that serves them wants them for inference, or None where it gains
     nothing by packing. Raises ValueError with the room's own reason where forced."""
     name = _wanted()
@@ -104,7 +105,7 @@ def why_not_packed(weights: Weights) -> dict[str, str]:
     }
 
 
-def forward_packed(x: Tensor, packed) -> Tensor:
+def forward_packed(x: Tensor, packed: Any) -> Tensor:
     """x [..., K] -> y [..., N], in the room that packed it. Raises ValueError where another one is
     forced."""
     if _forced is not None and _forced not in ("auto", packed.room):
@@ -115,12 +116,12 @@ def forward_packed(x: Tensor, packed) -> Tensor:
     return ROOMS[packed.room].forward_packed(x, packed)
 
 
-def rows_packed(ids: Tensor, packed) -> Tensor:
+def rows_packed(ids: Tensor, packed: Any) -> Tensor:
     """ids [...] -> [..., K], rows of a dense matrix that is packed."""
     return ROOMS[packed.room].rows_packed(ids, packed)
 
 
-def unpack(packed) -> Weights:
+def unpack(packed: Any) -> Weights:
     """The weights as they went into pack, bit for bit."""
     return ROOMS[packed.room].unpack(packed)
 

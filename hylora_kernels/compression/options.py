@@ -41,7 +41,7 @@ class CompressOptions:
     """
 
     keep: float = option(0.8, "Fraction of the linears' parameters that stays.")
-    calibration: Tensor | list[str] | str = option(
+    calibration: Tensor | list[str] | str | Path = option(
         "brown", "Text to calibrate on; as --data of evaluate.", reported=False
     )
     method: str = option("two_sided", "two_sided, whitened or svd.", choices=METHODS)

@@ -124,7 +124,7 @@ def analyze_spectrum(
         seed=seed,
         progress=progress,
     )
-    by_type: dict[tuple, list[Tensor]] = {}
+    by_type: dict[tuple[str, int, int], list[Tensor]] = {}
     with eval_mode(model), Compression(model, options) as run:
         for statistics in run.calibrate():
             run.factorize(statistics)

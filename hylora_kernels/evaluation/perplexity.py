@@ -60,7 +60,7 @@ def perplexity(
     return Perplexity(math.exp(mean), mean, tokens, *blocks.shape)
 
 
-def _not_finite(model, ids, start) -> str:
+def _not_finite(model: nn.Module, ids: Tensor, start: int) -> str:
     for place, block in enumerate(ids):
         loss, _ = token_loss(model, block[None])
         if not math.isfinite(loss):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,9 @@ def _optimized(model: nn.Module) -> Iterator[None]:
             restore_from_inference(model)
 
 
-def _timed(model, ids, cache, options) -> tuple[float, Tensor, object]:
+def _timed(
+    model: nn.Module, ids: Tensor, cache: Any, options: dict[str, Any]
+) -> tuple[float, Tensor, object]:
     """(seconds, the likeliest next token [1, 1], the cache) of one forward."""
     _synchronize(ids.device)
     start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,17 +79,18 @@ class _Pieces(BaseStreamer):
     tokenizers drop a leading space.
     """
 
-    def __init__(self, tokenizer, stream):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stream: Callable[[str], object] | None
+    ) -> None:
         self.tokenizer, self.stream = tokenizer, stream
         self.texts: list[str] = []
-        self.tokens: list[int] | None = (
-            None  # None: the prompt is still to come, as the first thing put
-        )
+        self.tokens: list[int] = []
+        self.has_prompt = False  # transformers puts the prompt first
         self.before = self.sent = 0  # tokens[before:sent] are the last piece
 
     def put(self, value: torch.Tensor) -> None:
-        if self.tokens is None:
-            self.tokens = []
+        if not self.has_prompt:
+            self.has_prompt = True
             return
         self.tokens += value.flatten().tolist()
         text = self._decode(self.before, None)
@@ -107,12 +109,13 @@ class _Pieces(BaseStreamer):
                 self.stream(piece)
 
     def _decode(self, start: int, stop: int | None) -> str:
-        return self.tokenizer.decode(
+        # One list of tokens decodes to one str; its annotation is that of many lists as well.
+        return self.tokenizer.decode(  # type: ignore[return-value]
             self.tokens[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
 
-def _encode(tokenizer, prompt, chat) -> torch.Tensor:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
     if chat:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -120,15 +123,22 @@ def _encode(tokenizer, prompt, chat) -> torch.Tensor:
     return tokenizer(prompt, return_tensors="pt").input_ids
 
 
-def _pad_token(model, tokenizer) -> int | None:
+def _pad_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Never used with one prompt; given so that transformers doesn't warn that it chose one."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
-    end = model.generation_config.eos_token_id
+    end: Any = model.generation_config.eos_token_id
     return end[0] if isinstance(end, list) else end
 
 
-def _check(tokenizer, prompt, max_new_tokens, temperature, top_p, chat) -> None:
+def _check(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    chat: bool,
+) -> None:
     if tokenizer is None:
         raise ValueError("tokenizer must be given to generate text, got None")
     if not isinstance(prompt, str) or not prompt.strip():

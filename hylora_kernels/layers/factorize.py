@@ -73,7 +73,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
-def _gram(W: Tensor, rank: int):
+def _gram(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if W.shape[0] > W.shape[1]:
         V, S, Uh = _gram(W.T, rank)
         return Uh.T, S, V.T
@@ -93,7 +93,7 @@ def _gram(W: Tensor, rank: int):
 
 def _randomized(
     W: Tensor, rank: int, generator: torch.Generator, oversample: int = 10, iterations: int = 2
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     columns = min(rank + oversample, *W.shape)
     sketch = torch.randn(W.shape[1], columns, dtype=W.dtype, device=W.device, generator=generator)
     Q = torch.linalg.qr(W @ sketch).Q
@@ -104,7 +104,9 @@ def _randomized(
     return Q @ U[:, :rank], S[:rank], Vh[:rank]
 
 
-def _nystrom(W: Tensor, rank: int, generator: torch.Generator, oversample: int = 10):
+def _nystrom(
+    W: Tensor, rank: int, generator: torch.Generator, oversample: int = 10
+) -> tuple[Tensor, Tensor, Tensor]:
     symmetric = W.shape[0] == W.shape[1] and torch.allclose(
         W, W.T, rtol=1e-5, atol=1e-6 * float(W.abs().max())
     )
@@ -147,7 +149,7 @@ def _nystrom(W: Tensor, rank: int, generator: torch.Generator, oversample: int =
     return U, eigenvalues, U.T
 
 
-def _shifted_core(test: Tensor, sketch: Tensor, shift: float):
+def _shifted_core(test: Tensor, sketch: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     core = test.T @ sketch
     core = 0.5 * (core + core.T)
     core.diagonal().add_(shift)

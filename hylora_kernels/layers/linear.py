@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ class SVDLoRALinear(nn.Module):
     (arXiv:2106.09685), PIFA (arXiv:2501.19090).
     """
 
+    pivots: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -66,7 +69,7 @@ class SVDLoRALinear(nn.Module):
         _check_dropout(lora_dropout)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         others = out_features - rank if form == "pivoted" else out_features
         self.in_features, self.out_features = in_features, out_features
         self.form, self.alpha, self.lora_dropout = form, float(alpha), lora_dropout
@@ -86,7 +89,7 @@ class SVDLoRALinear(nn.Module):
         nn.init.uniform_(self.SVh, -bound, bound)
         if self.U.numel():
             nn.init.normal_(self.U, std=self.rank**-0.5)
-        if self.A is not None:
+        if self.A is not None and self.B is not None:
             nn.init.normal_(self.A, std=bound)
             nn.init.zeros_(self.B)
         if self.bias is not None:
@@ -103,12 +106,14 @@ class SVDLoRALinear(nn.Module):
         return 0 if self.A is None else self.A.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = self.A, self.B
-        if A is not None and A.dtype != self.SVh.dtype:
-            A, B = A.to(self.SVh.dtype), B.to(self.SVh.dtype)
-        if A is not None and self.lora_dropout and self.training:
-            y = svd_lora_linear(x, self.SVh, self.U, bias=self.bias, pivots=self.pivots)
-            return y + self.alpha * F.linear(F.linear(F.dropout(x, self.lora_dropout), A), B)
+        A: Tensor | None = self.A
+        B: Tensor | None = self.B
+        if A is not None and B is not None:
+            if A.dtype != self.SVh.dtype:
+                A, B = A.to(self.SVh.dtype), B.to(self.SVh.dtype)
+            if self.lora_dropout and self.training:
+                y = svd_lora_linear(x, self.SVh, self.U, bias=self.bias, pivots=self.pivots)
+                return y + self.alpha * F.linear(F.linear(F.dropout(x, self.lora_dropout), A), B)
         return svd_lora_linear(x, self.SVh, self.U, A, B, self.bias, self.alpha, self.pivots)
 
     def train(self, mode: bool = True) -> SVDLoRALinear:
@@ -143,7 +148,8 @@ class SVDLoRALinear(nn.Module):
         _check_sizes(K, N, rank, lora_rank, form)
         _check_init(init)
         check_alpha(alpha)
-        options = {"bias": linear.bias, "alpha": alpha, "lora_dropout": lora_dropout}
+        options: dict[str, Any] = {"bias": linear.bias, "alpha": alpha}
+        options["lora_dropout"] = lora_dropout
         if form == "pivoted" and rank == N:
             layer = cls.from_dense(weight, lora_rank, **options)
         else:
@@ -166,8 +172,8 @@ class SVDLoRALinear(nn.Module):
         seed: int = 0,
     ) -> SVDLoRALinear:
         """Plain LoRA: W [N, K] itself, shared, as a pivoted base of rank N; a classic adapter."""
-        A, B = _classic_adapter(*W.shape, lora_rank, seed)
-        kind = {"device": W.device, "dtype": W.dtype}
+        A, B = _classic_adapter(W.shape[0], W.shape[1], lora_rank, seed)
+        kind: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
         if lora_rank:
             A, B = A.to(**kind), B.to(**kind)
         U, pivots = torch.empty(0, len(W), **kind), torch.arange(len(W))
@@ -208,11 +214,12 @@ class SVDLoRALinear(nn.Module):
         base_U, base_SVh, pivots = U[:, :rank], SVh[:rank], None
         if form == "pivoted":
             base_U, base_SVh, pivots = _pivoted(base_U, base_SVh)
-        factors = (base_SVh, base_U, A, B)
         # Copies: a view of the first components would keep the memory of all of them.
-        kind = {"device": SVh.device, "dtype": dtype, "memory_format": torch.contiguous_format}
-        factors = (t if t is None else t.to(**kind, copy=True) for t in factors)
-        return cls.from_factors(*factors, bias, alpha, pivots, lora_dropout)
+        kind: dict[str, Any] = {"device": SVh.device, "dtype": dtype, "copy": True}
+        kind["memory_format"] = torch.contiguous_format
+        SVh, U = base_SVh.to(**kind), base_U.to(**kind)
+        A, B = (None if t is None else t.to(**kind) for t in (A, B))
+        return cls.from_factors(SVh, U, A, B, bias, alpha, pivots, lora_dropout)
 
     @classmethod
     def from_factors(
@@ -245,7 +252,9 @@ class SVDLoRALinear(nn.Module):
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
-    def _hold(self, SVh, U, A, B, pivots) -> None:
+    def _hold(
+        self, SVh: Tensor, U: Tensor, A: Tensor | None, B: Tensor | None, pivots: Tensor | None
+    ) -> None:
         self.SVh = nn.Parameter(SVh, requires_grad=False)
         self.U = nn.Parameter(U, requires_grad=False)
         self.A = None if A is None else nn.Parameter(A)
@@ -281,7 +290,7 @@ class SVDLoRALinear(nn.Module):
         Where r + ra exceeds min(K, N), that is the rank of the pair; the pivoted form becomes the
         dense matrix (rank N).
         """
-        if self.A is None:
+        if self.A is None or self.B is None:
             return self
         SVh = torch.cat([wide(self.SVh), wide(self.A)])
         U = torch.cat([reference.full_U(wide(self.U), self.pivots), self.alpha * wide(self.B)], 1)
@@ -292,25 +301,28 @@ class SVDLoRALinear(nn.Module):
             weight = U @ SVh
             eye = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
             U, SVh = (weight, eye) if weight.shape[0] >= weight.shape[1] else (eye, weight)
-        kind = {"device": self.SVh.device, "dtype": self.SVh.dtype}
+        kind: dict[str, Any] = {"device": self.SVh.device, "dtype": self.SVh.dtype}
         self._hold(SVh.to(**kind).contiguous(), U.to(**kind).contiguous(), None, None, pivots)
         return self
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """The nn.Linear that computes the same, adapter included; the bias is shared."""
-        factors = (None if t is None else wide(t) for t in (self.SVh, self.U, self.A, self.B))
-        weight = reference.dense_weight(Weights(*factors, alpha=self.alpha, pivots=self.pivots))
+        A, B = (None if t is None else wide(t) for t in (self.A, self.B))
+        factors = Weights(wide(self.SVh), wide(self.U), A, B, None, self.alpha, self.pivots)
+        weight = reference.dense_weight(factors)
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight.to(self.SVh.device, self.SVh.dtype))
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
 
 SVD_LoRA_Linear = SVDLoRALinear
 
 
-def _classic_adapter(out_features: int, in_features: int, lora_rank: int, seed: int):
+def _classic_adapter(
+    out_features: int, in_features: int, lora_rank: int, seed: int
+) -> tuple[Tensor | None, Tensor | None]:
     """A [ra, K] random with rows of norm about 1, B [N, ra] zero; None, None at lora_rank 0."""
     if not lora_rank:
         return None, None
@@ -338,7 +350,7 @@ def _balanced(SVh: Tensor, U: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return SVh * scale[:, None], U / scale / alpha
 
 
-def _check_sizes(in_features, out_features, rank, lora_rank, form) -> None:
+def _check_sizes(in_features: int, out_features: int, rank: int, lora_rank: int, form: str) -> None:
     sizes = SimpleNamespace(
         in_features=in_features, out_features=out_features, rank=rank, lora_rank=lora_rank
     )
@@ -359,13 +371,13 @@ def _check_sizes(in_features, out_features, rank, lora_rank, form) -> None:
         )
 
 
-def _check_dropout(lora_dropout) -> None:
+def _check_dropout(lora_dropout: float) -> None:
     if not isinstance(lora_dropout, int | float) or isinstance(lora_dropout, bool):
         raise TypeError(f"lora_dropout must be a number, got {type(lora_dropout).__name__}")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
 
 
-def _check_init(init) -> None:
+def _check_init(init: str) -> None:
     if init not in ("next", "classic"):
         raise ValueError(f"init must be 'next' or 'classic', got {init!r}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -64,7 +65,7 @@ def load_model(
     return _load_plain(str(name_or_path), device, dtype)
 
 
-def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
     """The tokenizer from the model's name_or_path. Raises ValueError if there is none."""
     source = getattr(model, "name_or_path", "") or ""
     tokenizer = None

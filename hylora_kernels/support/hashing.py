@@ -49,4 +49,4 @@ def _kind(tensor: Tensor) -> str:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, row-major: its own memory if contiguous on the CPU, else a copy."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from hylora_kernels.support.storage import write_text
 class Report:
     """A mixin for dataclasses that may hold other Reports: to_dict(), to_json() and save()."""
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The fields in JSON's own types, converted as plain() does."""
         return plain(self)
 
@@ -32,7 +33,7 @@ class Report:
         return Path(path)
 
 
-def plain(value: object) -> object:
+def plain(value: object) -> Any:
     """`value` in JSON's own types.
 
     Dataclasses become dicts, tensors and tuples lists, sets sorted lists, enums their values;

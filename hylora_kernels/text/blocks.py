@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import LongTensor, Tensor
+from torch import Tensor
 from tqdm import tqdm
 
 from hylora_kernels.support.storage import atomic_path, cache_dir
 from hylora_kernels.text.sources import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PIECE = 8_000_000  # Characters that are tokenized at once.
 CACHED_FROM = 1_000_000  # Characters: the tokens of longer texts, over a second's work, are cached.
 
 
 def token_blocks(
-    data: LongTensor | list[str] | str | os.PathLike,
-    tokenizer=None,
+    data: Tensor | list[str] | str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     length: int = 512,
     split: str = "train",
     limit: int | None = None,
     seed: int | None = None,
     progress: bool = True,
-) -> LongTensor:
+) -> Tensor:
     """Contiguous blocks of tokens [n, length], int64, on the CPU.
 
     data:      token ids [n, L], which are the blocks, of any L; or a list of texts, "brown",
@@ -66,7 +70,7 @@ def token_blocks(
     return blocks[chosen[:limit]]
 
 
-def _checked_ids(ids: Tensor, tokenizer) -> LongTensor:
+def _checked_ids(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"data must be int64 token ids, got {ids.dtype}")
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
@@ -78,7 +82,9 @@ def _checked_ids(ids: Tensor, tokenizer) -> LongTensor:
     return ids.to("cpu", torch.int64)
 
 
-def _tokenize(text: str, tokenizer, wanted: int | None, progress: bool) -> LongTensor:
+def _tokenize(
+    text: str, tokenizer: PreTrainedTokenizerBase, wanted: int | None, progress: bool
+) -> Tensor:
     """The tokens of `text`: all, or at least the first `wanted`."""
     if len(text) < CACHED_FROM:
         return _encode(text, tokenizer)
@@ -100,7 +106,7 @@ def _tokenize(text: str, tokenizer, wanted: int | None, progress: bool) -> LongT
     return found
 
 
-def _encode(text: str, tokenizer) -> LongTensor:
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     # verbose=False: no warning that the text is longer than the model's context.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
@@ -118,7 +124,7 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _fingerprint(text: str, tokenizer) -> str:
+def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     digest = hashlib.sha256(f"{type(tokenizer).__name__} {PIECE} {rules}".encode())

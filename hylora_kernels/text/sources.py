@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hylora_kernels.support.storage import cache_dir, write_text
 
@@ -90,7 +91,7 @@ def _hub_text(data: str, split: str) -> str:
     return _joined(found, data)
 
 
-def _joined(table, source: str) -> str:
+def _joined(table: Any, source: str) -> str:
     """The texts of a datasets.Dataset, joined by blank lines."""
     kinds = {name: getattr(kind, "dtype", None) for name, kind in table.features.items()}
     texts = [name for name, dtype in kinds.items() if dtype in ("string", "large_string")]
