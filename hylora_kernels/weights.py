@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class Weights:
     alpha: float = 1.0
     pivots: Tensor | None = None
 
-    def __iter__(self) -> Iterator[Tensor | float | None]:
+    def __iter__(self) -> Iterator[Any]:
         return iter((self.SVh, self.U, self.A, self.B, self.bias, self.alpha, self.pivots))
 
     @property
