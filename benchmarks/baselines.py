@@ -1,7 +1,7 @@
-"""The rivals of one layer, each a function of x and weights laid out ahead as it likes them best.
+"""The baselines of one layer on a CPU: functions of x and of weights in the layout that suits each.
 
 a      naive eager: four products, as the formula reads
-b      two products: P = [SVh; A] and Q = [U, alpha B] laid side by side ahead
+b      two products: P = [SVh; A] and Q = [U, alpha B] laid side by side beforehand
 d      the same two through oneDNN with prepacked weights, as torch.compile's freezing does
 dense  the layer that was compressed
 """

@@ -1,8 +1,8 @@
-"""Options, and what every benchmark stands on: kept memory, measured limits, lines and a summary.
+"""Options and fixtures of all benchmarks: kept memory, measured limits, a printed summary.
 
     python -m pytest benchmarks -s --benchmark-only [--quick | --full] [--threads 1,2]
 
-No time is asserted. Outputs are, against reference.py, before anything is timed.
+No time is asserted. Outputs are checked against reference.py before anything is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import ours
 import record
 from timing import keep_freed_memory
 
-BUSY = 0.5  # load average from which on somebody else holds a core
+BUSY = 0.5  # load average above which another process holds a core
 
 
 def pytest_addoption(parser):
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc):
 
 
 def thread_counts(config) -> list[int]:
-    """Those asked for that this machine has cores for."""
+    """The numbers asked for, without those that this machine has no cores for."""
     words = config.getoption("--threads") or ("1" if config.getoption("--quick") else "1,2")
     wanted = [int(word) for word in words.split(",")]
     return [count for count in wanted if count <= (os.cpu_count() or 1)] or [1]
@@ -61,7 +61,7 @@ def quick(request) -> bool:
 
 @pytest.fixture
 def with_threads():
-    """Call it with a number of threads; what was set before is put back after the test."""
+    """A function that sets the number of threads; the test's end restores the former one."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -74,12 +74,13 @@ def limits(quick):
 
 
 @pytest.fixture
-def room() -> str:
-    """The backend measured; the test is skipped with the reason where it can't be used."""
+def backend() -> str:
+    """The name of the measured backend; the test is skipped with the reason where it can't be
+    used."""
     reason = ours.missing()
     if reason:
         pytest.skip(reason)
-    return ours.room_name()
+    return ours.backend_name()
 
 
 def pytest_sessionstart(session):
@@ -90,7 +91,7 @@ def pytest_sessionstart(session):
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["hylora"] = {
         "torch": torch.__version__,
-        "backend": ours.room_name(),
+        "backend": ours.backend_name(),
         "isa": ours.isa(),
         "float32_products": ours.float32_products(),
         "caches": measured_limits.cache_bytes(),
@@ -103,6 +104,6 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(line)
     if config.load_before > BUSY:
         terminalreporter.write_line(
-            f"the machine was busy before the start (load {config.load_before:.1f}): trust ratios, "
-            "and those only of one thread"
+            f"the machine was busy before the start (load {config.load_before:.1f}): only ratios "
+            "of one thread are reliable"
         )

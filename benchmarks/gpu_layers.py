@@ -31,7 +31,7 @@ from hylora_kernels.support.storage import write_json
 ROWS, QUICK_ROWS = (1, 16, 64, 256, 2048, 8192), (1, 16, 256, 2048)
 QUICK_SHAPES = tune.SHAPES[2:4]
 TRAINING_ROWS = (2048, 8192)
-WARM_UP_TO = 64  # rows: beyond it the weights are read once for many, from wherever
+WARM_UP_TO = 64  # rows; with more the weights are read once for many rows, and L2 matters little
 WARM_CALLS = 20  # in one graph or one run, of the same weights
 FORMS = ("pair", "pivoted")
 
@@ -62,7 +62,8 @@ def one_by_one(calls: list[Callable]) -> Callable:
 
 
 def in_turns(contest: dict[str, tuple[Callable, int]], rounds: int) -> dict[str, float]:
-    """name -> (run, calls in it) to name -> the median seconds a call, each timed once a round."""
+    """Median seconds of a call, by name; a contest maps a name to (a run, the calls in it). Every
+    round times each run once."""
     repeats, samples = {}, {name: [] for name in contest}
     for name, (run, _) in contest.items():
         run()
@@ -109,7 +110,7 @@ def limits() -> dict[str, float]:
 
 @torch.no_grad()
 def forward(layer: Layer, quick: bool, compiled: bool, rounds: int) -> list[dict]:
-    """A row for each rival and regime."""
+    """A row for each rival and regime, of the forward."""
     x = torch.randn(layer.M, layer.K, device=DEVICE).to(DTYPE)
     weights = rivals.random_weights(layer)
     calls = {
@@ -187,7 +188,7 @@ def geometric_mean(values) -> float:
 
 
 def tables(rows: list[dict], found: dict[str, float] | None, kind: str) -> tuple[list, dict]:
-    """(a table for each form and regime, regime and form -> rival -> geometric mean of ratios).
+    """(a table for each form and regime, {form and regime: {rival: geometric mean of ratios}}).
 
     found: the limits, for a layer's share of them; None for training."""
     made, means = [], {}
@@ -218,8 +219,7 @@ def tables(rows: list[dict], found: dict[str, float] | None, kind: str) -> tuple
 
 
 def _share(layer: Layer, seconds: float, found: dict[str, float] | None) -> str:
-    """Of the measured bandwidth where weights are most of the work, of the products' rate where
-    multiply-adds are."""
+    """The share of the measured bandwidth that few rows reach, or the TFLOP/s of many."""
     if found is None:
         return ""
     if layer.M <= 16:
@@ -233,7 +233,8 @@ def _share(layer: Layer, seconds: float, found: dict[str, float] | None) -> str:
 
 
 def layers(shapes, rows, merged: bool) -> list[Layer]:
-    """merged: a pivoted layer as it is used, its adapter folded in."""
+    """The shapes in both forms with all rows. merged: pivoted layers have their adapter folded in,
+    as they are deployed."""
     found = []
     for K, N, r, ra in shapes:
         for form in FORMS:

@@ -90,7 +90,7 @@ def design_rows(gpu: str, form: str, mode: str, warm: bool) -> str:
 
 
 def breakdown(layer: Layer, gpu: str, warm: bool) -> str:
-    """PREDICTION for one layer: both modes, what bounds each, and every product by itself."""
+    """PREDICTION for one layer: both modes, the limit of each, and every product by itself."""
     predicted, rows, parts = predict(layer, gpu, warm), [], []
     for name, prediction in predicted.items():
         times = [f"{micro(prediction.seconds(m))} ({prediction.bound(m)})" for m in MODES]
@@ -104,8 +104,8 @@ def breakdown(layer: Layer, gpu: str, warm: bool) -> str:
 
 
 def measured_rows(path: Path) -> list[dict]:
-    """The rows of a measured file; a table of `hylora tune` says of each forward problem what
-    torch's own products took and what the fastest launch did."""
+    """The rows of a measured file. Of a table of `hylora tune`: for each forward problem the times
+    of torch's own products and of the fastest launch."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(found, list):
         return found
@@ -121,7 +121,7 @@ def measured_rows(path: Path) -> list[dict]:
         timings = {"four_products" if ra else "two_products": torchs}
         if launches:
             timings["one_launch"] = min(launches, key=lambda t: t["graph_cold"])
-        if ra and (r + ra) * (K + N) < M * N:  # torch's factors are laid side by side each call
+        if ra and (r + ra) * (K + N) < M * N:  # torch's products lay factors side by side each call
             del timings["four_products"]
         for candidate, timing in timings.items():
             for cache in ("cold", "warm"):

@@ -50,7 +50,7 @@ def _title(machine: dict, started: str) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in machine.get("versions", {}).items())
     driver, commit = machine.get("driver", "?"), machine.get("commit", "?")
     where = f"driver {driver}, {versions}; commit {commit}, {started}, `benchmarks/gpu.sh`."
-    return f"## {card}\n\n{where}"
+    return f"### {card}\n\n{where}"
 
 
 # ------------------------------------------------------------------------------------- whole models
@@ -72,7 +72,7 @@ def _models(rows: list[dict]) -> str:
         "step in ms, a layer's call on the host in µs; in brackets how many times as fast as "
         "dense, the median of interleaved rounds. Peak: own weights and what the call allocates."
     )
-    return "\n\n".join(["### Whole models", note, *parts])
+    return "\n\n".join(["#### Whole models", note, *parts])
 
 
 def _model_table(rows: list[dict]) -> str:
@@ -129,7 +129,7 @@ def _layers(report: dict) -> str:
         f"{limits.get('product', 0) / 1e12:.0f} TFLOP/s."
     )
     failed = "".join(f"\n* FAILED: {failure}" for failure in report.get("failures", []))
-    return f"### One layer\n\n{note}\n\n{markdown(['', *rivals], rows)}{failed}"
+    return f"#### One layer\n\n{note}\n\n{markdown(['', *rivals], rows)}{failed}"
 
 
 def _selftest(report: dict | None) -> str:
@@ -148,17 +148,17 @@ def _selftest(report: dict | None) -> str:
     notes = [f"not tested: {what}: {why}" for what, why in report["skipped"].items()]
     notes += [f"FAILED: {failure}" for failure in failures[:20]]
     listed = "".join(f"\n* {note}" for note in notes)
-    return f"### Selftest, {report['seconds']:.0f} s\n\n{markdown(heads, rows)}\n{listed}"
+    return f"#### Selftest, {report['seconds']:.0f} s\n\n{markdown(heads, rows)}\n{listed}"
 
 
 def _tuned(report: dict) -> str:
     rows = report.get("rows", [])
-    return f"### Tuned\n\n{len(rows)} problems, in tune.json." if rows else ""
+    return f"#### Tuned\n\n{len(rows)} problems, in tune.json." if rows else ""
 
 
 def _steps(steps: list[dict]) -> str:
     rows = [[s["name"], s["status"], f"{s['seconds']:.0f}", s["last_line"]] for s in steps]
-    return f"### Steps\n\n{markdown(['step', 'status', 'seconds', 'last line'], rows)}"
+    return f"#### Steps\n\n{markdown(['step', 'status', 'seconds', 'last line'], rows)}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The rivals of one layer on a GPU, each a function of x and weights laid out ahead as it likes
-them best.
+"""The rivals of one layer on a GPU: functions of x and of weights in the layout that suits each.
 
 auto        svd_lora_linear as a user calls it
 one_launch  the Triton kernel, whatever the table says
@@ -42,8 +41,8 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Layer:
-    """r, ra: the ranks of base and adapter. A pivoted layer in use is merged: ra = 0. lora_rank:
-    that of peft's adapter."""
+    """r, ra: the ranks of base and adapter; ra is 0 where the adapter is merged. lora_rank: the
+    rank of peft's adapter."""
 
     M: int
     K: int
@@ -62,7 +61,7 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """Numbers in the factors: as many multiply-adds a row of x."""
+        """Numbers in the factors, which are the multiply-adds for each row of x."""
         return self.r * (self.K + self.others) + self.ra * (self.K + self.N)
 
     @property
@@ -185,7 +184,7 @@ def _two_products(w: Weights, _: Layer):
 
 
 def weight_bytes(name: str, layer: Layer) -> int:
-    """What a call reads besides x."""
+    """Bytes that a call reads besides x."""
     if name in ("dense", "peft"):
         extra = layer.lora_rank * (layer.K + layer.N) if name == "peft" else 0
         return DTYPE.itemsize * (layer.K * layer.N + extra)
@@ -194,8 +193,8 @@ def weight_bytes(name: str, layer: Layer) -> int:
 
 
 def forward_calls(name: str, layer: Layer, x: Tensor, weights: Weights) -> list[Callable]:
-    """The rival's call on x, once for each of so many copies of its weights that, going round them,
-    each comes from memory."""
+    """The rival's call on x for each of several copies of its weights: enough that a call, when all
+    are called in turn, reads its own from memory."""
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
     count = max(2, min(512, math.ceil(2.5 * cache / weight_bytes(name, layer))))
     calls = []
@@ -211,7 +210,7 @@ def compiled_call(name: str, layer: Layer, x: Tensor, weights: Weights) -> Calla
 
 
 def check(y: Tensor, x: Tensor, weights: Weights, name: str) -> None:
-    """Raise FloatingPointError unless y is what the formula says, on the first and last rows."""
+    """Raise FloatingPointError unless y is the formula's result, on the first and last rows."""
     rows = torch.arange(len(x), device=DEVICE)
     rows = rows[(rows < 8) | (rows >= len(x) - 8)]
     wide = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in weights)
@@ -222,7 +221,7 @@ def check(y: Tensor, x: Tensor, weights: Weights, name: str) -> None:
 
 
 def under(config, call: Callable) -> Callable:
-    """The call by a forced launch."""
+    """The call with a forced launch."""
 
     def run():
         with triton.forcing(config):
@@ -242,7 +241,7 @@ def by_cuda(function: Callable) -> Callable:
 
 
 def names_of(contest: tuple[str, ...]) -> list[str]:
-    """Those of FORWARD or TRAINING that are there."""
+    """The names of FORWARD or TRAINING whose backend can be used here."""
     return [name for name in contest if name != "cuda_launch" or cuda.is_available()]
 
 

@@ -1,8 +1,8 @@
 """PREDICTION, nothing here is measured: an analytic roofline of one layer on a GPU.
 
-Every product takes the longest of three times: its multiply-adds on the tensor cores, its bytes
-from HBM, its bytes from L2; a launch adds the time to fill and to drain the machine. In eager mode
-the host may be slower than all of that. bf16 or fp16, forward. gpu_prediction.py is the command.
+A product takes the longest of three times: its multiply-adds on the tensor cores, its bytes from
+HBM, its bytes from L2. A launch adds the time to fill and to drain the machine. In eager mode the
+host may take longer than all of that. bf16 or fp16, forward. gpu_prediction.py is the command.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple
 FORMS = ("pair", "pivoted")
 MODES = ("graph", "eager")
 BYTES = 2  # of a bf16 or fp16 number
-TILE = 128  # sides of the tiles that are dealt to the units
+TILE = 128  # sides of the tiles that the units compute
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """hbm, l2: bytes/s. l2_bytes: what all units share. tensor: dense bf16 FLOP/s with float32
+    """hbm, l2: bytes/s. l2_bytes: shared by all units. tensor: dense bf16 FLOP/s with float32
     sums. units: SMs or CUs. gap: seconds between two kernels of a replayed graph. reuse: rows and
     columns of the tile for which torch's product reads its operands once."""
 
@@ -32,11 +32,11 @@ class Gpu:
     reuse: tuple[int, int] = (128, 256)
 
 
-# hbm, l2_bytes, tensor and units are those of NVIDIA's datasheets of the H100 (SXM5), the A100
-# (SXM4, 80 GB) and the L4, of the Ada white paper (RTX 4090) and of AMD's MI300X datasheet. No
-# NVIDIA datasheet gives l2: estimates after published micro-benchmarks, the L4's scaled from the
-# RTX 4090's. Each of the MI300X's eight dies has 4 MB of L2; what all its units share is the
-# Infinity Cache, 17.2 TB/s by AMD's CDNA 3 white paper.
+# Sources of hbm, l2_bytes, tensor and units: NVIDIA's datasheets of the H100 (SXM5), the A100
+# (SXM4, 80 GB) and the L4, the Ada white paper (RTX 4090), AMD's MI300X datasheet. No NVIDIA
+# datasheet gives l2: these are estimates after published micro-benchmarks, the L4's scaled from the
+# RTX 4090's. Each of the MI300X's eight dies has 4 MB of L2; the cache that all its units share is
+# the Infinity Cache, 17.2 TB/s by AMD's CDNA 3 white paper.
 GPUS = {
     "H100": Gpu(3.35e12, 5.5e12, 50e6, 990e12, 132, reuse=(256, 256)),  # multicast between two SMs
     "A100": Gpu(2.0e12, 4.0e12, 40e6, 312e12, 108),
@@ -48,7 +48,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Shares:
-    """What a kind of kernel reaches of the tensor cores' rate and of HBM's."""
+    """The fractions of the tensor cores' rate and of HBM's that a kind of kernel reaches."""
 
     tensor: float
     hbm: float
@@ -56,7 +56,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Every figure of the model that no datasheet gives: the first estimate's, assumptions all."""
+    """The figures of the model that no datasheet gives; the defaults are assumptions."""
 
     torch: Shares = Shares(0.78, 0.90)
     one_launch: Shares = Shares(0.66, 0.85)
@@ -70,7 +70,7 @@ class Calibration:
     wait: float = 1.5e-6  # seconds between the phases of the one launch
     host_torch: float = 6e-6  # seconds of the host for an op of torch
     host_triton: float = 18e-6  # and for a launch through Triton
-    host_cuda: float = 12e-6  # through the C++ binding: on a CPU's clock as two ops of torch's
+    host_cuda: float = 12e-6  # through the C++ binding, taken to cost as much as two ops of torch
 
 
 _ADA = Calibration(  # slower tensor cores, easier to keep busy
@@ -139,7 +139,7 @@ class Layer:
 
 
 class Stage(NamedTuple):
-    """PREDICTION for one product or pass: what each of the three would take alone, in seconds."""
+    """PREDICTION for one product or pass: the seconds of each of the three limits alone."""
 
     what: str
     tensor: float
@@ -170,7 +170,7 @@ class Prediction(NamedTuple):
         return max(device, self.host) if mode == "eager" else device
 
     def bound(self, mode: str = "graph") -> str:
-        """What most of the time goes to."""
+        """The limit that takes most of the time."""
         if mode == "eager" and self.seconds("graph") < self.host:
             return "host"
         parts = {"launches": self.overhead}
@@ -181,19 +181,19 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU, its calibration, and whether everything a layer reads is in L2 already."""
+    """A GPU and its calibration. warm: all that a layer reads is in L2 already."""
 
     gpu: Gpu
     calibration: Calibration = Calibration()
     warm: bool = False
 
     def keeps(self, *shape: int) -> bool:
-        """Whether a matrix written by one kernel is found in L2 by the next."""
+        """A matrix of this shape, written by one kernel, is still in L2 for the next."""
         return BYTES * math.prod(shape) < self.calibration.kept * self.gpu.l2_bytes
 
     def full_waves(self, M: int, N: int, K: int) -> float:
-        """How busy the units are, 0 to 1: the last wave of tiles is rarely full. Where there are
-        fewer tiles than units, a long K can be cut in up to four."""
+        """The fraction of the units that work, on average: the last wave of tiles is rarely full.
+        Where there are fewer tiles than units, a long K can be cut in up to four."""
         waves = math.ceil(M / TILE) * math.ceil(N / TILE) / self.gpu.units
         if waves >= 1:
             return waves / math.ceil(waves)
@@ -275,7 +275,7 @@ def one_launch(layer: Layer, machine: Machine) -> Prediction:
 
 
 def cuda_launch(layer: Layer, machine: Machine) -> Prediction:
-    """PREDICTION: the same design in CUDA C++. Its shares are guesses: none has run."""
+    """PREDICTION: the same design in CUDA C++. Its shares are guesses: no GPU has run it."""
     calibration = machine.calibration
     return _dataflow(layer, machine, calibration.cuda_launch, calibration.host_cuda)
 
@@ -296,8 +296,8 @@ def _dataflow(layer: Layer, machine: Machine, shares: Shares, host: float) -> Pr
 
 
 def on_chip(layer: Layer, machine: Machine) -> Prediction:
-    """PREDICTION: h of a block of rows in shared memory, both products in one program, which
-    streams both factors whole. Programs that share a block's outputs each make its h anew."""
+    """PREDICTION: h of a block of rows in shared memory, both products in one program, which reads
+    both factors whole. Programs that share a block's outputs compute its h once each."""
     gpu, best = machine.gpu, None
     hbm = gpu.hbm * machine.calibration.torch.hbm
     M, K, R, outputs = layer.M, layer.K, layer.R, layer.others
@@ -344,8 +344,8 @@ def machine_named(gpu: str, warm: bool = False) -> Machine:
 
 
 def predict(layer: Layer, gpu: str = "H100", warm: bool = False) -> dict[str, Prediction]:
-    """PREDICTION of every candidate that the GPU runs, by name. warm only counts where the weights
-    stay in L2."""
+    """PREDICTION of every candidate that the GPU runs, by name. warm has an effect only where the
+    weights fit L2."""
     at = machine_named(gpu, warm)
     if warm and not at.keeps(layer.R * (layer.K + layer.others)):
         at = replace(at, warm=False)

@@ -1,4 +1,4 @@
-"""The layers that are timed: their sizes, random factors, and what they cost at the least."""
+"""The layers that are timed: sizes, random factors, least work, and the check of a result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hylora_kernels.layers.linear import factor_count
 from hylora_kernels.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ALPHA = 0.7  # no power of two, so that folding it into a bf16 B costs what it costs
-FEW_ROWS = 16  # up to so many rows a product is bound by reading the weights: only then are they
-# copied, to be read from the level named
+ALPHA = 0.7  # no power of two: folding it into a bf16 B rounds
+# Up to 16 rows reading the weights bounds a product. Only then are the weights copied, so that each
+# call reads its own from the cache level named.
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Shape:
         return float(dtype.itemsize * (self.weights() + M * (self.K + self.N)))
 
 
-# Those the kernel was tuned on: square and both halves of an MLP at K >= 2048; SmolLM2-135M's.
+# The kernel was tuned on these: square and both halves of an MLP at K >= 2048; SmolLM2-135M's.
 TUNED = (
     Shape(2048, 2048, 512, 32),
     Shape(2048, 5632, 768, 32),

@@ -1,10 +1,10 @@
-// What one machine can do at most: multiply-adds a second from registers and from L1, bytes a
-// second read from a buffer of each size given. Prints one JSON object.
+// Limits of one machine: multiply-adds a second from registers and from L1, bytes a second read from
+// a buffer of each size given. Prints one JSON object.
 //
 //   limits THREADS SECONDS BYTES...
 //
 // Bytes are of all threads together; every thread reads its own part. Compiled for the baseline:
-// every wider instruction is behind a check of the processor and the system.
+// wider instructions run only after a check of the processor and the system.
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -37,7 +37,7 @@ double now() {
 }
 
 // Work a second of `threads` threads that each do `work(thread, n)` between two barriers. The best
-// of five: the others had company.
+// of five: in the others other processes ran too.
 double rate(int threads, double seconds, const std::function<double(int, long)>& work) {
   long n = 1;
   for (;; n *= 2) {
@@ -164,8 +164,8 @@ bool amx_bf16() {
   return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
 }
 
-// g++'s tile intrinsics don't say that they read memory: without the barrier the compiler drops the
-// stores before them, and a garbled configuration is a fault.
+// g++'s tile intrinsics don't declare that they read memory: without the barrier the compiler drops
+// the stores before them, and an invalid configuration raises a fault.
 TARGET("amx-tile") void configure_tiles(const char* data) {
   TileConfig config;
   asm volatile("" : : "r"(&config), "r"(data) : "memory");
@@ -176,7 +176,7 @@ TARGET("amx-tile") void configure_tiles(const char* data) {
   _tile_zero(3);
 }
 
-// data: 8 KB of random bf16. Zeros would flatter by 15 %: they draw less power.
+// data: 8 KB of random bf16. On zeros the rate is 15 % higher: they draw less power.
 TARGET("amx-tile,amx-bf16") double amx_registers(const char* data, long n) {
   configure_tiles(data);
   _tile_loadd(4, data, 64);
@@ -284,7 +284,7 @@ int main(int count, char** words) {
     double from_registers = rate(threads, seconds, registers), from_l1 = rate(threads, seconds, l1);
     printf("\"amx_registers\": %.4g, ", from_registers);
     printf("\"amx_l1\": %.4g, ", from_l1);
-    // What it is at any moment: some hosts throttle the tile unit to a quarter, off and on.
+    // The rate moment by moment: some hosts throttle the tile unit to a quarter, off and on.
     std::vector<double> moments;
     for (double begin = now(); now() - begin < 50 * seconds;) {
       double from = now(), work = amx_l1(raw, 16);

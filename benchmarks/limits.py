@@ -1,7 +1,7 @@
-"""What this machine can do at most, measured: the roof that "% of the limit" refers to.
+"""Measured limits of this machine, which "% of the limit" refers to.
 
 limits.cpp is compiled and run once per number of threads. Without g++, torch's own products and
-sums stand in, and every result says so: they are no roof, a kernel may beat them.
+sums take their place, and every result says so: a kernel may be faster than they are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Limits:
     read: dict[str, float]
 
     def roof_seconds(self, flops: float, bytes_moved: float, dtype: str, regime: str) -> float:
-        """The least time for so much work, whichever of the two roofs is lower."""
+        """The least time for so much work, by the lower of the two limits."""
         return max(flops / self.compute[dtype], bytes_moved / self.read[regime])
 
     def line(self) -> str:
@@ -68,10 +68,10 @@ def cache_bytes() -> dict[str, int]:
 
 
 def cycled_bytes(regime: str) -> int:
-    """How many bytes of weights to go round in, so that each call finds its own in `regime`.
+    """Bytes of weights to cycle through, so that each call reads its own from `regime`.
 
-    L3: four times a core's L2, 16 MB at most: no L2 keeps them, and a virtual machine may have but
-    a part of the L3 (20 of 105 MB, on one). DRAM: four times the L3.
+    L3: four times a core's L2, so that no L2 keeps them, and at most 16 MB, since a virtual machine
+    may have only a part of the L3 (20 of 105 MB, on one). DRAM: four times the L3.
     """
     caches = cache_bytes()
     return {

@@ -1,4 +1,4 @@
-"""What is measured: the room that HYLORA_BACKEND names (else cpu), packed or through the op."""
+"""The measured side: the backend that HYLORA_BACKEND names (else cpu), packed or through the op."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hylora_kernels.backends.cpu import panels
 from hylora_kernels.weights import Weights
 
 
-def room_name() -> str:
+def backend_name() -> str:
     name = os.environ.get("HYLORA_BACKEND", "auto")
     return "cpu" if name == "auto" else name
 
 
 def missing() -> str:
-    """Why the room can't be measured, or ""."""
-    name = room_name()
+    """Why the backend can't be measured, or ""."""
+    name = backend_name()
     reason = available_backends().get(name, "this version of the package has no such backend")
     return f"backend {name!r}: {reason}" if reason else ""
 
@@ -35,23 +35,24 @@ def isa() -> str:
 
 
 def float32_products() -> int | None:
-    """6 where many rows of float32 go through bf16 limbs, 0 where they are multiplied and added."""
+    """6 where many rows of float32 are multiplied as bf16 limbs, 0 where by multiply-adds; None
+    without AMX."""
     return panels.products_for(torch.float32, True) if isa() == "amx_bf16" else None
 
 
 def packed(x: Tensor, factors: Weights, regime: str):
     """Calls on packed weights, one for each copy, as optimize_for_inference lays them out."""
-    room = backends.ROOMS[room_name()]
+    backend = backends.ROOMS[backend_name()]
     tensors = [t for t in factors if t is None or isinstance(t, Tensor)]
     calls = []
     for *most, pivots in copies(tensors, regime):
         own = Weights(*most, factors.alpha, pivots)
-        pack = getattr(room, "pack", None)
+        pack = getattr(backend, "pack", None)
         layout = pack(own) if pack is not None else None
-        if layout is None:  # the room gains nothing by packing: the op on plain factors
+        if layout is None:  # this backend packs nothing: the op on plain factors
             calls.append(functools.partial(svd_lora_linear, x, *own))
         else:
-            calls.append(functools.partial(room.forward_packed, x, layout))
+            calls.append(functools.partial(backend.forward_packed, x, layout))
     return calls
 
 

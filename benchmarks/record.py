@@ -1,4 +1,4 @@
-"""What a result says: one printed line, the same in the JSON, and geometric means at the end."""
+"""A result: one printed line, the same in the JSON, and geometric means at the end of the run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def record(
 ) -> dict:
     """Put `case`'s result into the benchmark's extra_info and print it.
 
-    Ratios are of `ours` over each other rival. The work counted is `work` times that of the
-    forward's fewest products in the pair form, whatever a rival does.
+    Ratios say how many times as fast as each rival `ours` is. The work counted is `work` times that
+    of the forward's fewest products in the pair form, for every rival.
     """
     seconds, shape = times.median(ours), case.shape
     flops = work * shape.flops(case.M)
@@ -77,7 +77,7 @@ def format_time(seconds: float) -> str:
 
 
 def regime_of(case: Case) -> str:
-    """The group of the issue's table that a case belongs to."""
+    """The group that a case is summed up in."""
     rows = "M<=16" if case.M <= 16 else "M>16"
     width = "K<2048" if case.shape.K < 2048 else "K>=2048"
     return f"{case.dtype} {rows} {width} {case.regime} {case.threads}T"
@@ -89,7 +89,7 @@ def keep_ratios(group: str, ratios: dict[str, float]) -> None:
 
 
 def summary() -> list[str]:
-    """Geometric means by group: what the session's lines come to."""
+    """Geometric means of the session's results, by group."""
     if not _ratios:
         return []
     groups = defaultdict(list)

@@ -1,7 +1,7 @@
 """Training: the backward of one layer alone and with its forward, and SmolLM2's whole step.
 
-Gradients go to x, A, B and bias. The rivals are autograd through (a), four products, and through
-(b), whose P and Q are laid side by side anew in every step, since A and B have changed.
+Gradients of x, A, B and bias are taken. The rivals are autograd through (a), four products, and
+(b), two, whose P and Q are laid side by side anew in every step, since A and B have changed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def two_products(x, SVh, U, A, B, bias, alpha):
 
 
 def forwards(x, factors):
-    """name -> a function that makes y."""
+    """name -> a function that computes y."""
     *pair, alpha, _ = factors
     return {
         "op": functools.partial(svd_lora_linear, x, *factors),
@@ -71,7 +71,7 @@ def check_gradients(made: dict, inputs, dy, x, factors) -> None:
 
 
 @pytest.mark.parametrize("part", ["backward", "both"])
-def test_backward(benchmark, case, part, room, limits, with_threads, quick):
+def test_backward(benchmark, case, part, backend, limits, with_threads, quick):
     with_threads(case.threads)
     factors = random_factors(case.shape, case.torch_dtype)
     x = case.x().requires_grad_()
@@ -80,7 +80,7 @@ def test_backward(benchmark, case, part, room, limits, with_threads, quick):
     inputs = [x, factors.A, factors.B, factors.bias]
     dy = torch.randn(case.M, case.shape.N).to(case.torch_dtype)
     made = forwards(x, factors)
-    with use_backend(room):
+    with use_backend(backend):
         check_gradients(made, inputs, dy, x, factors)
         if part == "both":
 
@@ -95,8 +95,8 @@ def test_backward(benchmark, case, part, room, limits, with_threads, quick):
         contest = {name: [rival(forward)] for name, forward in made.items()}
         times = interleave(contest, 0.2 if quick else 0.35)
         # Products of the frozen weights once forward and once backward, of the adapters twice.
-        thin = case.shape.ra * (case.shape.K + case.shape.N)
-        work = 1 + thin / case.shape.weights() + (part == "both")
+        adapter = case.shape.ra * (case.shape.K + case.shape.N)
+        work = 1 + adapter / case.shape.weights() + (part == "both")
         suite = "backward" if part == "backward" else "fwd+bwd"
         record(benchmark, suite, case, times, limits(case.threads), "op", work=work)
         benchmark.pedantic(contest["op"][0], rounds=3)
@@ -109,7 +109,7 @@ def trained():
     return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_training_step(benchmark, trained, threads, room, with_threads, quick):
+def test_training_step(benchmark, trained, threads, backend, with_threads, quick):
     """Forward, backward and AdamW on 512 tokens, adapters in float32, as finetune() does."""
     with_threads(threads)
     model, adapters = trained
@@ -126,11 +126,11 @@ def test_training_step(benchmark, trained, threads, room, with_threads, quick):
             optimizer.zero_grad()
             return loss
 
-        contest = {name: [functools.partial(step, name)] for name in (room, "eager")}
+        contest = {name: [functools.partial(step, name)] for name in (backend, "eager")}
         times = interleave(contest, 1.0 if quick else 6.0, least_rounds=2, most_rounds=6)
-        benchmark.pedantic(step, (room,), rounds=1)
+        benchmark.pedantic(step, (backend,), rounds=1)
     speeds = {name: tokens / times.median(name) for name in contest}
-    ratio = times.ratio("eager", room)
+    ratio = times.ratio("eager", backend)
     keep_ratios(f"training step {threads}T", {"eager": ratio})
     benchmark.extra_info.update(
         suite="training", threads=threads, tokens=tokens, tokens_per_second=speeds, ratio=ratio
@@ -138,6 +138,6 @@ def test_training_step(benchmark, trained, threads, room, with_threads, quick):
     words = ", ".join(f"{name} {speed:.0f} tokens/s" for name, speed in speeds.items())
     print(
         f"\ntraining SmolLM2 keep {smollm.KEEP} bf16 {tokens} tokens {threads}T: {words},"
-        f" {format_time(times.median(room))} a step, {ratio:.2f}x eager",
+        f" {format_time(times.median(backend))} a step, {ratio:.2f}x eager",
         end="",
     )

@@ -1,4 +1,4 @@
-"""The limits that "% of the limit" refers to, and how near torch's own products come to them."""
+"""The measured limits, and the rates of torch's own products beside them."""
 
 from __future__ import annotations
 

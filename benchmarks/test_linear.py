@@ -1,8 +1,8 @@
 """Forward of one layer: ours, packed and not, over every baseline.
 
-Up to 16 rows the weights come from the level named (L3 or DRAM), since a model's other layers have
-displaced them by the time a layer is called again. With more rows there is one copy, which the
-rivals in between drive from L2 to L3.
+Up to 16 rows the weights come from the cache level named (L3 or DRAM), since a model's other layers
+displace them before a layer is called again. With more rows there is one copy, which the other
+rivals displace from L2 to L3 between two samples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from timing import interleave
 from hylora_kernels import use_backend
 
 ROWS = (1, 4, 16, 128, 512, 2048)
-MOST_FLOPS = 30e9  # of a case outside --full: beyond, one round in fp32 takes seconds
+MOST_FLOPS = 30e9  # of a case without --full: above, one round in fp32 takes seconds
 
 
 def pytest_generate_tests(metafunc):
@@ -83,9 +83,9 @@ def _rivals(case: Case):
     return found
 
 
-def test_forward(benchmark, case, rivals, room, limits, with_threads, quick):
+def test_forward(benchmark, case, rivals, backend, limits, with_threads, quick):
     with_threads(case.threads)
-    with use_backend(room):
+    with use_backend(backend):
         contest = rivals(case)
         times = interleave(contest, 0.2 if quick else 0.3, lead_in=case.regime != "DRAM")
         record(benchmark, "linear", case, times, limits(case.threads), "packed")

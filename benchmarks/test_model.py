@@ -1,8 +1,8 @@
-"""SmolLM2-135M end to end: prefill and decode tokens a second, and where a decode step's time goes.
+"""SmolLM2-135M end to end: tokens a second in prefill and decode, and the parts of a decode step.
 
 Rivals: the dense model in fp32, bf16 and compiled; compressed to keep 0.6 (pivoted, one uniform
-rank for each size of layer, adapters merged) through eager, through the room, optimised, and that
-compiled. And the dense model optimised: what the kernels gain without compression.
+rank for each size of layer, adapters merged) through eager, through the backend, optimised, and
+optimised compiled. And the dense model optimised: the gain of the kernels without compression.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hylora_kernels import optimize_for_inference, use_backend
 
 PREFILL_TOKENS = 512
 CONTEXT = 128  # tokens before those decoded
-AT_ONCE = 4  # decode steps in a row: the first finds the weights displaced by the rival before
+AT_ONCE = 4  # decode steps in a row: before the first the previous rival has displaced the weights
 LONGEST = 1024  # of the compiled model's static cache
 
-# The first that an operator's name contains says where its time goes.
+# A kind of work -> parts of operator names; the first kind that matches gets the operator's time.
 KINDS = (
     ("linears", ("hylora::", "aten::mm", "aten::addmm", "aten::linear", "mkldnn::", "mkl::")),
     ("attention", ("scaled_dot_product", "softmax", "bmm")),
@@ -71,7 +71,7 @@ class Rival:
         return logits
 
 
-def _rivals(room: str, quick: bool) -> dict[str, Rival]:
+def _rivals(backend: str, quick: bool) -> dict[str, Rival]:
     found = {"dense bf16": Rival(smollm.dense(torch.bfloat16))}
     if not quick:
         found["dense fp32"] = Rival(smollm.dense(torch.float32))
@@ -86,16 +86,16 @@ def _rivals(room: str, quick: bool) -> dict[str, Rival]:
         )
     small = smollm.compressed(torch.bfloat16)
     found["eager"] = Rival(small, "eager")
-    if room != "eager" and not quick:
-        found["fused"] = Rival(small, room)
+    if backend != "eager" and not quick:
+        found["fused"] = Rival(small, backend)
     found["optimised"] = Rival(optimize_for_inference(copy.deepcopy(small)), "auto")
     return found
 
 
 @pytest.fixture(scope="module")
 def rivals(request):
-    """A function of the room, so that a missing one skips before any model is loaded."""
-    return functools.cache(lambda room: _rivals(room, request.config.getoption("--quick")))
+    """A function of the backend: a missing one skips the test before any model is loaded."""
+    return functools.cache(lambda backend: _rivals(backend, request.config.getoption("--quick")))
 
 
 def _best(contest) -> str:
@@ -122,10 +122,10 @@ def _report(benchmark, what: str, threads: int, tokens: int, times) -> None:
         print(f"\n  {name:22} {speed:8.1f}  {ratio}", end="")
 
 
-def test_prefill(benchmark, rivals, room, threads, with_threads, quick):
+def test_prefill(benchmark, rivals, backend, threads, with_threads, quick):
     with_threads(threads)
     tokens = 64 if quick else PREFILL_TOKENS
-    contest = {name: rival for name, rival in rivals(room).items() if not rival.compiled}
+    contest = {name: rival for name, rival in rivals(backend).items() if not rival.compiled}
     ids = torch.randint(49152, (1, tokens))
     calls = {name: [functools.partial(rival.prefill, ids)] for name, rival in contest.items()}
     times = interleave(calls, 0.4 if quick else 4.0, least_rounds=2)
@@ -133,9 +133,9 @@ def test_prefill(benchmark, rivals, room, threads, with_threads, quick):
     benchmark.pedantic(calls[_best(contest)][0], rounds=1)
 
 
-def test_decode(benchmark, rivals, room, threads, with_threads, quick):
+def test_decode(benchmark, rivals, backend, threads, with_threads, quick):
     with_threads(threads)
-    contest = rivals(room)
+    contest = rivals(backend)
     for rival in contest.values():
         rival.start()
     calls = {name: [rival.step] * AT_ONCE for name, rival in contest.items()}
@@ -145,11 +145,11 @@ def test_decode(benchmark, rivals, room, threads, with_threads, quick):
     benchmark.pedantic(contest[_best(contest)].step, rounds=AT_ONCE)
 
 
-def test_breakdown(benchmark, rivals, room, threads, with_threads, quick):
+def test_breakdown(benchmark, rivals, backend, threads, with_threads, quick):
     """Shares are the profiler's, of a step that it slows down; milliseconds are those shares of an
     unprofiled step."""
     with_threads(threads)
-    contest = rivals(room)
+    contest = rivals(backend)
     for name in (_best(contest),) if quick else ("dense bf16", _best(contest)):
         rival = contest[name]
         rival.start()

@@ -1,4 +1,4 @@
-"""What one call costs beside its work: a layer so small that nothing else shows."""
+"""The cost of one call beside its work, on a layer so small that its work takes no time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hylora_kernels.backends.cpu import panels
 TINY = Shape(K=32, N=32, r=16, ra=16)
 
 
-def test_overhead(benchmark, room, with_threads, quick):
-    if room != "cpu":
-        pytest.skip(f"the calls are those of backend 'cpu', got {room!r}")
+def test_overhead(benchmark, backend, with_threads, quick):
+    if backend != "cpu":
+        pytest.skip(f"the calls are those of backend 'cpu', got {backend!r}")
     with_threads(1)
     x, factors = torch.randn(1, TINY.K), random_factors(TINY, torch.float32)
     SVh, U, A, B, bias, alpha, _ = factors
-    packed = backends.ROOMS[room].pack(factors)
+    packed = backends.ROOMS[backend].pack(factors)
     layer = SVDLoRALinear.from_factors(*factors).eval()
     weights = [panels.pack_matrix(t) for t in (SVh, A, U, B)]
     layer_op = functools.partial(torch.ops.hylora.cpu_layer.default, x, *weights, bias, None)
@@ -31,7 +31,7 @@ def test_overhead(benchmark, room, with_threads, quick):
         "F.linear": lambda: F.linear(x, SVh),
         "F.linear twice": lambda: F.linear(F.linear(x, SVh), U, bias),
         "our C++ op, 6 tensors": lambda: layer_op(TINY.r, TINY.ra, TINY.N, alpha, False, False, 0),
-        "our C++ op, packed layer": lambda: backends.ROOMS[room].forward_packed(x, packed),
+        "our C++ op, packed layer": lambda: backends.ROOMS[backend].forward_packed(x, packed),
         "svd_lora_linear (eager)": lambda: svd_lora_linear(x, *factors),
         "SVDLoRALinear (eager)": lambda: layer(x),
         "SVDLoRALinear, optimised": lambda: optimised(x),

@@ -1,8 +1,8 @@
-"""Never slower than two plain products (b): random shapes, and the ten worst once more.
+"""Never slower than two torch products (b): random shapes, and the ten slowest measured again.
 
-A layer on which the kernel would lose is to be packed in (b)'s own plain layout, so the worst ratio
-should be 1 within the noise. The noise of one short measurement is larger than what is looked for:
-the ten lowest are measured three times more, longer, and the median of those stands.
+A layer on which the kernel would be slower is to be packed as torch's products, so the lowest
+ratio should be 1 within the noise. One short measurement is noisier than that: the ten lowest are
+measured three times more, longer, and their median counts.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def drawn(request):
     return draw(20 if quick else COUNT, thread_counts(request.config))
 
 
-def test_never_slower(benchmark, drawn, room, with_threads, quick):
+def test_never_slower(benchmark, drawn, backend, with_threads, quick):
     first, again = (0.05, 0.1) if quick else (0.1, 0.5)
     found = {}
-    with use_backend(room):
+    with use_backend(backend):
         for case in drawn:
             with_threads(case.threads)
             found[case] = ratio(case, first)

@@ -1,8 +1,8 @@
-"""Times of rivals in one process, taken in turns: a b d ours, a b d ours, ...
+"""Times of rivals in one process, taken in turns: a b d ours, b d ours a, ...
 
-On a shared machine a time says little and moves by half within minutes; the ratio of two that were
-taken within the same blink says much. So every round times each rival once, a ratio is the median
-over the rounds of that round's ratio, and the first place rotates.
+On a shared machine a time changes by half within minutes, while the ratio of two times taken
+milliseconds apart is steady. So every round times each rival once, a ratio is the median over the
+rounds of that round's ratio, and the first place rotates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-LEAST_SAMPLE = 200e-6  # below it the clock and the loop itself show
+LEAST_SAMPLE = 200e-6  # seconds; in a shorter sample the clock and the loop itself show
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def interleave(
     """Times of each rival: at least `least_rounds`, then until `budget` seconds are over.
 
     rivals:  name -> its calls, the same on a copy of the weights each; one sample goes through all.
-    lead_in: go through them untimed before each sample, so that they come from the cache level that
-             they fit, not from wherever the rival before left them.
+    lead_in: go through them untimed before each sample, so that the weights come from the cache
+             level that they fit, not from the one where the previous rival left them.
     """
     passes = {name: _Pass(calls, lead_in and len(calls) > 1) for name, calls in rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in rivals}
@@ -81,7 +81,7 @@ class _Pass:
     def sample(self) -> float:
         """Seconds of one call, the mean over all calls."""
         if self.lead_in:
-            for call in self.calls * 2:  # caches don't take everything in at the first pass
+            for call in self.calls * 2:  # one pass does not fill a cache
                 call()
         start = time.perf_counter()
         for _ in range(self.repeats):
@@ -93,8 +93,8 @@ class _Pass:
 def keep_freed_memory() -> None:
     """Have glibc give freed memory to the next call, not back to the system.
 
-    By default a fresh output of more than 128 KB costs a page fault every 4 KB, in whichever rival
-    allocates more: at bf16 M=2048, N=5632 as much as a tenth of the product.
+    By default a new output of more than 128 KB costs a page fault every 4 KB: at bf16 M=2048,
+    N=5632 a tenth of the product's time, charged to the rival that allocates most.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -18,7 +18,7 @@ import torch
 from cuda_emulator import on_cpu
 
 from hylora_kernels import use_backend
-from hylora_kernels.backends import triton as room
+from hylora_kernels.backends import triton
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.backends.triton.config import BACKWARD, TORCH_PRODUCTS, Config, Problem, Target
@@ -217,12 +217,12 @@ def test_the_table_is_what_serves_afterwards(tuning, monkeypatch):
 
 
 def test_a_candidate_that_is_wrong_is_refused(tuning, monkeypatch):
-    launch = room._launch
+    launch = triton._launch
 
     def wrong(*given):
         y, h_a = launch(*given)
         return y * 1.1, h_a
 
-    monkeypatch.setattr(room, "_launch", wrong)
+    monkeypatch.setattr(triton, "_launch", wrong)
     with pytest.raises(FloatingPointError, match=r"Config\(BM=16.* computes Problem\(M=3"):
         tuning.run(rows=(3,), forms=("pair",), directions=("forward",))

@@ -131,7 +131,7 @@ def test_a_step_that_fails_or_hangs_does_not_keep_the_others_from_running(sessio
     log, shown = (folder / "log.txt").read_text(), capfd.readouterr().out
     assert "\nbefore\n" in log and "\nbefore\n" in shown
     results = (folder / "results.md").read_text()
-    assert results.startswith("## NVIDIA H100 80GB HBM3\n\ndriver 580, torch 2.11.0; commit abc, ")
+    assert results.startswith("### NVIDIA H100 80GB HBM3\n\ndriver 580, torch 2.11.0; commit abc, ")
     assert "| hangs | cut at 2 s | " in results and "| last | ok | " in results
 
 
