@@ -33,13 +33,12 @@ FONT_SIZE = (
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined by a line. A colour of None takes the next of COLOURS; without a label the
-    line is not in the legend."""
+    """Points joined by a line; a line without a label is not in the legend."""
 
     xs: Sequence[float]
     ys: Sequence[float]
-    label: str | None = None
-    colour: str | None = None
+    label: str | None
+    colour: str
     marker: str = ""
     dashed: bool = False
     width: float = 1.5
@@ -66,7 +65,7 @@ def loss_plot(curves: Mapping[str, Sequence[float]], path: str | Path, title: st
         for (name, losses), colour in zip(curves.items(), _colours(), strict=False):
             steps = range(1, len(losses) + 1)
             smooth = Line(steps, _running_mean(losses), name, colour, width=2)
-            draw_lines(axes, [Line(steps, losses, colour=colour, opacity=0.3, width=1), smooth])
+            draw_lines(axes, [Line(steps, losses, None, colour, opacity=0.3, width=1), smooth])
         axes.set(title=title, xlabel="step", ylabel="loss (nats a token)")
         draw_legend(axes)
 
@@ -106,8 +105,9 @@ def sweep_plot(
     """series: name -> (x, perplexity) points; dense: the untouched model's perplexity, a line."""
     with figure(path, 6.4, 4.4) as drawing:
         axes = drawing.add_subplot()
-        for name, points in series.items():
-            draw_lines(axes, [Line(*zip(*sorted(points), strict=True), label=name, marker="o")])
+        for (name, points), colour in zip(series.items(), _colours(), strict=False):
+            xs, ys = zip(*sorted(points), strict=True)
+            draw_lines(axes, [Line(xs, ys, name, colour, marker="o")])
         if dense is not None:
             draw_reference(axes, dense, f"dense {format_ppl(dense)}")
         axes.set(title=title, xlabel=xlabel, ylabel="perplexity")
@@ -155,12 +155,11 @@ def figure(path: str | Path, width: float, height: float) -> Iterator:
 
 def draw_lines(axes, lines: Sequence[Line]) -> None:
     for line in lines:
-        drawn = COLOURS[len(axes.lines) % len(COLOURS)] if line.colour is None else line.colour
         axes.plot(
             line.xs,
             line.ys,
             label=line.label,
-            color=drawn,
+            color=line.colour,
             marker=line.marker,
             markersize=6,
             linestyle="--" if line.dashed else "-",
@@ -171,20 +170,18 @@ def draw_lines(axes, lines: Sequence[Line]) -> None:
 
 def draw_bars(
     axes,
-    bars: Sequence[Bar | None],
+    bars: Sequence[Bar],
     reference: float | None = None,
     limit: float = math.inf,
     labels: bool = True,
 ) -> None:
-    """Horizontal bars from zero, the first on top, without an axis. None leaves a row empty.
+    """Horizontal bars from zero, the first on top, without an axis.
 
     reference: a value that is marked on every bar.
     limit:     a longer bar is broken, and ends a little beyond the longest of the others.
     """
-    longest = max((bar.value for bar in bars if bar and bar.value <= limit), default=1.0)
+    longest = max((bar.value for bar in bars if bar.value <= limit), default=1.0)
     for row, bar in enumerate(bars):
-        if bar is None:
-            continue
         end = bar.value if bar.value <= limit else 1.16 * longest
         pieces = [(0, end)] if bar.value <= limit else [(0, longest), (1.05 * longest, end)]
         for start, stop in pieces:

@@ -20,10 +20,10 @@ PLOTS = {
 
 
 def bars(path, limit=100.0):
-    row = [plots.Bar("a <b> & c", 20.0, "20", plots.BLUE), None]
+    near = plots.Bar("a <b> & c", 20.0, "20", plots.BLUE)
+    far = plots.Bar("far", 2e7, "2e+07", plots.ROSE)
     with plots.figure(path, 4.8, 2) as drawing:
-        far = plots.Bar("far", 2e7, "2e+07", plots.ROSE)
-        plots.draw_bars(drawing.add_subplot(), [*row, far], reference=10.0, limit=limit)
+        plots.draw_bars(drawing.add_subplot(), [near, far], reference=10.0, limit=limit)
 
 
 def heatmap(path):
