@@ -69,7 +69,9 @@ def test_types_are_declared():
 
 
 def modules_after(code: str) -> set[str]:
-    return set(run_python(f"import hylora_kernels, sys\n{code}\nprint(*sys.modules)").split())
+    """The modules that a process has imported after `code`, which may print."""
+    printed = run_python(f"import hylora_kernels, sys\n{code}\nprint()\nprint(*sys.modules)")
+    return set(printed.splitlines()[-1].split())
 
 
 # torch._dynamo is torch.compile's tracer, 1.6 s of CPU time; sympy comes with it.
@@ -79,6 +81,14 @@ HEAVY |= {"datasets", "matplotlib", "jinja2", "pandas", "pyarrow", "gguf", "type
 
 def test_import_takes_little_more_than_torch():
     assert modules_after("") & HEAVY == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["info"]])
+def test_help_and_info_import_nothing_of_the_pipeline(arguments):
+    used = modules_after(
+        f"from hylora_kernels.cli.main import app\napp({arguments}, standalone_mode=False)"
+    )
+    assert used & HEAVY - {"typer", "rich"} == set()
 
 
 def test_constants_are_marked_as_torch_marks_them():
