@@ -1,18 +1,19 @@
-// The adapter's gradients, dA = dh_a^T x, dB = alpha dy^T h_a and db = the sum of dy's rows, in one
-// launch: one tile of ranks by columns of x or dy a block, summed over one of `split` shares of the
-// rows; the last share to arrive adds them all up, in their order.
+// The adapter's gradients in one launch: dA = dh_a^T x, dB = alpha dy^T h_a and db = the sum of
+// dy's rows. A block computes one tile of ranks by columns of x or dy, summed over one of `split`
+// shares of the rows. The last share to arrive adds up all shares in their order.
 #pragma once
 #include "tile.h"
 
 namespace hylora::cuda {
 
-struct ThinFlow {
-  Thin t;
+// A call, and whether 16-byte loads reach every row of its matrices.
+struct AdapterGradientsLaunch {
+  AdapterGradientsCall t;
   int split;
-  bool x_aligned, dy_aligned, rows_aligned;  // rows: of dh_a and h_a
+  bool x_aligned, dy_aligned, ranks_aligned;  // ranks: of dh_a and h_a
 };
 
-// db from the row of ones' sums, whose 16 rows are all the same.
+// Stores db from the sums of the row of ones. All of that tile's 16 rows are equal.
 template <class Shape, class T>
 DEVICE void store_column_sums(const Sums<Shape>& sums, T* db, int column0, int64_t limit) {
   const int lane = thread_index() % 32;
@@ -27,11 +28,11 @@ DEVICE void store_column_sums(const Sums<Shape>& sums, T* db, int column0, int64
 }
 
 template <class T>
-KERNEL(32 * kTiles[kThin].warps, kTiles[kThin].residents)
-thin(ARGUMENT ThinFlow f) {
-  using Shape = hylora::cuda::Shape<kThin, true, true, 1, true>;
+KERNEL(32 * kTiles[kAdapterGradients].warps, kTiles[kAdapterGradients].blocks_per_sm)
+adapter_gradients(ARGUMENT AdapterGradientsLaunch f) {
+  using Shape = hylora::cuda::Shape<kAdapterGradients, true, true, 1, true>;
   auto& shared = *reinterpret_cast<Shared<T, Shape>*>(shared_memory());
-  const Thin& t = f.t;
+  const AdapterGradientsCall& t = f.t;
   const int part = block_index() % f.split, tile = block_index() / f.split;
   const int rank_blocks = cover(t.lora_rank, Shape::ROWS);
   const int dA_tiles = t.dA ? cover(t.K, Shape::COLUMNS) * rank_blocks : 0;
@@ -44,7 +45,7 @@ thin(ARGUMENT ThinFlow f) {
   r.left = static_cast<const T*>(is_dA ? t.dh_a : t.h_a), r.left_stride = t.lora_rank;
   r.right = static_cast<const T*>(is_dA ? t.x : t.dy);
   r.right_stride = is_dA ? t.x_stride : t.dy_stride;
-  r.left_aligned = f.rows_aligned, r.right_aligned = is_dA ? f.x_aligned : f.dy_aligned;
+  r.left_aligned = f.ranks_aligned, r.right_aligned = is_dA ? f.x_aligned : f.dy_aligned;
   r.left_at = nullptr, r.right_at = nullptr;
   r.right_begin = column0, r.right_limit = int(is_dA ? t.K : t.N);
   r.k = share(steps, part, f.split) * Shape::DEPTH;
@@ -60,7 +61,7 @@ thin(ARGUMENT ThinFlow f) {
 
   T* out = shared.staged;
   if (is_dA) {
-    put_out(sums, out);
+    stage_result(sums, out);
     store_tile<T, Shape::ROWS, Shape::COLUMNS, Shape::THREADS>(
         out, static_cast<T*>(t.dA), t.K, rank0, t.lora_rank, column0, t.K, nullptr);
     return;

@@ -1,7 +1,8 @@
-// The ops of the cuda room, on LibTorch's stable ABI: every check of a tensor is here, the kernels
-// see the structs of cuda/call.h. What a launch needs, results and workspace, comes as tensors.
+// The ops of the cuda backend, on LibTorch's stable ABI. Every check of a tensor is here; the
+// kernels see the structs of call.h. Results and workspace come in as tensors, allocated by the
+// caller.
 //
-// One library serves torch with CUDA and without: nothing of CUDA is asked of the loader. In the
+// One library serves torch with and without CUDA, since it needs no CUDA library to load. In the
 // emulator's build (tests/cuda_emulator) the same ops serve tensors on the CPU.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,7 +19,7 @@
 #include "call.h"
 
 #if !defined(HYLORA_NO_CUDA) && !defined(HYLORA_EMULATION)
-// Of the static runtime, whose headers only nvcc is sure to find.
+// From the static runtime, whose headers only nvcc is sure to find.
 extern "C" int cudaDriverGetVersion(int*);
 extern "C" int cudaRuntimeGetVersion(int*);
 #endif
@@ -30,9 +31,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-// ------------------------------------------------------------ what is here
+// ------------------------------------------------------------ what the library holds
 
-// The architectures that there is machine code for, as in "80 90"; "" where there is none at all.
+// The architectures with machine code, as in "80 90"; "" if there are no kernels.
 std::string archs() {
 #if defined(HYLORA_CUDA_ARCHS)
   return HYLORA_CUDA_ARCHS;
@@ -41,8 +42,8 @@ std::string archs() {
 #endif
 }
 
-// Why a GPU of this architecture can't be served, in words; "" where it can: by machine code or,
-// where there is none for it, by the PTX of the least one.
+// The reason why a GPU of this architecture can't be served, or "". An architecture without machine
+// code is served by the PTX of the oldest one.
 std::string lacks(int64_t arch) {
 #if defined(HYLORA_EMULATION)
   return "";
@@ -55,7 +56,7 @@ std::string lacks(int64_t arch) {
 #endif
 }
 
-// Why the driver can't run the kernels, in words; "" where it can.
+// The reason why the driver can't run the kernels, or "".
 std::string driver_lacks() {
 #if !defined(HYLORA_NO_CUDA) && !defined(HYLORA_EMULATION)
   int driver = 0, runtime = 0;
@@ -86,7 +87,7 @@ cuda::Type type_of(const Tensor& t, const char* name) {
   return t.scalar_type() == ScalarType::Half ? cuda::Type::fp16 : cuda::Type::bf16;
 }
 
-// What all tensors of a call share: `first` has it.
+// Checks that tensors have the device of `first`, and returns their pointers.
 struct Like {
   const Tensor& first;
   const char* name;
@@ -98,7 +99,7 @@ struct Like {
     STD_TORCH_CHECK(t.scalar_type() == type, its_name, " has the wrong dtype");
   }
 
-  // The pointer of a matrix [rows, columns] of first's dtype; *stride is that of its rows.
+  // The pointer of a matrix [rows, columns] of first's dtype; sets *stride to its row stride.
   void* matrix(const Tensor& t, const char* its_name, int64_t rows, int64_t columns,
                int64_t* stride) const {
     check(t, its_name, first.scalar_type());
@@ -110,7 +111,7 @@ struct Like {
     return t.data_ptr();
   }
 
-  // The pointer of numbers in one piece: `count` of them, or of workspace at least as many.
+  // The pointer of `count` contiguous numbers; of at least as many if it is workspace.
   void* piece(const Tensor& t, const char* its_name, ScalarType type, int64_t count,
               bool workspace = false) const {
     check(t, its_name, type);
@@ -120,7 +121,7 @@ struct Like {
     return t.data_ptr();
   }
 
-  // The same of first's dtype; null where there is none.
+  // The pointer of `count` contiguous numbers of first's dtype; null without a tensor.
   void* piece_or_null(const Maybe& t, const char* its_name, int64_t count) const {
     return t ? piece(*t, its_name, first.scalar_type(), count) : nullptr;
   }
@@ -140,8 +141,8 @@ struct Like {
 // ------------------------------------------------------------ launches
 
 #if !defined(HYLORA_NO_CUDA)
-// The stream that torch works in. Its function is in torch's CUDA library, which a CPU build lacks;
-// torch doesn't load that one globally, so it is asked for by name.
+// The stream that torch works in. The function that returns it is in torch's CUDA library, which a
+// CPU build lacks. torch doesn't load that library globally, so it is opened by name.
 void* stream_of(const Tensor& t) {
   if (!t.is_cuda()) return nullptr;
   using Function = AOTITorchError (*)(int32_t, void**);
@@ -171,16 +172,16 @@ void launch(const Call& call, const cuda::Plan& plan, const Tensor& on, int64_t 
 #endif
 }
 
-void dataflow(const Tensor& x, const Tensor& W1, const Maybe& W1a, const Tensor& W2,
-              const Maybe& W2a, const Maybe& bias, const Maybe& pivots, const Maybe& others,
-              double alpha, bool transposed, int64_t multiprocessors, int64_t arch, const Tensor& y,
-              const Tensor& h, const Maybe& h_a, const Maybe& partial, const Tensor& counters) {
+void layer(const Tensor& x, const Tensor& W1, const Maybe& W1a, const Tensor& W2, const Maybe& W2a,
+           const Maybe& bias, const Maybe& pivots, const Maybe& others, double alpha,
+           bool transposed, int64_t multiprocessors, int64_t arch, const Tensor& y, const Tensor& h,
+           const Maybe& h_a, const Maybe& partial, const Tensor& counters) {
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && W1.dim() == 2 && (!W1a || W1a->dim() == 2),
                   "x, y, W1 and W1a must be matrices");
   STD_TORCH_CHECK(W1a.has_value() == W2a.has_value(), "W1a and W2a must come together");
   STD_TORCH_CHECK(pivots.has_value() == others.has_value(), "pivots and others must come together");
   const Like like{x, "x"};
-  cuda::Dataflow d{};
+  cuda::LayerCall d{};
   d.type = type_of(x, "x"), d.transposed = transposed, d.alpha = float(alpha);
   d.M = x.size(0), d.K = x.size(1), d.N = y.size(1);
   d.rank = W1.size(transposed), d.lora_rank = W1a ? W1a->size(transposed) : 0;
@@ -195,7 +196,8 @@ void dataflow(const Tensor& x, const Tensor& W1, const Maybe& W1a, const Tensor&
     d.others =
         static_cast<int64_t*>(like.piece(*others, "others", ScalarType::Long, d.others_count));
   }
-  // As stored: forward the contraction runs along the rows, transposed down the columns.
+  // Weights are checked as they are stored: [outputs, inputs] forward, the transpose of it
+  // backward.
   auto weight = [&](const Tensor& t, const char* name, int64_t outputs, int64_t inputs,
                     int64_t* stride) {
     return transposed ? like.matrix(t, name, inputs, outputs, stride)
@@ -218,9 +220,10 @@ void dataflow(const Tensor& x, const Tensor& W1, const Maybe& W1a, const Tensor&
   launch(d, plan, x, arch);
 }
 
-void thin(const Maybe& dh_a, const Maybe& x, const Maybe& h_a, const Maybe& dy, double alpha,
-          int64_t multiprocessors, int64_t arch, const Maybe& dA, const Maybe& dB, const Maybe& db,
-          const Maybe& partial, const Tensor& counters) {
+void adapter_gradients(const Maybe& dh_a, const Maybe& x, const Maybe& h_a, const Maybe& dy,
+                       double alpha, int64_t multiprocessors, int64_t arch, const Maybe& dA,
+                       const Maybe& dB, const Maybe& db, const Maybe& partial,
+                       const Tensor& counters) {
   STD_TORCH_CHECK(dh_a.has_value() == dA.has_value() && x.has_value() == dA.has_value() &&
                       h_a.has_value() == dB.has_value() && dy.has_value() == dB.has_value() &&
                       (dA || dB) && (dB || !db),
@@ -229,7 +232,7 @@ void thin(const Maybe& dh_a, const Maybe& x, const Maybe& h_a, const Maybe& dy, 
   const Like like{left, dA ? "dh_a" : "h_a"};
   STD_TORCH_CHECK(left.dim() == 2 && (!x || x->dim() == 2) && (!dy || dy->dim() == 2),
                   "dh_a, x, h_a and dy must be matrices");
-  cuda::Thin t{};
+  cuda::AdapterGradientsCall t{};
   t.type = type_of(left, like.name), t.alpha = float(alpha);
   t.M = left.size(0), t.lora_rank = left.size(1);
   t.K = x ? x->size(1) : 0, t.N = dy ? dy->size(1) : 0;
@@ -248,27 +251,27 @@ void thin(const Maybe& dh_a, const Maybe& x, const Maybe& h_a, const Maybe& dy, 
 
 // ------------------------------------------------------------ workspace sizes
 
-// Columns of h, floats of partial, counters; threads of a block and bytes of its shared memory.
+// Columns of h, floats of partial, counters, threads of a block, bytes of its shared memory.
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 Sizes sizes_of(const cuda::Plan& plan) {
   return {plan.h_columns, plan.partial_floats, plan.counters, plan.threads, plan.shared_bytes};
 }
 
-Sizes dataflow_sizes(bool transposed, bool pivoted, int64_t M, int64_t K, int64_t N, int64_t rank,
-                     int64_t lora_rank, int64_t multiprocessors, int64_t arch) {
+Sizes layer_sizes(bool transposed, bool pivoted, int64_t M, int64_t K, int64_t N, int64_t rank,
+                  int64_t lora_rank, int64_t multiprocessors, int64_t arch) {
   static const int32_t some_pivots = 0;
-  cuda::Dataflow d{};
+  cuda::LayerCall d{};
   d.transposed = transposed, d.pivots = pivoted ? &some_pivots : nullptr;
   d.M = M, d.K = K, d.N = N, d.rank = rank, d.lora_rank = lora_rank;
   d.others_count = pivoted ? (transposed ? K : N) - rank : 0;
   return sizes_of(cuda::plan(d, int(multiprocessors), int(arch)));
 }
 
-Sizes thin_sizes(int64_t M, int64_t K, int64_t N, int64_t lora_rank, int64_t multiprocessors,
-                 int64_t arch) {
+Sizes adapter_gradients_sizes(int64_t M, int64_t K, int64_t N, int64_t lora_rank,
+                              int64_t multiprocessors, int64_t arch) {
   static int32_t there = 0;
-  cuda::Thin t{};
+  cuda::AdapterGradientsCall t{};
   t.dA = K ? &there : nullptr, t.dB = N ? &there : nullptr;
   t.M = M, t.K = K, t.N = N, t.lora_rank = lora_rank;
   return sizes_of(cuda::plan(t, int(multiprocessors), int(arch)));
@@ -279,22 +282,23 @@ Sizes thin_sizes(int64_t M, int64_t K, int64_t N, int64_t lora_rank, int64_t mul
 
 #if defined(HYLORA_EMULATION)
 STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
-  m.impl("cuda_dataflow", TORCH_BOX(&hylora::dataflow));
-  m.impl("cuda_thin", TORCH_BOX(&hylora::thin));
+  m.impl("cuda_layer", TORCH_BOX(&hylora::layer));
+  m.impl("cuda_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
-  m.def("cuda_dataflow(Tensor x, Tensor W1, Tensor? W1a, Tensor W2, Tensor? W2a, Tensor? bias,"
+  m.def("cuda_layer(Tensor x, Tensor W1, Tensor? W1a, Tensor W2, Tensor? W2a, Tensor? bias,"
         " Tensor? pivots, Tensor? others, float alpha, bool transposed, int multiprocessors,"
         " int arch, Tensor(a!) y, Tensor(b!) h, Tensor(c!)? h_a, Tensor(d!)? partial,"
         " Tensor(e!) counters) -> ()");
-  m.def("cuda_thin(Tensor? dh_a, Tensor? x, Tensor? h_a, Tensor? dy, float alpha,"
+  m.def("cuda_adapter_gradients(Tensor? dh_a, Tensor? x, Tensor? h_a, Tensor? dy, float alpha,"
         " int multiprocessors, int arch, Tensor(a!)? dA, Tensor(b!)? dB, Tensor(c!)? db,"
         " Tensor(d!)? partial, Tensor(e!) counters) -> ()");
-  m.def("cuda_dataflow_sizes(bool transposed, bool pivoted, int M, int K, int N, int rank,"
+  m.def("cuda_layer_sizes(bool transposed, bool pivoted, int M, int K, int N, int rank,"
         " int lora_rank, int multiprocessors, int arch)"
         " -> (int h_columns, int partial, int counters, int threads, int shared)");
-  m.def("cuda_thin_sizes(int M, int K, int N, int lora_rank, int multiprocessors, int arch)"
+  m.def("cuda_adapter_gradients_sizes(int M, int K, int N, int lora_rank, int multiprocessors, int "
+        "arch)"
         " -> (int h_columns, int partial, int counters, int threads, int shared)");
   m.def("cuda_archs() -> str");
   m.def("cuda_lacks(int arch) -> str");
@@ -302,13 +306,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hylora, CUDA, m) {
-  m.impl("cuda_dataflow", TORCH_BOX(&hylora::dataflow));
-  m.impl("cuda_thin", TORCH_BOX(&hylora::thin));
+  m.impl("cuda_layer", TORCH_BOX(&hylora::layer));
+  m.impl("cuda_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hylora, CompositeExplicitAutograd, m) {
-  m.impl("cuda_dataflow_sizes", TORCH_BOX(&hylora::dataflow_sizes));
-  m.impl("cuda_thin_sizes", TORCH_BOX(&hylora::thin_sizes));
+  m.impl("cuda_layer_sizes", TORCH_BOX(&hylora::layer_sizes));
+  m.impl("cuda_adapter_gradients_sizes", TORCH_BOX(&hylora::adapter_gradients_sizes));
   m.impl("cuda_archs", TORCH_BOX(&hylora::archs));
   m.impl("cuda_lacks", TORCH_BOX(&hylora::lacks));
   m.impl("cuda_driver_lacks", TORCH_BOX(&hylora::driver_lacks));

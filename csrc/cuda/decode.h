@@ -1,31 +1,31 @@
-// The forward for up to 16 rows, where all that counts is how fast the weights come from memory.
+// The forward for up to 16 rows, whose time is the time to read the weights.
 //
-// The weights are the tensor cores' first operand, 16 of their rows a tile, x the second. Thread t
-// of four takes eight neighbours of k, 16 bytes, of a weight's row and of x: which k a product
-// pairs doesn't matter as long as both operands agree, so weights go from memory straight into
-// registers. The warps of a block share the contraction. The queue is dataflow.h's.
+// The weights are the tensor cores' first operand, 16 of their rows a tile; x is the second. Each
+// thread of four reads eight neighbouring k (16 bytes) of a weight's row and of x. A product may
+// pair the k in any order that both operands share, so weights go straight from memory into
+// registers. The warps of a block share the contraction. The queue is that of layer.h.
 #pragma once
-#include "dataflow.h"
+#include "layer.h"
 
 namespace hylora::cuda {
 
 using DecodeShape = Shape<kDecode, false, false, 1>;
 
 struct DecodeShared {
-  float sums[DecodeShape::WARPS][DecodeShape::ROWS][DecodeShape::COLUMNS];  // of each warp
+  float sums[DecodeShape::WARPS][DecodeShape::ROWS][DecodeShape::COLUMNS];  // one tile per warp
   int32_t ticket;
 };
 
-// The contraction of up to 16 rows of x or h with 16 rows of a weight; of each this thread has its
-// lane's two, null past the last.
+// The contraction of up to 16 rows of x or h with 16 rows of a weight. A thread holds its lane's
+// two rows of each; null past the last row.
 template <class T>
 struct Lines {
   const T *row[2], *weight[2];
-  bool aligned;  // both
+  bool aligned;  // 16-byte loads reach every row of both
   int begin, end, depth;
 };
 
-// Numbers k to k + 7 of a row, all of them there, 16 bytes aligned.
+// Numbers k to k + 7 of a row that has them all, 16-byte aligned; zeros for a null row.
 template <class T, bool FRESH>
 DEVICE Chunk eight(const T* row, int k) {
   if (!row) return {};
@@ -44,7 +44,7 @@ DEVICE void read_four(uint32_t (&words)[2], const T* row, int k, int depth) {
       words[i / 2] |= uint32_t((FRESH ? read_fresh(row + k + i) : row[k + i]).bits) << i % 2 * 16;
 }
 
-// sums += 16 k's worth: four numbers of each line a thread, two words.
+// sums += the product over 16 k. A thread brings four numbers (two words) of each of its rows.
 template <class T>
 DEVICE void add_four(float (&sums)[2][4], const uint32_t* low, const uint32_t* high,
                      const uint32_t* row, const uint32_t* row_high, bool has_many_rows) {
@@ -53,7 +53,7 @@ DEVICE void add_four(float (&sums)[2][4], const uint32_t* low, const uint32_t* h
   if (has_many_rows) mma<T>(sums[1], a, row_high[0], row_high[1]);
 }
 
-// sums += the lines' product over BATCH times 32 of k, all loads before the first product.
+// sums += the product over BATCH times 32 k. All loads are issued before the first product.
 template <class T, bool FRESH, int BATCH>
 DEVICE void add_batch(float (&sums)[2][4], const Lines<T>& l, int k, int step, bool has_many_rows) {
   Chunk weight[BATCH][2], row[BATCH][2];
@@ -72,7 +72,8 @@ DEVICE void add_batch(float (&sums)[2][4], const Lines<T>& l, int k, int step, b
                   row[i][1].word + w, has_many_rows);
 }
 
-// sums += the lines' product over this warp's share of k, every eighth 32. FRESH: the rows are h.
+// sums += the product over this warp's share of k: every eighth run of 32. FRESH: the rows are of
+// h, which other blocks have just written.
 template <class T, bool FRESH>
 DEVICE void add_lines(float (&sums)[2][4], const Lines<T>& l, bool has_many_rows) {
   constexpr int STEP = 32 * DecodeShape::WARPS;
@@ -99,7 +100,7 @@ DEVICE void add_lines(float (&sums)[2][4], const Lines<T>& l, bool has_many_rows
     }
 }
 
-// This thread's number of the tile, summed over the warps: column thread % 16, row thread / 16.
+// One number of the tile, summed over the warps: column thread % 16, row thread / 16.
 DEVICE float sum_of_warps(const float (&sums)[2][4], DecodeShared& shared) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
 #pragma unroll
@@ -114,7 +115,7 @@ DEVICE float sum_of_warps(const float (&sums)[2][4], DecodeShared& shared) {
   return sum;
 }
 
-// The two rows of a matrix that are this lane's, from row0 on.
+// Sets this lane's two rows of a matrix, counted from row0.
 template <class T>
 DEVICE void set_rows(const T* (&rows)[2], const void* at, int64_t stride, int row0, int64_t limit) {
 #pragma unroll
@@ -125,8 +126,8 @@ DEVICE void set_rows(const T* (&rows)[2], const void* at, int64_t stride, int ro
 }
 
 template <class T>
-DEVICE void shrink(const Flow& f, const Queue& q, const Shrink& s, DecodeShared& shared) {
-  const Dataflow& d = f.d;
+DEVICE void shrink(const LayerLaunch& f, const Queue& q, const Shrink& s, DecodeShared& shared) {
+  const LayerCall& d = f.d;
   const int rank0 = s.rank_block * DecodeShape::COLUMNS;
   const int first = s.is_adapter ? q.base_blocks * DecodeShape::COLUMNS : 0;
   const int steps = cover(d.K, DecodeShape::DEPTH);
@@ -159,7 +160,7 @@ DEVICE void shrink(const Flow& f, const Queue& q, const Shrink& s, DecodeShared&
   q.say_ready(0);
 }
 
-// Has 16 rows of a weight brought into L2 without waiting for them, while h is still being made.
+// Starts bringing 16 rows of a weight into L2, while other blocks still compute h.
 template <class T>
 DEVICE void prefetch_rows(const void* at, int64_t stride, int row0, int64_t limit, int64_t depth) {
   constexpr int LINE = 128 / sizeof(T);
@@ -170,10 +171,10 @@ DEVICE void prefetch_rows(const void* at, int64_t stride, int row0, int64_t limi
 }
 
 template <class T>
-DEVICE void expand(const Flow& f, const Queue& q, const Expand& e, DecodeShared& shared) {
-  const Dataflow& d = f.d;
+DEVICE void expand(const LayerLaunch& f, const Queue& q, const Expand& e, DecodeShared& shared) {
+  const LayerCall& d = f.d;
   if (!e.is_pivots) prefetch_rows<T>(d.W2, d.w2_stride, e.begin, e.limit, d.rank);
-  // Where in y a column of the tile stands, below the limit.
+  // Where a column of the tile, below the limit, stands in y.
   auto place = [&](int column) -> int64_t {
     return e.is_pivots ? d.pivots[column] : d.pivots ? d.others[column] : column;
   };
@@ -208,11 +209,11 @@ DEVICE void expand(const Flow& f, const Queue& q, const Expand& e, DecodeShared&
 }
 
 template <class T>
-KERNEL(DecodeShape::THREADS, kTiles[kDecode].residents)
-decode(ARGUMENT Flow f) {
+KERNEL(DecodeShape::THREADS, kTiles[kDecode].blocks_per_sm)
+decode(ARGUMENT LayerLaunch f) {
   auto& shared = *reinterpret_cast<DecodeShared*>(shared_memory());
   Queue q = Queue::of<DecodeShape>(f);
-  q.row_blocks = 1;  // which saves dividing by what is not known before
+  q.row_blocks = 1;  // a constant, which saves dividing by a runtime number
   int ticket = q.draw(&shared.ticket);
   for (; ticket < q.tiles; ticket = q.draw(&shared.ticket))
     if (ticket < q.shrink_tiles)

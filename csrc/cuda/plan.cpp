@@ -1,4 +1,4 @@
-// Which kernel serves a call, with how many blocks, and the workspace it needs.
+// Chooses the kernel and the number of blocks for a call, and sizes its workspace.
 #include "call.h"
 
 #include <algorithm>
@@ -6,22 +6,22 @@
 namespace hylora::cuda {
 namespace {
 
-constexpr int64_t kMostParts = 16;  // past it their sum costs what the split gains
+constexpr int64_t kMostParts = 16;  // more parts cost as much to add up as the split saves
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-int64_t rank_blocks(const Dataflow& d, const Tile& tile) {
+int64_t rank_blocks(const LayerCall& d, const Tile& tile) {
   return blocks(d.rank, tile.columns) + blocks(d.lora_rank, tile.columns);
 }
 
-int64_t column_blocks(const Dataflow& d, const Tile& tile) {
+int64_t column_blocks(const LayerCall& d, const Tile& tile) {
   const bool scatters = d.pivots && !d.transposed;
   if (!scatters) return blocks(d.N, tile.columns);
   return blocks(d.others_count, tile.columns) + blocks(d.rank, tile.columns);
 }
 
-int64_t thin_tiles(const Thin& t) {
-  const Tile& tile = kTiles[kThin];
+int64_t adapter_gradients_tiles(const AdapterGradientsCall& t) {
+  const Tile& tile = kTiles[kAdapterGradients];
   const int64_t dA = t.dA ? blocks(t.K, tile.columns) : 0;
   const int64_t dB = t.dB ? blocks(t.N, tile.columns) : 0;
   return (dA + dB) * blocks(t.lora_rank, tile.rows);
@@ -41,13 +41,13 @@ int64_t shared_bytes(Kernel kernel) {
   return staged + 4 * tile.columns + ticket;
 }
 
-// Blocks a multiprocessor holds at a time; each pays a KiB of shared memory on top of its own.
-int64_t residents(Kernel kernel, int arch) {
+// Blocks that a multiprocessor holds at a time. Each takes a KiB of shared memory besides its own.
+int64_t blocks_per_sm(Kernel kernel, int arch) {
   const int64_t by_shared = shared_of_multiprocessor(arch) / (shared_bytes(kernel) + 1024);
-  return std::clamp<int64_t>(by_shared, 1, kTiles[kernel].residents);
+  return std::clamp<int64_t>(by_shared, 1, kTiles[kernel].blocks_per_sm);
 }
 
-// Parts that give each of `programs` blocks a tile, none shorter than `least` of the contraction.
+// The number of parts that gives each of `programs` blocks a tile, with parts of at least `least`.
 int parts(int64_t tiles, int64_t programs, int64_t depth, int64_t least) {
   const int64_t most = std::clamp<int64_t>(depth / least, 1, kMostParts);
   return int(std::clamp<int64_t>(programs / tiles, 1, most));
@@ -55,7 +55,7 @@ int parts(int64_t tiles, int64_t programs, int64_t depth, int64_t least) {
 
 }  // namespace
 
-Plan plan_as(const Dataflow& d, Kernel kernel, int split, int64_t programs) {
+Plan plan_as(const LayerCall& d, Kernel kernel, int split, int64_t programs) {
   const Tile& tile = kTiles[kernel];
   const int64_t ranks = rank_blocks(d, tile), row_blocks = blocks(d.M, tile.rows);
   const int64_t tiles = row_blocks * (ranks * split + column_blocks(d, tile));
@@ -70,10 +70,10 @@ Plan plan_as(const Dataflow& d, Kernel kernel, int split, int64_t programs) {
           shared_bytes(kernel)};
 }
 
-Plan plan(const Dataflow& d, int multiprocessors, int arch) {
+Plan plan(const LayerCall& d, int multiprocessors, int arch) {
   const Tile& large = kTiles[kTile128];
   const bool has_few_rows = d.M <= kDecodeRows;
-  // Weights that run down their columns aren't what decode's 16-byte loads are made for.
+  // decode reads 16 bytes along a weight's row; transposed weights run down their columns.
   const bool decodes = has_few_rows && !d.transposed;
   const bool fills_with_large =
       blocks(d.M, large.rows) * std::min(column_blocks(d, large), rank_blocks(d, large) * 2) >=
@@ -85,25 +85,33 @@ Plan plan(const Dataflow& d, int multiprocessors, int arch) {
     kernel = kTile128;
 
   const Tile& tile = kTiles[kernel];
-  const int64_t programs = multiprocessors * residents(kernel, arch);
+  const int64_t programs = multiprocessors * blocks_per_sm(kernel, arch);
   const int64_t tiles = blocks(d.M, tile.rows) * rank_blocks(d, tile);
-  // A step for every warp of decode's, which share them; of the tiles as many as are on their way.
+  // Least part: one step for each warp in decode, whose warps share the steps; else a pipeline's
+  // worth of stages.
   const int64_t least = tile.depth * (decodes ? tile.warps : tile.stages);
   return plan_as(d, kernel, parts(tiles, programs, d.K, least), programs);
 }
 
-Plan plan_as(const Thin& t, int split) {
-  const Tile& tile = kTiles[kThin];
-  const int64_t tiles = thin_tiles(t);
-  // A row of 16 more than the tile has: the sums of dy's rows, as tensor cores make them.
+Plan plan_as(const AdapterGradientsCall& t, int split) {
+  const Tile& tile = kTiles[kAdapterGradients];
+  const int64_t tiles = adapter_gradients_tiles(t);
+  // 16 rows more than the tile has hold the sums of dy's rows, as tensor cores compute them.
   const int64_t cells = split > 1 ? tiles * split * (tile.rows + 16) * tile.columns : 0;
-  return {kThin, split, tiles * split, 0, cells, tiles, 32 * tile.warps, shared_bytes(kThin)};
+  return {kAdapterGradients,
+          split,
+          tiles * split,
+          0,
+          cells,
+          tiles,
+          32 * tile.warps,
+          shared_bytes(kAdapterGradients)};
 }
 
-Plan plan(const Thin& t, int multiprocessors, int arch) {
-  const Tile& tile = kTiles[kThin];
-  const int64_t programs = multiprocessors * residents(kThin, arch);
-  return plan_as(t, parts(thin_tiles(t), programs, t.M, tile.depth * tile.stages));
+Plan plan(const AdapterGradientsCall& t, int multiprocessors, int arch) {
+  const Tile& tile = kTiles[kAdapterGradients];
+  const int64_t programs = multiprocessors * blocks_per_sm(kAdapterGradients, arch);
+  return plan_as(t, parts(adapter_gradients_tiles(t), programs, t.M, tile.depth * tile.stages));
 }
 
 }  // namespace hylora::cuda

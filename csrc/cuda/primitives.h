@@ -1,5 +1,5 @@
-// What the kernels ask of the hardware, and the only file with PTX. With HYLORA_EMULATION the same
-// names are the CPU emulator's of tests/cuda_emulator, and nothing here comes from CUDA.
+// The kernels' access to the hardware, and the only file with PTX. With HYLORA_EMULATION the CPU
+// emulator of tests/cuda_emulator provides the same names, and nothing comes from CUDA.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
-struct alignas(16) Chunk {  // eight numbers, the most one thread loads at a time
+struct alignas(16) Chunk {  // eight numbers, the most that one load brings
   uint32_t word[4];
 };
 
@@ -26,7 +26,7 @@ struct alignas(16) Chunk {  // eight numbers, the most one thread loads at a tim
 
 #define DEVICE __device__ __forceinline__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-#define ARGUMENT const __grid_constant__  // read where the launch put it, never copied
+#define ARGUMENT const __grid_constant__  // read in place, never copied to the stack
 
 namespace hylora::cuda {
 
@@ -43,8 +43,8 @@ DEVICE uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_
 
 // ------------------------------------------------------------------------------- tensor cores
 
-// Four 8 x 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
-// Lane l gets of matrix i in r[i] the numbers [l / 4][2 (l % 4) + {0, 1}].
+// Loads four 8 x 8 matrices of 16-bit numbers. Lane l gives the address of row l % 8 of matrix l /
+// 8 and gets in r[i] the numbers [l / 4][2 (l % 4) + {0, 1}] of matrix i.
 DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -52,7 +52,7 @@ DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// The same of their transposes: [2 (l % 4) + {0, 1}][l / 4].
+// Loads their transposes: lane l gets the numbers [2 (l % 4) + {0, 1}][l / 4].
 DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -60,7 +60,7 @@ DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// d [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and t = lane % 4, pairs first number lowest:
+// d [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4, t = lane % 4, a pair's first number lowest:
 //   a[0..3]  rows g, g + 8, g, g + 8; columns 2t, 2t, 2t + 8, 2t + 8 and the next
 //   b0, b1   rows 2t, 2t + 8 and the next; column g
 //   d[0..3]  rows g, g, g + 8, g + 8; columns 2t, 2t + 1, 2t, 2t + 1
@@ -104,8 +104,8 @@ DEVICE float widened(fp16 value) {
 
 // ------------------------------------------------------------------------------------- copies
 
-// 16 bytes to shared memory, the first `bytes` of them read, the rest zeros; past L1, so that what
-// another block has written is seen.
+// Copies 16 bytes to shared memory: the first `bytes` are read, the rest are zeros. The copy
+// bypasses L1, so it sees what other blocks have written.
 DEVICE void copy_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)
@@ -113,13 +113,13 @@ DEVICE void copy_async(void* to, const void* from, int bytes) {
 }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `pending` of this thread's groups are on their way.
+// Waits until at most `pending` of this thread's groups are on their way.
 template <int pending>
 DEVICE void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// What stays as it is while the kernel runs and is wanted once: weights.
+// Reads weights: constant while the kernel runs, and needed once.
 DEVICE Chunk read_once(const Chunk* from) {
   Chunk c;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -128,7 +128,7 @@ DEVICE Chunk read_once(const Chunk* from) {
   return c;
 }
 
-// What other blocks of the launch have written: past L1.
+// Reads what other blocks of the launch have written: the load bypasses L1.
 DEVICE Chunk read_fresh(const Chunk* from) {
   Chunk c;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -1,8 +1,8 @@
-// A tile of a product: bringing parts of both operands to shared memory, multiplying, storing.
+// A tile of a product: load parts of both operands into shared memory, multiply, store.
 //
-// The operands arrive in stages, some on their way while one is multiplied. Where pointer and
-// stride are multiples of 16 bytes they are copied asynchronously, 16 bytes at a time; where not,
-// or where columns are picked by a list, number by number through registers.
+// The operands arrive in stages; some are on their way while one is multiplied. An operand whose
+// pointer and stride are multiples of 16 bytes is copied asynchronously, 16 bytes at a time. Any
+// other operand, and one whose columns a list selects, goes number by number through registers.
 #pragma once
 #include "call.h"
 #include "primitives.h"
@@ -10,11 +10,12 @@
 namespace hylora::cuda {
 
 DEVICE int at_most(int value, int most) { return value < most ? value : most; }
-// How many blocks cover a size.
+// The number of blocks that cover a size.
 DEVICE int cover(int64_t size, int block) { return int((size + block - 1) / block); }
 
-// How a block goes about a tile. DOWN: that operand lies with the contraction along its columns.
-// SUMS: a row of ones is multiplied too, so that the columns of the right operand are summed up.
+// The division of a tile among a block's warps and threads. DOWN: the contraction runs down that
+// operand's columns. SUMS: a row of ones is multiplied as well, which sums up the right operand's
+// columns.
 template <int KERNEL_, bool LEFT_DOWN_, bool RIGHT_DOWN_, int WARPS_DOWN, bool SUMS_ = false>
 struct Shape {
   static constexpr bool LEFT_DOWN = LEFT_DOWN_, RIGHT_DOWN = RIGHT_DOWN_, SUMS = SUMS_;
@@ -27,7 +28,7 @@ struct Shape {
   static constexpr int STAGE = DEPTH * (ROWS + COLUMNS);  // numbers
 };
 
-// This thread's part of a tile's result, as mma leaves it.
+// This thread's part of a tile's result, in the layout of mma.
 template <class Shape>
 struct Sums {
   static constexpr int COUNT = (Shape::M_TILES + Shape::SUMS) * Shape::N_TILES * 4;
@@ -38,30 +39,30 @@ struct Sums {
 template <class T, class Shape>
 struct Shared {
   T staged[Shape::STAGES * Shape::STAGE];
-  int32_t columns[Shape::COLUMNS];  // where the tile's columns stand in y, if it scatters
+  int32_t columns[Shape::COLUMNS];  // places of the tile's columns in y, if it scatters
   int32_t ticket;
 };
 
-// A range of the contraction, k up to end, of two operands; what lies past `depth` is zero.
+// A range of the contraction of two operands, from k to end. Numbers past `depth` count as zero.
 template <class T>
 struct Range {
   const T *left, *right;
-  int64_t left_stride, right_stride;  // of rows as they lie
+  int64_t left_stride, right_stride;  // of rows in memory
   bool left_aligned, right_aligned;
-  const int64_t* left_at;   // which columns of left the k are, or null
-  const int32_t* right_at;  // which rows of right the tile's are, or null
+  const int64_t* left_at;   // the column of left for each k, or null
+  const int32_t* right_at;  // the row of right for each of the tile's, or null
   int right_begin, right_limit;
   int k, end, depth;
 };
 
-// Where chunk c of a row stands in a tile whose rows are COLUMNS numbers: ldmatrix takes eight rows
-// at a time, and so they never meet in one bank.
+// The place of chunk c of a row in a tile whose rows are COLUMNS numbers. ldmatrix reads eight rows
+// at a time; this order keeps them in different banks.
 template <int COLUMNS>
 DEVICE int place(int row, int c) {
   return row * COLUMNS + 8 * (c ^ (COLUMNS >= 64 ? row & 7 : row >> 1 & 3));
 }
 
-// The first `count` of eight numbers, zeros for the rest.
+// Reads the first `count` of eight numbers; the rest are zeros.
 template <class T>
 DEVICE Chunk gathered(const T* row, const int64_t* at, int k, int count) {
   Chunk chunk;
@@ -75,7 +76,8 @@ DEVICE Chunk gathered(const T* row, const int64_t* at, int k, int count) {
   return chunk;
 }
 
-// [ROWS, COLUMNS] of a matrix from (row0, column0) on to shared memory, zeros past its limits.
+// Loads [ROWS, COLUMNS] of a matrix, from (row0, column0) on, into shared memory; zeros past its
+// limits.
 template <class T, int ROWS, int COLUMNS, int THREADS>
 DEVICE void load_tile(T* tile, const T* from, int64_t stride, bool aligned, int row0, int row_limit,
                       int column0, int column_limit, const int32_t* row_at,
@@ -130,9 +132,9 @@ DEVICE void load_right(T* stage, const Range<T>& r, int k) {
         r.right_at, nullptr);
 }
 
-// A 16 x 16 block of an operand as mma takes it. The left one's matrices are (rows, k) low-low,
-// high-low, low-high, high-high; the right one's low-low, low-high, high-low, high-high: the same
-// addresses serve one as it lies and the other transposed.
+// Loads a 16 x 16 block of an operand in the layout of mma. The left operand's four matrices are
+// (rows, k) low-low, high-low, low-high, high-high; the right one's low-low, low-high, high-low,
+// high-high. So one set of addresses serves one operand untransposed and the other transposed.
 template <bool TRANSPOSED, int COLUMNS, class T>
 DEVICE void fragment(uint32_t (&r)[4], const T* tile, int row, int chunk, bool rows_first) {
   const int lane = thread_index() % 32, low = lane & 15, crossed = (lane & 7) + (lane >> 4) * 8;
@@ -144,7 +146,7 @@ DEVICE void fragment(uint32_t (&r)[4], const T* tile, int row, int chunk, bool r
     ldmatrix(r, at);
 }
 
-// sums += left right^T of one stage.
+// sums += left right^T over one stage.
 template <class Shape, class T>
 DEVICE void multiply(Sums<Shape>& sums, const T* left) {
   const T* right = left + Shape::ROWS * Shape::DEPTH;
@@ -179,7 +181,7 @@ DEVICE void multiply(Sums<Shape>& sums, const T* left) {
 }
 
 // sums += the product over `steps` stages: those of `range`, then those of next(). The first right
-// tiles are on their way before ready() is waited for, the left ones come after it.
+// tiles are requested before ready(), which waits until the left ones can be read.
 template <class Shape, class T, class Ready, class Next>
 DEVICE void contract(Sums<Shape>& sums, T* staged, Range<T> range, int steps, int row0,
                      int row_limit, Ready ready, Next next) {
@@ -188,7 +190,7 @@ DEVICE void contract(Sums<Shape>& sums, T* staged, Range<T> range, int steps, in
   for (int step = 0; step < early; step++)
     load_right<Shape>(staged + step * Shape::STAGE, range, range.k + step * Shape::DEPTH);
   ready();
-  int slot = 0, free = 0;  // where a stage is multiplied, and where one is loaded, AHEAD of it
+  int slot = 0, free = 0;  // of the stage that is multiplied, and of the one loaded AHEAD of it
 #pragma unroll 1
   for (int step = -AHEAD; step < steps; step++) {
     if (step >= 0) {
@@ -209,7 +211,7 @@ DEVICE void contract(Sums<Shape>& sums, T* staged, Range<T> range, int steps, in
   }
 }
 
-// visit(row, column, first, second) for this thread's pairs of neighbours in a row of the tile.
+// Calls visit(row, column, first, second) for this thread's pairs of neighbours in the tile's rows.
 template <class Shape, class Visit>
 DEVICE void each_pair(Sums<Shape>& sums, Visit visit) {
   const int warp = thread_index() / 32, lane = thread_index() % 32;
@@ -226,14 +228,13 @@ DEVICE void each_pair(Sums<Shape>& sums, Visit visit) {
       }
 }
 
-// A tile on its way out: rows of COLUMNS numbers and a gap that keeps eight rows out of each
-// other's banks.
+// Row stride of a result in shared memory; the gap keeps eight rows in different banks.
 template <int COLUMNS>
 constexpr int OUT_STRIDE = COLUMNS + 8;
 
-// To `out`, from where store_tile takes it.
+// Rounds a result into `out`, for store_tile to read.
 template <class Shape, class T>
-DEVICE void put_out(Sums<Shape>& sums, T* out) {
+DEVICE void stage_result(Sums<Shape>& sums, T* out) {
   synchronize();  // everyone is through with what lay there
   each_pair(sums, [&](int row, int column, float first, float second) {
     *reinterpret_cast<uint32_t*>(out + row * OUT_STRIDE<Shape::COLUMNS> + column) =
@@ -242,8 +243,8 @@ DEVICE void put_out(Sums<Shape>& sums, T* out) {
   synchronize();
 }
 
-// What lies in `out` [ROWS, COLUMNS] to a matrix `stride` wide, from (row0, column0) on;
-// columns_at: where the tile's columns go instead, or null.
+// Stores `out` [ROWS, COLUMNS] to a matrix of row stride `stride`, from (row0, column0) on.
+// columns_at: the places of the tile's columns instead, or null.
 template <class T, int ROWS, int COLUMNS, int THREADS>
 DEVICE void store_tile(const T* out, T* to, int64_t stride, int row0, int64_t row_limit,
                        int column0, int64_t column_limit, const int32_t* columns_at) {
@@ -269,11 +270,11 @@ DEVICE void store_tile(const T* out, T* to, int64_t stride, int row0, int64_t ro
   }
 }
 
-// The range of a contraction of `steps` that part number `part` adds up, in steps.
+// The first of `steps` that part number `part` adds up.
 DEVICE int share(int steps, int part, int split) { return int(int64_t(part) * steps / split); }
 
-// The sum of all parts in their order and true for the last part's block to arrive, else false. The
-// last one leaves its counter at zero.
+// Returns true to the last part's block to arrive, with the sum of all parts in their order; false
+// to the others. The last one resets its counter to zero.
 template <int COUNT, int THREADS>
 DEVICE bool sum_of_parts(float* sums, float* partial, int32_t* arrival, int64_t place, int part,
                          int split, int32_t* ticket) {

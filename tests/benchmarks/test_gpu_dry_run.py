@@ -18,7 +18,6 @@ import torch
 from cuda_emulator import on_cpu
 
 from hylora_kernels import use_backend
-from hylora_kernels.backends import triton
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.backends.triton.config import BACKWARD, TORCH_PRODUCTS, Config, Problem, Target
@@ -82,7 +81,7 @@ def in_one(calls):
 @pytest.fixture
 def bench(clocks, monkeypatch):
     """benchmarks/gpu_layers.py on one small layer; a function of the folder for its results."""
-    if on_cpu.COMPILER is None or not hasattr(torch.ops.hylora, "cuda_dataflow"):
+    if on_cpu.COMPILER is None or not hasattr(torch.ops.hylora, "cuda_layer"):
         pytest.skip("the emulated kernels need g++ and hylora_kernels/_csrc.so")
     torch.ops.load_library(on_cpu.build())
     for module in (gpu_layers, gpu_rivals):
@@ -217,12 +216,14 @@ def test_the_table_is_what_serves_afterwards(tuning, monkeypatch):
 
 
 def test_a_candidate_that_is_wrong_is_refused(tuning, monkeypatch):
-    launch = triton._launch
+    from hylora_kernels.backends.triton import launch
+
+    layer = launch.layer
 
     def wrong(*given):
-        y, h_a = launch(*given)
+        y, h_a = layer(*given)
         return y * 1.1, h_a
 
-    monkeypatch.setattr(triton, "_launch", wrong)
+    monkeypatch.setattr(launch, "layer", wrong)
     with pytest.raises(FloatingPointError, match=r"Config\(BM=16.* computes Problem\(M=3"):
         tuning.run(rows=(3,), forms=("pair",), directions=("forward",))

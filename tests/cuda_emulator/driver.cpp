@@ -1,15 +1,20 @@
-// Runs launches that a script describes, so that one process serves many.
+// Runs the launches of a script, so that one process serves many.
 //
 //   driver SCRIPT INPUT OUTPUT
 //
-// A line of SCRIPT is a word and name=value pairs:
-//   buffer name=x bytes=64 at=128 shift=2   64 bytes from byte 128 of INPUT, -1: NaN (all ones);
-//                                           `shift` bytes past a multiple of 16
-//   dataflow type=0 x=x W1=w ... M=3 ... kernel=-1 split=1 programs=4 residents=4 seed=1
-//   thin ...                                kernel -1: the plan's own choice, for `processors`,
-//   `arch` toy which=mma_bf16 in=a out=b blocks=1  one of toys.h, 32 threads a block round type=0
-//   in=a out=b                 floats to numbers of a type write name=y to OUTPUT drop every buffer
-// A pointer that isn't named is null. Workspace is made here, of the size the plan names.
+// A line of SCRIPT is a verb and name=value pairs. A pointer that isn't named is null. The driver
+// allocates the workspace, of the size that the plan names.
+//
+// clang-format off
+//   buffer name=x bytes=64 at=128 shift=2    64 bytes from byte 128 of INPUT, or NaN without `at`;
+//                                            `shift` bytes past a multiple of 16
+//   layer type=0 x=x W1=w ... M=3 ... kernel=1 split=1 programs=4 alive=4 seed=1
+//   adapter_gradients type=0 x=x ... split=2 kernel or split -1: the plan's own, for processors=4 arch=90
+//   toy which=mma_bf16 in=a out=b blocks=1   one of toys.h, 32 threads a block
+//   round type=0 in=a out=b                  floats to numbers of a type
+//   write name=y                             a buffer to OUTPUT
+//   drop                                     all buffers
+// clang-format on
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -67,7 +72,7 @@ float alpha_of(const Values& v) { return v.count("alpha") ? std::stof(v.at("alph
 template <class Call>
 void launch(const Values& v, Call& call, const cuda::Plan& plan, void*& h) {
   emulation::next_order = {uint64_t(integer(v, "seed")),
-                           int(integer(v, "residents", plan.programs))};
+                           int(integer(v, "alive", plan.programs))};
   Buffer workspace(size_t(call.M * plan.h_columns * 2), 0xFF);
   Buffer partial(size_t(plan.partial_floats * 4), 0xFF), counters(size_t(plan.counters * 4), 0);
   h = workspace.data;
@@ -85,8 +90,8 @@ void launch(const Values& v, Call& call, const cuda::Plan& plan, void*& h) {
   fflush(stdout);
 }
 
-void dataflow(const Values& v) {
-  cuda::Dataflow d{};
+void layer(const Values& v) {
+  cuda::LayerCall d{};
   d.type = cuda::Type(integer(v, "type")), d.transposed = integer(v, "transposed");
   d.x = pointer(v, "x"), d.W1 = pointer(v, "W1"), d.W1a = pointer(v, "W1a");
   d.W2 = pointer(v, "W2"), d.W2a = pointer(v, "W2a"), d.bias = pointer(v, "bias");
@@ -106,8 +111,8 @@ void dataflow(const Values& v) {
   launch(v, d, plan, d.h);
 }
 
-void thin(const Values& v) {
-  cuda::Thin t{};
+void adapter_gradients(const Values& v) {
+  cuda::AdapterGradientsCall t{};
   t.type = cuda::Type(integer(v, "type"));
   t.dh_a = pointer(v, "dh_a"), t.x = pointer(v, "x");
   t.h_a = pointer(v, "h_a"), t.dy = pointer(v, "dy");
@@ -165,10 +170,10 @@ int main(int count, char** arguments) {
         input.seekg(at);
         input.read(reinterpret_cast<char*>(buffer.data), bytes);
       }
-    } else if (verb == "dataflow") {
-      dataflow(v);
-    } else if (verb == "thin") {
-      thin(v);
+    } else if (verb == "layer") {
+      layer(v);
+    } else if (verb == "adapter_gradients") {
+      adapter_gradients(v);
     } else if (verb == "toy") {
       toy(v);
     } else if (verb == "round") {

@@ -204,9 +204,9 @@ class Choice:
 
     kernel: int | None = None
     split: int = 1
-    thin_split: int | None = None
+    adapter_split: int | None = None
     programs: int = 4
-    residents: int | None = None  # blocks alive together, all of them if None
+    alive: int | None = None  # blocks alive together, all of them if None
     seed: int = 0
     shift: int = 0  # bytes that every input is off its 16-byte alignment
 
@@ -231,14 +231,14 @@ def layer(script: Script, inputs, dy: Tensor, choice: Choice) -> dict[str, int |
     pair = {"W1": gSVh, "w1_stride": K, "W1a": gA, "w1a_stride": K}
     pair |= {"W2": gU, "w2_stride": rank, "W2a": gB, "w2a_stride": lora_rank}
     pair |= {"x": gx, "x_stride": x.stride(0), "bias": gbias, "y": y, "h_a": h_a, "K": K, "N": N}
-    script.launch("dataflow", transposed=0, **one, **pair)
+    script.launch("layer", transposed=0, **one, **pair)
     dx, dh_a = script.empty(dtype, M, K), script.empty(dtype, M, lora_rank)
     back = {"W1": gU, "w1_stride": rank, "W1a": gB, "w1a_stride": lora_rank}
     back |= {"W2": gSVh, "w2_stride": K, "W2a": gA, "w2a_stride": K}
     back |= {"x": gdy, "x_stride": dy.stride(0), "y": dx, "h_a": dh_a, "K": N, "N": K}
     if one.get("kernel") == DECODE:
         one["kernel"] = TILE_64
-    script.launch("dataflow", transposed=1, **one, **back)
+    script.launch("layer", transposed=1, **one, **back)
     places = {"y": script.write(y, dtype, M, N), "dx": script.write(dx, dtype, M, K)}
     places |= {"h_a": script.write(h_a, dtype, M, lora_rank), "dA": None, "dB": None, "db": None}
     if A is not None:
@@ -247,15 +247,19 @@ def layer(script: Script, inputs, dy: Tensor, choice: Choice) -> dict[str, int |
         if bias is None:
             del names["db"]
         made = {"dh_a": dh_a, "x": gx, "h_a": h_a, "dy": gdy, "K": K, "N": N}
-        strides = {"x_stride": x.stride(0), "dy_stride": dy.stride(0), "split": choice.thin_split}
-        script.launch("thin", **same, **made, **strides, **names)
+        strides = {
+            "x_stride": x.stride(0),
+            "dy_stride": dy.stride(0),
+            "split": choice.adapter_split,
+        }
+        script.launch("adapter_gradients", **same, **made, **strides, **names)
         places |= {name: script.write(at, dtype, *grads[name]) for name, at in names.items()}
     script.lines.append("drop")
     return places
 
 
 def _order(choice: Choice) -> dict:
-    return {"seed": choice.seed, "residents": choice.residents}
+    return {"seed": choice.seed, "alive": choice.alive}
 
 
 def _others(pivots: Tensor, N: int) -> Tensor:

@@ -348,7 +348,7 @@ uint64_t run_grid(void (*body)(const void*), const void* argument, int count, in
     for (int i = 0; i < threads; i++)
       prepare(fibers + b * threads + i, &blocks[b], i);
   }
-  while (next_block < count && next_block < wanted.residents)
+  while (next_block < count && next_block < wanted.alive)
     start_block();
   if (__tsan_release) __tsan_release(&started);
   if (__tsan_get_current_fiber) main_tsan = __tsan_get_current_fiber();

@@ -14,7 +14,7 @@ namespace hylora::emulation {
 
 struct Order {
   uint64_t seed;  // 0: one after the other
-  int residents;  // blocks alive together
+  int alive;  // blocks alive together
 };
 
 int thread_index();

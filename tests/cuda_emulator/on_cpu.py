@@ -1,5 +1,4 @@
-"""The cuda room on a CPU: its ops, compiled with the emulated kernels, and the room made to believe
-that a CPU is its device."""
+"""The cuda backend on a CPU: its ops compiled with the emulated kernels, a CPU as its device."""
 
 from __future__ import annotations
 
@@ -14,7 +13,8 @@ from unittest import mock
 
 import torch
 
-from hylora_kernels.backends import cuda as room
+from hylora_kernels.backends import cuda as backend
+from hylora_kernels.backends.cuda import launch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -59,7 +59,10 @@ def _compile(library: Path) -> None:
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """Inside it the room serves tensors on the CPU; the library must be loaded."""
-    on_a_cpu = {"DEVICE": "cpu", "why_not": lambda: "", "_target": lambda device: TARGET}
-    with mock.patch.multiple(room, **on_a_cpu, _device_lacks=lambda device: ""):
+    """Inside it the backend serves tensors on the CPU; the library must be loaded."""
+    on_a_cpu = {"DEVICE": "cpu", "why_not": lambda: "", "_device_lacks": lambda device: ""}
+    with (
+        mock.patch.multiple(backend, **on_a_cpu),
+        mock.patch.object(launch, "target_of", lambda device: TARGET),
+    ):
         yield

@@ -197,7 +197,7 @@ import sys, torch
 torch.ops.load_library(sys.argv[1])
 ops = torch.ops.hylora
 print(ops.cuda_archs(), "|", ops.cuda_lacks(75))
-print(*ops.cuda_dataflow_sizes(False, False, 1, 2048, 2048, 512, 32, 132, 90))
+print(*ops.cuda_layer_sizes(False, False, 1, 2048, 2048, 512, 32, 132, 90))
 """
 
 

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import torch
 
+from hylora_kernels.backends.shared.gpu import (
+    adapter_gradients_launch_is_faster,
+    one_launch_is_faster,
+)
 from hylora_kernels.support import storage
 
 _log = logging.getLogger(__name__)
@@ -184,14 +188,11 @@ def default_config(
     ieee = problem.dtype == torch.float32
     if problem.direction == BACKWARD or (ieee and problem.M > 1):
         return TORCH_PRODUCTS
-    if not problem.lora_rank:
-        # Two products against one launch: 10.0 us against 7.6 at K = N = 2048, M = 1, 9.8 against
-        # 9.3 at M = 16, 25 against 27 at 4096 x 11008 and rank 1568, whose factors are 47 MB.
-        small = problem.factor_bytes < 32e6
-        launches = captured and small and problem.M <= 16
-        return first_candidate(problem, target) if launches else TORCH_PRODUCTS
-    # Four products against one launch: 17 us against 10 there, 34 against 28 at 4096 x 11008.
-    return first_candidate(problem, target) if problem.M <= 64 else TORCH_PRODUCTS
+    has_two_products = not problem.lora_rank
+    costs_the_host_more = has_two_products and not captured
+    is_faster = one_launch_is_faster(problem.M, problem.factor_bytes, problem.lora_rank)
+    launches = is_faster and not costs_the_host_more
+    return first_candidate(problem, target) if launches else TORCH_PRODUCTS
 
 
 def first_candidate(problem: Problem, target: Target) -> Config:
@@ -279,12 +280,9 @@ def _fitting(config, problem: Problem, target: Target):
 def adapter_gradients_config(
     problem: Problem, target: Target
 ) -> AdapterGradientsConfig | TorchProducts:
-    """The tiles of the adapter's gradients, or TORCH_PRODUCTS where the sums are long.
-
-    One launch against torch's three operations for dA, dB and db on an H100, ra = 32, in us:
-    K = N = 2048, M = 2048 15 and 22; N = 5632 26 and 30; 4096 x 11008, M = 8192 196 and 174.
-    """
-    if target.kind != "interpreter" and problem.M * (problem.K + problem.N) > 2**26:
+    """The tiles of the adapter's gradients, or TORCH_PRODUCTS where those are faster."""
+    is_faster = adapter_gradients_launch_is_faster(problem.M, problem.K, problem.N)
+    if target.kind != "interpreter" and not is_faster:
         return TORCH_PRODUCTS
     most = 64 if problem.dtype.itemsize == 2 else 32  # float32's sums: 80 were spilled on sm_80
     BA = min(most, _power(problem.lora_rank))

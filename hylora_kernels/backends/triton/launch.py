@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hylora_kernels.backends.shared import counters
-from hylora_kernels.backends.triton import kernels
+from hylora_kernels.backends.shared import counters, torch_products
+from hylora_kernels.backends.triton import dispatch, kernels
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
     FORWARD,
@@ -19,10 +19,38 @@ from hylora_kernels.backends.triton.config import (
     Problem,
     Target,
 )
+from hylora_kernels.weights import Weights
 
 MOST = 2**31  # elements that 32-bit indices reach
 # A multiply-add rounds once. That is Triton's default up to 3.9; 3.10 turns it.
 FUSION = {"enable_fp_fusion": True}
+
+
+def forward(x: Tensor, weights: Weights, problem: Problem, config: Config) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (y [M, N], h_a [M, ra]), h_a before alpha, in one launch."""
+    SVh, U, A, B, bias, alpha, pivots = weights
+    if not problem.lora_rank:
+        A = B = None
+    others, target = _others(pivots, problem), dispatch.target_of(x.device)
+    y, h_a = layer(x, SVh, A, U, B, bias, alpha, pivots, others, problem, config, target)
+    return y, x.new_empty(len(x), 0) if h_a is None else h_a
+
+
+def backward_x(
+    dy: Tensor, weights: Weights, problem: Problem, config: Config
+) -> tuple[Tensor, Tensor | None]:
+    """dy [M, N] -> (dx [M, K], dh_a [M, ra] = alpha dy B or None) in one launch."""
+    SVh, U, A, B, _, alpha, pivots = weights
+    A, B = (A.T, B.T) if problem.lora_rank else (None, None)
+    others, target = _others(pivots, problem), dispatch.target_of(dy.device)
+    return layer(dy, U.T, B, SVh.T, A, None, alpha, pivots, others, problem, config, target)
+
+
+def _others(pivots: Tensor | None, problem: Problem) -> Tensor | None:
+    """int64 [N - r]: the outputs that are no pivots, ascending; None in the pair form."""
+    if pivots is None:
+        return None
+    return torch_products.part_order(pivots, problem.others)[problem.rank :]
 
 
 def layer(
@@ -38,13 +66,10 @@ def layer(
     problem: Problem,
     config: Config,
     target: Target,
-    compile_only: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Both products of a layer in one launch.
+    """Both products of a layer in one launch of kernels.layer, which has the weights' shapes.
 
     x [M, K] -> (y [M, N] = x [W1; W1a]^T [W2, W2a]^T + bias, h_a [M, lora_rank] = x W1a^T or None).
-    kernels.layer has the weights' shapes. pivots, others: the kernel's index lists, None in the
-    pair form. compile_only: nothing is launched, the results are uninitialised.
     """
     if x.stride(1) != 1 and x.numel() >= MOST:  # 32-bit indices would not reach its last columns
         x = x.contiguous()
@@ -64,7 +89,7 @@ def layer(
     zeros = counters.zeros(x.device, 1 + _cdiv(M, config.BM) + shrink_blocks)
     programs = min(config.tiles(problem), config.blocks_per_sm * target.multiprocessors)
     run = kernels.layer[(programs,)]
-    if compile_only:
+    if dispatch.is_compile_only():
         run = functools.partial(kernels.layer.warmup, grid=(1,))
     sizes = {"M": M, "K": x.shape[1], "N": problem.width, "h_columns": h_columns}
     sizes |= {"rank": problem.rank, "lora_rank": problem.lora_rank, "others": problem.others}

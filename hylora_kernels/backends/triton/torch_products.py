@@ -1,9 +1,9 @@
 """Torch's own products, where they are the fastest, helped in two places.
 
-The pivoted form's outputs are put in order by one pass of a kernel. In training the pair form's
-factors are kept side by side, P = [SVh; A] and Q = [U, B], from the first backward on, and only the
-adapter's slices are written anew, where laying all of them side by side would read and write every
-factor once a call. The products are the same ones either way, and so are the bits.
+One pass of a kernel puts the pivoted form's outputs in order. In training the pair form's factors
+are kept side by side, P = [SVh; A] and Q = [U, B], from the first backward on: each call then
+writes the adapter's slices only, instead of copying every factor. The products, and so the bits,
+are the same either way.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import threading
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from hylora_kernels.backends.shared import torch_products as products
+from hylora_kernels.backends.shared import torch_products as shared_products
+from hylora_kernels.backends.shared.kept import KeptWhileUnwritten
 from hylora_kernels.backends.triton.config import Problem
 from hylora_kernels.weights import Weights
 
@@ -26,57 +26,40 @@ def forward(x: Tensor, weights: Weights, problem: Problem) -> tuple[Tensor, Tens
         from hylora_kernels.backends.triton import launch
 
         h_s = x @ SVh.T
-        order = products.output_order(pivots, problem.others)
+        order = shared_products.output_order(pivots, problem.others)
         y = launch.merge_pivots(h_s, h_s @ U.T, bias, order)
-        return products.add_adapter(y, x, A, B, alpha)
+        return shared_products.add_adapter(y, x, A, B, alpha)
     with _one_at_a_time:
-        return products.forward(x, weights, _side_by_side)
+        return shared_products.forward(x, weights, _side_by_side)
 
 
 def backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """dy [M, N] -> (dx [M, K], dh_a [M, ra] = alpha dy B, None without an adapter)."""
 
-    def kept_from_now_on(weights):
-        SVh, U = weights.SVh, weights.U
-        if not _capturing(SVh) and not _serves(_kept.get(SVh), SVh, U):
-            _kept[SVh] = _SideBySide(SVh, U, weights.lora_rank)
+    def kept_from_now_on(weights: Weights) -> tuple[Tensor, Tensor]:
+        if not _capturing(weights.SVh) and _kept_for(weights) is None:
+            _kept.keep(_SideBySide(weights), weights.SVh, weights.U)
         return _side_by_side(weights)
 
     with _one_at_a_time:
-        return products.backward_x(dy, weights, kept_from_now_on)
-
-
-def _side_by_side(weights: Weights) -> tuple[Tensor, Tensor]:
-    kept = _kept.get(weights.SVh)
-    if not _serves(kept, weights.SVh, weights.U):
-        return products.side_by_side(weights)
-    return kept.refreshed(weights.A, weights.B)
-
-
-def _serves(kept: _SideBySide | None, SVh: Tensor, U: Tensor) -> bool:
-    """Whether what is kept is of these very factors, as they are now, and may be used: another
-    stream could be multiplying by another adapter, and a CUDA graph would go on using its memory
-    after forget()."""
-    if kept is None or _capturing(SVh):
-        return False
-    return kept.U() is U and kept.stamp == _stamp(SVh, U) and kept.stream == _stream(SVh)
+        return shared_products.backward_x(dy, weights, kept_from_now_on)
 
 
 def forget(SVh: Tensor) -> None:
     """Drop what is kept for a layer with this SVh."""
-    _kept.pop(SVh, None)
+    _kept.forget(SVh)
 
 
 class _SideBySide:
     """P [r + ra, K] and Q [N, r + ra] of one layer."""
 
-    def __init__(self, SVh: Tensor, U: Tensor, lora_rank: int):
-        rank, K = SVh.shape
-        self.P = SVh.new_empty(rank + lora_rank, K)
-        self.Q = U.new_empty(U.shape[0], rank + lora_rank)
+    def __init__(self, weights: Weights):
+        SVh, U, rank = weights.SVh, weights.U, weights.rank
+        self.P = SVh.new_empty(rank + weights.lora_rank, weights.in_features)
+        self.Q = U.new_empty(len(U), rank + weights.lora_rank)
         self.P[:rank] = SVh
         self.Q[:, :rank] = U
-        self.U, self.stamp, self.stream = TensorWeakRef(U), _stamp(SVh, U), _stream(SVh)
+        self.stream = _stream(SVh)
 
     def refreshed(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """P and Q with this adapter."""
@@ -86,19 +69,27 @@ class _SideBySide:
         return self.P, self.Q
 
 
-# SVh -> its _SideBySide
-_kept = WeakTensorKeyDictionary()
-# From writing an adapter's slices to queueing the products that read them: two threads may call one
-# layer with two adapters.
+_kept: KeptWhileUnwritten[_SideBySide] = KeptWhileUnwritten()
+# Held from writing an adapter's slices until the products that read them are queued: two threads
+# may call one layer with two adapters.
 _one_at_a_time = threading.Lock()
 
 
-def _stamp(SVh: Tensor, U: Tensor) -> tuple:
-    """What changes when the factors are written to; never the same for inference tensors, which
-    don't say."""
-    if SVh.is_inference() or U.is_inference():
-        return (object(),)
-    return SVh._version, U._version
+def _side_by_side(weights: Weights) -> tuple[Tensor, Tensor]:
+    kept = _kept_for(weights)
+    if kept is None:
+        return shared_products.side_by_side(weights)
+    return kept.refreshed(weights.A, weights.B)
+
+
+def _kept_for(weights: Weights) -> _SideBySide | None:
+    """What is kept for these factors, None where it must not be used.
+
+    Another stream could still multiply by another adapter, and a CUDA graph would go on using the
+    memory after forget().
+    """
+    kept = None if _capturing(weights.SVh) else _kept.get(weights.SVh, weights.U)
+    return kept if kept is not None and kept.stream == _stream(weights.SVh) else None
 
 
 def _stream(tensor: Tensor) -> int:

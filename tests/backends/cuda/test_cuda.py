@@ -21,7 +21,8 @@ from helpers.numerics import (
 
 from hylora_kernels import backends, svd_lora_linear, use_backend
 from hylora_kernels.backends import cuda as room
-from hylora_kernels.backends.shared import counters
+from hylora_kernels.backends.cuda import launch
+from hylora_kernels.backends.shared import counters, gpu
 from hylora_kernels.machine import info, tune
 from hylora_kernels.machine.selftest import run as selftest
 from hylora_kernels.machine.selftest.grid import Case as Trial
@@ -37,7 +38,7 @@ needs_library = pytest.mark.skipif(
 def ops():
     if on_cpu.COMPILER is None:
         pytest.skip("the emulated kernels are compiled with g++, none found")
-    if not hasattr(torch.ops.hylora, "cuda_dataflow"):
+    if not hasattr(torch.ops.hylora, "cuda_layer"):
         pytest.skip("hylora_kernels/_csrc.so isn't built")
     torch.ops.load_library(on_cpu.build())
 
@@ -56,16 +57,16 @@ def run(inputs, dy=None):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the ops that are called, in their order."""
+    """The names of the launches, in their order."""
     names = []
-    for name in ("_dataflow", "_thin"):
-        function = getattr(room, name)
+    for name in ("layer", "adapter_gradients"):
+        function = getattr(launch, name)
 
-        def counted(*given, name=name, function=function):
+        def counted(*given, name=name, function=function, **named):
             names.append(name)
-            return function(*given)
+            return function(*given, **named)
 
-        monkeypatch.setattr(room, name, counted)
+        monkeypatch.setattr(launch, name, counted)
     return names
 
 
@@ -157,45 +158,45 @@ def test_what_is_launched(emulated, launches):
         assert_as_exact_as_formula(got, inputs, dy)
         return launches.copy()
 
-    assert launched() == ["_dataflow", "_dataflow", "_thin"]
-    assert launched(lora_rank=0) == ["_dataflow", "_dataflow"]
+    assert launched() == ["layer", "layer", "adapter_gradients"]
+    assert launched(lora_rank=0) == ["layer", "layer"]
     assert launched(dtype=torch.float32) == launched(dtype=torch.float64) == []
     assert launched(M=0) == launched(form="dense") == []
     assert launched(lambda i: i._replace(A=i.A[:0], B=i.B[:, :0])) == []
-    with room.forcing(room.PRODUCTS):
+    with room.forcing(room.TORCH_PRODUCTS):
         assert launched() == []
-    with pytest.raises(KeyError), room.forcing(room.PRODUCTS):
+    with pytest.raises(KeyError), room.forcing(room.TORCH_PRODUCTS):
         raise KeyError
-    assert launched() == ["_dataflow", "_dataflow", "_thin"]
+    assert launched() == ["layer", "layer", "adapter_gradients"]
 
 
 def test_unforced_the_sizes_decide(ops, launches):
     with on_cpu.emulated(), use_backend("cuda"):
         run(make_inputs(Case(M=3), torch.bfloat16))
-        assert launches == ["_dataflow", "_thin"], "dx is torch's"
+        assert launches == ["layer", "adapter_gradients"], "dx is torch's"
         launches.clear()
         run(make_inputs(Case(M=70, lora_rank=0), torch.bfloat16))
         assert launches == []
 
 
 @pytest.mark.parametrize(
-    ("M", "megabytes", "lora_rank", "backward", "gains"),
+    ("M", "megabytes", "lora_rank", "is_faster"),
     [
-        (1, 4, 0, False, True),  # two products against one launch
-        (16, 4, 0, False, True),
-        (17, 4, 0, False, False),
-        (1, 47, 0, False, False),
-        (64, 47, 32, False, True),  # four products against one launch
-        (65, 4, 32, False, False),
-        (1, 4, 32, True, False),
+        (1, 4, 0, True),  # two products against one launch
+        (16, 4, 0, True),
+        (17, 4, 0, False),
+        (1, 47, 0, False),
+        (64, 47, 32, True),  # four products against one launch
+        (65, 4, 32, False),
     ],
 )
-def test_when_one_launch_gains(M, megabytes, lora_rank, backward, gains):
-    assert room.one_launch_gains(M, megabytes * 10**6, lora_rank, backward) is gains
+def test_when_one_launch_is_faster(M, megabytes, lora_rank, is_faster):
+    assert gpu.one_launch_is_faster(M, megabytes * 10**6, lora_rank) is is_faster
 
 
-def test_when_the_launch_for_the_adapter_gains():
-    assert room.thin_gains(2048, 4096, 11008) and not room.thin_gains(8192, 4096, 11008)
+def test_when_the_launch_for_the_adapter_is_faster():
+    assert gpu.adapter_gradients_launch_is_faster(2048, 4096, 11008)
+    assert not gpu.adapter_gradients_launch_is_faster(8192, 4096, 11008)
 
 
 def test_auto_takes_it_before_the_cpu_where_triton_cannot_serve(ops, monkeypatch):
@@ -237,7 +238,7 @@ def test_compile_whole_graph(form, emulated):
 
 @needs_library
 def test_the_questions_for_the_device_are_constants_of_compiled_code(monkeypatch):
-    monkeypatch.setattr(room, "_target", lambda device: (1, 75))
+    monkeypatch.setattr(launch, "target_of", lambda device: (1, 75))
 
     def choice(x):
         return x + 1 if room._driver_lacks() + room._device_lacks(x.device) else x - 1
@@ -274,7 +275,7 @@ def test_reasons(monkeypatch):
 
 @needs_library
 def test_the_library_says_which_gpus_it_serves(monkeypatch):
-    monkeypatch.setattr(room, "_target", lambda device: (1, 75))
+    monkeypatch.setattr(launch, "target_of", lambda device: (1, 75))
     reason = room._device_lacks(torch.device("cuda", 7))
     assert reason == (room.NO_KERNELS or "serves GPUs from sm_80 on, got sm_75")
     if not room.NO_KERNELS:
@@ -290,7 +291,7 @@ def test_info_says_what_the_library_was_compiled_for(monkeypatch):
     assert dict(info.info().rows())["cuda code"] == room.NO_KERNELS
 
 
-def dataflow_arguments(transposed=False, pivoted=False, M=5, K=24, N=40, r=8, ra=4) -> dict:
+def layer_arguments(transposed=False, pivoted=False, M=5, K=24, N=40, r=8, ra=4) -> dict:
     """What the room gives to the op, by name; N and K are the layer's."""
 
     def half(*shape):
@@ -301,7 +302,7 @@ def dataflow_arguments(transposed=False, pivoted=False, M=5, K=24, N=40, r=8, ra
     depth, width = (N, K) if transposed else (K, N)
     names = ("W1", "W1a", "W2", "W2a")
     sizes = (transposed, pivoted, M, depth, width, r, ra, *on_cpu.TARGET)
-    h_columns, cells, count, *_ = torch.ops.hylora.cuda_dataflow_sizes(*sizes)
+    h_columns, cells, count, *_ = torch.ops.hylora.cuda_layer_sizes(*sizes)
     return {
         "x": half(M, depth),
         **dict(zip(names, weights, strict=True)),
@@ -320,11 +321,11 @@ def dataflow_arguments(transposed=False, pivoted=False, M=5, K=24, N=40, r=8, ra
     }
 
 
-def thin_arguments(M=6, K=24, N=40, ra=4) -> dict:
+def adapter_gradients_arguments(M=6, K=24, N=40, ra=4) -> dict:
     def half(*shape):
         return torch.randn(shape).half()
 
-    _, cells, count, *_ = torch.ops.hylora.cuda_thin_sizes(M, K, N, ra, *on_cpu.TARGET)
+    _, cells, count, *_ = torch.ops.hylora.cuda_adapter_gradients_sizes(M, K, N, ra, *on_cpu.TARGET)
     given = {"dh_a": half(M, ra), "x": half(M, K), "h_a": half(M, ra), "dy": half(M, N)}
     given |= {"alpha": 0.5, "multiprocessors": on_cpu.TARGET[0], "arch": on_cpu.TARGET[1]}
     given |= {"dA": half(ra, K), "dB": half(N, ra), "db": half(N)}
@@ -334,17 +335,19 @@ def thin_arguments(M=6, K=24, N=40, ra=4) -> dict:
 @pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_the_launches(transposed, pivoted, ops):
-    given = dataflow_arguments(transposed, pivoted)
+    given = layer_arguments(transposed, pivoted)
     torch.library.opcheck(
-        torch.ops.hylora.cuda_dataflow.default, tuple(given.values()), test_utils="test_schema"
+        torch.ops.hylora.cuda_layer.default, tuple(given.values()), test_utils="test_schema"
     )
-    given = thin_arguments()
+    given = adapter_gradients_arguments()
     torch.library.opcheck(
-        torch.ops.hylora.cuda_thin.default, tuple(given.values()), test_utils="test_schema"
+        torch.ops.hylora.cuda_adapter_gradients.default,
+        tuple(given.values()),
+        test_utils="test_schema",
     )
 
 
-WRONG_DATAFLOW = {
+WRONG_LAYER = {
     "x must be bfloat16 or float16": {"x": torch.randn(5, 24)},
     "x, y, W1 and W1a must be matrices": {"x": torch.randn(5).half()},
     r"x must be contiguous in its last dimension, got stride 5": {"x": torch.ones(24, 5).half().T},
@@ -371,7 +374,7 @@ WRONG_PIVOTS = {
     r"W2 must be \[32, 8\], got \[40, 8\]": {"W2": torch.ones(40, 8).half()},
     "pivots must be fewer than the outputs, got 8": {"y": torch.ones(5, 8).half()},
 }
-WRONG_THIN = {
+WRONG_ADAPTER_GRADIENTS = {
     "dh_a, x and dA, or h_a, dy and dB, or all must be given": {"x": None},
     "db with dB alone": {"h_a": None, "dy": None, "dB": None},
     r"x must be \[6, 24\], got \[5, 24\]": {"x": torch.ones(5, 24).half()},
@@ -384,40 +387,42 @@ WRONG_THIN = {
 }
 
 
-@pytest.mark.parametrize("message", WRONG_DATAFLOW)
+@pytest.mark.parametrize("message", WRONG_LAYER)
 def test_a_wrong_tensor_is_named(message, ops):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.hylora.cuda_dataflow(**dataflow_arguments() | WRONG_DATAFLOW[message])
+        torch.ops.hylora.cuda_layer(**layer_arguments() | WRONG_LAYER[message])
 
 
 @pytest.mark.parametrize("message", WRONG_PIVOTS)
 def test_a_wrong_tensor_of_the_pivoted_form_is_named(message, ops):
-    given = dataflow_arguments(pivoted=True) | WRONG_PIVOTS[message]
+    given = layer_arguments(pivoted=True) | WRONG_PIVOTS[message]
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.hylora.cuda_dataflow(**given)
+        torch.ops.hylora.cuda_layer(**given)
 
 
 def test_transposed_weights_are_checked_as_they_are_stored(ops):
-    given = dataflow_arguments(transposed=True)
+    given = layer_arguments(transposed=True)
     given["W1"] = given["W1"].T.contiguous()
     with pytest.raises(RuntimeError, match=r"W2 must be \[40, 24\], got \[8, 24\]"):
-        torch.ops.hylora.cuda_dataflow(**given | {"W1": torch.ones(40, 40).half()})
+        torch.ops.hylora.cuda_layer(**given | {"W1": torch.ones(40, 40).half()})
     with pytest.raises(RuntimeError, match=r"W1 must be \[40, 40\], got \[8, 40\]"):
-        torch.ops.hylora.cuda_dataflow(**given)
+        torch.ops.hylora.cuda_layer(**given)
 
 
-@pytest.mark.parametrize("message", WRONG_THIN)
+@pytest.mark.parametrize("message", WRONG_ADAPTER_GRADIENTS)
 def test_a_wrong_tensor_of_the_adapters_launch_is_named(message, ops):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.hylora.cuda_thin(**thin_arguments() | WRONG_THIN[message])
+        torch.ops.hylora.cuda_adapter_gradients(
+            **adapter_gradients_arguments() | WRONG_ADAPTER_GRADIENTS[message]
+        )
 
 
 def test_split_sums_need_their_workspace(ops):
-    given = dataflow_arguments(M=1, K=4096, r=16)
+    given = layer_arguments(M=1, K=4096, r=16)
     assert given["partial"].numel() > 0, "a long contraction is split"
     with pytest.raises(RuntimeError, match=r"partial must be given: \d+ numbers"):
-        torch.ops.hylora.cuda_dataflow(**given | {"partial": None})
-    torch.ops.hylora.cuda_dataflow(**given)
+        torch.ops.hylora.cuda_layer(**given | {"partial": None})
+    torch.ops.hylora.cuda_layer(**given)
     assert given["y"].isfinite().all() and not given["counters"].any()
 
 
@@ -430,7 +435,7 @@ def test_plans_for_real_gpus(transposed, gpu):
     multiprocessors, _ = gpu
     for (K, N, r, ra), M in itertools.product(tune.SHAPES, (1, 16, 17, 64, 256, 2048)):
         depth, width = (N, K) if transposed else (K, N)
-        sizes = torch.ops.hylora.cuda_dataflow_sizes
+        sizes = torch.ops.hylora.cuda_layer_sizes
         h_columns, cells, count, threads, shared = sizes(
             *(transposed, False, M, depth, width, r, ra, *gpu)
         )
@@ -442,8 +447,8 @@ def test_plans_for_real_gpus(transposed, gpu):
         assert count == 1 + row_blocks + tiles
         split, rest = divmod(cells, tiles * side * side)
         assert rest == 0 and split != 1
-        residents = 2 if side == 128 else 3
-        assert split == 0 or tiles * split <= residents * multiprocessors
+        blocks_per_sm = 2 if side == 128 else 3
+        assert split == 0 or tiles * split <= blocks_per_sm * multiprocessors
         assert split == 0 or depth // split >= (256 if decodes else 96)
         assert 2 * M * h_columns + 4 * cells <= 40e6
         assert shared <= 99 * 1024

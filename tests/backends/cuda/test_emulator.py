@@ -145,9 +145,9 @@ def test_races_are_seen(which):
 CHOICES = {
     "planned": Choice(),
     "64": Choice(TILE_64, programs=3, seed=1),
-    "64 split": Choice(TILE_64, split=3, thin_split=2, programs=7, seed=2),
-    "128": Choice(TILE_128, programs=2, residents=1, seed=3),
-    "128 split": Choice(TILE_128, split=2, thin_split=3, programs=5, residents=3, seed=4),
+    "64 split": Choice(TILE_64, split=3, adapter_split=2, programs=7, seed=2),
+    "128": Choice(TILE_128, programs=2, alive=1, seed=3),
+    "128 split": Choice(TILE_128, split=2, adapter_split=3, programs=5, alive=3, seed=4),
     "decode": Choice(DECODE, programs=4, seed=5),
     "decode split": Choice(DECODE, split=4, programs=8, seed=6),
 }
@@ -229,7 +229,7 @@ def test_some_of_the_adapters_gradients(name):
     named = {n: script.give(t) for n, t in given.items() if n in SOME[name]}
     made = {n: script.empty(dtype, *shape) for n, shape in shapes.items() if n in SOME[name]}
     sizes = {"M": M, "K": K, "N": N, "lora_rank": lora_rank, "x_stride": K, "dy_stride": N}
-    script.launch("thin", type=0, alpha=0.37, split=2, **sizes, **named, **made)
+    script.launch("adapter_gradients", type=0, alpha=0.37, split=2, **sizes, **named, **made)
     places = {n: script.write(at, dtype, *shapes[n]) for n, at in made.items()}
     results, _ = emulated.run(emulated.driver(), script)
     for n, place in places.items():
@@ -278,8 +278,8 @@ def test_same_bits_in_any_order_with_any_number_of_programs(name):
     script, seeds, gots = Script(), range(14), []
     for seed in seeds:
         programs = 1 + seed * 5 % 8
-        residents = programs - seed // 4 if programs > 3 else None
-        drawn = dataclasses.replace(choice, seed=seed, programs=programs, residents=residents)
+        alive = programs - seed // 4 if programs > 3 else None
+        drawn = dataclasses.replace(choice, seed=seed, programs=programs, alive=alive)
         inputs, dy, got = _layer(script, case, torch.float16, drawn)
         gots.append(got)
     results, launches = emulated.run(emulated.driver(), script)

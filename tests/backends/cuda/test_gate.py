@@ -32,14 +32,14 @@ needs_tools = pytest.mark.skipif(
 # have room for: with fewer, too little is on its way from memory.
 LOADS_TILES = {"HMMA", "LDSM", "LDGSTS"}
 BUDGETS = {
-    "dataflow 64": (LOADS_TILES, 3),
-    "dataflow 128": (LOADS_TILES, 2),
+    "layer 64": (LOADS_TILES, 3),
+    "layer 128": (LOADS_TILES, 2),
     "decode": ({"HMMA", "LDG"}, 3),
-    "thin": (LOADS_TILES, 3),
+    "adapter_gradients": (LOADS_TILES, 3),
 }
-RESIDENTS = 2  # blocks whose shared memory a multiprocessor must have room for at the least
+LEAST_BLOCKS = 2  # blocks whose shared memory a multiprocessor must have room for at the least
 SHARED = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
-WAITING = {"dataflow", "decode"}  # kernels in which blocks wait for one another
+WAITING = {"layer", "decode"}  # kernels in which blocks wait for one another
 SHOWN = ("HMMA", "LDSM", "LDGSTS", "LDG", "ATOMG", "MEMBAR")
 
 
@@ -48,8 +48,8 @@ SHOWN = ("HMMA", "LDSM", "LDGSTS", "LDG", "ATOMG", "MEMBAR")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_machine_code(arch):
     found, faults = kernels_in_library(arch), {}
-    names = [f"dataflow {side}{way}" for side in (64, 128) for way in ("", " transposed")]
-    names += ["decode", "thin"]
+    names = [f"layer {side}{way}" for side in (64, 128) for way in ("", " transposed")]
+    names += ["decode", "adapter_gradients"]
     assert sorted(found) == sorted(f"{n} {t}" for n in names for t in ("bf16", "fp16"))
     for name, code in sorted(found.items()):
         counts = " ".join(f"{opcode}={code.opcodes[opcode]}" for opcode in SHOWN)
@@ -61,16 +61,16 @@ def test_machine_code(arch):
 
 def faults_of(name: str, code: Code, arch: str) -> list[str]:
     """What keeps a kernel from being shipped, in words."""
-    opcodes, residents = next(BUDGETS[kernel] for kernel in BUDGETS if name.startswith(kernel))
+    opcodes, blocks_per_sm = next(BUDGETS[kernel] for kernel in BUDGETS if name.startswith(kernel))
     threads, found = sizes_of(name)[0], []
     if code.spills or code.stack:
         found.append(f"{code.spills} spilled, {code.stack} bytes of stack")
     by_registers = 65536 // (threads * 8 * math.ceil(code.registers / 8))
-    if by_registers < residents:
-        found.append(f"{code.registers} registers: {by_registers} blocks, not {residents}")
+    if by_registers < blocks_per_sm:
+        found.append(f"{code.registers} registers: {by_registers} blocks, not {blocks_per_sm}")
     # Each block pays a KiB on top of its own.
-    if RESIDENTS * (code.shared + KIB) > SHARED[arch] * KIB:
-        found.append(f"{code.shared} bytes shared: fewer than {RESIDENTS} blocks")
+    if LEAST_BLOCKS * (code.shared + KIB) > SHARED[arch] * KIB:
+        found.append(f"{code.shared} bytes shared: fewer than {LEAST_BLOCKS} blocks")
     if missing := sorted(opcode for opcode in opcodes if not code.opcodes[opcode]):
         found.append(f"no {', '.join(missing)}")
     if name.split()[0] in WAITING and not code.opcodes["MEMBAR"]:
@@ -95,8 +95,8 @@ def by_function(heading: str, text: str) -> dict[str, str]:
 
 
 def kernel_name(mangled: str) -> str:
-    """As in "dataflow 64 transposed bf16"."""
-    shape = r"_ZN6hylora4cuda\d+([a-z]+)INS0_4(bf16|fp16)E(?:Li(\d)ELb([01])E)?E"
+    """As in "layer 64 transposed bf16"."""
+    shape = r"_ZN6hylora4cuda\d+([a-z_]+)INS0_4(bf16|fp16)E(?:Li(\d)ELb([01])E)?E"
     kernel, dtype, tile, transposed = re.match(shape, mangled).groups()
     words = [kernel, tile and ("64", "128")[int(tile)], transposed == "1" and "transposed", dtype]
     return " ".join(filter(None, words))
@@ -105,12 +105,12 @@ def kernel_name(mangled: str) -> str:
 def sizes_of(name: str) -> tuple[int, int]:
     """(threads of a block, bytes of its shared memory), by the plan for a call that takes it."""
     device = (132, 90)
-    if name.startswith("thin"):
-        return torch.ops.hylora.cuda_thin_sizes(2048, 2048, 2048, 32, *device)[3:]
-    rows = {"decode": 1, "dataflow 64": 17, "dataflow 128": 8192}
+    if name.startswith("adapter_gradients"):
+        return torch.ops.hylora.cuda_adapter_gradients_sizes(2048, 2048, 2048, 32, *device)[3:]
+    rows = {"decode": 1, "layer 64": 17, "layer 128": 8192}
     M = next(M for kernel, M in rows.items() if name.startswith(kernel))
     sizes = (False, False, M, 4096, 4096, 1024, 32)
-    return torch.ops.hylora.cuda_dataflow_sizes(*sizes, *device)[3:]
+    return torch.ops.hylora.cuda_layer_sizes(*sizes, *device)[3:]
 
 
 def tool(*words: str) -> str:
@@ -142,7 +142,7 @@ GOOD = Code(112, 49152, 0, 0, 0, Counter(HMMA=9, LDSM=9, LDGSTS=9, LDG=9, MEMBAR
     ],
 )
 def test_each_fault_is_named(change, fault):
-    found = faults_of("dataflow 64 bf16", replace(GOOD, **change), "sm_86")
+    found = faults_of("layer 64 bf16", replace(GOOD, **change), "sm_86")
     assert found == ([] if fault is None else [fault])
 
 

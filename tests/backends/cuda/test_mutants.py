@@ -103,13 +103,13 @@ MUTANTS = {
         "tile.h", "  synchronize();  // everyone is through with what lay there\n", "", "race"
     ),
     "a ticket drawn while others read the last": Mutant(
-        "dataflow.h",
+        "layer.h",
         "    synchronize();\n    if (thread_index() == 0) *ticket",
         "    if (thread_index() == 0) *ticket",
         "race",
     ),
     "h called ready before all threads have written it": Mutant(
-        "dataflow.h",
+        "layer.h",
         "    synchronize();\n    if (thread_index() == 0) add_release",
         "    if (thread_index() == 0) add_release",
         "race",
@@ -129,19 +129,19 @@ MUTANTS = {
     ),
     # -------------------------------------------------------------------------- flags and counters
     "h taken as ready one block early": Mutant(
-        "dataflow.h", "< rank_blocks)", "< rank_blocks - 1)", "race"
+        "layer.h", "< rank_blocks)", "< rank_blocks - 1)", "race"
     ),
     "h waited for one block too long": Mutant(
-        "dataflow.h", "< rank_blocks)", "< rank_blocks + 1)", "deadlock"
+        "layer.h", "< rank_blocks)", "< rank_blocks + 1)", "deadlock"
     ),
     "ready said without release": Mutant(
-        "dataflow.h",
+        "layer.h",
         "add_release(ready(row_block), 1)",
         "add_relaxed(ready(row_block), 1)",
         "race",
     ),
     "ready read without acquire": Mutant(
-        "dataflow.h", "load_acquire(ready(row_block))", "add_relaxed(ready(row_block), 0)", "race"
+        "layer.h", "load_acquire(ready(row_block))", "add_relaxed(ready(row_block), 0)", "race"
     ),
     "parts summed without acquire": Mutant(
         "tile.h",
@@ -161,12 +161,12 @@ MUTANTS = {
         "tile.h", "chunk + (lane >> 4))", "chunk + 1 - (lane >> 4))", "numbers"
     ),
     "a pivot's bias given to another column": Mutant(
-        "dataflow.h", "[columns ? columns[c] : e.begin + c]", "[e.begin + c]", "numbers"
+        "layer.h", "[columns ? columns[c] : e.begin + c]", "[e.begin + c]", "numbers"
     ),
     "h_a scaled as the backward's": Mutant(
-        "dataflow.h", "    if (d.transposed) scale();\n", "    scale();\n", "numbers"
+        "layer.h", "    if (d.transposed) scale();\n", "    scale();\n", "numbers"
     ),
-    "pivots added by every part": Mutant("dataflow.h", " && s.part == 0", "", "numbers"),
+    "pivots added by every part": Mutant("layer.h", " && s.part == 0", "", "numbers"),
 }
 
 

@@ -1,38 +1,43 @@
 // Both products of a layer in one launch, for any number of rows.
 //
-// Blocks draw tiles from one queue: first all shrink tiles (h = x [W1; W1a]^T, into a workspace
-// that stays in L2), then all expand tiles (y = h [W2, W2a]^T + bias), which wait until the h of
-// their rows is complete. A tile waits only for tiles before it in the queue, and whoever drew
-// those is running: no deadlock with any number of blocks. The weights are read once, and the
-// second product begins where the first one's last wave leaves off.
+// Blocks draw tickets for tiles from one ordered queue. The shrink tiles come first; each writes a
+// block of h = x [W1; W1a]^T to a workspace that stays in L2. The expand tiles follow; each waits
+// until the h of its rows is complete and writes a block of y = h [W2, W2a]^T + bias. The weights
+// are read once, and expand tiles fill the multiprocessors that the last shrink tiles leave idle.
 //
-// Who draws the last ticket leaves the counters as they were found, so nothing is cleared between
-// launches and a CUDA graph can replay one. Sums have one order whoever comes first: same bits.
+// A tile waits only for tiles before it in the queue, and running blocks have drawn all of those.
+// So nothing deadlocks, with any number of blocks.
+//
+// The block that draws the last ticket resets the counters to zero, so nothing is cleared between
+// launches and a CUDA graph can replay one. Parts of a sum are added in one order, whichever block
+// comes last: the bits repeat.
 #pragma once
 #include "tile.h"
 
 namespace hylora::cuda {
 
-// What a launch knows besides the call: whether 16-byte loads reach every row of an operand.
-struct Flow {
-  Dataflow d;
+// A call, and whether 16-byte loads reach every row of each operand.
+struct LayerLaunch {
+  LayerCall d;
   int split;
   bool x_aligned, w1_aligned, w1a_aligned, w2_aligned, w2a_aligned;
 };
 
-// The pivoted form: y's columns go, or x's come, by the lists of pivots and others.
-DEVICE bool scatters(const Dataflow& d) { return d.pivots && !d.transposed; }
-DEVICE bool gathers(const Dataflow& d) { return d.pivots && d.transposed; }
+// The pivoted form scatters y's columns (forward), or gathers x's (backward), by the lists of
+// pivots and others.
+DEVICE bool scatters(const LayerCall& d) { return d.pivots && !d.transposed; }
+DEVICE bool gathers(const LayerCall& d) { return d.pivots && d.transposed; }
 
-// How many tiles there are, and where in `counters` they are counted: the next ticket, the blocks
-// of h ready in each block of rows, the parts that have arrived at each block of h.
+// The queue of a launch. `counters` holds the next ticket, then for each block of rows the number
+// of its blocks of h that are ready, then for each block of h the number of parts that have
+// arrived.
 struct Queue {
   int32_t* counters;
   int row_blocks, rank_blocks, base_blocks, column_blocks, other_blocks, shrink_tiles, tiles;
 
   template <class Shape>
-  static DEVICE Queue of(const Flow& f) {
-    const Dataflow& d = f.d;
+  static DEVICE Queue of(const LayerLaunch& f) {
+    const LayerCall& d = f.d;
     Queue q;
     q.counters = d.counters;
     q.row_blocks = cover(d.M, Shape::ROWS);
@@ -48,10 +53,10 @@ struct Queue {
   DEVICE int32_t* ready(int row_block) const { return counters + 1 + row_block; }
   DEVICE int32_t* arrivals(int place) const { return counters + 1 + row_blocks + place; }
 
-  // Tiles go through all blocks of a block of rows before the next.
+  // The tiles of one block of rows come before those of the next.
   DEVICE int row_block(int tile, int each) const { return row_blocks == 1 ? 0 : tile / each; }
 
-  // The next ticket, the same for the whole block, when all of it is through with the last one.
+  // The next ticket, the same for all threads, drawn when all have finished with the last one.
   DEVICE int draw(int32_t* ticket) const {
     synchronize();
     if (thread_index() == 0) *ticket = add_relaxed(counters, 1);
@@ -59,7 +64,7 @@ struct Queue {
     return *ticket;
   }
 
-  // One more block of h is complete, once every thread's part of it is written.
+  // Counts one more block of h as complete, after every thread has written its part.
   DEVICE void say_ready(int row_block) const {
     synchronize();
     if (thread_index() == 0) add_release(ready(row_block), 1);
@@ -72,8 +77,8 @@ struct Queue {
     synchronize();
   }
 
-  // Every block ends on a ticket that is no tile's, drawn when its last tile was done. Added to,
-  // not exchanged: nobody waits for a result.
+  // Every block ends on a ticket past the last tile, drawn after its own last tile was done. The
+  // block with the last ticket resets all counters; adding needs no result to wait for.
   DEVICE void reset(int last_ticket, int threads) const {
     if (last_ticket != tiles + block_count() - 1) return;
     if (thread_index() == 0) add_relaxed(counters, -tiles - block_count());
@@ -82,7 +87,7 @@ struct Queue {
   }
 };
 
-// One part of a block of h.
+// A shrink tile: one part of a block of h.
 struct Shrink {
   int part, place, row_block, rank_block;
   bool is_adapter;
@@ -94,13 +99,13 @@ struct Shrink {
   }
 };
 
-// One block of y: the columns, or others, or pivots, from `begin` on and below `limit`. The others'
-// blocks come before the pivots'.
+// An expand tile: one block of y. Its columns, or others, or pivots run from `begin` to `limit`.
+// The others' blocks come before the pivots'.
 struct Expand {
   int row_block, begin, limit;
   bool is_pivots;
 
-  static DEVICE Expand of(const Queue& q, const Dataflow& d, int tile, int columns) {
+  static DEVICE Expand of(const Queue& q, const LayerCall& d, int tile, int columns) {
     const int row_block = q.row_block(tile, q.column_blocks);
     const int column_block = tile - row_block * q.column_blocks;
     const bool is_pivots = column_block >= q.other_blocks;
@@ -119,8 +124,8 @@ DEVICE const T* as(const void* at) {
 }
 
 template <class Shape, class T>
-DEVICE Range<T> shrink_range(const Flow& f, const Queue& q, const Shrink& s) {
-  const Dataflow& d = f.d;
+DEVICE Range<T> shrink_range(const LayerLaunch& f, const Queue& q, const Shrink& s) {
+  const LayerCall& d = f.d;
   const bool by_list = gathers(d) && !s.is_adapter;
   const int depth = int(by_list ? d.others_count : d.K);
   const int steps = cover(depth, Shape::DEPTH);
@@ -138,11 +143,11 @@ DEVICE Range<T> shrink_range(const Flow& f, const Queue& q, const Shrink& s) {
   return r;
 }
 
-// The base's half of an expand tile's contraction, or the adapter's.
+// The base's range of an expand tile's contraction, or the adapter's.
 template <class Shape, class T>
-DEVICE Range<T> expand_range(const Flow& f, const Queue& q, const Expand& e, const int32_t* columns,
-                             bool is_adapter) {
-  const Dataflow& d = f.d;
+DEVICE Range<T> expand_range(const LayerLaunch& f, const Queue& q, const Expand& e,
+                             const int32_t* columns, bool is_adapter) {
+  const LayerCall& d = f.d;
   Range<T> r;
   r.left = as<T>(d.h) + (is_adapter ? q.base_blocks * Shape::COLUMNS : 0);
   r.left_stride = q.rank_blocks * Shape::COLUMNS, r.left_aligned = true, r.left_at = nullptr;
@@ -157,9 +162,9 @@ DEVICE Range<T> expand_range(const Flow& f, const Queue& q, const Expand& e, con
 }
 
 template <class Shape, class T>
-DEVICE void finish_shrink(const Flow& f, const Queue& q, const Shrink& s, Sums<Shape>& sums,
+DEVICE void finish_shrink(const LayerLaunch& f, const Queue& q, const Shrink& s, Sums<Shape>& sums,
                           Shared<T, Shape>& shared) {
-  const Dataflow& d = f.d;
+  const LayerCall& d = f.d;
   const int row0 = s.row_block * Shape::ROWS, rank0 = s.rank_block * Shape::COLUMNS;
   if (gathers(d) && !s.is_adapter && s.part == 0)
     each_pair(sums, [&](int row, int column, float& first, float& second) {
@@ -174,7 +179,7 @@ DEVICE void finish_shrink(const Flow& f, const Queue& q, const Shrink& s, Sums<S
     return;
 
   auto store = [&](void* to, int64_t stride, int column0) {
-    put_out(sums, shared.staged);
+    stage_result(sums, shared.staged);
     store_tile<T, Shape::ROWS, Shape::COLUMNS, Shape::THREADS>(
         shared.staged, static_cast<T*>(to), stride, row0, d.M, column0, stride, nullptr);
   };
@@ -192,9 +197,9 @@ DEVICE void finish_shrink(const Flow& f, const Queue& q, const Shrink& s, Sums<S
 }
 
 template <class Shape, class T>
-DEVICE void finish_expand(const Flow& f, const Queue& q, const Expand& e, Sums<Shape>& sums,
+DEVICE void finish_expand(const LayerLaunch& f, const Queue& q, const Expand& e, Sums<Shape>& sums,
                           Shared<T, Shape>& shared) {
-  const Dataflow& d = f.d;
+  const LayerCall& d = f.d;
   const int row0 = e.row_block * Shape::ROWS;
   const int32_t* columns = scatters(d) ? shared.columns : nullptr;
   const T* h = as<T>(d.h);
@@ -211,14 +216,14 @@ DEVICE void finish_expand(const Flow& f, const Queue& q, const Expand& e, Sums<S
     };
     first += bias_of(column), second += bias_of(column + 1);
   });
-  put_out(sums, shared.staged);
+  stage_result(sums, shared.staged);
   store_tile<T, Shape::ROWS, Shape::COLUMNS, Shape::THREADS>(
       shared.staged, static_cast<T*>(d.y), d.N, row0, d.M, e.begin, e.limit, columns);
 }
 
-// Where an expand tile's columns stand in y.
+// Writes to `shared.columns` where an expand tile's columns stand in y.
 template <class Shape, class T>
-DEVICE void list_columns(const Dataflow& d, const Expand& e, Shared<T, Shape>& shared) {
+DEVICE void list_columns(const LayerCall& d, const Expand& e, Shared<T, Shape>& shared) {
   for (int c = thread_index(); c < Shape::COLUMNS; c += Shape::THREADS) {
     const int at = at_most(e.begin + c, e.limit - 1);
     shared.columns[c] = e.is_pivots ? d.pivots[at] : int32_t(d.others[at]);
@@ -227,11 +232,11 @@ DEVICE void list_columns(const Dataflow& d, const Expand& e, Shared<T, Shape>& s
 }
 
 template <class T, int KERNEL_, bool DOWN>
-KERNEL(32 * kTiles[KERNEL_].warps, kTiles[KERNEL_].residents)
-dataflow(ARGUMENT Flow f) {
+KERNEL(32 * kTiles[KERNEL_].warps, kTiles[KERNEL_].blocks_per_sm)
+layer(ARGUMENT LayerLaunch f) {
   using Shape = hylora::cuda::Shape<KERNEL_, false, DOWN, 2>;
   auto& shared = *reinterpret_cast<Shared<T, Shape>*>(shared_memory());
-  const Dataflow& d = f.d;
+  const LayerCall& d = f.d;
   const Queue q = Queue::of<Shape>(f);
   int ticket = q.draw(&shared.ticket);
   for (; ticket < q.tiles; ticket = q.draw(&shared.ticket)) {
@@ -239,7 +244,7 @@ dataflow(ARGUMENT Flow f) {
     const Shrink s = Shrink::of(q, ticket, f.split);
     const Expand e = Expand::of(q, d, ticket - q.shrink_tiles, Shape::COLUMNS);
     if (!shrinks && scatters(d)) list_columns(d, e, shared);
-    // One loop for all: every other one would be as long again in the binary.
+    // One contraction serves both kinds of tile: a second one would double the code.
     const Range<T> range = shrinks ? shrink_range<Shape, T>(f, q, s)
                                    : expand_range<Shape, T>(f, q, e, shared.columns, false);
     int steps = cover(range.end - range.k, Shape::DEPTH);
