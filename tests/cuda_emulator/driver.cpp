@@ -35,7 +35,7 @@ using namespace hylora;
 
 using Values = std::map<std::string, std::string>;
 
-// Of its exact size on the heap, so that AddressSanitizer sees what is past its end.
+// A buffer of its exact size on the heap, so that AddressSanitizer sees accesses past its end.
 class Buffer {
  public:
   Buffer(size_t bytes, int fill, size_t shift = 0) : bytes_(bytes) {
@@ -68,11 +68,10 @@ To* pointer(const Values& v, const char* name) {
 
 float alpha_of(const Values& v) { return v.count("alpha") ? std::stof(v.at("alpha")) : 1.0f; }
 
-// Launches with workspace around it and says what came of it.
+// Allocates the workspace, launches, and prints the outcome.
 template <class Call>
 void launch(const Values& v, Call& call, const cuda::Plan& plan, void*& h) {
-  emulation::next_order = {uint64_t(integer(v, "seed")),
-                           int(integer(v, "alive", plan.programs))};
+  emulation::next_order = {uint64_t(integer(v, "seed")), int(integer(v, "alive", plan.programs))};
   Buffer workspace(size_t(call.M * plan.h_columns * 2), 0xFF);
   Buffer partial(size_t(plan.partial_floats * 4), 0xFF), counters(size_t(plan.counters * 4), 0);
   h = workspace.data;

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU emulator: built, given tensors, run, their results read back.
 
-A Script collects launches; run() has one process do all of them. forward() and backward() add what
-the room would launch for a layer.
+A Script collects launches; run() has one process do all of them. layer() adds the launches that the
+backend would make for a layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 class Fault(AssertionError):
-    """The emulator or a sanitizer has seen the kernel do what it must not do."""
+    """The emulator or a sanitizer has caught a kernel in a fault."""
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def build(folder: Path, sanitizer: str = "plain", kernels: Path = KERNELS, frame
     objects = [(frame or folder) / f"{name}-{sanitizer}.o" for name in parts]
     fibers, compiled = (frame or folder) / "fibers.o", folder / f"kernels-{sanitizer}.o"
     if frame is None:
-        # Not for the sanitizers' eyes: what fibers share is ordered by there being one thread.
+        # Built without sanitizers: one thread runs all fibers, which orders what they share.
         _do("-O2", "-std=c++17", "-Wall", "-Wextra", "-c", HERE / "fibers.cpp", "-o", fibers)
         for source, to in zip(parts.values(), objects, strict=True):
             _do(*flags, "-c", source, "-o", to)
@@ -75,7 +75,7 @@ def _do(*words) -> None:
 
 @dataclass
 class Launch:
-    """What the driver says about one."""
+    """The driver's line about one launch."""
 
     kernel: int
     split: int
@@ -88,7 +88,7 @@ class Launch:
 
 @dataclass
 class Script:
-    """Launches to be made, and what they are made with."""
+    """Launches to be made, and their inputs."""
 
     lines: list[str] = field(default_factory=list)
     data: list[bytes] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Script:
     names: int = 0
 
     def give(self, tensor: Tensor | None, shift: int = 0) -> str | None:
-        """A buffer with what a tensor's storage holds from its first element to its last."""
+        """A buffer with a tensor's storage from its first element to its last."""
         if tensor is None:
             return None
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -160,7 +160,7 @@ def run(driver: Path, script: Script, timeout=300) -> tuple[list[Tensor], list[L
 
 @functools.cache
 def _unshuffled() -> tuple[str, ...]:
-    """What goes before a command to have its memory where ThreadSanitizer expects it; nothing where
+    """The words before a command that put its memory where ThreadSanitizer expects it; none where
     that isn't allowed."""
     prefix = ("setarch", "-R")
     allowed = (
@@ -170,7 +170,7 @@ def _unshuffled() -> tuple[str, ...]:
 
 
 def why_no_sanitizer(sanitizer: str) -> str:
-    """Why programs built with one can't run here; "" where they can."""
+    """The reason why programs built with a sanitizer can't run here; "" if they can."""
     found = run_only(sanitizer)
     return "" if found.returncode == 0 else f"-fsanitize={sanitizer}: {found.stderr.strip()[-200:]}"
 
@@ -200,7 +200,7 @@ def _launch_of(line: str) -> Launch:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a layer's launches are made; kernel None: as the plan has it, for four processors."""
+    """How a layer's launches are made. kernel None: the plan's own choice, for four processors."""
 
     kernel: int | None = None
     split: int = 1

@@ -1,5 +1,5 @@
-// The names of csrc/cuda/primitives.h on a CPU. What reads or writes the kernels' memory stands
-// here, compiled with the kernels, so that the sanitizers see it.
+// The names of csrc/cuda/primitives.h on a CPU. Everything that reads or writes the kernels' memory
+// is here, compiled with the kernels, so that the sanitizers see it.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -12,7 +12,7 @@
 
 namespace hylora::emulation {
 
-// The order of the next launch, and what it came to.
+// The order of the next launch, and the hash of the order that came of it.
 inline Order next_order{0, 1};
 inline uint64_t last_hash = 0;
 

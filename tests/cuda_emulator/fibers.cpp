@@ -19,7 +19,7 @@ void __asan_unpoison_memory_region(void const volatile* at, size_t size) __attri
 void hylora_switch_stacks(void** from, void* to);
 }
 
-// Keep what a callee has to keep, change stacks, take up what was kept there.
+// Push the registers that a callee must preserve, change stacks, pop the ones kept there.
 asm(R"(
 .text
 .globl hylora_switch_stacks
@@ -79,7 +79,7 @@ struct Block {
   char barrier[2];  // for the sanitizer: a fast thread's next barrier is not a slow one's last
 };
 
-// All of it made before the grid runs: what fibers allocate or move would look like races.
+// All of it is made before the grid runs: allocations by fibers would look like races.
 Fiber* fibers;
 char* stacks;
 std::deque<Block> blocks;
@@ -185,9 +185,9 @@ void start_fiber() {
   end_fiber();
 }
 
-// ------------------------------------------------------------- what a warp does: PTX ISA, 9.7.14
+// ----------------------------------------------------- instructions of a warp: PTX ISA, 9.7.14
 
-// Matrix i of ldmatrix: its row r is what lane 8 i + r brought along, four words of two numbers.
+// Matrix i of ldmatrix: lane 8 i + r brings its row r, four words of two numbers.
 uint16_t number(const Warp& w, int matrix, int row, int column) {
   return uint16_t(w.in[8 * matrix + row][column / 2] >> 16 * (column % 2));
 }
@@ -203,7 +203,7 @@ void spread(Warp& w, bool transposed) {
     }
 }
 
-// in: a[4], b[2]; out: the product, which each lane adds to what it has.
+// in: a[4], b[2]; out: the product, which each lane adds to its sums.
 void multiply(Warp& w, float (*widen)(uint16_t)) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; lane++) {

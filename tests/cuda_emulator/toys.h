@@ -1,4 +1,4 @@
-// Small kernels whose results, or faults, are known: what the emulator is tested with.
+// Small kernels with known results, or faults, for the tests of the emulator.
 #pragma once
 #include "primitives.h"
 
@@ -10,7 +10,7 @@ struct Toy {
   int32_t* counters;
 };
 
-// What one mma makes of every lane's a[4], b[2]: d[4].
+// One mma: every lane's a[4] and b[2] give its d[4].
 template <class T>
 void toy_mma(const Toy toy) {
   const int lane = thread_index();
@@ -21,7 +21,7 @@ void toy_mma(const Toy toy) {
   memcpy(toy.out + 4 * lane, d, 16);
 }
 
-// What ldmatrix makes of four 8 x 8 matrices, 32 rows of 16 bytes.
+// One ldmatrix of four 8 x 8 matrices, 32 rows of 16 bytes.
 template <bool TRANSPOSED>
 void toy_ldmatrix(const Toy toy) {
   const int lane = thread_index();

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hylora_kernels import SVDLoRALinear, backends, reference
+from hylora_kernels.machine.selftest.grid import FORMS, LAYOUTS, draw_inputs
 from hylora_kernels.weights import Saved, Weights
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRADS = ("dx", "dA", "dB", "db")
 FACTORS = ("SVh", "U", "A", "B")
-FORMS = ("pair", "pivoted", "dense")
 every_room = pytest.mark.parametrize("room", backends.ROOMS)
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -63,7 +63,7 @@ AXES = {
     "lora_rank": (0, 1, 8, 16, 33),
     "bias": (True, False),
     "alpha": (0.37, 1.0, 0.0),
-    "layout": ("contiguous", "padded", "every_second", "transposed"),
+    "layout": LAYOUTS,
     "lead_dims": (0, 1, 2, 3),
     "form": FORMS,
 }
@@ -140,35 +140,13 @@ def make_inputs(case: Case, dtype=torch.float64, device="cpu", seed: int = 0) ->
         )
         return values.to(device, dtype)
 
-    K, N, rank = case.sizes
-    pivots = None
-    if case.form == "dense":
-        rank = N
-    if case.form != "pair":
-        pivots = torch.randperm(N, generator=generator)[:rank].sort().values.to(device, torch.int32)
-    others = N if case.form == "pair" else N - rank
-    A = draw(case.lora_rank, K, fan_in=K) if case.lora_rank else None
-    B = draw(N, case.lora_rank, fan_in=case.lora_rank) if case.lora_rank else None
-    return Inputs(
-        x=_in_layout(draw, case.lead, K, case.layout),
-        SVh=draw(rank, K, fan_in=K),
-        U=draw(others, rank, fan_in=rank),
-        A=A,
-        B=B,
-        bias=draw(N) if case.bias else None,
-        alpha=case.alpha,
-        pivots=pivots,
-    )
+    def permutation(N):
+        return torch.randperm(N, generator=generator).to(device)
 
-
-def _in_layout(draw, lead, K, layout) -> Tensor:
-    if layout == "padded":
-        return draw(*lead, K + 3)[..., :K]
-    if layout == "every_second":
-        return draw(*lead, 2 * K)[..., ::2]
-    if layout == "transposed":
-        return draw(K, *lead).movedim(0, -1)
-    return draw(*lead, K)
+    sizes = (*case.sizes, case.lora_rank)
+    kind = case.form, case.layout, case.bias, case.alpha
+    x, weights = draw_inputs(draw, permutation, case.lead, sizes, *kind)
+    return Inputs(x, *weights)
 
 
 def skip_if_refused(room: str, inputs: Inputs) -> None:

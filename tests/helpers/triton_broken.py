@@ -1,4 +1,4 @@
-"""Code that the compile gate must not let through, compiled by the real compiler.
+"""Code that the compile gate must reject, compiled by the real compiler.
 
     PYTHONPATH=tests python -m helpers.triton_broken        prints name -> faults found, as JSON
 

@@ -1,6 +1,6 @@
-"""What machine code says about itself, and what keeps it from being shipped.
+"""Properties of machine code, and the faults that keep it from being shipped.
 
-Nothing here imports a kernel: the same faults are looked for in code that a test makes up.
+Nothing here imports a kernel, so tests can look for the same faults in invented code.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Machine:
-    """What a kernel is compiled for. arch: 90, or "gfx942". shared: KiB a block may use.
-    multiprocessors: of a typical card, for the configurations that depend on it. gated: whether a
-    fault counts."""
+    """A target of compilation.
+
+    arch: 90, or "gfx942". shared: KiB a block may use. multiprocessors: of a typical card, for the
+    configurations that depend on them. gated: a fault fails the gate, not only warns.
+    """
 
     kind: str
     arch: int | str
@@ -68,7 +70,7 @@ class Case:
 
     @property
     def tiled(self) -> bool:
-        """Whether tiles are multiplied; a single row is without tensor cores or shared memory."""
+        """True if tensor cores multiply tiles; a single row uses neither them nor shared memory."""
         return self.kernel == "adapter_gradients" or (self.kernel == "layer" and self.config.BM > 1)
 
     @property
@@ -77,7 +79,7 @@ class Case:
 
     @property
     def aligned(self) -> bool:
-        """Whether every row of every matrix starts on 16 bytes."""
+        """True if every row of every matrix starts on 16 bytes."""
         p = self.problem
         sizes = (p.K, p.N, p.rank, p.others, p.lora_rank)
         return all(size * p.dtype.itemsize % 16 == 0 for size in sizes)
@@ -107,9 +109,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made. shared: bytes. spills: instructions on NVIDIA, registers on AMD.
-    stack: bytes of a thread's local memory. opcodes: how often each occurs. waiting: loads of tiles
-    in the problem's dtype that are not asynchronous. orders: memory orders of the atomics."""
+    """Properties of compiled code.
+
+    shared: bytes. stack: bytes of a thread's local memory. spills: instructions on NVIDIA,
+    registers on AMD. waiting: loads of tiles in the problem's dtype that are not asynchronous.
+    opcodes: the count of each. orders: memory orders of the atomics.
+    """
 
     registers: int
     shared: int
@@ -121,7 +126,7 @@ class Code:
 
 
 def examined(kernel, case: Case, machine: Machine) -> Code:
-    """What the machine code says about itself."""
+    """The properties of a compiled kernel."""
     if machine.kind == "hip":
         return of_amd(kernel.asm["amdgcn"], kernel.asm["llir"], kernel.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -176,7 +181,7 @@ def of_amd(assembly: str, llvm: str, shared: int) -> Code:
 
 
 def faults(code: Code, case: Case, machine: Machine) -> list[str]:
-    """What keeps the code from being shipped, in words."""
+    """The faults that keep the code from being shipped."""
     found = []
     if code.spills:
         found.append(f"{code.spills} spilled")

@@ -1,14 +1,14 @@
-"""The compile gate: the Triton kernels in every shipped configuration, compiled for GPUs that are
-not at hand, and what their machine code must look like.
+"""The compile gate: every shipped configuration of the Triton kernels, compiled for GPUs that are
+not at hand, and its machine code checked.
 
     PYTHONPATH=tests python -m helpers.triton_gate [--targets sm_80 ...] [--quick] [--json FILE]
 
-A line for each kernel, configuration and target; the exit status is 1 where one has a fault. Run it
-in a process of its own: kernels that were imported for the interpreter don't compile, and a warm
-cache would hide an error (both are seen to).
+It prints a line for each kernel, configuration and target; the exit status is 1 if one has a fault.
+Run it in a process of its own: kernels imported for the interpreter don't compile, and a warm cache
+would hide an error, so the cache is a fresh folder.
 
-What is compiled is what would be launched: launch.py runs unaltered, on meta tensors, with Triton's
-own specialisation for their strides and alignment, but without the launch.
+launch.py runs unaltered, on meta tensors, with Triton's own specialisation for their strides and
+alignment. Only the launch itself is left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from helpers.triton_code import KIB, MACHINES, Case, Machine, examined, faults
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton.config import BACKWARD, FORWARD, Config, Problem
 
-# ---------------------------------------------------------------------------------- what is shipped
+# ------------------------------------------------------------------------- shipped configurations
 
 LAYER = {"K": 2048, "N": 5632, "rank": 768}
 KERNELS = ("layer", "adapter_gradients", "merge_pivots")
@@ -42,8 +42,11 @@ ROWS = (1, 16, 33, 200, 2048)  # one for each of config.py's steps
 
 
 def cases(machine: Machine, quick: bool) -> list[Case]:
-    """Each once. Every kind of call in all of its configurations; quick: the plain one alone, the
-    others in their first, for one row, and what a table adds in one kind of call each."""
+    """Every kind of call in all of its configurations, each once.
+
+    quick: all configurations of the plain call; the others' first one, for one row; and what a
+    table adds, in one kind of call each.
+    """
     target, found = machine.target, {}
     for M in ROWS:
         plain, *others = problems(M)
@@ -84,7 +87,7 @@ def problems(M: int) -> list[tuple[Problem, bool]]:
 
 
 def shipped(problem: Problem, target: configs.Target) -> list[Config]:
-    """What may be launched for a problem: the default, and what tuning may choose instead."""
+    """The configurations that may be launched for a problem: the default and the candidates."""
     options = [configs.default_config(problem, target), *configs.candidate_configs(problem, target)]
     return [option for option in dict.fromkeys(options) if isinstance(option, Config)]
 
@@ -112,7 +115,7 @@ def tuned(target: configs.Target) -> Iterator[tuple[Problem, Config]]:
 
 
 class _Driver:
-    """As much of a Triton driver as it takes to compile for a device that isn't there."""
+    """The part of a Triton driver that compiling for an absent device needs."""
 
     def __init__(self, machine: Machine):
         from triton.backends.compiler import GPUTarget
@@ -130,7 +133,7 @@ class _Driver:
 
 
 class _Compiled:
-    """A kernel whose kernel[grid](...) compiles and keeps what was compiled."""
+    """A kernel whose kernel[grid](...) compiles and keeps the result."""
 
     def __init__(self, kernel, kept: list):
         self.kernel, self.kept = kernel, kept
@@ -143,7 +146,7 @@ class _Compiled:
 
 
 def compiled(case: Case, machine: Machine):
-    """Triton's CompiledKernel of what launch.py would launch."""
+    """Triton's CompiledKernel of the launch that launch.py would make."""
     from triton.runtime import driver
 
     from hylora_kernels.backends.triton import kernels, launch

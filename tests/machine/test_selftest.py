@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small(monkeypatch):
-    """The eager room alone, on one ragged case of each form."""
+    """The eager backend alone, on one ragged case of each form."""
 
     def few(name, device, full):
         return [Entry(Case(17, (37, 53, 7, 8), form), 0, (torch.float32,)) for form in FORMS]
@@ -46,7 +46,7 @@ def small(monkeypatch):
 
 
 def altered(monkeypatch, name, change):
-    """Make `change` of what the eager room's function returns."""
+    """Apply `change` to the results of the eager backend's function."""
     function = getattr(eager, name)
     monkeypatch.setattr(eager, name, lambda *arguments: change(*function(*arguments)))
 
@@ -124,13 +124,13 @@ def test_a_backend_that_raises_does_not_end_the_test(small, monkeypatch):
 
 
 def test_what_cannot_be_tested_is_named(small, monkeypatch):
-    room = backends.ROOMS["eager"]
+    backend = backends.ROOMS["eager"]
     for name, change in {
         "why_not": lambda: "no such machine",
         "unsupported": lambda x, *others: "serves nothing",
     }.items():
         with monkeypatch.context() as patch:
-            patch.setattr(room, name, change)
+            patch.setattr(backend, name, change)
             report = selftest.selftest("cpu")
         assert not report.lines and len(report.skipped) == 1
         assert next(iter(report.skipped.values())) in ("no such machine", "serves nothing")
@@ -161,7 +161,7 @@ def test_races_alone():
     races(eager, [call, call], 2, forced=False)
     turns = itertools.count()
 
-    class Room:
+    class Backend:
         backward = staticmethod(eager.backward)
 
         @staticmethod
@@ -170,7 +170,7 @@ def test_races_alone():
             return y + next(turns), h_a
 
     with pytest.raises(Race):
-        races(Room, [call, call], 2, forced=False)
+        races(Backend, [call, call], 2, forced=False)
     assert len(run(eager, call)) == 5
     assert len(run(eager, call, Needs(True, False, False, False))) == 2
 
@@ -227,7 +227,7 @@ def test_selftest_verb(small, monkeypatch, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What tune is asked for; nothing is measured, and any device is there."""
+    """The options that tune gets; nothing is measured, and any device exists."""
     given = {}
 
     def fake(device, **options):
@@ -293,14 +293,14 @@ def test_shapes_option():
 @pytest.mark.parametrize("name", ["triton", "cuda", "eager"])
 @pytest.mark.parametrize("form", FORMS)
 def test_races_on_a_gpu(form, name):
-    room = backends.ROOMS[name]
-    if reason := room.why_not():
+    backend = backends.ROOMS[name]
+    if reason := backend.why_not():
         pytest.skip(reason)
     device = torch.device("cuda")
     calls = [Case(17, (64, 96, 32, 16), form).call(torch.bfloat16, device, 0)]
     other = Case(17, (64, 96, 32, 16), form).call(torch.bfloat16, device, 1)
     calls.append(calls[0]._replace(x=other.x, A=other.A, B=other.B, dy=other.dy))
-    races(room, calls, 5, forced=False)
+    races(backend, calls, 5, forced=False)
     if name == "cuda":
-        with room.forcing(room.KERNELS):
-            races(room, calls, 5, forced=True)
+        with backend.forcing(backend.KERNELS):
+            races(backend, calls, 5, forced=True)

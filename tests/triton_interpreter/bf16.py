@@ -3,7 +3,7 @@
 The interpreter keeps a bfloat16 as the uint16 of its bits, since numpy has no such type. In triton
 3.9.0 tl.dot then multiplies those integers, arithmetic and comparison work on them, and a cast from
 float32 truncates. Here they are widened to float32, which is exact, and results are rounded to
-nearest even, as the hardware does. What isn't mended refuses bfloat16.
+nearest even, as the hardware does. Operations that aren't mended refuse bfloat16.
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ hit an element of the very tensor it came from, gaps between strided rows exclud
 launch, from nothing:
 
 * no element is stored twice, neither by two lanes nor by two programs, and none after it was read;
-* what one program stored and another touches was handed over through atomics of gpu scope: gathered
+* data that one program stored and another touches went through atomics of gpu scope: gathered
   by tl.debug_barrier (an atomic is one thread's), released by the one and acquired by the other; so
   is a counter, before a plain access to it. Vector clocks tell, in which a relaxed
   read-modify-write keeps a release alive, as in PTX;
 * every side of tl.dot is at least 16.
 
 A hand-over is judged by the memory order that the source asks for: a release or acquire that is
-missing shows in any interleaving. What the compiler makes of that order isn't seen.
+missing shows in any interleaving. The compiler's treatment of that order isn't seen.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
 
 
 class KernelFault(Exception):
-    """A kernel did what it must not do."""
+    """A kernel's fault, in any of the kinds below."""
 
 
 class OutOfBounds(KernelFault):
-    """An access to what is no element of the argument that its address came from."""
+    """An access outside the elements of the argument that its address came from."""
 
 
 class Race(KernelFault):
-    """What is in memory, or was read, depends on who came first."""
+    """Memory, or a value read from it, depends on which program came first."""
 
 
 class SmallDot(KernelFault):
@@ -50,7 +50,7 @@ class SmallDot(KernelFault):
 
 
 class Cells:
-    """What a launch did to the bytes of one storage; an element counts as its first byte."""
+    """The accesses of a launch to one storage, by byte; an element counts as its first byte."""
 
     def __init__(self, size: int):
         self.writer = np.zeros(size, np.int32)  # program + 1, 0 for none
@@ -90,7 +90,7 @@ class Argument:
             strides = tensor.stride()  # of booleans, elements and bytes are the same
             np.lib.stride_tricks.as_strided(inside, tensor.shape, strides)[...] = True
         return cls(
-            # The middle, so that what comes before the first element is a fault of this argument's.
+            # The middle, so that an access before the first element is this argument's fault.
             base=(number << _WORLD) + (1 << _WORLD - 1),
             real=tensor.data_ptr(),
             size=tensor.element_size(),

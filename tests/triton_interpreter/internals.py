@@ -1,4 +1,5 @@
-"""What the modules beside this one replace in triton's interpreter, and how: safely, or not at all.
+"""Functions of triton's interpreter are replaced for the modules beside this one: safely or not at
+all.
 
 They hang on names that triton doesn't promise to keep. A function is only ever replaced by one with
 the same arguments, so a triton whose interpreter has moved says so instead of passing every test.
@@ -48,7 +49,7 @@ def _arguments(function: Callable) -> list[tuple]:
 
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
-    """Raise what a kernel raised, not the InterpreterError that every jit function wraps it in."""
+    """Raise a kernel's own error, not the InterpreterError that every jit function wraps it in."""
     try:
         yield
     except InterpreterError as error:
@@ -65,10 +66,10 @@ def linear(place: tuple[int, int, int], grid: tuple[int, int, int]) -> int:
 
 @contextlib.contextmanager
 def hurried() -> Iterator[None]:
-    """The interpreter in a third of its time: without what it does over and over for nothing.
+    """The interpreter in a third of its time, without work that it repeats for nothing.
 
     It replaces all of triton.language at every call of a jit function, also where one kernel calls
-    another and it has been done, and follows every sum of integers with a check for overflow.
+    another and that is done already, and it checks every sum of integers for overflow.
     """
     stock = interpreter._patch_lang
     options = interpreter.interpreter_builder.options

@@ -2,12 +2,12 @@
 
 The interpreter runs one program after the other to its end, so a program that waits for a later one
 would hang, and one that forgets to wait would never be seen to. Here every program has a thread, of
-which one runs at a time; before and after every atomic another may be drawn to go on, some programs
-rarely, so that what they hold up is missed by whoever doesn't wait for it. If nobody's atomics
-change anything any more, all wait for each other, and that is a Deadlock.
+which one runs at a time. Before and after every atomic another may be drawn to go on; some programs
+are drawn rarely, so a program that doesn't wait for their data misses it. If no atomic changes
+anything any more, all wait for each other, and that is a Deadlock.
 
-Between atomics a program isn't interrupted, and memory is always up to date: what the atomics'
-memory order is for can't be seen here (guards.py judges it).
+Between atomics a program isn't interrupted, and memory is always up to date. So a wrong memory
+order of the atomics can't be seen here; guards.py judges it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Programs:
         self.order: list[int] = []
 
     def run_all(self) -> None:
-        """Returns, or raises what the first program to fail raised, when no thread is left."""
+        """Return when no thread is left, or raise the first error of a program."""
         threads = [threading.Thread(target=self._live, args=(me,)) for me in sorted(self.alive)]
         for thread in threads:
             thread.start()
@@ -106,7 +106,7 @@ class Programs:
         self.turns[chosen].release()
 
     def _awake(self) -> list[int]:
-        """Who may get on without anything changing."""
+        """The programs that may go on without anything changing."""
         return [program for program in sorted(self.alive) if self.waited[program] < _PATIENCE]
 
     def _await_turn(self, me: int) -> None:

@@ -1,4 +1,4 @@
-"""Tiny kernels, each right unless it is asked for a fault: what the guards are tested on."""
+"""Tiny kernels for the tests of the guards, each right unless it is asked for a fault."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def copy_rows(
     x_row,
     rows,
     columns,
-    SHIFT: tl.constexpr,  # what is added to every place that is read
-    SIDES: tl.constexpr,  # what is masked: "none", "columns"
+    SHIFT: tl.constexpr,  # added to every place that is read
+    SIDES: tl.constexpr,  # the masked sides: "none", "columns"
     BLOCK: tl.constexpr,
 ):
     """Y = X, a row a program."""

@@ -1,14 +1,17 @@
-"""What a selftest runs: sizes, dtypes and forms, random tensors for them, and how many of them on
-which device."""
+"""The grid of a selftest: sizes, dtypes and forms, random tensors for them, and a plan of cases for
+each backend and device. The tests draw their tensors here too."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hylora_kernels.weights import Weights
 
 FORMS = ("pair", "pivoted", "dense")  # dense: pivoted at rank N
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,7 +23,7 @@ LAYOUTS = ("contiguous", "padded", "every_second", "transposed")
 
 
 class Call(NamedTuple):
-    """The arguments of svd_lora_linear, in its order, and a gradient [M, N] for its output."""
+    """svd_lora_linear's arguments in its order, and a gradient [M, N] for its output."""
 
     x: Tensor
     SVh: Tensor
@@ -49,41 +52,69 @@ class Case:
         return f"M={self.M} {K}x{N} r{r}+{ra} {self.form} x {self.layout} alpha {self.alpha:g}"
 
     def call(self, dtype: torch.dtype, device: torch.device, seed: int) -> Call:
-        """Random tensors, scaled so that outputs are of order one."""
+        """Random tensors, scaled for outputs of order one."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape, fan_in=1):
-            values = torch.randn(shape, generator=generator, device=device) / fan_in**0.5
+            values = torch.randn(shape, generator=generator, device=device) / max(fan_in, 1) ** 0.5
             return values.to(dtype)
 
-        K, N, r, ra = self.sizes
-        r, pivots = (N if self.form == "dense" else r), None
-        if self.form != "pair":
-            drawn = torch.randperm(N, generator=generator, device=device)
-            pivots = drawn[:r].sort().values.int()
-        return Call(
-            x=self._laid_out(draw, K),
-            SVh=draw(r, K, fan_in=K),
-            U=draw(N if pivots is None else N - r, r, fan_in=r),
-            A=draw(ra, K, fan_in=K) if ra else None,
-            B=draw(N, ra, fan_in=ra) if ra else None,
-            bias=draw(N) if self.bias else None,
-            alpha=self.alpha,
-            pivots=pivots,
-            dy=self._laid_out(draw, N),
-        )
+        def permutation(N):
+            return torch.randperm(N, generator=generator, device=device)
 
-    def _laid_out(self, draw, columns: int) -> Tensor:
-        if self.layout == "padded":
-            return draw(self.M, columns + 3)[:, :columns]
-        if self.layout == "every_second":
-            return draw(self.M, 2 * columns)[:, ::2]
-        return draw(columns, self.M).T if self.layout == "transposed" else draw(self.M, columns)
+        x, weights = draw_inputs(
+            *(draw, permutation, (self.M,), self.sizes, self.form, self.layout),
+            *(self.bias, self.alpha),
+        )
+        return Call(x, *weights, in_layout(draw, (self.M,), weights.out_features, self.layout))
+
+
+def draw_inputs(
+    draw: Callable[..., Tensor],
+    permutation: Callable[[int], Tensor],
+    lead: tuple[int, ...],
+    sizes: tuple[int, int, int, int],
+    form: str,
+    layout: str,
+    bias: bool,
+    alpha: float,
+) -> tuple[Tensor, Weights]:
+    """(x [*lead, K] in a layout, weights) of a form; sizes: K, N, r, ra.
+
+    draw(*shape, fan_in=...) gives random numbers scaled by 1 / sqrt(fan_in), permutation(N) a
+    random order of N outputs. Both are called in one order, so a seed stands for the same numbers.
+    """
+    K, N, rank, lora_rank = sizes
+    rank, pivots = (N if form == "dense" else rank), None
+    if form != "pair":
+        pivots = permutation(N)[:rank].sort().values.int()
+    A = draw(lora_rank, K, fan_in=K) if lora_rank else None
+    B = draw(N, lora_rank, fan_in=lora_rank) if lora_rank else None
+    x = in_layout(draw, lead, K, layout)
+    SVh = draw(rank, K, fan_in=K)
+    U = draw(N if pivots is None else N - rank, rank, fan_in=rank)
+    return x, Weights(SVh, U, A, B, draw(N) if bias else None, alpha, pivots)
+
+
+def in_layout(
+    draw: Callable[..., Tensor], lead: tuple[int, ...], columns: int, layout: str
+) -> Tensor:
+    """Random [*lead, columns] in one of LAYOUTS: contiguous, or a view of a larger tensor."""
+    if layout == "padded":
+        return draw(*lead, columns + 3)[..., :columns]
+    if layout == "every_second":
+        return draw(*lead, 2 * columns)[..., ::2]
+    if layout == "transposed":
+        return draw(columns, *lead).movedim(0, -1)
+    return draw(*lead, columns)
 
 
 class Entry(NamedTuple):
-    """One case of a plan. launches: how many of the room's launches are forced on it, besides the
-    room's own choice. dtypes: what it is run in."""
+    """One case of a plan.
+
+    launches: the number of launches to force on it, besides the backend's own choice. dtypes: the
+    dtypes to run it in.
+    """
 
     case: Case
     launches: int
@@ -91,6 +122,7 @@ class Entry(NamedTuple):
 
 
 def plan(name: str, device: torch.device, full: bool) -> list[Entry]:
+    """The cases for backend `name` on a device."""
     if name == "triton" and device.type == "cpu":  # the interpreter: slow, and no bfloat16
         if full:
             return [Entry(case, 9, DTYPES[1:]) for case in _cross(SIZES[:4], (1, 3, 17, 70))]
@@ -102,8 +134,8 @@ def plan(name: str, device: torch.device, full: bool) -> list[Entry]:
     large = _cross(LAYERS, (1, 16, 64, 256, 300, 2048))
     if full:
         return [Entry(case, 99, DTYPES) for case in _cross(SIZES, ROWS) + large]
-    # A launch is compiled for each dtype, form, direction and kind of sizes: all of them would take
-    # many minutes, these take one or two.
+    # A launch is compiled for each dtype, form, direction and kind of sizes. All of them take many
+    # minutes, these take one or two.
     few = _cross((RAGGED, ALIGNED), ROWS) + _cross((BARE,), (3, 70))
     large = [c for c in large if c.sizes != LAYERS[2] and c.M in (1, 16, 2048)]
     found = []
@@ -115,7 +147,7 @@ def plan(name: str, device: torch.device, full: bool) -> list[Entry]:
 
 
 def _cross(sizes, rows) -> list[Case]:
-    """Sizes and rows combined in full, what else a call has in turns."""
+    """Every size with every number of rows; layouts, bias and alpha take turns."""
     alphas, found = (0.37, 1.0, -2.5, 0.0), []
     for i, (size, M) in enumerate(itertools.product(sizes, rows)):
         layout = LAYOUTS[i % 4] if M > 1 and size not in LAYERS else LAYOUTS[0]

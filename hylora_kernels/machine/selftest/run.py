@@ -1,9 +1,9 @@
-"""Does every backend compute the formula, on this very machine, and the same bits each time?
+"""hylora selftest: every backend against the formula on this machine, and every call repeated.
 
-Every backend that can be used here is run forward and backward over a grid of shapes and held
-against the formula in float64. It may be off by twice what the plain formula, four products in the
-same dtype, is off itself. Then the same calls are repeated (selftest_races.py): a race shows as
-bits that differ. Memory that nobody has written is NaN in half of the runs.
+Each backend that can be used here runs forward and backward over a grid of shapes (grid.py) and is
+compared with the formula in float64. Its error may be twice that of the plain formula, four
+products in the same dtype. Then the calls are repeated (races.py): a race shows as bits that
+differ. Uninitialised memory is NaN in half of the runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hylora_kernels import backends, reference
-from hylora_kernels.backends import triton as triton_room
+from hylora_kernels.backends import triton as triton_backend
 from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.backends.triton.config import TORCH_PRODUCTS, Problem, candidate_configs
 from hylora_kernels.machine.selftest.grid import DTYPES, FORMS, Call, Case, Entry, plan
@@ -40,8 +40,11 @@ CPU_REPEATS, GPU_REPEATS, INTERPRETED_REPEATS = 3, 20, 1
 
 @dataclass(frozen=True)
 class Line:
-    """One backend, dtype and form. worst: the largest error over the one allowed, in the case that
-    `where` names. failures: what is wrong, in words; none where all is well."""
+    """The result for one backend, dtype and form.
+
+    worst: the largest ratio of error to allowed error, found in the case that `where` names.
+    failures: one sentence each; empty if all is well.
+    """
 
     backend: str
     device: str
@@ -57,7 +60,7 @@ class Line:
 
 @dataclass(frozen=True)
 class SelftestReport(Report):
-    """devices: name -> model. skipped: what was not tested -> why not."""
+    """devices: name -> model. skipped: the backend, dtype or case not tested -> the reason."""
 
     torch: str
     devices: dict[str, str]
@@ -90,7 +93,7 @@ def selftest(
     seed: int = 0,
     seconds: float | None = None,
 ) -> SelftestReport:
-    """Every backend that can be used on `device` ("auto": on the CPU and, if there is one, a GPU).
+    """Test each backend that can be used on `device` ("auto": the CPU, and a GPU if there is one).
 
     full:    more sizes, and every launch that tuning may pick in every dtype: many minutes on a
              GPU, most of them compilation.
@@ -98,7 +101,7 @@ def selftest(
     seconds: no case is begun after them; the report's `skipped` counts those that are left. None:
              no limit.
 
-    What fails is in the report's lines. Raises ValueError for a device that isn't there.
+    Failures are in the report's lines. Raises ValueError for a device that isn't there.
     """
     # cuBLAS repeats itself on several streams only with a workspace of its own.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -108,12 +111,12 @@ def selftest(
         found["cpu"] = torch.device("cpu")
     start, lines, skipped = time.perf_counter(), [], {}
     deadline = math.inf if seconds is None else start + seconds
-    for name, room in backends.ROOMS.items():
-        if reason := room.why_not():
+    for name, backend in backends.ROOMS.items():
+        if reason := backend.why_not():
             skipped[name] = reason
             continue
         for where in found.values():
-            lines += _test_room(name, where, full, repeats, seed, skipped, deadline)
+            lines += _test_backend(name, where, full, repeats, seed, skipped, deadline)
     models = {str(where): _model_of(where) for where in found.values()}
     return SelftestReport(torch.__version__, models, time.perf_counter() - start, lines, skipped)
 
@@ -122,7 +125,7 @@ def _model_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def _test_room(name, device, full, repeats, seed, skipped, deadline) -> list[Line]:
+def _test_backend(name, device, full, repeats, seed, skipped, deadline) -> list[Line]:
     interpreted = name == "triton" and device.type == "cpu"
     if repeats is None:
         repeats = GPU_REPEATS if device.type == "cuda" else CPU_REPEATS
@@ -157,7 +160,7 @@ def _test_room(name, device, full, repeats, seed, skipped, deadline) -> list[Lin
 
 
 def _refusal(name: str, entry: Entry, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a room can't serve calls of a dtype on a device."""
+    """The reason why a backend can't serve calls of a dtype on a device; None if it can."""
     x, *factors, _ = entry.case.call(dtype, device, 0)
     return backends.ROOMS[name].unsupported(x, Weights(*factors))
 
@@ -170,7 +173,7 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _launches(name: str, entry: Entry, dtype, device) -> list:
-    """None, the room's own choice; in a GPU's room also the launches that may be chosen."""
+    """The choices to force in turn: None is the backend's own, GPU backends add launches to it."""
     if name == "cuda":
         return [None, "kernels"] if dtype != torch.float32 else [None]
     if name != "triton" or not entry.launches:
@@ -187,7 +190,7 @@ def _forced(name: str, config):
 
 
 def _compile(entries: list[Entry], device: torch.device, seed: int) -> None:
-    """Compile the launches of these cases on all cores: one by one they take seconds each."""
+    """Compile the launches of these cases on all cores: one takes seconds."""
     import triton
 
     workers = ThreadPoolExecutor(os.cpu_count())
@@ -196,15 +199,15 @@ def _compile(entries: list[Entry], device: torch.device, seed: int) -> None:
             for dtype in entry.dtypes:
                 call = entry.case.call(dtype, device, seed)
                 for config in _launches("triton", entry, dtype, device)[1:]:
-                    with triton_room.forcing(config, compile_only=True):
-                        run(triton_room, call, Needs(True, False, False, False))
+                    with triton_backend.forcing(config, compile_only=True):
+                        run(triton_backend, call, Needs(True, False, False, False))
 
 
 # --------------------------------------------------------------------------------------- judgement
 
 
 class _Tally:
-    """What has been found for one line."""
+    """The findings for one line of the report."""
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype, repeats: int, seed):
         self.name, self.device, self.dtype = name, device, dtype
@@ -219,14 +222,14 @@ class _Tally:
         try:
             with _forced(self.name, config):
                 self._judge(case, words, config is not None)
-        # A kernel may fail in any way at all, and the report is to say which one and how.
+        # A kernel may fail in any way, and the report says which one and how.
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             self._fail(words, f"{type(error).__name__}: {text}", float("inf"))
 
     def _judge(self, case: Case, words: str, forced: bool) -> None:
         calls = [case.call(self.dtype, self.device, self.seed + i) for i in range(2)]
-        # The other call of a layer: its frozen factors are the same.
+        # The second call is of the same layer: it has the same frozen factors.
         calls[1] = calls[0]._replace(**{n: getattr(calls[1], n) for n in ("x", "A", "B", "dy")})
         expected, bound = _truth(calls[0])
         interpreted = self.name == "triton" and self.device.type == "cpu"
@@ -259,10 +262,10 @@ class _Tally:
 
 
 def _truth(call: Call) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """y and the gradients in float64, and how far off a result may be: twice the plain formula's
-    own error in the call's dtype, and a few roundings.
+    """(y and the gradients in float64, the error allowed for each).
 
-    The formula's error is one throw of the dice, and a lucky one where there are few numbers.
+    Allowed are twice the plain formula's own error in the call's dtype, and a few roundings: the
+    formula's error is random, and small by luck where there are few numbers.
     """
     wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in call]
     exact, plain = _by_formula(Call(*wide)), _by_formula(call)
@@ -306,7 +309,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 @contextmanager
 def poisoned(on: bool) -> Iterator[None]:
-    """Memory that comes without a value holds NaN inside the `with`, or (False) what it held."""
+    """Fill uninitialised memory with NaN inside the `with`, or (on=False) leave it as it is."""
     fills = torch.utils.deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,5 +1,5 @@
-"""The cuda room and its binding, its kernels emulated on the CPU: what it computes, what it leaves
-to torch, what it refuses. test_emulator.py tests the kernels themselves."""
+"""The cuda backend and its binding, with the kernels emulated on the CPU: results, the choice of
+launch or torch, refusals. test_emulator.py tests the kernels themselves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers.numerics import (
 )
 
 from hylora_kernels import backends, svd_lora_linear, use_backend
-from hylora_kernels.backends import cuda as room
+from hylora_kernels.backends import cuda as backend
 from hylora_kernels.backends.cuda import launch
 from hylora_kernels.backends.shared import counters, gpu
 from hylora_kernels.machine import info, tune
@@ -45,8 +45,8 @@ def ops():
 
 @pytest.fixture
 def emulated(ops):
-    """The room serves the CPU, by its kernels whatever would be faster."""
-    with on_cpu.emulated(), room.forcing(room.KERNELS), use_backend("cuda"):
+    """The backend serves the CPU, always by its kernels."""
+    with on_cpu.emulated(), backend.forcing(backend.KERNELS), use_backend("cuda"):
         yield
 
 
@@ -70,7 +70,7 @@ def launches(monkeypatch):
     return names
 
 
-# ------------------------------------------------------------------------------ what it computes
+# ---------------------------------------------------------------------------------------- results
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -120,14 +120,14 @@ def test_alpha_zero_and_no_adapter_are_the_base(emulated):
 
 
 def test_selftest_covers_it(ops, monkeypatch):
-    """Both the room's own choice and its kernels, forward, backward and repeated."""
+    """Both the backend's own choice and its kernels, forward, backward and repeated."""
 
     def few(name, device, full):
         cases = [Trial(17, (37, 53, 7, 8), form) for form in ("pair", "pivoted")]
         return [Entry(case, 1, HALVES) for case in cases]
 
     monkeypatch.setattr(selftest, "plan", few)
-    monkeypatch.setattr(backends, "ROOMS", {"cuda": room})
+    monkeypatch.setattr(backends, "ROOMS", {"cuda": backend})
     with on_cpu.emulated():
         report = selftest.selftest("cpu", repeats=1)
     assert [(line.dtype, line.form, line.cases) for line in report.lines] == [
@@ -137,17 +137,17 @@ def test_selftest_covers_it(ops, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not room.is_available(), reason=f"cuda: {room.why_not()}")
+@pytest.mark.skipif(not backend.is_available(), reason=f"cuda: {backend.why_not()}")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_on_a_gpu(dtype):
-    with room.forcing(room.KERNELS), use_backend("cuda"):
+    with backend.forcing(backend.KERNELS), use_backend("cuda"):
         for case in CASES:
             inputs = make_inputs(case, dtype, "cuda")
             got, dy = run(inputs)
             assert_as_exact_as_formula(got, inputs, dy)
 
 
-# ------------------------------------------------------------------------------ what serves a call
+# ----------------------------------------------------------------- the choice of launch or torch
 
 
 def test_what_is_launched(emulated, launches):
@@ -163,9 +163,9 @@ def test_what_is_launched(emulated, launches):
     assert launched(dtype=torch.float32) == launched(dtype=torch.float64) == []
     assert launched(M=0) == launched(form="dense") == []
     assert launched(lambda i: i._replace(A=i.A[:0], B=i.B[:, :0])) == []
-    with room.forcing(room.TORCH_PRODUCTS):
+    with backend.forcing(backend.TORCH_PRODUCTS):
         assert launched() == []
-    with pytest.raises(KeyError), room.forcing(room.TORCH_PRODUCTS):
+    with pytest.raises(KeyError), backend.forcing(backend.TORCH_PRODUCTS):
         raise KeyError
     assert launched() == ["layer", "layer", "adapter_gradients"]
 
@@ -241,7 +241,7 @@ def test_the_questions_for_the_device_are_constants_of_compiled_code(monkeypatch
     monkeypatch.setattr(launch, "target_of", lambda device: (1, 75))
 
     def choice(x):
-        return x + 1 if room._driver_lacks() + room._device_lacks(x.device) else x - 1
+        return x + 1 if backend._driver_lacks() + backend._device_lacks(x.device) else x - 1
 
     x = torch.ones(3)
     compiled = torch.compile(choice, backend="eager", fullgraph=True)
@@ -249,36 +249,36 @@ def test_the_questions_for_the_device_are_constants_of_compiled_code(monkeypatch
     torch.compiler.reset()
 
 
-# --------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------------- refusals
 
 
 def test_reasons(monkeypatch):
     inputs = make_inputs(Case(), torch.float16)
     x, weights = inputs.x, inputs.weights
-    monkeypatch.setattr(room, "NO_KERNELS", "the library has no CUDA kernels: no nvcc was found")
-    assert room.why_not() == room.unsupported(x, weights) == room.NO_KERNELS
-    monkeypatch.setattr(room, "NO_KERNELS", "")
+    monkeypatch.setattr(backend, "NO_KERNELS", "the library has no CUDA kernels: no nvcc was found")
+    assert backend.why_not() == backend.unsupported(x, weights) == backend.NO_KERNELS
+    monkeypatch.setattr(backend, "NO_KERNELS", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert room.why_not() == "no CUDA device" and not room.is_available()
+    assert backend.why_not() == "no CUDA device" and not backend.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(room, "_driver_lacks", lambda: "")
-    assert room.is_available()
-    assert room.unsupported(x, weights) == "serves tensors on cuda, got cpu"
-    monkeypatch.setattr(room, "DEVICE", "cpu")
+    monkeypatch.setattr(backend, "_driver_lacks", lambda: "")
+    assert backend.is_available()
+    assert backend.unsupported(x, weights) == "serves tensors on cuda, got cpu"
+    monkeypatch.setattr(backend, "DEVICE", "cpu")
     monkeypatch.setattr(
-        room, "_device_lacks", lambda device: "serves GPUs from sm_80 on, got sm_75"
+        backend, "_device_lacks", lambda device: "serves GPUs from sm_80 on, got sm_75"
     )
-    assert room.unsupported(x, weights) == "serves GPUs from sm_80 on, got sm_75"
+    assert backend.unsupported(x, weights) == "serves GPUs from sm_80 on, got sm_75"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert room.why_not() == "the kernels are for CUDA, torch is built for ROCm"
+    assert backend.why_not() == "the kernels are for CUDA, torch is built for ROCm"
 
 
 @needs_library
 def test_the_library_says_which_gpus_it_serves(monkeypatch):
     monkeypatch.setattr(launch, "target_of", lambda device: (1, 75))
-    reason = room._device_lacks(torch.device("cuda", 7))
-    assert reason == (room.NO_KERNELS or "serves GPUs from sm_80 on, got sm_75")
-    if not room.NO_KERNELS:
+    reason = backend._device_lacks(torch.device("cuda", 7))
+    assert reason == (backend.NO_KERNELS or "serves GPUs from sm_80 on, got sm_75")
+    if not backend.NO_KERNELS:
         assert torch.ops.hylora.cuda_lacks(80) == torch.ops.hylora.cuda_lacks(130) == ""
 
 
@@ -286,13 +286,13 @@ def test_the_library_says_which_gpus_it_serves(monkeypatch):
 def test_info_says_what_the_library_was_compiled_for(monkeypatch):
     rows = dict(info.info().rows())
     names = ", ".join(f"sm_{arch}" for arch in torch.ops.hylora.cuda_archs().split())
-    assert rows["cuda code"] == (room.NO_KERNELS or f"{names}; PTX for others")
-    monkeypatch.setattr(room, "NO_KERNELS", "the library has no CUDA kernels: no nvcc was found")
-    assert dict(info.info().rows())["cuda code"] == room.NO_KERNELS
+    assert rows["cuda code"] == (backend.NO_KERNELS or f"{names}; PTX for others")
+    monkeypatch.setattr(backend, "NO_KERNELS", "the library has no CUDA kernels: no nvcc was found")
+    assert dict(info.info().rows())["cuda code"] == backend.NO_KERNELS
 
 
 def layer_arguments(transposed=False, pivoted=False, M=5, K=24, N=40, r=8, ra=4) -> dict:
-    """What the room gives to the op, by name; N and K are the layer's."""
+    """The op's arguments as the backend gives them, by name; N and K are the layer's."""
 
     def half(*shape):
         return torch.randn(shape).half()

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU emulator: the emulator itself, numbers, orders, sanitizers.
 
-Nothing here needs a GPU or nvcc. What it can't see: the PTX behind the primitives, what a GPU's
-memory makes of their orders, bank conflicts, time.
+Nothing here needs a GPU or nvcc. The emulator can't see the PTX behind the primitives, a GPU's
+weak memory, bank conflicts or time.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _points():
 
 
 def _layer(script: Script, case: Case, dtype, choice: Choice):
-    """Puts a layer's launches into the script; a function of run()'s results that has its own."""
+    """Put a layer's launches into the script; return a function that picks its results."""
     inputs = make_inputs(case, dtype)
     dy = make_dy(inputs)
     places = emulated.layer(script, inputs, dy, choice)
@@ -189,7 +189,7 @@ def _layer(script: Script, case: Case, dtype, choice: Choice):
 
 @pytest.fixture(scope="module")
 def seconds():
-    """What the launches of test_numbers took."""
+    """The seconds of each launch of test_numbers."""
     taken = []
     yield taken
     print(
@@ -204,7 +204,7 @@ def test_numbers(case, choice, dtype, seconds):
     results, launches = emulated.run(emulated.driver(), script)
     found = got(results)
     if case.bias and not case.lora_rank:
-        found["db"] = dy.reshape(case.M, -1).sum(0)  # no launch of ours: the room's, by torch
+        found["db"] = dy.reshape(case.M, -1).sum(0)  # no launch of ours: the backend's, by torch
     assert_as_exact_as_formula(found, inputs, dy)
     seconds.extend(launch.seconds for launch in launches)
 

@@ -1,6 +1,5 @@
-"""The CUDA kernels' machine code, for GPUs that are not at hand: what the library holds for each
-architecture, and the PTX of each primitive against a table written from the PTX ISA, for the
-emulator can't see it."""
+"""The CUDA kernels' machine code, without a GPU: the library's code for each architecture, and the
+PTX of each primitive against a table written from the PTX ISA, since the emulator can't see it."""
 
 from __future__ import annotations
 
@@ -26,10 +25,10 @@ needs_tools = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="cuobjdump comes with triton, not installed"
 )
 
-# ------------------------------------------------------------------ what the library holds for each
+# -------------------------------------------------------------------- the library's machine code
 
 # kernel -> opcodes that it must hold, and the blocks that a multiprocessor's 65536 registers must
-# have room for: with fewer, too little is on its way from memory.
+# hold: with fewer, too little is on its way from memory.
 LOADS_TILES = {"HMMA", "LDSM", "LDGSTS"}
 BUDGETS = {
     "layer 64": (LOADS_TILES, 3),
@@ -37,7 +36,7 @@ BUDGETS = {
     "decode": ({"HMMA", "LDG"}, 3),
     "adapter_gradients": (LOADS_TILES, 3),
 }
-LEAST_BLOCKS = 2  # blocks whose shared memory a multiprocessor must have room for at the least
+LEAST_BLOCKS = 2  # blocks that a multiprocessor's shared memory must hold at the least
 SHARED = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 WAITING = {"layer", "decode"}  # kernels in which blocks wait for one another
 SHOWN = ("HMMA", "LDSM", "LDGSTS", "LDG", "ATOMG", "MEMBAR")
@@ -60,7 +59,7 @@ def test_machine_code(arch):
 
 
 def faults_of(name: str, code: Code, arch: str) -> list[str]:
-    """What keeps a kernel from being shipped, in words."""
+    """The faults that keep a kernel from being shipped."""
     opcodes, blocks_per_sm = next(BUDGETS[kernel] for kernel in BUDGETS if name.startswith(kernel))
     threads, found = sizes_of(name)[0], []
     if code.spills or code.stack:
@@ -79,7 +78,7 @@ def faults_of(name: str, code: Code, arch: str) -> list[str]:
 
 
 def kernels_in_library(arch: str) -> dict[str, Code]:
-    """Name -> what the library's machine code says about itself."""
+    """Name -> properties of the library's machine code."""
     resources = by_function(r" Function (\S+?):", tool("--dump-resource-usage", "-arch", arch))
     listings = by_function(r"\t\tFunction : (\S+)", tool("-sass", "-arch", arch))
     assert sorted(resources) == sorted(listings)
@@ -114,7 +113,7 @@ def sizes_of(name: str) -> tuple[int, int]:
 
 
 def tool(*words: str) -> str:
-    """What cuobjdump of triton's wheel says of the library."""
+    """The output of cuobjdump, from triton's wheel, for the library."""
     program = (
         Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
     )
@@ -148,10 +147,10 @@ def test_each_fault_is_named(change, fault):
 
 # ----------------------------------------------------------------------------------- the primitives
 
-# kernel of cuda_primitives.cu -> what it must do, instruction by instruction. p0, p1, .. are its
-# parameters, p0[4] is what stands 4 bytes from p0, d0, d1, .. what an instruction gives. The order
-# of registers in each operand is that of the PTX ISA's figures for mma.m16n8k16 and ldmatrix.x4;
-# cvt.*x2 puts its first operand into the upper half.
+# kernel of cuda_primitives.cu -> its instructions. p0, p1, .. are its parameters, p0[4] is the
+# memory 4 bytes from p0, d0, d1, .. are an instruction's results. The order of registers in each
+# operand is that of the PTX ISA's figures for mma.m16n8k16 and ldmatrix.x4; cvt.*x2 puts its first
+# operand into the upper half.
 TABLE = {
     "mma_bf16": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {d0, d1, d2, d3},"
@@ -191,7 +190,7 @@ GIVES_NOTHING = ("cp.", "red.")
 
 
 def steps_of(kernel: str, ptx: str) -> list[str]:
-    """What a kernel's inline assembly and its stores do, in the words of TABLE."""
+    """A kernel's inline assembly and stores, in the words of TABLE."""
     body = re.search(rf"\.entry {kernel}\(.*?\n}}", ptx, re.DOTALL)[0]
     values, steps, inline = {}, [], False
 

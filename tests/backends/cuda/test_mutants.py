@@ -1,8 +1,8 @@
-"""Would anyone notice? The CUDA kernels with a bug put into them, one at a time, on the emulator.
+"""The checks of test_emulator.py catch bugs that are put into the CUDA kernels, one at a time.
 
-A mutant is a textual change of one file of csrc/cuda, compiled and put through the checks of
-test_emulator.py. Each names the check that has to catch it; the kernels as they are have to
-pass them all. `pytest -s` prints the table.
+A mutant is a textual change of one file of csrc/cuda, compiled and run on the emulator. It names
+the check that must catch it; the unchanged kernels must pass all checks. `pytest -s` prints the
+table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if emulated.COMPILER is None or platform.machine() != "x86_64":
         allow_module_level=True,
     )
 
-# What the kernels have to get right, in several orders.
+# The layers that every mutant computes, in several orders.
 TRIALS = [
     (Case(M=70, sizes=(140, 40, 70), lora_rank=3, layout="padded"), Choice(TILE_64, 3, 2)),
     (Case(M=17, sizes=(70, 136, 40), lora_rank=35, form="pivoted"), Choice(TILE_64, 2, 1)),
@@ -34,7 +34,7 @@ TRIALS = [
 ]
 SEEDS = range(3)
 
-# What a sanitizer or the emulator says, and the check it stands for.
+# Words of a sanitizer or the emulator -> the check that they stand for.
 WORDS = {
     "data race": "race",
     "AddressSanitizer": "bounds",
@@ -73,7 +73,7 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
-    check: str  # what has to catch it
+    check: str  # that must catch it
 
     @property
     def sanitizer(self) -> str:

@@ -1,5 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not at hand; helpers/triton_gate.py says what is
-looked for.
+"""The Triton kernels compiled for GPUs that are not at hand, and checked by helpers/triton_gate.py.
 
 By default every kernel for sm_80 and sm_90, and fewer kinds of call: all pairs take over three
 minutes. HYLORA_TEST_ALL=1 (make test-all) compiles all of them for every target, and one
@@ -24,7 +23,7 @@ from helpers.triton_code import MACHINES, Case, Code, faults, of_amd, of_nvidia
 from hylora_kernels.backends.triton.config import BACKWARD, AdapterGradientsConfig, Config, Problem
 
 ALL = os.environ.get("HYLORA_TEST_ALL") == "1"
-OLDEST = "3.6.0"  # what torch 2.10, the oldest supported, pairs with
+OLDEST = "3.6.0"  # pairs with torch 2.10, the oldest supported
 TESTS = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from hylora_kernels.backends import triton as room
+from hylora_kernels.backends import triton as backend
 from hylora_kernels.backends.shared import counters
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton.config import (
@@ -30,7 +30,7 @@ from hylora_kernels.backends.triton.config import (
 from hylora_kernels.backends.triton.dispatch import read_tables_again, tuned_or_default
 from hylora_kernels.weights import Weights
 
-pytestmark = pytest.mark.skipif(not room.INSTALLED, reason=room.why_not())
+pytestmark = pytest.mark.skipif(not backend.INSTALLED, reason=backend.why_not())
 
 H100 = Target("cuda", 90, 132)
 TARGETS = [Target("cuda", arch, 108) for arch in (80, 86, 89, 90, 100, 120)]
@@ -120,7 +120,7 @@ def test_split_shares_cover_every_multiprocessor_but_not_more_than_there_is():
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """Write rows for a device called "Card 1" where the room looks for them."""
+    """Write rows for a device called "Card 1" where the backend looks for them."""
     monkeypatch.setenv("HYLORA_CACHE", str(tmp_path))
 
     def write(*rows):
@@ -218,15 +218,15 @@ def test_tables_that_come_with_the_package(path):
 # ------------------------------------------------------------------------------- refusals, counters
 
 
-def test_what_the_room_refuses():
+def test_what_the_backend_refuses():
     x, weights = torch.randn(2, 5), Weights(torch.randn(3, 5), torch.randn(4, 3))
-    if room._interpreted():
-        assert room.unsupported(x, weights) is None
-        assert "serves tensors on cpu" in room.unsupported(x.to("meta"), weights)
-        assert "float64" in room.unsupported(x.double(), weights)
+    if backend._interpreted():
+        assert backend.unsupported(x, weights) is None
+        assert "serves tensors on cpu" in backend.unsupported(x.to("meta"), weights)
+        assert "float64" in backend.unsupported(x.double(), weights)
     empty = Weights(weights.SVh[:0], weights.U)
-    assert room.unsupported(x, empty) is not None
-    assert not room.is_faster_than_next(x, weights), "the interpreter is slower than eager"
+    assert backend.unsupported(x, empty) is not None
+    assert not backend.is_faster_than_next(x, weights), "the interpreter is slower than eager"
 
 
 def test_an_unlisted_architecture_gets_the_least_shared_memory():
@@ -235,7 +235,7 @@ def test_an_unlisted_architecture_gets_the_least_shared_memory():
     assert Target("cuda", 90, 1).shared_bytes == 227 * 1024
 
 
-@pytest.mark.skipif(not room._interpreted(), reason="counts on the interpreter's device, a CPU")
+@pytest.mark.skipif(not backend._interpreted(), reason="counts on the interpreter's device, a CPU")
 def test_counters_are_kept_zero_and_grow():
     cpu = torch.device("cpu")
     few = counters.zeros(cpu, 10)
@@ -258,8 +258,8 @@ def test_a_launch_that_breaks_off_does_not_hold_up_the_next(monkeypatch):
 
     monkeypatch.setattr(kernels, "layer", BrokenOff())
     x, SVh, U = torch.ones(2, 16), torch.ones(4, 16), torch.ones(8, 4)
-    with pytest.raises(KeyboardInterrupt), room.forcing(Config(16, 16, 16, 16, 16, swap=True)):
-        room.forward(x, Weights(SVh, U))
+    with pytest.raises(KeyboardInterrupt), backend.forcing(Config(16, 16, 16, 16, 16, swap=True)):
+        backend.forward(x, Weights(SVh, U))
     assert not counters.zeros(torch.device("cpu"), 1).any()
 
 

@@ -187,7 +187,7 @@ CLEAN = {
 
 
 def _relay(programs=4, **fault):
-    """Whether everyone got it. Raises what the checks raise."""
+    """True if every program got it; raises what the checks raise."""
     x, y = torch.randn(16), torch.empty(programs, 16)
     flag = torch.zeros(2, dtype=torch.int32)
     toys.relay[(programs,)](x, torch.empty(16), y, flag, **(CLEAN | fault), BLOCK=16)
@@ -256,7 +256,7 @@ def test_a_program_that_fails_ends_the_others():
         assert threading.active_count() == threads
 
 
-# --------------------------------------------------------------------------------------- the room
+# ------------------------------------------------------------------------------------ the backend
 
 SMALL = Tiles(Config(16, 16, 32, 32, 16), AdapterGradientsConfig(16, 32, 16))
 SPLIT = Tiles(

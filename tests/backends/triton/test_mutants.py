@@ -1,8 +1,7 @@
-"""Would anyone notice? The Triton kernels with a bug put into them, one at a time.
+"""The checks of test_interpreter.py catch bugs that are put into the Triton kernels, one at a time.
 
-A mutant is a textual change of kernels.py, loaded as a module of its own and put under the checks
-of test_interpreter.py. Each names the check that has to catch it; the source as it is has to
-pass them all. `pytest -s` prints the table.
+A mutant is a textual change of kernels.py, loaded as a module of its own. It names the check that
+must catch it; the unchanged source must pass all checks. `pytest -s` prints the table.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def failed_check(trial: Trial, kernels: ModuleType) -> str:
 class Mutant(NamedTuple):
     old: str
     new: str
-    check: str  # what has to catch it
+    check: str  # that must catch it
     trial: str = "pair"
 
     def module(self, folder: Path) -> ModuleType:

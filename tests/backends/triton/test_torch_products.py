@@ -10,19 +10,19 @@ import torch
 from helpers.numerics import Case, assert_as_exact_as_formula, by_op, make_dy, make_inputs
 
 from hylora_kernels import svd_lora_linear, use_backend
-from hylora_kernels.backends import triton as room
+from hylora_kernels.backends import triton as backend
 from hylora_kernels.backends.triton import torch_products
 from hylora_kernels.backends.triton.config import TORCH_PRODUCTS
 
 pytestmark = pytest.mark.skipif(
-    not (room.INSTALLED and room._interpreted()), reason="runs in Triton's interpreter"
+    not (backend.INSTALLED and backend._interpreted()), reason="runs in Triton's interpreter"
 )
 CASE = Case(M=70, sizes=(37, 53, 7), lora_rank=8)  # rows enough to be worth laying out
 
 
 @pytest.fixture(autouse=True)
 def _by_torch_products():
-    with use_backend("triton"), room.forcing(TORCH_PRODUCTS):
+    with use_backend("triton"), backend.forcing(TORCH_PRODUCTS):
         yield
 
 
@@ -83,7 +83,7 @@ def test_another_stream_lays_out_its_own(monkeypatch):
 def test_what_is_kept_goes_with_forget_and_with_the_factors():
     inputs = make_inputs(CASE, torch.float32)
     trained(inputs)
-    room.forget(inputs.SVh)
+    backend.forget(inputs.SVh)
     assert kept_for(inputs) is None
     trained(inputs)
     gc.collect()  # what other tests have left
