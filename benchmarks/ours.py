@@ -42,7 +42,7 @@ def float32_products() -> int | None:
 
 def packed(x: Tensor, factors: Weights, regime: str):
     """Calls on packed weights, one for each copy, as optimize_for_inference lays them out."""
-    backend = backends.ROOMS[backend_name()]
+    backend = backends.BACKENDS[backend_name()]
     tensors = [t for t in factors if t is None or isinstance(t, Tensor)]
     calls = []
     for *most, pivots in copies(tensors, regime):

@@ -22,7 +22,7 @@ def test_overhead(benchmark, backend, with_threads, quick):
     with_threads(1)
     x, factors = torch.randn(1, TINY.K), random_factors(TINY, torch.float32)
     SVh, U, A, B, bias, alpha, _ = factors
-    packed = backends.ROOMS[backend].pack(factors)
+    packed = backends.BACKENDS[backend].pack(factors)
     layer = SVDLoRALinear.from_factors(*factors).eval()
     weights = [panels.pack_matrix(t) for t in (SVh, A, U, B)]
     layer_op = functools.partial(torch.ops.hylora.cpu_layer.default, x, *weights, bias, None)
@@ -31,7 +31,7 @@ def test_overhead(benchmark, backend, with_threads, quick):
         "F.linear": lambda: F.linear(x, SVh),
         "F.linear twice": lambda: F.linear(F.linear(x, SVh), U, bias),
         "our C++ op, 6 tensors": lambda: layer_op(TINY.r, TINY.ra, TINY.N, alpha, False, False, 0),
-        "our C++ op, packed layer": lambda: backends.ROOMS[backend].forward_packed(x, packed),
+        "our C++ op, packed layer": lambda: backends.BACKENDS[backend].forward_packed(x, packed),
         "svd_lora_linear (eager)": lambda: svd_lora_linear(x, *factors),
         "SVDLoRALinear (eager)": lambda: layer(x),
         "SVDLoRALinear, optimised": lambda: optimised(x),

@@ -1,10 +1,13 @@
-"""Every op of the package: schema, argument checks, fake kernel, autograd, autocast, and the
-functional door.
+"""The public op svd_lora_linear: schema, argument checks, fake kernel, autograd and autocast.
 
-Each room of `backends` gets one forward and one backward op, `hylora::<room>_forward` and
-`hylora::<room>_backward`, so a forward's graph node names the room of its own backward. Shapes as
-in reference.py, with any leading batch dims on x. Gradients exist for x, A, B and bias; SVh and U
-are frozen. Saved for backward: x and h_a, no more.
+Each backend gets two ops, `hylora::<backend>_forward` and `hylora::<backend>_backward`, so that the
+graph node of a forward names the backend of its backward. Their schema is flat; below it the
+weights are one value, Weights. Shapes are reference.py's, with any leading batch dims on x.
+Gradients exist for x, A, B and bias; SVh and U are frozen. Backward saves x and h_a, no more.
+
+The C++ and CUDA kernels are ops of their own, defined beside their checks in csrc/*/bindings.cpp.
+Those that a packed layer calls directly, `hylora::cpu_*`, have their fake kernels in
+backends/cpu/panels.py.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ _BACKWARD = (
     "(Tensor dy, Tensor? x, Tensor? h_a, Tensor SVh, Tensor U, Tensor? A, Tensor? B, float alpha,"
     " Tensor? pivots, bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor db)"
 )
-# Asked here, since torch.compile can't trace the question (torch 2.11).
+# Asked once here, since torch.compile (2.11) can't trace the question.
 _AUTOCASTING = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,10 +62,13 @@ def svd_lora_linear(
             computes (y[..., pivots] = x SVh^T), the others being U's combinations of them (PIFA,
             arXiv:2501.19090).
 
-    One dtype (float64, float32, bfloat16 or float16) and one device for all but pivots' dtype, any
-    strides. Under torch.autocast the floating tensors are cast first. Gradients for x, A, B and
-    bias. No double backward, no vmap.
-    Raises TypeError or ValueError that names the argument, what came and what is allowed.
+    All tensors share one device and, pivots apart, one dtype: float64, float32, bfloat16 or
+    float16. Any strides. Under torch.autocast the floating tensors are cast first. Gradients for x,
+    A, B and bias; no double backward, no forward mode, no vmap.
+    Raises TypeError or ValueError that names the argument, what was given and what is allowed.
+
+        SVh, U = torch.randn(16, 64), torch.randn(48, 16)
+        y = svd_lora_linear(torch.randn(2, 10, 64), SVh, U)  # [2, 10, 48]
     """
     weights = Weights(SVh, U, A, B, bias, alpha, pivots)
     _check(x, weights)
@@ -74,11 +80,10 @@ def svd_lora_linear(
 
 
 def packed_linear(x: Tensor, packed: Any) -> Tensor:
-    """x [..., K] -> y [..., N] by what backends.pack made: svd_lora_linear without gradients, for a
-    model that waits for every token: the checks are few and cheap.
+    """x [..., K] -> y [..., N]: svd_lora_linear without gradients, by what backends.pack made.
 
-    Under torch.autocast x is cast to the packed dtype. Raises TypeError or ValueError naming x, and
-    RuntimeError where a gradient is asked for.
+    A decoded token waits for this call, so the checks are few. Under torch.autocast x is cast to
+    the packed dtype. Raises TypeError or ValueError naming x, RuntimeError if x needs a gradient.
     """
     if x.dtype != packed.dtype or x.requires_grad or x.shape[-1:] != packed.shape:
         x = _as_packed(x, packed)
@@ -88,7 +93,10 @@ def packed_linear(x: Tensor, packed: Any) -> Tensor:
 
 
 def packed_embedding(ids: Tensor, packed: Any) -> Tensor:
-    """ids int32 or int64 [...] -> [..., K]: rows of a dense matrix that backends.pack packed."""
+    """ids int32 or int64 [...] -> [..., K]: rows of a dense matrix that backends.pack packed.
+
+    Raises TypeError for ids of another dtype, IndexError for ids out of range.
+    """
     if ids.dtype != torch.int64:
         if ids.dtype != torch.int32:
             raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
@@ -124,7 +132,7 @@ def _check(x: Tensor, weights: Weights) -> None:
         if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
             allowed = "a Tensor or None" if optional else "a Tensor"
             raise TypeError(f"{name} must be {allowed}, got {type(tensor).__name__}")
-        # Asked first, since a nested tensor has no shape to look at.
+        # Before the shapes, since a nested tensor has none.
         if tensor is not None and (tensor.is_nested or tensor.layout is not torch.strided):
             kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
             raise TypeError(f"{name} must be a strided tensor, got {kind}")
@@ -209,7 +217,8 @@ def _check_kinds(tensors: dict[str, Tensor | None]) -> None:
 
 
 def _refuse_forward_mode(tensors: dict[str, Tensor | None]) -> None:
-    """A custom op drops tangents without a word, and a derivative of zero is a wrong answer."""
+    """Raise NotImplementedError for a tangent: a custom op would drop it silently, and a derivative
+    of zero is a wrong answer."""
     if forward_ad._current_level < 0:
         return
     for name, tensor in tensors.items():
@@ -253,7 +262,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _with_lead(tensor: Tensor, lead: torch.Size) -> Tensor:
-    """[M, n] -> [*lead, n]. A view would forbid the caller to write into an output in place."""
+    """[M, n] -> [*lead, n], not as a view: the caller may write into an output in place."""
     return torch.ops.aten._unsafe_view.default(tensor, (*lead, tensor.shape[-1]))
 
 
@@ -327,15 +336,15 @@ def _autocast(op: Callable[..., Any], device_type: str, *args: Any) -> Any:
         return op(*cast)
 
 
-def _define(name: str, room: ModuleType) -> Callable[..., Any]:
-    """Define and register the two ops of one room; returns its forward op."""
+def _define(name: str, backend: ModuleType) -> Callable[..., Any]:
+    """Define and register the two ops of one backend; return its forward op."""
     forward, backward = f"{name}_forward", f"{name}_backward"
     for op_name, schema, kernel, fake in (
         (forward, _FORWARD, _kernel_forward, _fake_forward),
         (backward, _BACKWARD, _kernel_backward, _fake_backward),
     ):
         _LIBRARY.define(op_name + schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(op_name, functools.partial(kernel, room), "CompositeExplicitAutograd")
+        _LIBRARY.impl(op_name, functools.partial(kernel, backend), "CompositeExplicitAutograd")
         torch.library.register_fake(f"hylora::{op_name}", fake, lib=_LIBRARY)
         torch.library.register_vmap(f"hylora::{op_name}", _refuse_vmap, lib=_LIBRARY)
     forward_op, backward_op = (getattr(torch.ops.hylora, op).default for op in (forward, backward))
@@ -352,4 +361,4 @@ def _define(name: str, room: ModuleType) -> Callable[..., Any]:
     return forward_op
 
 
-_FORWARD_OPS = {name: _define(name, room) for name, room in backends.ROOMS.items()}
+_FORWARD_OPS = {name: _define(name, backend) for name, backend in backends.BACKENDS.items()}

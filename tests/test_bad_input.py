@@ -357,7 +357,7 @@ def test_refused(case):
     with pytest.raises(kind) as caught:
         call()
     assert type(caught.value) is kind
-    # "..." stands for names that other rooms would add.
+    # "..." stands for names that other backends would add.
     assert re.match(re.escape(message).replace(r"\.\.\.\ ", ".*"), str(caught.value)), caught.value
     print(f"\n{case:36} {kind.__name__}: {str(caught.value)[:120]}", end="")
 

@@ -1,4 +1,4 @@
-"""svd_lora_linear in every room: its numbers, its gradients, what it saves, which room serves."""
+"""svd_lora_linear in every backend: numbers, gradients, saved tensors, where a backward runs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from helpers.numerics import (
     assert_as_exact_as_formula,
     by_op,
     by_reference,
+    every_backend,
     every_form,
-    every_room,
     inputs_for,
     make_dy,
     make_inputs,
@@ -40,36 +40,36 @@ def test_memory_is_poisoned():
 # ---------------------------------------------------------------------------------------- numbers
 
 
-@every_room
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_backward(case, dtype, room, device):
-    inputs = inputs_for(room, case, dtype, device)
+def test_forward_and_backward(case, dtype, backend, device):
+    inputs = inputs_for(backend, case, dtype, device)
     dy = make_dy(inputs)
-    with use_backend(room):
+    with use_backend(backend):
         got = by_op(svd_lora_linear, inputs, dy)
-    assert_as_exact_as_formula(got, inputs, dy, chained=room == "triton")
+    assert_as_exact_as_formula(got, inputs, dy, chained=backend == "triton")
 
 
-@every_room
+@every_backend
 @every_form
-def test_same_call_same_bits(form, room, device):
-    inputs = inputs_for(room, Case(M=70, form=form), torch.float32, device)
+def test_same_call_same_bits(form, backend, device):
+    inputs = inputs_for(backend, Case(M=70, form=form), torch.float32, device)
     dy = make_dy(inputs)
-    with use_backend(room):
+    with use_backend(backend):
         first, second = (by_op(svd_lora_linear, inputs, dy) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@every_room
+@every_backend
 @every_form
 @pytest.mark.parametrize("needs", [n for n in itertools.product((True, False), repeat=4) if any(n)])
-def test_any_choice_of_gradients(needs, form, room, device):
-    inputs = inputs_for(room, Case(M=3, form=form), device=device)
+def test_any_choice_of_gradients(needs, form, backend, device):
+    inputs = inputs_for(backend, Case(M=3, form=form), device=device)
     dy = make_dy(inputs)
     names = [n for n, need in zip(("x", "A", "B", "bias"), needs, strict=True) if need]
     leaves = inputs._replace(**{n: getattr(inputs, n).detach().requires_grad_() for n in names})
-    with use_backend(room):
+    with use_backend(backend):
         svd_lora_linear(*leaves).backward(dy)
     everything = by_reference(inputs, dy)
     for name, grad in zip(("x", "A", "B", "bias"), GRADS, strict=True):
@@ -80,12 +80,12 @@ def test_any_choice_of_gradients(needs, form, room, device):
             assert got is None
 
 
-@every_room
+@every_backend
 @every_form
 @pytest.mark.parametrize("lora_rank", [0, 3])
-def test_gradcheck(lora_rank, form, room):
+def test_gradcheck(lora_rank, form, backend):
     inputs = inputs_for(
-        room, Case(M=4, sizes=(5, 6, 3), lora_rank=lora_rank, lead_dims=2, form=form)
+        backend, Case(M=4, sizes=(5, 6, 3), lora_rank=lora_rank, lead_dims=2, form=form)
     )
     leaves = inputs.with_grad()
     tensors = [t for t in (leaves.x, leaves.A, leaves.B, leaves.bias) if t is not None]
@@ -95,28 +95,28 @@ def test_gradcheck(lora_rank, form, room):
         A, B = adapter or (None, None)
         return svd_lora_linear(x, leaves.SVh, leaves.U, A, B, bias, leaves.alpha, leaves.pivots)
 
-    with use_backend(room):
+    with use_backend(backend):
         assert torch.autograd.gradcheck(call, tensors)
 
 
-@every_room
+@every_backend
 @pytest.mark.parametrize("sizes", [(0, 3, 1), (4, 0, 1), (4, 3, 0)], ids=["K=0", "N=0", "r=0"])
 @pytest.mark.parametrize("lead", [(), (2,), (0, 2)], ids=str)
-def test_empty_dims(lead, sizes, room):
+def test_empty_dims(lead, sizes, backend):
     K, N, rank = sizes
     shapes = ((*lead, K), (rank, K), (N, rank), (2, K), (N, 2), (N,))
     inputs = Inputs(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
-    skip_if_refused(room, inputs)
+    skip_if_refused(backend, inputs)
     dy = make_dy(inputs)
-    with use_backend(room):
+    with use_backend(backend):
         assert_as_exact_as_formula(by_op(svd_lora_linear, inputs, dy), inputs, dy)
 
 
-@every_room
-def test_adapter_of_rank_zero_and_defaults(room):
-    inputs = inputs_for(room, Case(M=3, lora_rank=0, bias=False))
+@every_backend
+def test_adapter_of_rank_zero_and_defaults(backend):
+    inputs = inputs_for(backend, Case(M=3, lora_rank=0, bias=False))
     x, SVh, U = inputs[:3]
-    with use_backend(room):
+    with use_backend(backend):
         plain = svd_lora_linear(x, SVh, U)
         empty = svd_lora_linear(x, SVh, U, x.new_empty(0, x.shape[1]), x.new_empty(len(U), 0))
     torch.testing.assert_close(plain, x @ SVh.T @ U.T)
@@ -135,12 +135,12 @@ def kept_for_backward(inputs: Inputs) -> list[Tensor]:
     return [t for t in packed if t is not None and id(t) not in weights]
 
 
-@every_room
+@every_backend
 @every_form
-@pytest.mark.parametrize("M", [3, 300])  # two ways of the pair form in the eager room
-def test_only_x_and_h_a_are_saved(M, form, room):
-    inputs = inputs_for(room, Case(M=M, lora_rank=16, form=form)).with_grad()
-    with use_backend(room):
+@pytest.mark.parametrize("M", [3, 300])  # two ways of the pair form in the eager backend
+def test_only_x_and_h_a_are_saved(M, form, backend):
+    inputs = inputs_for(backend, Case(M=M, lora_rank=16, form=form)).with_grad()
+    with use_backend(backend):
         saved = kept_for_backward(inputs)
     assert sorted(t.shape for t in saved) == sorted([(M, 16), inputs.x.shape])
     x, h_a = sorted(saved, key=lambda t: t.shape == (M, 16))
@@ -149,17 +149,17 @@ def test_only_x_and_h_a_are_saved(M, form, room):
     assert h_a.untyped_storage().nbytes() == h_a.nbytes, "h_a keeps a larger tensor alive"
 
 
-@every_room
+@every_backend
 @every_form
-def test_nothing_of_size_M_is_saved_without_need(form, room):
+def test_nothing_of_size_M_is_saved_without_need(form, backend):
     case = Case(M=300, form=form)
-    inputs = inputs_for(room, case)
+    inputs = inputs_for(backend, case)
     wants = {
         "x alone": ("x",),
         "bias alone": ("bias",),
         "x and bias": ("x", "bias"),
     }
-    with use_backend(room):
+    with use_backend(backend):
         for label, names in wants.items():
             leaves = inputs._replace(**{n: getattr(inputs, n).clone() for n in names})
             for name in names:
@@ -173,12 +173,12 @@ def test_nothing_of_size_M_is_saved_without_need(form, room):
         assert [t.shape for t in kept_for_backward(only_B)] == [(300, case.lora_rank)]
 
 
-@every_room
+@every_backend
 @pytest.mark.parametrize("lead_dims", [1, 2, 3])
-def test_output_can_be_written_to_in_place(lead_dims, room):
-    inputs = inputs_for(room, Case(lead_dims=lead_dims, form="pivoted"))
+def test_output_can_be_written_to_in_place(lead_dims, backend):
+    inputs = inputs_for(backend, Case(lead_dims=lead_dims, form="pivoted"))
     dy = make_dy(inputs)
-    with use_backend(room):
+    with use_backend(backend):
         got = by_op(lambda *args: svd_lora_linear(*args).mul_(2).relu_(), inputs, dy)
         expected = by_op(lambda *args: (svd_lora_linear(*args) * 2).relu(), inputs, dy)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -193,11 +193,11 @@ def test_no_graph_without_gradients():
         assert svd_lora_linear(*inputs).is_inference()
 
 
-# ------------------------------------------------------------------------------- rooms of a forward
+# -------------------------------------------------------------------- the backend of a backward
 
 
-class CountingRoom(SimpleNamespace):
-    """A room that computes by reference.py and counts what it is asked."""
+class CountingBackend(SimpleNamespace):
+    """A backend that computes by reference.py and records its calls."""
 
     def __init__(self):
         super().__init__(calls=[], reason=None)
@@ -218,20 +218,20 @@ class CountingRoom(SimpleNamespace):
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-_counting_room = CountingRoom()
-_counting_op = ops._define("counting", _counting_room)
+_counting_backend = CountingBackend()
+_counting_op = ops._define("counting", _counting_backend)
 
 
 @pytest.fixture
 def counting(monkeypatch):
-    _counting_room.calls.clear()
-    monkeypatch.setitem(backends.ROOMS, "counting", _counting_room)
+    _counting_backend.calls.clear()
+    monkeypatch.setitem(backends.BACKENDS, "counting", _counting_backend)
     monkeypatch.setitem(ops._FORWARD_OPS, "counting", _counting_op)
-    return _counting_room
+    return _counting_backend
 
 
 @every_form
-def test_backward_runs_in_the_room_of_its_forward(counting, form):
+def test_backward_runs_in_the_backend_of_its_forward(counting, form):
     inputs = make_inputs(Case(form=form))
     dy = make_dy(inputs)
     leaves = inputs.with_grad()
@@ -250,8 +250,8 @@ def test_backward_runs_in_the_room_of_its_forward(counting, form):
 def test_compiled_code_follows_use_backend(counting):
     inputs = make_inputs(Case())
     compiled = torch.compile(svd_lora_linear, backend="eager", fullgraph=True)
-    for room, calls in (("eager", 0), ("counting", 1), ("eager", 1), ("counting", 2)):
-        with use_backend(room):
+    for backend, calls in (("eager", 0), ("counting", 1), ("eager", 1), ("counting", 2)):
+        with use_backend(backend):
             compiled(*inputs)
         assert len(counting.calls) == calls
     torch.compiler.reset()
@@ -260,9 +260,9 @@ def test_compiled_code_follows_use_backend(counting):
 # ------------------------------------------------------------------------- from call to call
 
 
-@every_room
-def test_threads_do_not_disturb_one_another(room):
-    shared = inputs_for(room, Case(M=16, form="pivoted")).pivots
+@every_backend
+def test_threads_do_not_disturb_one_another(backend):
+    shared = inputs_for(backend, Case(M=16, form="pivoted")).pivots
     jobs = []
     for seed in range(8):
         inputs = make_inputs(Case(M=16, form="pivoted"), seed=seed)
@@ -279,7 +279,7 @@ def test_threads_do_not_disturb_one_another(room):
             failures.append(failure)
 
     threads = [threading.Thread(target=work, args=job) for job in jobs]
-    with use_backend(room):
+    with use_backend(backend):
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -10,8 +10,8 @@ from helpers.numerics import (
     Inputs,
     assert_as_exact_as_formula,
     by_op,
+    every_backend,
     every_form,
-    every_room,
     inputs_for,
     make_dy,
     make_inputs,
@@ -28,12 +28,12 @@ def _forget_compiled_code():
     torch.compiler.reset()
 
 
-@every_room
+@every_backend
 @every_form
 @pytest.mark.parametrize("lora_rank", [0, 8])
-def test_opcheck(lora_rank, form, room, device):
-    forward = getattr(torch.ops.hylora, f"{room}_forward").default
-    backward = getattr(torch.ops.hylora, f"{room}_backward").default
+def test_opcheck(lora_rank, form, backend, device):
+    forward = getattr(torch.ops.hylora, f"{backend}_forward").default
+    backward = getattr(torch.ops.hylora, f"{backend}_backward").default
     quick = ("test_schema", "test_faketensor")
     everything = (*quick, "test_autograd_registration", "test_aot_dispatch_dynamic")
     for M, lead_dims, dtype, tests in (
@@ -43,7 +43,7 @@ def test_opcheck(lora_rank, form, room, device):
         (300, 3, torch.bfloat16, quick),
     ):
         case = Case(M=M, lora_rank=lora_rank, lead_dims=lead_dims, form=form, layout="transposed")
-        inputs = inputs_for(room, case, dtype, device)
+        inputs = inputs_for(backend, case, dtype, device)
         torch.library.opcheck(forward, tuple(inputs.with_grad()), test_utils=tests)
         _, h_a = forward(*inputs)
         x, SVh, U, A, B, _, alpha, pivots = inputs
@@ -55,34 +55,34 @@ def test_opcheck(lora_rank, form, room, device):
         )
 
 
-@every_room
+@every_backend
 @pytest.mark.parametrize(
     "form, dynamic", [("pair", True), ("pivoted", True), ("dense", True), ("pivoted", False)]
 )
-def test_compile_whole_graph(dynamic, form, room, device):
+def test_compile_whole_graph(dynamic, form, backend, device):
     compiled = torch.compile(svd_lora_linear, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    with use_backend(room):
+    with use_backend(backend):
         for M, alpha, lora_rank in ((17, 1.0, 8), (3, 0.37, 8), (70, 1.0, 0)):
             case = Case(M=M, alpha=alpha, lora_rank=lora_rank, lead_dims=2, form=form)
-            inputs = inputs_for(room, case, torch.float32, device)
+            inputs = inputs_for(backend, case, torch.float32, device)
             dy = make_dy(inputs)
             assert_as_exact_as_formula(by_op(compiled, inputs, dy), inputs, dy)
 
 
-@every_room
+@every_backend
 @pytest.mark.parametrize("form, dynamic", [("pair", True), ("pivoted", False)])
-def test_compile_with_inductor(dynamic, form, room, device):
+def test_compile_with_inductor(dynamic, form, backend, device):
     compiled = torch.compile(svd_lora_linear, fullgraph=True, dynamic=dynamic)
-    inputs = inputs_for(room, Case(form=form), torch.float32, device)
+    inputs = inputs_for(backend, Case(form=form), torch.float32, device)
     dy = make_dy(inputs)
-    with use_backend(room):
+    with use_backend(backend):
         got, expected = (by_op(op, inputs, dy) for op in (compiled, svd_lora_linear))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-@every_room
+@every_backend
 @pytest.mark.slow  # g++ takes 25 s for torch's headers
-def test_compile_with_inductor_between_compiled_neighbours(room, device):
+def test_compile_with_inductor_between_compiled_neighbours(backend, device):
     if device == "cpu":
         _require_cpp_compiler()
 
@@ -90,9 +90,9 @@ def test_compile_with_inductor_between_compiled_neighbours(room, device):
         return torch.nn.functional.silu(svd_lora_linear(x * 2, *args)) + 1
 
     compiled = torch.compile(block, fullgraph=True)
-    inputs = inputs_for(room, Case(form="pivoted"), torch.float32, device)
+    inputs = inputs_for(backend, Case(form="pivoted"), torch.float32, device)
     dy = make_dy(inputs)
-    with use_backend(room):
+    with use_backend(backend):
         got, expected = by_op(compiled, inputs, dy), by_op(block, inputs, dy)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name])
@@ -124,30 +124,30 @@ class Call(torch.nn.Module):
         return svd_lora_linear(x, *args)
 
 
-@every_room
+@every_backend
 @every_form
 @pytest.mark.parametrize("strict", [True, False])
-def test_export(strict, form, room):
-    inputs = inputs_for(room, Case(M=16, lead_dims=2, form=form), torch.float32)
+def test_export(strict, form, backend):
+    inputs = inputs_for(backend, Case(M=16, lead_dims=2, form=form), torch.float32)
     module = Call(inputs)
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    with use_backend(room):
+    with use_backend(backend):
         program = torch.export.export(module, (inputs.x,), dynamic_shapes=(dims,), strict=strict)
-    assert f"hylora.{room}_forward" in str(program.graph)
+    assert f"hylora.{backend}_forward" in str(program.graph)
     x = torch.randn(3, 5, inputs.x.shape[-1])
-    with use_backend(room):
+    with use_backend(backend):
         torch.testing.assert_close(program.module()(x), module(x), rtol=0, atol=0)
 
 
-@every_room
+@every_backend
 @every_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype, form, room, device):
-    inputs = inputs_for(room, Case(form=form), torch.float32, device)
+def test_autocast(dtype, form, backend, device):
+    inputs = inputs_for(backend, Case(form=form), torch.float32, device)
     dy = make_dy(inputs).to(dtype)
-    with torch.autocast(device, dtype=dtype), use_backend(room):
+    with torch.autocast(device, dtype=dtype), use_backend(backend):
         got = by_op(svd_lora_linear, inputs, dy)
-    with use_backend(room):
+    with use_backend(backend):
         expected = by_op(svd_lora_linear, inputs.map(lambda t: t.to(dtype)), dy)
     assert got["y"].dtype == dtype and torch.equal(got["y"], expected["y"])
     for name in GRADS:

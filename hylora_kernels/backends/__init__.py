@@ -1,9 +1,10 @@
-"""The chooser: which room serves a call, and why a room can't.
+"""The dispatcher: which backend serves a call, and why one can't.
 
-Rooms never import each other; all have the same door (eager.py shows it). `auto` takes the first
-room of ROOMS that can serve the call and gains by it; a room the user forces either serves or
-raises its own reason. The choice is read once per call and is a constant while torch.compile
-traces. What a room has packed for inference stays with it.
+All backends have one interface (eager.py is the shortest) and never import one another. `auto`
+takes the first backend of BACKENDS that can serve the call and is faster than the next one. A
+backend that the user forces either serves the call or raises its own reason. The choice is made
+once a call and is a constant of code that torch.compile traces. A packed layer stays with the
+backend that packed it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hylora_kernels.backends import cpu, cuda, eager, triton
 from hylora_kernels.weights import Weights
 
 # Fastest first; eager is last, since it serves everything.
-ROOMS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "eager": eager}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu, "eager": eager}
 
 # A plain global, so process-wide: torch.compile guards on it and retraces when it changes, which it
 # can do neither for a ContextVar nor for a threading.local.
@@ -29,7 +30,7 @@ _forced: str | None = None
 
 def available_backends() -> dict[str, str]:
     """Every backend's name -> "" where it can be used here, or the reason why not."""
-    return {name: room.why_not() for name, room in ROOMS.items()}
+    return {name: backend.why_not() for name, backend in BACKENDS.items()}
 
 
 def cpu_levels() -> tuple[str, dict[str, str]]:
@@ -48,8 +49,11 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve every call inside the `with` by backend `name` ("auto" or a key of
     available_backends()).
 
-    A forward's backward runs in the same room, also after the `with` has ended. Overrides
+    The backward of a call runs in the same backend, also after the `with` has ended. Overrides
     HYLORA_BACKEND and holds for all threads. Raises ValueError for an unknown name.
+
+        with use_backend("eager"):
+            y = layer(x)
     """
     global _forced
     before, _forced = _forced, _known(name, "use_backend")
@@ -60,70 +64,77 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(x: Tensor, weights: Weights) -> str:
-    """The name of the room that serves these tensors. Raises ValueError with the room's own reason
-    where forced."""
+    """The name of the backend that serves these tensors.
+
+    Raises ValueError with the backend's own reason where the user has forced one that can't.
+    """
     name = _wanted()
     if name != "auto":
         _require(name, x, weights)
         return name
-    for name, room in ROOMS.items():
-        if room.unsupported(x, weights) is None and room.is_faster_than_next(x, weights):
+    for name, backend in BACKENDS.items():
+        if backend.unsupported(x, weights) is None and backend.is_faster_than_next(x, weights):
             return name
     raise AssertionError("eager serves every call")
 
 
 def forget(SVh: Tensor) -> None:
-    """Drop whatever any room keeps from call to call for the factors of this SVh."""
-    for room in ROOMS.values():
-        room.forget(SVh)
+    """Drop all that the backends keep from call to call for the factors of this SVh."""
+    for backend in BACKENDS.values():
+        backend.forget(SVh)
 
 
 # ----------------------------------------------------------------------------- packed for inference
 
 
 def pack(weights: Weights) -> Any:
-    """The weights as the room that serves them wants them for inference, or None where it gains
-    nothing by packing. Raises ValueError with the room's own reason where forced."""
+    """The weights in the layout that their backend reads fastest, None where packing gains nothing.
+
+    Raises ValueError with the backend's own reason where the user has forced one that can't serve
+    them.
+    """
     name = _wanted()
     if name != "auto":
         _require(name, weights.SVh, weights)  # SVh [r, K] has the shape of an x
-        return ROOMS[name].pack(weights)
-    for room in ROOMS.values():
-        if room.unsupported(weights.SVh, weights) is None:
-            packed = room.pack(weights)
+        return BACKENDS[name].pack(weights)
+    for backend in BACKENDS.values():
+        if backend.unsupported(weights.SVh, weights) is None:
+            packed = backend.pack(weights)
             if packed is not None:
                 return packed
     return None
 
 
 def why_not_packed(weights: Weights) -> dict[str, str]:
-    """Every room that pack asks -> why it packs nothing."""
-    names = ROOMS if _wanted() == "auto" else (_wanted(),)
+    """Each backend that pack() asks -> the reason why it packs nothing."""
+    names = BACKENDS if _wanted() == "auto" else (_wanted(),)
     return {
-        name: ROOMS[name].unsupported(weights.SVh, weights) or "gains nothing by packing"
+        name: BACKENDS[name].unsupported(weights.SVh, weights) or "gains nothing by packing"
         for name in names
     }
 
 
 def forward_packed(x: Tensor, packed: Any) -> Tensor:
-    """x [..., K] -> y [..., N], in the room that packed it. Raises ValueError where another one is
-    forced."""
-    if _forced is not None and _forced not in ("auto", packed.room):
+    """x [..., K] -> y [..., N] by the backend that packed it.
+
+    Raises ValueError where the user has forced another one.
+    """
+    if _forced is not None and _forced not in ("auto", packed.backend):
         raise ValueError(
             f"backend {_forced!r} can't serve this call: the layer is packed for backend "
-            f"{packed.room!r}: restore_from_inference(model) first"
+            f"{packed.backend!r}: restore_from_inference(model) first"
         )
-    return ROOMS[packed.room].forward_packed(x, packed)
+    return BACKENDS[packed.backend].forward_packed(x, packed)
 
 
 def rows_packed(ids: Tensor, packed: Any) -> Tensor:
-    """ids [...] -> [..., K], rows of a dense matrix that is packed."""
-    return ROOMS[packed.room].rows_packed(ids, packed)
+    """ids [...] -> [..., K]: rows of a packed dense matrix."""
+    return BACKENDS[packed.backend].rows_packed(ids, packed)
 
 
 def unpack(packed: Any) -> Weights:
     """The weights as they went into pack, bit for bit."""
-    return ROOMS[packed.room].unpack(packed)
+    return BACKENDS[packed.backend].unpack(packed)
 
 
 def _wanted() -> str:
@@ -131,11 +142,11 @@ def _wanted() -> str:
 
 
 def _require(name: str, x: Tensor, weights: Weights) -> None:
-    if reason := ROOMS[name].unsupported(x, weights):
+    if reason := BACKENDS[name].unsupported(x, weights):
         raise ValueError(f"backend {name!r} can't serve this call: {reason}")
 
 
 def _known(name: str, argument: str) -> str:
-    if name not in ("auto", *ROOMS):
-        raise ValueError(f"{argument} must be one of {('auto', *ROOMS)}, got {name!r}")
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{argument} must be one of {('auto', *BACKENDS)}, got {name!r}")
     return name

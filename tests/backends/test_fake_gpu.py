@@ -1,7 +1,7 @@
-"""The GPU's rooms on fake CUDA tensors, without a GPU: shapes, devices, compile, export.
+"""The GPU backends on fake CUDA tensors, without a GPU: shapes, devices, compile, export.
 
-Autograd can't be among them: torch's CPU build asks a CUDA device guard for every gradient it
-records. The backward op itself is called instead.
+Autograd can't run here: torch's CPU build asks a CUDA device guard for every gradient that it
+records. The backward op is called instead.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ FORMS = ("pair", "pivoted")
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def room(request):
+def backend(request):
     return request.param
 
 
 @pytest.fixture
-def fake(room, monkeypatch):
-    """A function that makes fake CUDA inputs, (x, SVh, U, A, B, bias, alpha, pivots); the room is
-    forced and, as there is no device to ask, refuses nothing."""
-    monkeypatch.setattr(backends.ROOMS[room], "unsupported", lambda *call: None)
+def fake(backend, monkeypatch):
+    """A function that makes fake CUDA inputs, (x, SVh, U, A, B, bias, alpha, pivots).
+
+    The backend is forced and refuses nothing, since there is no device to ask.
+    """
+    monkeypatch.setattr(backends.BACKENDS[backend], "unsupported", lambda *call: None)
 
     def make(form, lora_rank=2, dtype=torch.bfloat16):
         def empty(*shape, dtype=dtype):
@@ -35,18 +37,18 @@ def fake(room, monkeypatch):
         U = empty(9 if pivots is None else 5, 4)
         return empty(2, 3, 16), empty(4, 16), U, A, B, empty(9), 0.5, pivots
 
-    with FakeTensorMode(), use_backend(room):
+    with FakeTensorMode(), use_backend(backend):
         yield make
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("form", FORMS)
-def test_shapes_and_devices(form, lora_rank, room, fake):
+def test_shapes_and_devices(form, lora_rank, backend, fake):
     x, SVh, U, A, B, bias, alpha, pivots = fake(form, lora_rank)
     y = svd_lora_linear(x, SVh, U, A, B, bias, alpha, pivots)
     assert (y.shape, y.device.type, y.dtype) == ((2, 3, 9), "cuda", torch.bfloat16)
     h_a, adapter = y.new_empty(6, lora_rank), bool(lora_rank)
-    gradients = getattr(torch.ops.hylora, f"{room}_backward")(
+    gradients = getattr(torch.ops.hylora, f"{backend}_backward")(
         *(y, x, h_a, SVh, U, A, B, alpha, pivots, [True, adapter, adapter, True])
     )
     shapes = [(2, 3, 16), (2, 16), (9, 2), (9,)] if adapter else [(2, 3, 16), (0,), (0,), (9,)]
@@ -73,9 +75,9 @@ class Call(torch.nn.Module):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_export(form, room, fake):
+def test_export(form, backend, fake):
     x, SVh, U, _, _, bias, _, pivots = fake(form)
     length = {1: torch.export.Dim("length")}
     module = Call(SVh, U, bias, pivots)
     program = torch.export.export(module, (x,), dynamic_shapes=(length,))
-    assert f"hylora.{room}_forward" in str(program.graph)
+    assert f"hylora.{backend}_forward" in str(program.graph)

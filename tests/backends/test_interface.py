@@ -1,4 +1,5 @@
-"""The rooms' common door, and the chooser: auto, forced, by environment, unknown, refusing."""
+"""The interface of every backend, and the dispatcher: auto, forced, by environment, unknown,
+refusing."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.numerics import Case, every_form, every_room, make_inputs
+from helpers.numerics import Case, every_backend, every_form, make_inputs
 
 from hylora_kernels import available_backends, backends, ops, svd_lora_linear, use_backend
 
-DOOR = {
+INTERFACE = {
     "is_available": "",
     "unsupported": "x, weights",
     "forward": "x, weights",
@@ -30,50 +31,50 @@ DOOR = {
 }
 
 
-@every_room
-def test_every_room_has_the_same_door(room):
-    for name, parameters in DOOR.items():
-        function = getattr(backends.ROOMS[room], name)
+@every_backend
+def test_every_backend_has_the_same_interface(backend):
+    for name, parameters in INTERFACE.items():
+        function = getattr(backends.BACKENDS[backend], name)
         assert ", ".join(inspect.signature(function).parameters) == parameters
 
 
-@every_room
-def test_rooms_do_not_import_one_another(room):
-    home = backends.ROOMS[room].__name__
+@every_backend
+def test_backends_do_not_import_one_another(backend):
+    home = backends.BACKENDS[backend].__name__
     modules = [m for n, m in sys.modules.items() if n == home or n.startswith(home + ".")]
     imports = re.compile(r"^\s*(?:from|import) +(hylora_kernels\S*)", re.MULTILINE)
     for module in modules:
         named = imports.findall(inspect.getsource(module))
-        rooms = {n for n in named if n.startswith("hylora_kernels.backends")}
+        found = {n for n in named if n.startswith("hylora_kernels.backends")}
         own = (home, f"{home}.", "hylora_kernels.backends.shared")
-        assert all(n.startswith(own) for n in rooms), module.__name__
+        assert all(n.startswith(own) for n in found), module.__name__
 
 
-def test_every_room_has_both_ops():
-    assert list(backends.ROOMS)[-1] == "eager", "the room that serves everything is asked last"
-    for room in backends.ROOMS:
-        assert ops._FORWARD_OPS[room] is getattr(torch.ops.hylora, f"{room}_forward").default
-        assert getattr(torch.ops.hylora, f"{room}_backward").default
+def test_every_backend_has_both_ops():
+    assert list(backends.BACKENDS)[-1] == "eager", "it serves everything, so it is asked last"
+    for backend in backends.BACKENDS:
+        assert ops._FORWARD_OPS[backend] is getattr(torch.ops.hylora, f"{backend}_forward").default
+        assert getattr(torch.ops.hylora, f"{backend}_backward").default
 
 
 @every_form
 def test_eager_serves_everything(form):
-    room = backends.ROOMS["eager"]
-    assert room.is_available()
+    backend = backends.BACKENDS["eager"]
+    assert backend.is_available()
     for dtype in (torch.float64, torch.float16):
         inputs = make_inputs(Case(M=0, form=form), dtype)
         x, weights = inputs.x, inputs.weights
-        assert room.unsupported(x, weights) is None
-        assert room.is_faster_than_next(x, weights)
-        assert room.pack(weights) is None
+        assert backend.unsupported(x, weights) is None
+        assert backend.is_faster_than_next(x, weights)
+        assert backend.pack(weights) is None
 
 
 def test_available_backends():
     found = available_backends()
-    assert list(found) == list(backends.ROOMS)
+    assert list(found) == list(backends.BACKENDS)
     assert found["eager"] == ""
-    for name, room in backends.ROOMS.items():
-        assert room.is_available() == (found[name] == "")
+    for name, backend in backends.BACKENDS.items():
+        assert backend.is_available() == (found[name] == "")
 
 
 def test_cpu_levels():
@@ -85,16 +86,16 @@ def test_cpu_levels():
         assert reasons["scalar"] == "" and reasons[used] == ""
 
 
-@every_room
-def test_a_room_that_cannot_be_used_serves_nothing(room):
-    reason, inputs = backends.ROOMS[room].why_not(), make_inputs(Case(), torch.float32)
+@every_backend
+def test_a_backend_that_cannot_be_used_serves_nothing(backend):
+    reason, inputs = backends.BACKENDS[backend].why_not(), make_inputs(Case(), torch.float32)
     if reason:
-        assert backends.ROOMS[room].unsupported(inputs.x, inputs.weights) == reason
-        with use_backend(room), pytest.raises(ValueError, match=re.escape(reason)):
+        assert backends.BACKENDS[backend].unsupported(inputs.x, inputs.weights) == reason
+        with use_backend(backend), pytest.raises(ValueError, match=re.escape(reason)):
             svd_lora_linear(*inputs)
 
 
-# ------------------------------------------------------------------------------------- the chooser
+# ---------------------------------------------------------------------------------- the dispatcher
 
 
 def choose(inputs=None) -> str:
@@ -104,35 +105,35 @@ def choose(inputs=None) -> str:
 
 @pytest.fixture
 def picky(monkeypatch):
-    """A room asked first that serves float64 alone, and gains by it unless the test says no."""
+    """A backend asked first that serves float64 alone, and is the faster unless a test says no."""
 
     def unsupported(x, *others):
         return None if x.dtype == torch.float64 else f"wants float64, got {x.dtype}"
 
-    room = SimpleNamespace(
+    backend = SimpleNamespace(
         why_not=lambda: "no such machine",
         unsupported=unsupported,
         is_faster_than_next=lambda *call: True,
     )
-    monkeypatch.setattr(backends, "ROOMS", {"picky": room, **backends.ROOMS})
+    monkeypatch.setattr(backends, "BACKENDS", {"picky": backend, **backends.BACKENDS})
     monkeypatch.delenv("HYLORA_BACKEND", raising=False)
-    return room
+    return backend
 
 
-def test_auto_takes_the_first_room_that_serves(picky):
+def test_auto_takes_the_first_backend_that_serves(picky):
     assert choose(make_inputs(Case())) == "picky"
     assert choose(make_inputs(Case(), torch.float32)) != "picky"
     assert available_backends()["picky"] == "no such machine"
 
 
-def test_auto_passes_over_a_room_that_gains_nothing(picky):
+def test_auto_passes_over_a_slower_backend(picky):
     picky.is_faster_than_next = lambda *call: False
     assert choose(make_inputs(Case())) == "eager"
     with use_backend("picky"):
         assert choose(make_inputs(Case())) == "picky", "forced, it serves what it can"
 
 
-def test_forced_room_that_cannot_serve_says_why(picky):
+def test_forced_backend_that_cannot_serve_says_why(picky):
     inputs = make_inputs(Case(), torch.float32)
     message = r"backend 'picky' can't serve this call: wants float64, got torch\.float32"
     with use_backend("picky"):
@@ -183,7 +184,7 @@ print(available_backends()["cpu"])
 
 
 @pytest.mark.skipif(bool(available_backends()["cpu"]), reason="it has its reason already")
-def test_a_level_that_is_none_is_the_cpu_rooms_reason():
+def test_an_unknown_level_is_the_cpu_backends_reason():
     run = subprocess.run(
         [sys.executable, "-c", ISA_SCRIPT],
         env=os.environ | {"HYLORA_ISA": "mmx"},
@@ -216,6 +217,6 @@ def test_environment_in_a_fresh_process():
         text=True,
         check=False,
     )
-    names = ("auto", *backends.ROOMS)
+    names = ("auto", *backends.BACKENDS)
     error = f"HYLORA_BACKEND must be one of {names}, got 'gpu'"
     assert run.stdout == f"{error}\n[[2.0, 2.0, 2.0]]\n", run.stderr

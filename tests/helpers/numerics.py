@@ -25,7 +25,7 @@ from hylora_kernels.weights import Saved, Weights
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRADS = ("dx", "dA", "dB", "db")
 FACTORS = ("SVh", "U", "A", "B")
-every_room = pytest.mark.parametrize("room", backends.ROOMS)
+every_backend = pytest.mark.parametrize("backend", backends.BACKENDS)
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -149,16 +149,16 @@ def make_inputs(case: Case, dtype=torch.float64, device="cpu", seed: int = 0) ->
     return Inputs(x, *weights)
 
 
-def skip_if_refused(room: str, inputs: Inputs) -> None:
-    """Skip the test where the room says that it can't serve these inputs."""
-    if reason := backends.ROOMS[room].unsupported(inputs.x, inputs.weights):
-        pytest.skip(f"{room}: {reason}")
+def skip_if_refused(backend: str, inputs: Inputs) -> None:
+    """Skip the test where the backend says that it can't serve these inputs."""
+    if reason := backends.BACKENDS[backend].unsupported(inputs.x, inputs.weights):
+        pytest.skip(f"{backend}: {reason}")
 
 
-def inputs_for(room: str, case: Case, dtype=torch.float64, device="cpu") -> Inputs:
-    """make_inputs, or the test is skipped where the room can't serve them."""
+def inputs_for(backend: str, case: Case, dtype=torch.float64, device="cpu") -> Inputs:
+    """make_inputs, or the test is skipped where the backend can't serve them."""
     inputs = make_inputs(case, dtype, device)
-    skip_if_refused(room, inputs)
+    skip_if_refused(backend, inputs)
     return inputs
 
 

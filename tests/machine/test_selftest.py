@@ -42,7 +42,7 @@ def small(monkeypatch):
         return [Entry(Case(17, (37, 53, 7, 8), form), 0, (torch.float32,)) for form in FORMS]
 
     monkeypatch.setattr(selftest, "plan", few)
-    monkeypatch.setattr(backends, "ROOMS", {"eager": eager})
+    monkeypatch.setattr(backends, "BACKENDS", {"eager": eager})
 
 
 def altered(monkeypatch, name, change):
@@ -89,7 +89,7 @@ def test_a_slightly_wrong_backend_is_caught(small, monkeypatch, what):
 
 def test_an_unwritten_number_is_caught(small, monkeypatch):
     def forward(*call):
-        y, h_a = backends.ROOMS["eager"].products_forward(*call)
+        y, h_a = backends.BACKENDS["eager"].products_forward(*call)
         found = torch.empty_like(y)
         found[:, 1:] = y[:, 1:]
         return found, h_a
@@ -124,7 +124,7 @@ def test_a_backend_that_raises_does_not_end_the_test(small, monkeypatch):
 
 
 def test_what_cannot_be_tested_is_named(small, monkeypatch):
-    backend = backends.ROOMS["eager"]
+    backend = backends.BACKENDS["eager"]
     for name, change in {
         "why_not": lambda: "no such machine",
         "unsupported": lambda x, *others: "serves nothing",
@@ -293,7 +293,7 @@ def test_shapes_option():
 @pytest.mark.parametrize("name", ["triton", "cuda", "eager"])
 @pytest.mark.parametrize("form", FORMS)
 def test_races_on_a_gpu(form, name):
-    backend = backends.ROOMS[name]
+    backend = backends.BACKENDS[name]
     if reason := backend.why_not():
         pytest.skip(reason)
     device = torch.device("cuda")

@@ -34,7 +34,7 @@ class Packed:
     float32:  it is, and limbs hold it: torch's settings at the call have a say in `products`.
     """
 
-    room: ClassVar[str] = "cpu"
+    backend: ClassVar[str] = "cpu"
 
     call: str
     args: tuple
@@ -60,7 +60,7 @@ class Packed:
 
 
 def pack(weights: Weights) -> Packed | None:
-    """The panels of factors that this room supports. Bias and pivots are shared, not copied."""
+    """The panels of factors that this backend supports. Bias and pivots are shared, not copied."""
     SVh, U, A, B, bias, alpha, pivots = weights
     K, out_features = weights.in_features, weights.out_features
     rank, lora_rank = weights.rank, weights.lora_rank

@@ -111,7 +111,7 @@ def selftest(
         found["cpu"] = torch.device("cpu")
     start, lines, skipped = time.perf_counter(), [], {}
     deadline = math.inf if seconds is None else start + seconds
-    for name, backend in backends.ROOMS.items():
+    for name, backend in backends.BACKENDS.items():
         if reason := backend.why_not():
             skipped[name] = reason
             continue
@@ -162,7 +162,7 @@ def _test_backend(name, device, full, repeats, seed, skipped, deadline) -> list[
 def _refusal(name: str, entry: Entry, dtype: torch.dtype, device: torch.device) -> str | None:
     """The reason why a backend can't serve calls of a dtype on a device; None if it can."""
     x, *factors, _ = entry.case.call(dtype, device, 0)
-    return backends.ROOMS[name].unsupported(x, Weights(*factors))
+    return backends.BACKENDS[name].unsupported(x, Weights(*factors))
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -186,7 +186,7 @@ def _launches(name: str, entry: Entry, dtype, device) -> list:
 
 
 def _forced(name: str, config):
-    return nullcontext() if config is None else backends.ROOMS[name].forcing(config)
+    return nullcontext() if config is None else backends.BACKENDS[name].forcing(config)
 
 
 def _compile(entries: list[Entry], device: torch.device, seed: int) -> None:
@@ -245,7 +245,7 @@ class _Tally:
                 if poison and not interpreted:
                     continue
                 try:
-                    races(backends.ROOMS[self.name], calls, self.repeats, forced)
+                    races(backends.BACKENDS[self.name], calls, self.repeats, forced)
                 except Race as race:
                     self.bit_equal = False
                     self._fail(words, str(race), self.worst)

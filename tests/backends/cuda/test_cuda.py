@@ -127,7 +127,7 @@ def test_selftest_covers_it(ops, monkeypatch):
         return [Entry(case, 1, HALVES) for case in cases]
 
     monkeypatch.setattr(selftest, "plan", few)
-    monkeypatch.setattr(backends, "ROOMS", {"cuda": backend})
+    monkeypatch.setattr(backends, "BACKENDS", {"cuda": backend})
     with on_cpu.emulated():
         report = selftest.selftest("cpu", repeats=1)
     assert [(line.dtype, line.form, line.cases) for line in report.lines] == [
@@ -200,10 +200,10 @@ def test_when_the_launch_for_the_adapter_is_faster():
 
 
 def test_auto_takes_it_before_the_cpu_where_triton_cannot_serve(ops, monkeypatch):
-    names = list(backends.ROOMS)
+    names = list(backends.BACKENDS)
     assert names.index("triton") < names.index("cuda") < names.index("cpu")
     monkeypatch.delenv("HYLORA_BACKEND", raising=False)
-    monkeypatch.setattr(backends.ROOMS["triton"], "why_not", lambda: "not installed")
+    monkeypatch.setattr(backends.BACKENDS["triton"], "why_not", lambda: "not installed")
     with on_cpu.emulated():
         for dtype, name in ((torch.float16, "cuda"), (torch.float64, "eager")):
             inputs = make_inputs(Case(), dtype)
