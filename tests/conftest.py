@@ -24,7 +24,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hylora_kernels.backends import triton as triton_room
+from hylora_kernels.backends import triton as triton_backend
 from hylora_kernels.backends.cpu import packed, panels
 
 # cuBLAS warns in deterministic mode without it; it has to be set before CUDA starts.
@@ -62,12 +62,12 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter():
     """Triton's interpreter with bfloat16 mended, and without what slows it down fivefold."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or not triton_room.INSTALLED:
+    if os.environ.get("TRITON_INTERPRET") != "1" or not triton_backend.INSTALLED:
         yield
         return
     from triton_interpreter import bf16, internals
 
-    triton_room.INTERPRETED_DTYPES = triton_room.DTYPES
+    triton_backend.INTERPRETED_DTYPES = triton_backend.DTYPES
     with bf16.repaired(), internals.hurried():
         yield
 
