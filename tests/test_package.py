@@ -1,4 +1,4 @@
-"""The package as a whole: what it promises about itself rather than what it computes."""
+"""The package as a whole: its version, its public names and their types, its imports, its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, what the CPU can do, backends and why not, the cache."""
+"""info(): versions, devices, instruction sets, backends and why they can't be used, the cache."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PACKAGES = (
     "safetensors",
     "datasets",
 )
-# The instruction sets that decide how fast a linear is, as /proc/cpuinfo spells them, under the
-# field that lists them: x86's and Arm's.
+# The instruction sets that decide the speed of a linear, as /proc/cpuinfo spells them, by the field
+# that lists them: "flags" on x86, "Features" on Arm.
 ISA_FLAGS = {
     "flags": ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"),
     "Features": ("asimd", "asimddp", "bf16", "i8mm", "sve"),
@@ -36,7 +36,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Device:
-    """name: as torch takes it ("cuda:0"); memory: bytes."""
+    """name: torch's name for it ("cuda:0"). memory: bytes."""
 
     name: str
     model: str
@@ -45,8 +45,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Environment(Report):
-    """versions: package -> version, None where it isn't installed. cpu_capability: what torch picks
-    its kernels for. isa: flag -> whether this CPU has it; empty where the system doesn't say."""
+    """The software and hardware of this computer.
+
+    versions:       package -> version, None if it isn't installed.
+    cores, threads: physical cores; threads that torch uses.
+    cpu_capability: the instruction set that torch picks its own kernels for.
+    isa:            flag -> True if this CPU has it; empty where the system has no /proc/cpuinfo.
+    """
 
     versions: dict[str, str | None]
     system: str
@@ -59,7 +64,7 @@ class Environment(Report):
 
 @dataclass(frozen=True)
 class Cache(Report):
-    """Bytes of files in the folder that HYLORA_CACHE, or else the system, names."""
+    """The cache folder (HYLORA_CACHE, else the system's) and the bytes of the files in it."""
 
     path: Path
     bytes: int
@@ -67,9 +72,14 @@ class Cache(Report):
 
 @dataclass(frozen=True)
 class Info(Report):
-    """backends: name -> "" where it can be used, or the reason why not. cpu_level: the instruction
-    set that the backend "cpu" uses, or ""; cpu_levels: all it has kernels for -> "" or why not.
-    cuda_code: the GPUs that the backend "cuda" was compiled for, or why for none."""
+    """What `hylora info` prints and writes as JSON.
+
+    backends:   name -> "" if it can be used, else the reason why not. Where the C++ library wasn't
+                built, that is the reason which the build gave.
+    cpu_level:  the instruction set that the backend "cpu" uses, or "".
+    cpu_levels: each instruction set it has kernels for -> "" or the reason why this CPU can't.
+    cuda_code:  the GPUs that the backend "cuda" has machine code for, or why it has none.
+    """
 
     environment: Environment
     backends: dict[str, str]
@@ -79,7 +89,7 @@ class Info(Report):
     cache: Cache
 
     def rows(self) -> list[tuple[str, str]]:
-        """What there is to print: a name and a line each."""
+        """(name, text) of each line to print."""
         env = self.environment
         rows = [(name, version or "not installed") for name, version in env.versions.items()]
         rows.append(("system", env.system))
@@ -100,6 +110,7 @@ class Info(Report):
 
 
 def info() -> Info:
+    """Look at this computer."""
     return Info(environment(), available_backends(), *cpu_levels(), cuda_code(), cache())
 
 
@@ -146,7 +157,7 @@ def _isa() -> dict[str, bool]:
 
 
 def _cpu_field(name: str) -> str:
-    """The first CPU's field in /proc/cpuinfo; "" where there is none."""
+    """The first CPU's field of this name in /proc/cpuinfo; "" if there is none."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""What tests of setup.py share: itself as a module, a small stand-in for a checkout, and tools that
-look into the library. The fixtures' names aren't those of their functions, so that importing them
-shadows nothing."""
+"""Shared by the tests of setup.py: setup.py as a module, a small stand-in for a checkout, and tools
+that look into the library. Fixtures have other names than their functions, so that a test file can
+import the functions without shadowing the fixtures."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""setup.py: with what flags each file is compiled, what is made where nothing can be compiled, and
-what the finished library holds. Most of it runs on a small stand-in for csrc/."""
+"""setup.py: the flags of each file, the package that is built without a library, the reason that it
+then gives, and the contents of the library. Most tests compile a small stand-in for csrc/."""
 
 from __future__ import annotations
 
