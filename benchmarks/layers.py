@@ -10,7 +10,7 @@ from limits import cycled_bytes
 from torch import Tensor
 
 from hylora_kernels import reference
-from hylora_kernels.layers.linear import factor_count
+from hylora_kernels.layers.factors import factor_count
 from hylora_kernels.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hylora_kernels.layers.linear import FORMS
+from hylora_kernels.layers.factors import FORMS
 from hylora_kernels.support.options import check_options, option
 
 METHODS = ("two_sided", "whitened", "svd")

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from hylora_kernels.compression.options import POLICIES
-from hylora_kernels.layers.linear import factor_count
+from hylora_kernels.layers.factors import factor_count
 from hylora_kernels.model.structure import check_pattern
 
 DENSE = 0  # The rank of a layer that is left dense, without an adapter.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hylora_kernels.compression.calibration import gram
 from hylora_kernels.compression.factors import Factors
-from hylora_kernels.layers.factorize import wide
+from hylora_kernels.layers.factorize import to_float64
 from hylora_kernels.model.structure import Block
 
 RIDGE = 4.0  # Times the mean diagonal, for a factored layer.
@@ -105,9 +105,9 @@ def _refit_block(
                     lost = lost + dense.outputs[writer] - seen.outputs[writer]
                 residual = residual + gram(lost, x_s)
         for target, copied in zip(group.targets, student_group.targets, strict=True):
-            W = wide(target.matrix)
-            T = W @ wide(cross) + (wide(residual) if leader in writers else 0)
-            fitted[target.path] = solver.solve(target.path, W, T, wide(own))
+            W = to_float64(target.matrix)
+            T = W @ to_float64(cross) + (to_float64(residual) if leader in writers else 0)
+            fitted[target.path] = solver.solve(target.path, W, T, to_float64(own))
             copied.matrix.copy_(solver.product(target.path, fitted[target.path]))
     return fitted, torch.cat([output for _, output in wanted])
 
@@ -129,7 +129,7 @@ class _Solver:
         if not rank:
             return _ridge_solve(T, W, own, DENSE_RIDGE * own.diagonal().mean()).float()
         factors = self.load_factors(path)
-        U, S, SVh = (wide(t).to(own.device) for t in (factors.U, factors.S, factors.SVh))
+        U, S, SVh = (to_float64(t).to(own.device) for t in (factors.U, factors.S, factors.SVh))
         S = S[:rank].clamp_min(1e-30)
         U, V = U[:, :rank] * S, SVh[:rank] / S[:, None]
         inner = V @ own @ V.T
@@ -139,8 +139,10 @@ class _Solver:
         """The weight [N, K] that a refitted matrix stands for."""
         if not self.ranks[path]:
             return matrix
-        matrix = wide(matrix)
-        return matrix @ wide(self.load_factors(path).SVh[: self.ranks[path]]).to(matrix.device)
+        matrix = to_float64(matrix)
+        return matrix @ to_float64(self.load_factors(path).SVh[: self.ranks[path]]).to(
+            matrix.device
+        )
 
 
 def _ridge_solve(T: Tensor, prior: Tensor, own: Tensor, ridge: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.compression.factors import Factors
-from hylora_kernels.layers.factorize import truncated_svd, wide
+from hylora_kernels.layers.factorize import to_float64, truncated_svd
 
 INPUT_DAMPING, GRADIENT_DAMPING = 1e-3, 1e-2  # Shares of the mean diagonal.
 DEAD = 1e-12  # Scales the singular values of a layer whose inputs or gradients are all zero.
@@ -34,7 +34,7 @@ def factorize_whitened(
     Without G or C that side is not whitened. Raises FloatingPointError naming `path` for a W that
     is not finite, ValueError for a G or C without a Cholesky factor even with its diagonal doubled.
     """
-    W = wide(W)
+    W = to_float64(W)
     if not W.isfinite().all():
         raise FloatingPointError(f"layer {path}: its weight is not finite")
     damping = [0.0, 0.0]
@@ -62,7 +62,7 @@ def damped_cholesky(path: str, gram: Tensor, damping: float) -> tuple[Tensor, fl
     The damping grows tenfold from the given one until the factorization succeeds. For a matrix of
     zeros L is the identity and the damping 0.
     """
-    gram = wide(gram)
+    gram = to_float64(gram)
     mean = gram.diagonal().mean()
     if not mean > 0:
         # A dead layer: every direction has the same weight.

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.packed import PackedLinear, held_by
+from hylora_kernels.layers.packed import PackedLinear, packed_states
 from hylora_kernels.model.structure import linears
 from hylora_kernels.support.report import Report
 
@@ -54,12 +54,12 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
     What is packed for inference counts as the parameters it is made of, and with the bytes that it
     takes. Raises ValueError if there are no files.
     """
-    packed = held_by(model)
-    panels = {id(tensor) for held in packed for tensor in held.tensors}
+    packed = packed_states(model)
+    panels = {id(tensor) for state in packed for tensor in state.tensors}
     parameters, all_buffers = list(model.parameters()), list(model.buffers())
     buffers = [b for b in all_buffers if id(b) not in panels]
     trainable = [p for p in parameters if p.requires_grad]
-    total = sum(p.numel() for p in parameters) + sum(held.count for held in packed)
+    total = sum(p.numel() for p in parameters) + sum(state.count for state in packed)
     targets = linears(model).values()
     dense = sum(_count(layer, "dense") for layer in targets)
     as_is = sum(_count(layer, "as_is") for layer in targets)
@@ -68,7 +68,7 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
         parameters=total,
         buffers=sum(b.numel() for b in buffers),
         trainable=sum(p.numel() for p in trainable),
-        parameter_bytes=sum(p.nbytes for p in parameters) + sum(held.nbytes for held in packed),
+        parameter_bytes=sum(p.nbytes for p in parameters) + sum(state.nbytes for state in packed),
         buffer_bytes=sum(b.nbytes for b in buffers),
         trainable_bytes=sum(p.nbytes for p in trainable),
         resident_bytes=_storage_bytes(parameters + all_buffers),
@@ -80,7 +80,7 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
 
 def _count(layer: nn.Module, which: str) -> int:
     if isinstance(layer, PackedLinear):
-        return layer.held.count
+        return layer.packed_state.count
     if not isinstance(layer, SVDLoRALinear):
         return layer.weight.numel()
     if which == "dense":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
-from hylora_kernels.layers.packed import held_by
+from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.model.context import check_context
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.support.devices import input_device
@@ -63,7 +63,7 @@ def throughput(
         else {}
     )
     with eval_mode(model), _optimized(model) if optimize else nullcontext():
-        optimized = bool(held_by(model))
+        optimized = bool(packed_states(model))
         _timed(model, ids, None, last)
         prefills = [_timed(model, ids, None, last)[0] for _ in range(3)]
         _, token, cache = _timed(model, ids, None, last)
@@ -87,7 +87,7 @@ def throughput(
 @contextmanager
 def _optimized(model: nn.Module) -> Iterator[None]:
     """Optimised inside; outside as it was."""
-    already = bool(held_by(model))
+    already = bool(packed_states(model))
     try:
         if not already:
             optimize_for_inference(model)

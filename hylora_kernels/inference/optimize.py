@@ -1,8 +1,8 @@
-"""optimize_for_inference and its undo: a model's weights in the layout that its backend reads.
+"""optimize_for_inference and its undo: a model's weights in the layout that its backend reads best.
 
-An optimised layer keeps its place, its name and its hooks; only its class changes
-(SVDLoRALinear to PackedSVDLoRALinear), and its weights lie in panels, the plain ones freed. Read as
-before, `layer.U`, `layer.weight` and `state_dict()` give plain copies, made when asked for.
+A packed layer keeps its place, its name and its hooks; its class changes (SVDLoRALinear to
+PackedSVDLoRALinear), its weights lie in panels and the plain ones are freed. `layer.U`,
+`layer.weight` and `state_dict()` still give plain weights, as copies made when asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from hylora_kernels import backends
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.packed import PackedModule, PackedState, packed_class
+from hylora_kernels.layers.packed import PackedModule, PackedState, convert_layer, packed_class
 from hylora_kernels.weights import Weights
 
 _log = logging.getLogger(__name__)
@@ -26,29 +26,32 @@ _FROZEN = "hylora_frozen"  # on an optimised model: names of parameters that req
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """Lay out the weights of a model in eval() for the fastest decoding; in place, the same model.
 
-    Packed are SVDLoRALinear layers and plain nn.Linear layers, the output head among them, where a
-    backend gains by it (the CPU's, in bfloat16, float16 and float32); an embedding that is tied to
-    the head is served from the head's panels. Everything else is left as it is, which one line of
-    the log tells. The plain weights are freed layer by layer; state_dict() and save_pretrained give
-    them as before. There is no backward until restore_from_inference(model): all parameters stop
-    requiring grad. model.to(...) to another dtype or device restores first.
+    SVDLoRALinear and nn.Linear layers, the output head among them, are packed where a backend is
+    faster so (the CPU's, in bfloat16, float16 and float32); an embedding that is tied to the head
+    reads the head's panels. Everything else stays as it is, and one line of the log says so. The
+    plain weights are freed layer by layer; state_dict() and save_pretrained give them as before.
+    There is no backward until restore_from_inference(model): all parameters stop requiring grad.
+    model.to(...) to another dtype or device restores first.
     Raises ValueError for a model in training mode or one that accelerate has spread over devices.
+
+        optimize_for_inference(model.eval())
+        tokens = model.generate(ids)
     """
     _check(model)
     packed, layers = set(), _layers_to_pack(model)
-    # Panels made under inference_mode would be inference tensors, and so would what comes of them.
+    # Made under inference_mode, panels and all restored from them would be inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         for modules in tqdm(layers, desc="packing", unit="layer", delay=2):
-            held = _pack(modules[0])
-            if held is not None:
-                packed.add(held)
+            state = _pack(modules[0])
+            if state is not None:
+                packed.add(state)
                 for module in modules:
-                    _take(module, held)
+                    convert_layer(module, state)
     if packed:
         frozen = [n for n, p in model.named_parameters() if p.requires_grad]
         vars(model)[_FROZEN] = (*vars(model).get(_FROZEN, ()), *frozen)
         model.requires_grad_(False)
-    _tell(packed, layers)
+    _log_summary(packed, layers)
     return model
 
 
@@ -65,7 +68,7 @@ def restore_from_inference(model: nn.Module) -> nn.Module:
     return model
 
 
-def _tell(packed: set[PackedState], layers: list[list[nn.Module]]) -> None:
+def _log_summary(packed: set[PackedState], layers: list[list[nn.Module]]) -> None:
     """One line of the log: what was packed, and why the first of the others was not."""
     left = [group[0] for group in layers if not isinstance(group[0], PackedModule)]
     why = ""
@@ -99,10 +102,10 @@ def _check(model: nn.Module) -> None:
 
 
 def _layers_to_pack(model: nn.Module) -> list[list[nn.Module]]:
-    """The layers, each with the embeddings (and twins) that share its weight, to be packed as one.
+    """The layers to pack, each in a group with the embeddings and layers that share its weight.
 
-    Left out is whatever a packed layer can't stand in for: a subclass with ideas of its own, a
-    weight that other modules read, a tensor that is no plain one on the CPU.
+    Left out: subclasses, weights that other modules read, and tensors that are not plain ones on
+    the CPU, since no packed layer can replace these.
     """
     holders = defaultdict(list)
     for module in model.modules():
@@ -128,15 +131,15 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _can_share(group: list[nn.Module]) -> bool:
-    """Whether one set of panels serves them all: a layer alone, or one linear and embeddings."""
-    if any("forward" in vars(module) for module in group):  # put there by someone else
+    """Whether one set of panels serves the group: a layer alone, or one linear and embeddings."""
+    if any("forward" in vars(module) for module in group):  # another library has replaced it
         return False
     others = all(type(module) is nn.Embedding and module.max_norm is None for module in group[1:])
     return len(group) == 1 or (type(group[0]) is nn.Linear and others)
 
 
 def _pack(layer: nn.Module) -> PackedState | None:
-    """The layer's weights as the chosen backend wants them; None where none gains by it."""
+    """The layer's packed weights, None where no backend is faster with them."""
     packed = backends.pack(_weights_of(layer))
     names = packed_class(layer).names
     return packed and PackedState(packed, {name: layer._parameters.get(name) for name in names})
@@ -150,19 +153,3 @@ def _weights_of(layer: nn.Module) -> Weights:
     weight = layer.weight
     U, pivots = weight.new_empty(0, len(weight)), torch.arange(len(weight), dtype=torch.int32)
     return Weights(weight, U, bias=layer.bias, pivots=pivots)
-
-
-# --------------------------------------------------------------------------------- optimised layers
-
-
-def _take(layer: nn.Module, held: PackedState) -> None:
-    """Turn the layer into one that reads the packed weights, and drop its own."""
-    new_class = packed_class(layer)
-    if isinstance(layer, SVDLoRALinear):
-        backends.forget(layer.SVh)
-    for name in new_class.names:
-        layer._parameters.pop(name, None)
-    layer.held = held
-    for index, tensor in enumerate(held.tensors):  # seen by whoever sums up a model's memory
-        layer.register_buffer(f"packed_{index}", tensor, persistent=False)
-    layer.__class__ = new_class

@@ -45,7 +45,7 @@ def truncated_svd(
         )
     if factorizer not in FACTORIZERS:
         raise ValueError(f"factorizer must be one of {FACTORIZERS}, got {factorizer!r}")
-    W = wide(W.detach())
+    W = to_float64(W.detach())
     if not W.isfinite().all():
         raise ValueError("W must be finite, got NaN or Inf in it")
     if factorizer == "exact":
@@ -68,7 +68,7 @@ def _check_matrix(name: str, matrix: Tensor, letters: str) -> None:
         raise ValueError(f"{name} must hold values, got a tensor on the meta device")
 
 
-def wide(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, moved to the CPU where its device has no float64 (Apple's mps)."""
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
@@ -169,7 +169,7 @@ def pivot_rows(U: Tensor) -> tuple[Tensor, Tensor]:
     rows, rank = U.shape
     if rank > rows:
         raise ValueError(f"U must be [N, r] with r at most N, got {list(U.shape)}")
-    packed, swaps = torch.linalg.lu_factor(torch.linalg.qr(wide(U)).Q)
+    packed, swaps = torch.linalg.lu_factor(torch.linalg.qr(to_float64(U)).Q)
     permutation = torch.arange(rows).tolist()
     for row, other in enumerate(swaps.tolist()):
         permutation[row], permutation[other - 1] = permutation[other - 1], permutation[row]

@@ -1,4 +1,8 @@
-"""Layers whose weights are packed for inference: the same place and name, another class."""
+"""The modules whose weights are packed for inference, and the way there and back.
+
+A packed layer keeps its place, its name and its hooks; its class changes and its parameters give
+way to the packed weights.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ RESTORE_HINT = "restore_from_inference(model) first"
 
 
 class PackedState:
-    """What the layers that share a weight hold together once it is packed.
+    """The packed weights of one layer, or of several that share them.
 
-    wider: parameters of a wider dtype than the packed one (float32 masters of an adapter), which
-           panels don't hold exactly: they stay.
+    wider: parameters of a wider dtype than the packed one (float32 masters of an adapter). They
+           stay, since panels would not hold them exactly.
     """
 
     def __init__(self, packed, parameters: dict[str, nn.Parameter | None]):
@@ -55,25 +59,26 @@ class PackedState:
         return self.restored
 
 
-# state of layers that share a weight -> what the last state_dict() call got of it
-_lent: WeakKeyDictionary[PackedState, ref] = WeakKeyDictionary()
+# state of layers that share a weight -> the copy that the last state_dict() call got of it, so that
+# tied layers put one tensor into a checkpoint
+_last_export: WeakKeyDictionary[PackedState, ref] = WeakKeyDictionary()
 
 
 class PackedModule(nn.Module):
-    """A layer whose parameters `names` lie in `held`."""
+    """A layer whose parameters `names` lie in `packed_state`."""
 
     names: tuple[str, ...]
     plain_class: type[nn.Module]
-    held: PackedState
+    packed_state: PackedState
 
     def restore(self) -> None:
         """Make the layer what it was, with parameters of the same bits."""
-        held = self.held
-        own, buffers = self._parameters.copy(), len(held.tensors)
+        state = self.packed_state
+        own, buffers = self._parameters.copy(), len(state.tensors)
         self.__class__ = self.plain_class
         self._parameters.clear()
-        self._parameters.update({**held.parameters(), **own})
-        del self.held
+        self._parameters.update({**state.parameters(), **own})
+        del self.packed_state
         for index in range(buffers):
             delattr(self, f"packed_{index}")
 
@@ -88,9 +93,9 @@ class PackedModule(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
-        """To the dtype and device that it has already, nothing is to be done; to others it goes as
-        what it was, with everything tied to it (the next layer finds its parameter restored)."""
-        probe = torch.empty(0, dtype=self.held.packed.dtype)
+        """No-op if dtype and device stay the same; otherwise restore the plain layer, and with it
+        everything tied to it, and move that."""
+        probe = torch.empty(0, dtype=self.packed_state.packed.dtype)
         moved = fn(probe)
         if (moved.dtype, moved.device) == (probe.dtype, probe.device):
             return self
@@ -98,13 +103,13 @@ class PackedModule(nn.Module):
         return self._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        lent = _lent.get(self.held, lambda: None)()
-        if lent is not None and any(value is lent for value in destination.values()):
-            plain = {"weight": lent.detach()}  # tied, and already there
+        last_export = _last_export.get(self.packed_state, lambda: None)()
+        if last_export is not None and any(value is last_export for value in destination.values()):
+            plain = {"weight": last_export.detach()}  # tied, and already there
         else:
-            plain = self.held.plain()
+            plain = self.packed_state.plain()
             if "weight" in plain:
-                _lent[self.held] = ref(plain["weight"])
+                _last_export[self.packed_state] = ref(plain["weight"])
         for name, tensor in plain.items():
             if tensor is not None:
                 is_parameter = isinstance(tensor, nn.Parameter)
@@ -120,12 +125,12 @@ class PackedModule(nn.Module):
 
 
 def _copy_of(name: str) -> property:
-    """A plain copy on every access. An inference tensor, so that a write to it is an error instead
-    of being lost."""
+    """A plain copy on every access, as an inference tensor: a write to it raises instead of being
+    lost."""
 
     def read(self: PackedModule) -> Tensor | None:
         with torch.inference_mode():
-            return self.held.plain()[name]
+            return self.packed_state.plain()[name]
 
     return property(read, doc=f"A copy of the packed {name}, to read.")
 
@@ -137,18 +142,18 @@ class PackedSVDLoRALinear(PackedModule, SVDLoRALinear):
     SVh, U, A, B = (_copy_of(name) for name in names)
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.held.packed)
+        return packed_linear(x, self.packed_state.packed)
 
     @property
     def rank(self) -> int:
-        return self.held.packed.rank
+        return self.packed_state.packed.rank
 
     @property
     def lora_rank(self) -> int:
-        return self.held.packed.lora_rank
+        return self.packed_state.packed.lora_rank
 
     def parameter_count(self, merged: bool = True) -> int:
-        return super().parameter_count(True) if merged else self.held.count
+        return super().parameter_count(True) if merged else self.packed_state.count
 
     def merge(self) -> SVDLoRALinear:
         if self.lora_rank:
@@ -157,7 +162,7 @@ class PackedSVDLoRALinear(PackedModule, SVDLoRALinear):
 
     def to_linear(self) -> nn.Linear:
         plain = SVDLoRALinear.from_factors(
-            **self.held.plain(), bias=self.bias, alpha=self.alpha, pivots=self.pivots
+            **self.packed_state.plain(), bias=self.bias, alpha=self.alpha, pivots=self.pivots
         )
         return plain.eval().to_linear()
 
@@ -169,7 +174,7 @@ class PackedLinear(PackedModule, nn.Linear):
     weight = _copy_of("weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.held.packed)
+        return packed_linear(x, self.packed_state.packed)
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
@@ -179,7 +184,20 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     weight = _copy_of("weight")
 
     def forward(self, ids: Tensor) -> Tensor:
-        return packed_embedding(ids, self.held.packed)
+        return packed_embedding(ids, self.packed_state.packed)
+
+
+def convert_layer(layer: nn.Module, state: PackedState) -> None:
+    """Make the layer one that reads the packed weights, and drop its own."""
+    new_class = packed_class(layer)
+    if isinstance(layer, SVDLoRALinear):
+        backends.forget(layer.SVh)
+    for name in new_class.names:
+        layer._parameters.pop(name, None)
+    layer.packed_state = state
+    for index, tensor in enumerate(state.tensors):  # buffers, so that sums of memory count them
+        layer.register_buffer(f"packed_{index}", tensor, persistent=False)
+    layer.__class__ = new_class
 
 
 def packed_class(module: nn.Module) -> type[PackedModule]:
@@ -189,11 +207,13 @@ def packed_class(module: nn.Module) -> type[PackedModule]:
 
 def refuse_packed(model: nn.Module) -> None:
     """Raise ValueError where layers are packed for inference, and can't be trained or replaced."""
-    if held_by(model):
+    if packed_states(model):
         raise ValueError(f"model must not be packed for inference: {RESTORE_HINT}")
 
 
-def held_by(model: nn.Module) -> list[PackedState]:
-    """What the model's optimised layers hold in the place of parameters, each once."""
-    found = {id(m.held): m.held for m in model.modules() if isinstance(m, PackedModule)}
+def packed_states(model: nn.Module) -> list[PackedState]:
+    """The states of the model's packed layers, each once."""
+    found = {
+        id(m.packed_state): m.packed_state for m in model.modules() if isinstance(m, PackedModule)
+    }
     return list(found.values())

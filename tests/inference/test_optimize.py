@@ -25,7 +25,12 @@ from hylora_kernels.cli import model_commands as commands
 from hylora_kernels.evaluation.evaluate import evaluate
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.evaluation.speed import throughput
-from hylora_kernels.layers.packed import PackedEmbedding, PackedLinear, PackedSVDLoRALinear, held_by
+from hylora_kernels.layers.packed import (
+    PackedEmbedding,
+    PackedLinear,
+    PackedSVDLoRALinear,
+    packed_states,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +180,7 @@ def test_threads_share_a_model():
 
 
 def addresses(model) -> set[int]:
-    return {tensor.data_ptr() for held in held_by(model) for tensor in held.tensors}
+    return {tensor.data_ptr() for state in packed_states(model) for tensor in state.tensors}
 
 
 @packs
@@ -202,7 +207,7 @@ def test_to_another_dtype_restores(cast, tied):
     model, plain = llama(torch.float32, tied), llama(torch.float32, tied)
     plain.load_state_dict(model.state_dict())
     optimize_for_inference(model)
-    assert cast(model) is model and held_by(model) == []
+    assert cast(model) is model and packed_states(model) == []
     assert same_state(model.state_dict(), cast(plain).state_dict())
     assert torch.equal(logits(model), logits(plain))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
@@ -215,21 +220,21 @@ def test_to_another_device_restores(device):
     model = optimize_for_inference(llama(torch.bfloat16))
     for same in (lambda: model.to("cpu"), lambda: model.bfloat16(), lambda: model.cpu()):
         same()
-        assert held_by(model), "there is nothing to be done"
+        assert packed_states(model), "there is nothing to be done"
     target = "meta" if device == "cpu" else device
     model.to(target)
-    assert not held_by(model) and {p.device.type for p in model.parameters()} == {target}
+    assert not packed_states(model) and {p.device.type for p in model.parameters()} == {target}
 
 
 @packs
 def test_again_and_again():
     model = llama(torch.bfloat16)
-    state, held = state_of(model), None
+    state, packed = state_of(model), None
     for _ in range(2):
         optimize_for_inference(model)
-        held = set(map(id, held_by(model)))
+        packed = set(map(id, packed_states(model)))
         optimize_for_inference(model)
-        assert set(map(id, held_by(model))) == held
+        assert set(map(id, packed_states(model))) == packed
         restore_from_inference(model)
         restore_from_inference(model)
         assert same_state(model.state_dict(), state)
@@ -254,7 +259,7 @@ def test_one_layer_in_two_places():
     x = torch.randn(3, 14)
     y = model(x)
     optimize_for_inference(model)
-    assert model[0] is model[2] and len(held_by(model)) == 1
+    assert model[0] is model[2] and len(packed_states(model)) == 1
     torch.testing.assert_close(model(x), y)
     assert model[0] is restore_from_inference(model)[2] and torch.equal(model(x), y)
 
@@ -343,7 +348,7 @@ def test_the_command_generate_optimises_on_a_cpu(optimize, monkeypatch, capsys):
     model = llama(torch.float32, vocab_size=len(tokenizer))
     monkeypatch.setattr(commands, "_load", lambda *args: (model, tokenizer))
     commands.generate("tiny", "the fox", max_new_tokens=3, optimize=optimize)
-    assert bool(held_by(model)) == optimize
+    assert bool(packed_states(model)) == optimize
     assert "parameters" in capsys.readouterr().err
 
 
@@ -353,12 +358,12 @@ def test_evaluate_times_the_model_optimised_and_restores_it(optimize):
     model, blocks = llama(torch.float32), tiny.tokens(4, 16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = evaluate(model, blocks, progress=False, optimize=optimize)
-    assert report.speed.optimized == optimize and not held_by(model)
+    assert report.speed.optimized == optimize and not packed_states(model)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     texts = [str(cell) for column in report.render().columns for cell in column.cells]
     assert ("decode tokens/s, optimized" in texts) == optimize
     optimize_for_inference(model)
-    assert throughput(model, 4, 2, optimize=optimize).optimized and held_by(model)
+    assert throughput(model, 4, 2, optimize=optimize).optimized and packed_states(model)
 
 
 @packs
@@ -368,7 +373,7 @@ def test_a_model_is_restored_when_timing_it_fails(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         throughput(model, 4, 2, optimize=True)
     hook.remove()
-    assert not held_by(model) and throughput(model, 4, 2).optimized is False
+    assert not packed_states(model) and throughput(model, 4, 2).optimized is False
 
 
 @packs

@@ -22,7 +22,7 @@ from hylora_kernels import (
     save_pretrained,
 )
 from hylora_kernels.evaluation.size import model_size
-from hylora_kernels.layers.packed import held_by
+from hylora_kernels.layers.packed import packed_states
 
 
 def live_bytes() -> int:
@@ -49,7 +49,7 @@ def test_the_plain_weights_are_freed(tied, form):
     assert packed.parameter_bytes <= 1.05 * size.parameter_bytes
     assert packed.resident_bytes <= 1.05 * size.resident_bytes
     assert packed.buffer_bytes == size.buffer_bytes
-    panels = {id(tensor) for held in held_by(model) for tensor in held.tensors}
+    panels = {id(tensor) for state in packed_states(model) for tensor in state.tensors}
     assert panels <= {id(buffer) for buffer in model.buffers()}, "other tools count them too"
     restore_from_inference(model)
     assert model_size(model) == size
@@ -59,8 +59,12 @@ def test_the_plain_weights_are_freed(tied, form):
 def test_bytes_of_filled_panels_are_told():
     model = nn.Sequential(nn.Linear(33, 33, bias=False)).bfloat16().eval()
     optimize_for_inference(model)
-    (held,) = held_by(model)
-    assert held.nbytes == 64 * 64 * 2 and held.plain_bytes == 33 * 33 * 2 and held.count == 33 * 33
+    (packed,) = packed_states(model)
+    assert (
+        packed.nbytes == 64 * 64 * 2
+        and packed.plain_bytes == 33 * 33 * 2
+        and packed.count == 33 * 33
+    )
 
 
 @packs
@@ -134,7 +138,7 @@ def test_tied_weights_are_tied_again():
     weight = model.lm_head.weight.clone()
     optimize_for_inference(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    assert head.held is embedding.held
+    assert head.packed_state is embedding.packed_state
     assert torch.equal(embedding(torch.arange(96)), weight)
     assert torch.equal(embedding(torch.arange(96, dtype=torch.int32)), weight)
     restore_from_inference(model)

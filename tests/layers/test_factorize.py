@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hylora_kernels.layers.factorize import FACTORIZERS, pivot_rows, truncated_svd, wide
+from hylora_kernels.layers.factorize import FACTORIZERS, pivot_rows, to_float64, truncated_svd
 
 general = pytest.mark.parametrize("factorizer", ["gram", "exact", "randomized"])
 relaxed = settings(
@@ -227,7 +227,7 @@ def test_pivot_rows_of_a_square_and_of_given_rows():
 def test_wide():
     for dtype in (torch.float64, torch.bfloat16):
         x = torch.randn(3).to(dtype)
-        assert wide(x).dtype == torch.float64 and torch.equal(wide(x).to(dtype), x)
+        assert to_float64(x).dtype == torch.float64 and torch.equal(to_float64(x).to(dtype), x)
 
 
 def test_list_of_factorizers():
