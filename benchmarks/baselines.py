@@ -55,6 +55,8 @@ def rivals(x: Tensor, shape: Shape, factors: Weights, regime: str, names=("a", "
     def packed(P, Q, bias):
         return prepacked(P, len(x)), prepacked(Q, len(x)), bias
 
+    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        names = [name for name in names if name != "d"]  # this processor prepacks no bf16
     makers = {
         "a": lambda: calls(functools.partial(naive, alpha=alpha), (SVh, U, A, B, bias)),
         "b": lambda: calls(two_products, (P, Q, bias)),

@@ -140,14 +140,17 @@ class Bench:
     def __init__(self, name: str, sizes: Sizes, device: torch.device, deadline: float, out: Path):
         self.name, self.sizes, self.device, self.deadline = name, sizes, device, deadline
         self.on_gpu = device.type == "cuda"
+        self.compiled: dict[nn.Module, Callable] = {}  # the dense model is compiled once
         self.path, self.failures = out / "models.json", []
         self.rows = json.loads(self.path.read_text()) if self.path.is_file() else []
         self.dense = build(name, device)
 
-    def compare(self, lora_rank: int, keeps, modes, least_seconds: float) -> None:
+    def compare(self, lora_rank: int, keeps, modes, least_seconds: float, forms=FORMS) -> None:
         """Build the compressed models of one kind and measure all parts that concern them."""
         kind = "apart" if lora_rank else "merged"
-        models = self.attempt(f"building {kind}", least_seconds, self.contest, lora_rank, keeps)
+        models = self.attempt(
+            f"building {kind}", least_seconds, self.contest, lora_rank, keeps, forms
+        )
         if models is None:
             return
         parts = {}
@@ -161,10 +164,10 @@ class Bench:
         for words, part in parts.items():
             self.attempt(f"{words}, {kind}", least_seconds, *part)
 
-    def contest(self, lora_rank: int, keeps=KEEPS) -> dict[str, nn.Module]:
+    def contest(self, lora_rank: int, keeps=KEEPS, forms=FORMS) -> dict[str, nn.Module]:
         """name -> model, "dense" first; each compressed one has a layer checked."""
         found = {"dense": self.dense}
-        for keep, form in itertools.product(keeps, FORMS):
+        for keep, form in itertools.product(keeps, forms):
             found[f"keep {keep} {form}"] = compressed(self.dense, keep, form, lora_rank)
         if self.on_gpu and triton.is_available():
             sizes = self.sizes
@@ -201,7 +204,7 @@ class Bench:
             if mode == "eager":
                 made[name] = growing_decode(model, cache, token, sizes.steps)
             else:
-                forward = compiled(model, self.device) if mode == "compiled" else model
+                forward = self.compiled_forward(model) if mode == "compiled" else model
                 made[name] = static_decode(forward, cache, token, sizes.steps)
             if mode == "graph" and self.on_gpu:
                 check_finite(name, made[name]())
@@ -259,6 +262,13 @@ class Bench:
             self.say(line(found[-1]))
         self.keep(found)
 
+    def compiled_forward(self, model: nn.Module) -> Callable:
+        """Compiled as generate() does with a static cache; on a CPU only traced."""
+        if model not in self.compiled:
+            options = {"mode": "reduce-overhead"} if self.on_gpu else {"backend": "aot_eager"}
+            self.compiled[model] = torch.compile(model, dynamic=False, **options)
+        return self.compiled[model]
+
     def peak_bytes(self, model: nn.Module, call: Callable, name: str) -> int | None:
         """Bytes of the model's weights and of all that the call allocates; it checks the result."""
         if not self.on_gpu:
@@ -282,8 +292,8 @@ class Bench:
     def keep(self, found: list[dict]) -> None:
         """Put rows in the place of those of the same measurement, and write them all."""
         key = ("model", "what", "mode", "batch", "adapters", "candidate")
-        new = {tuple(row[k] for k in key) for row in found}
-        self.rows = [row for row in self.rows if tuple(row[k] for k in key) not in new] + found
+        by_key = {tuple(row[k] for k in key): row for row in self.rows + found}
+        self.rows = list(by_key.values())
         write_json(self.path, self.rows)
 
     def attempt(self, words: str, least_seconds: float, function: Callable, *arguments):
@@ -306,12 +316,6 @@ class Bench:
 
     def say(self, words: str) -> None:
         print(f"{self.name}: {words}", flush=True)
-
-
-def compiled(model: nn.Module, device: torch.device) -> Callable:
-    """As generate() compiles where the cache is static; on a CPU traced alone."""
-    options = {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "aot_eager"}
-    return torch.compile(model, dynamic=False, **options)
 
 
 def check_finite(name: str, result: Tensor | None) -> None:
@@ -358,7 +362,9 @@ def run(bench: Bench, only_compiled: bool) -> list[str]:
     """Measure one model, the most telling parts first; what failed, in words."""
     if only_compiled:
         torch._dynamo.config.recompile_limit = 64  # the models share their code
-        bench.compare(0, COMPILED_KEEPS, ("compiled",), least_seconds=20 * bench.sizes.seconds)
+        for form in FORMS:  # one after the other: a cut loses the second alone
+            least_seconds = 20 * bench.sizes.seconds
+            bench.compare(0, COMPILED_KEEPS, ("compiled",), least_seconds, forms=(form,))
     else:
         for lora_rank in (0, bench.sizes.lora_rank):
             bench.compare(lora_rank, KEEPS, ("graph", "eager"), 4 * bench.sizes.seconds)

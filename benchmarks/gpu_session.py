@@ -110,7 +110,7 @@ def steps(machine: dict, out: Path, scale: float) -> list[Step]:
         Step("tinyllama", [models, "tinyllama", *at], 100, 40, **on_time),
         Step("llama-3.2-1b", [models, "llama-3.2-1b", *at], 75, 40, **on_time),
         Step("7b", [models, "7b", *at], 110, 50, too_small, **on_time),
-        Step("compiled", [models, "tinyllama", "--compiled", *at], 95, 60, **on_time),
+        Step("compiled", [models, "tinyllama", "--compiled", *at], 125, 60, **on_time),
         Step("layers", layers, 90, 40),
         Step("predicted", compare, 20, 2, unknown),
         Step("tune", [*hylora, "tune", "--device", "cuda", "--quick"], 150, 60, has_table),
