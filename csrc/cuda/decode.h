@@ -174,7 +174,7 @@ template <class T>
 DEVICE void expand(const LayerLaunch& f, const Queue& q, const Expand& e, DecodeShared& shared) {
   const LayerCall& d = f.d;
   if (!e.is_pivots) prefetch_rows<T>(d.W2, d.w2_stride, e.begin, e.limit, d.rank);
-  // Where a column of the tile, below the limit, stands in y.
+  // The place in y of a column of the tile below the limit.
   auto place = [&](int column) -> int64_t {
     return e.is_pivots ? d.pivots[column] : d.pivots ? d.others[column] : column;
   };

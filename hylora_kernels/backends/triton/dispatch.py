@@ -1,4 +1,4 @@
-"""What serves a problem on a device: a launch with one config, or torch's own products.
+"""The choice for a problem on a device: a launch with one config, or torch's own products.
 
 A forced config comes first, then a measured one, then the default. The choice is made below the op,
 so that code compiled for many M chooses for each M. A CUDA graph may get another choice than a call

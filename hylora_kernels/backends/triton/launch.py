@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -91,43 +90,41 @@ def layer(
     run = kernels.layer[(programs,)]
     if dispatch.is_compile_only():
         run = functools.partial(kernels.layer.warmup, grid=(1,))
-    sizes = {"M": M, "K": x.shape[1], "N": problem.width, "h_columns": h_columns}
-    sizes |= {"rank": problem.rank, "lora_rank": problem.lora_rank, "others": problem.others}
-    strides = {"x_m": x.stride(0), "x_k": x.stride(1), "w1_r": w1[0], "w1_k": w1[1]}
-    strides |= {"w1a_r": w1a[0], "w1a_k": w1a[1], "w2_n": w2[0], "w2_r": w2[1]}
-    strides |= {"w2a_n": w2a[0], "w2a_r": w2a[1]}
-    with _counting(zeros):
-        run(
-            X=x,
-            W1=W1,
-            W1a=W1a,
-            W2=W2,
-            W2a=W2a,
-            Bias=bias,
-            Y=y,
-            H=h,
-            Ha=h_a,
-            Partial=partial,
-            Counters=zeros,
-            Pivots=pivots,
-            Others=others,
-            **sizes,
-            **strides,
-            alpha=alpha,
-            **layer_constants(config, problem),
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **FUSION,
-        )
+    _run(
+        run,
+        zeros,
+        X=x,
+        W1=W1,
+        W1a=W1a,
+        W2=W2,
+        W2a=W2a,
+        Bias=bias,
+        Y=y,
+        H=h,
+        Ha=h_a,
+        Partial=partial,
+        Pivots=pivots,
+        Others=others,
+        **{"M": M, "K": x.shape[1], "N": problem.width, "h_columns": h_columns},
+        **{"rank": problem.rank, "lora_rank": problem.lora_rank, "others": problem.others},
+        **{"x_m": x.stride(0), "x_k": x.stride(1), "w1_r": w1[0], "w1_k": w1[1]},
+        **{"w1a_r": w1a[0], "w1a_k": w1a[1], "w2_n": w2[0], "w2_r": w2[1]},
+        **{"w2a_n": w2a[0], "w2a_r": w2a[1], "alpha": alpha},
+        **layer_constants(config, problem),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return y, h_a
 
 
-@contextlib.contextmanager
-def _counting(zeros: Tensor) -> Iterator[None]:
-    """Give up the counters of a launch that is broken off, by Ctrl-C in the interpreter too: the
-    next launch would wait for tiles that nothing computes."""
+def _run(launch: Callable[..., object], zeros: Tensor, **arguments) -> None:
+    """Launch with `zeros` as counters, and give these up if the launch is broken off.
+
+    Ctrl-C breaks one off in the interpreter. The next launch with the same counters would wait for
+    tiles that nothing computes.
+    """
     try:
-        yield
+        launch(Counters=zeros, **arguments, **FUSION)
     except BaseException:
         counters.forget(zeros)
         raise
@@ -195,25 +192,24 @@ def adapter_gradients(
     x, (x_m, x_k) = (x, x.stride()) if dh_a is not None else (None, (0, 0))
     dy, (dy_m, dy_n) = (dy, dy.stride()) if h_a is not None else (None, (0, 0))
     zeros = counters.zeros(one.device, tiles)
-    with _counting(zeros):
-        kernels.adapter_gradients[(tiles * config.split,)](
-            dHa=dh_a,
-            X=x,
-            dA=dA,
-            Ha=h_a,
-            dY=dy,
-            dB=dB,
-            dBias=db,
-            Partial=partial,
-            Counters=zeros,
-            **{"M": M, "K": K, "N": N, "lora_rank": lora_rank},
-            **{"x_m": x_m, "x_k": x_k, "dy_m": dy_m, "dy_n": dy_n},
-            alpha=alpha,
-            **adapter_gradients_constants(config, one.dtype),
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **FUSION,
-        )
+    _run(
+        kernels.adapter_gradients[(tiles * config.split,)],
+        zeros,
+        dHa=dh_a,
+        X=x,
+        dA=dA,
+        Ha=h_a,
+        dY=dy,
+        dB=dB,
+        dBias=db,
+        Partial=partial,
+        **{"M": M, "K": K, "N": N, "lora_rank": lora_rank},
+        **{"x_m": x_m, "x_k": x_k, "dy_m": dy_m, "dy_n": dy_n},
+        alpha=alpha,
+        **adapter_gradients_constants(config, one.dtype),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return dA, dB, db
 
 

@@ -83,7 +83,7 @@ def _side_by_side(weights: Weights) -> tuple[Tensor, Tensor]:
 
 
 def _kept_for(weights: Weights) -> _SideBySide | None:
-    """What is kept for these factors, None where it must not be used.
+    """The P and Q kept for these factors; None if there are none or they must not be used.
 
     Another stream could still multiply by another adapter, and a CUDA graph would go on using the
     memory after forget().
