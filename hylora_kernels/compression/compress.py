@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -25,6 +26,7 @@ from hylora_kernels.model.checkpoint import save_in_hylora_format
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.structure import Target, discover
+from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.options import reported_options, takes_options
 from hylora_kernels.support.storage import require_disk
@@ -93,7 +95,7 @@ class Compression:
     def __enter__(self) -> Compression:
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.workspace.close()
 
     def calibrate(self) -> Iterator[Statistics]:
@@ -109,6 +111,7 @@ class Compression:
         if options.method == "svd":
             yield Statistics(missing)
             return
+        assert self.ids is not None, "every method but svd reads text"
         with_gradients = options.method == "two_sided"
         memory = options.max_memory or _free_memory(self.model) // 2
         runs = calibration.passes(missing, with_gradients, memory)
@@ -159,6 +162,7 @@ class Compression:
         options, blocks = self.options, self.structure.blocks
         if not options.refit:
             return {}
+        assert self.ids is not None, "a refit reads text"
         ids = self.ids[: options.refit_samples]
         if options.init == "classic":  # The adapter's part of the rank starts at zero.
             ranks = {p: R and R - adapter_rank(R, options.lora_rank) for p, R in ranks.items()}
@@ -192,7 +196,7 @@ class Compression:
                     self.options.seed + index,
                 )
                 self.report.layers.append(layer)
-        model.hylora_linears = self.structure.paths
+        vars(model)["hylora_linears"] = self.structure.paths
         save_in_hylora_format(freeze_all_but_adapters(model))
         self.report.count(model)
 
@@ -212,7 +216,7 @@ class Compression:
         ]
         return allocate(curves, o.keep, o.ranks)
 
-    def _token_ids(self, tokenizer) -> Tensor:
+    def _token_ids(self, tokenizer: Any) -> Tensor:
         o = self.options
         if not isinstance(o.calibration, Tensor):
             tokenizer = tokenizer or tokenizer_of(self.model)
@@ -232,7 +236,8 @@ def _load(
 ) -> tuple[nn.Module, object]:
     """(the model in eval(), its tokenizer or None)."""
     if isinstance(model_or_id, nn.Module):
-        model = model_or_id.to(device=options.device, dtype=options.dtype)
+        device = None if options.device is None else resolve_device(options.device)
+        model = model_or_id.to(device=device, dtype=resolve_dtype(options.dtype))
         return model.eval(), options.tokenizer
     model, tokenizer = load_model(model_or_id, options.device or "auto", options.dtype or "auto")
     return model.eval(), options.tokenizer or tokenizer

@@ -45,7 +45,7 @@ def add_adapters(
         layer = SVDLoRALinear.from_dense(
             as_matrix(linear),
             lora_rank,
-            bias=linear.bias,
+            bias=getattr(linear, "bias", None),
             alpha=alpha,
             lora_dropout=lora_dropout,
             seed=seed + index,

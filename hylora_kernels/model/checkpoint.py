@@ -24,6 +24,7 @@ import re
 import tempfile
 import weakref
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -38,6 +39,8 @@ from hylora_kernels.model.skeleton import Slot, build, missing_from, slots_of
 from hylora_kernels.model.tensorfile import CheckpointError, Entry, TensorFile, checksum
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.storage import require_disk, write_json
+
+Model = TypeVar("Model", bound=nn.Module)
 
 METHOD = "hylora"
 FORMAT = 1
@@ -358,9 +361,9 @@ def _check_pivots(pivots: Tensor, out_features: int, path: Path, name: str) -> N
 # -------------------------------------------------------------------- transformers' own way to save
 
 
-def save_in_hylora_format(model: PreTrainedModel) -> PreTrainedModel:
+def save_in_hylora_format(model: Model) -> Model:
     """Make transformers' own model.save_pretrained(folder) write this format; returns the model."""
-    model.save_pretrained = _Save(model)
+    vars(model)["save_pretrained"] = _Save(model)
     return model
 
 
@@ -371,7 +374,7 @@ class _Save:
     pickle of the model has its own.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: nn.Module) -> None:
         self.model = weakref.ref(model)
 
     def __reduce__(self):

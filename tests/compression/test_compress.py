@@ -359,3 +359,9 @@ def test_the_layer_that_is_not_finite_is_named():
             FloatingPointError, match=r"layer model\.layers\.1\.mlp\.up_proj: its w"
         ):
             compressed(copy.deepcopy(model), method=method)
+
+
+def test_device_and_dtype_of_a_model_may_be_given_by_name():
+    model = zoo_model(NAMES[0])
+    compressed(model, method="svd", device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
