@@ -1,14 +1,10 @@
-"""The algebra, as it stands on paper. Never optimised: every backend is judged against this file.
-
-Shapes: x [M, K], SVh [r, K], U [N, r] (pair) or [N - r, r] (pivoted), A [ra, K], B [N, ra], bias
-        [N],
-pivots int32 [r] ascending (pivoted form only). Any floating dtype; the tests run it in float64.
+"""The algebra as it stands on paper, never optimised: the tests judge every backend against it.
 
     pair      y = x SVh^T U^T + bias + alpha x A^T B^T
-    pivoted   y[:, pivots] = x SVh^T,  y[:, others] = x SVh^T U^T,  + bias + alpha x A^T B^T
-    everywhere
+    pivoted   y = s + bias + alpha x A^T B^T,  s[:, pivots] = x SVh^T,  s[:, others] = x SVh^T U^T
 
-The pivoted form is PIFA's (arXiv:2501.19090): a rank-r matrix has r rows of which all others are
+x [M, K]; the weights' shapes are those of Weights. Any floating dtype; the tests use float64. The
+pivoted form is PIFA's (arXiv:2501.19090): a matrix of rank r has r rows of which all others are
 combinations.
 """
 
@@ -41,7 +37,7 @@ def dense_weight(weights: Weights) -> Tensor:
 
 
 def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-    """(y [M, N], h_a [M, ra]); h_a = x A^T is what the backward needs besides x."""
+    """x [M, K] -> (y [M, N], h_a [M, ra] = x A^T, which a backward needs besides x)."""
     SVh, U, A, B, bias, alpha, pivots = weights
     y = x @ SVh.T @ full_U(U, pivots).T
     h_a = x.new_empty(x.shape[0], 0) if A is None else x @ A.T
@@ -51,8 +47,7 @@ def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, saved: Saved, weights: Weights) -> tuple[Tensor | None, ...]:
-    """(dx [M, K], dA [ra, K], dB [N, ra], db [N]) for dy [M, N]; SVh and U are frozen and get
-    none."""
+    """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]); SVh and U are frozen."""
     (x, h_a), (SVh, U, A, B, _, alpha, pivots) = saved, weights
     dx = dy @ full_U(U, pivots) @ SVh
     if A is None:

@@ -74,7 +74,7 @@ class Weights:
 
 
 class Saved(NamedTuple):
-    """What a forward keeps for its backward.
+    """The tensors that a forward keeps for its backward.
 
     x:   [M, K], read for dA only; None where that is not needed.
     h_a: [M, ra] = x A^T, before alpha, read for dB only; None where that is not needed.

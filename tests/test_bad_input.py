@@ -24,7 +24,7 @@ def ints(*values):
 
 
 def op(pivoted=False, **changed):
-    """A call of the op that is right but for what is changed."""
+    """A correct call of the op with one change."""
     arguments = {
         "x": randn(4, K),
         "SVh": randn(R, K),
@@ -357,7 +357,7 @@ def test_refused(case):
     with pytest.raises(kind) as caught:
         call()
     assert type(caught.value) is kind
-    # "..." stands for names that other backends would add.
+    # "..." stands for the names of other backends.
     assert re.match(re.escape(message).replace(r"\.\.\.\ ", ".*"), str(caught.value)), caught.value
     print(f"\n{case:36} {kind.__name__}: {str(caught.value)[:120]}", end="")
 

@@ -127,7 +127,7 @@ def test_adapter_of_rank_zero_and_defaults(backend):
 
 
 def kept_for_backward(inputs: Inputs) -> list[Tensor]:
-    """What autograd packs while the op runs, the inputs other than x left out."""
+    """The tensors that autograd saves while the op runs, without the inputs other than x."""
     packed = []
     weights = {id(t) for t in inputs[1:] if isinstance(t, Tensor)}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):

@@ -131,7 +131,7 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _can_share(group: list[nn.Module]) -> bool:
-    """Whether one set of panels serves the group: a layer alone, or one linear and embeddings."""
+    """True where one set of panels serves the group: a layer alone, or a linear and embeddings."""
     if any("forward" in vars(module) for module in group):  # another library has replaced it
         return False
     others = all(type(module) is nn.Embedding and module.max_norm is None for module in group[1:])

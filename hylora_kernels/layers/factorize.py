@@ -84,7 +84,7 @@ def _gram(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     S, order = Vh.norm(dim=1).sort(descending=True)
     Vh = Vh[order] / S.clamp_min(torch.finfo(W.dtype).tiny)[:, None]
     if S[-1] < 1e-6 * S[0]:
-        # What rounding leaves of a row that small points along the large ones: Vh^T Vh, a
+        # A row that small is rounding errors that point along the large ones: Vh^T Vh, a
         # projection that callers rely on, was off by five times its size for a rank 5 of 32.
         Q, R = torch.linalg.qr(Vh.T)
         Vh = torch.where(R.diagonal() < 0, -Q, Q).T

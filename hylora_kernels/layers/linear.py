@@ -109,7 +109,7 @@ class SVDLoRALinear(nn.Module):
         return svd_lora_linear(x, self.SVh, self.U, A, B, self.bias, self.alpha, self.pivots)
 
     def train(self, mode: bool = True) -> SVDLoRALinear:
-        if not mode:  # a layer in eval() holds its factors and nothing else
+        if not mode:  # in eval() a layer keeps its factors and nothing derived from them
             backends.forget(self.SVh)
         return super().train(mode)
 
@@ -244,7 +244,7 @@ class SVDLoRALinear(nn.Module):
     # ------------------------------------------------------------------ size, merging, the way back
 
     def parameter_count(self, merged: bool = True) -> int:
-        """Parameters without bias: merged, as deployed at rank r + ra, or as held now."""
+        """Parameters without bias: merged, as deployed at rank r + ra, or as they are now."""
         if merged:
             rank = self.rank + self.lora_rank
             rank = min(rank, self.in_features, self.out_features) if self.lora_rank else rank

@@ -49,7 +49,7 @@ class PackedState:
         return {name: getattr(weights, name) for name in ("SVh", "U", "A", "B")} | self.wider
 
     def parameters(self) -> dict[str, nn.Parameter | None]:
-        """The same as parameters, made once: tied layers get the same one back."""
+        """plain() as parameters, made once, so that tied layers get the same one back."""
         if self.restored is None:
             with torch.inference_mode(False), torch.no_grad():
                 self.restored = {
@@ -65,14 +65,14 @@ _last_export: WeakKeyDictionary[PackedState, ref] = WeakKeyDictionary()
 
 
 class PackedModule(nn.Module):
-    """A layer whose parameters `names` lie in `packed_state`."""
+    """A layer whose parameters `names` are packed in `packed_state`."""
 
     names: tuple[str, ...]
     plain_class: type[nn.Module]
     packed_state: PackedState
 
     def restore(self) -> None:
-        """Make the layer what it was, with parameters of the same bits."""
+        """Turn the layer back into its plain class, with parameters of the same bits."""
         state = self.packed_state
         own, buffers = self._parameters.copy(), len(state.tensors)
         self.__class__ = self.plain_class
@@ -206,7 +206,7 @@ def packed_class(module: nn.Module) -> type[PackedModule]:
 
 
 def refuse_packed(model: nn.Module) -> None:
-    """Raise ValueError where layers are packed for inference, and can't be trained or replaced."""
+    """Raise ValueError if a layer is packed for inference: it can't be trained or replaced."""
     if packed_states(model):
         raise ValueError(f"model must not be packed for inference: {RESTORE_HINT}")
 

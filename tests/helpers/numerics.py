@@ -93,7 +93,7 @@ def pairwise(axes: dict[str, tuple]) -> list[dict]:
     return points
 
 
-# What pairs alone could miss: an adapter that counts, at sizes on either side of every heuristic.
+# Pairs alone could miss an adapter that matters at sizes on either side of every heuristic.
 CASES = [Case(**point) for point in pairwise(AXES)] + [
     Case(M=M, form=form, alpha=alpha)
     for M in (3, 300)
@@ -150,13 +150,13 @@ def make_inputs(case: Case, dtype=torch.float64, device="cpu", seed: int = 0) ->
 
 
 def skip_if_refused(backend: str, inputs: Inputs) -> None:
-    """Skip the test where the backend says that it can't serve these inputs."""
+    """Skip the test where the backend can't serve these inputs."""
     if reason := backends.BACKENDS[backend].unsupported(inputs.x, inputs.weights):
         pytest.skip(f"{backend}: {reason}")
 
 
 def inputs_for(backend: str, case: Case, dtype=torch.float64, device="cpu") -> Inputs:
-    """make_inputs, or the test is skipped where the backend can't serve them."""
+    """make_inputs; the test is skipped where the backend can't serve them."""
     inputs = make_inputs(case, dtype, device)
     skip_if_refused(backend, inputs)
     return inputs

@@ -1,4 +1,4 @@
-"""What the tests of optimize_for_inference share: a small model, its state, where it packs."""
+"""Helpers of the tests of optimize_for_inference: a small model, its state, where it is packed."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ class Scaled(nn.Embedding):
 
 
 @packs
-def test_what_a_packed_layer_cannot_stand_in_for_is_left():
+def test_layers_that_cannot_be_packed_stay_plain():
     class Own(nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
@@ -296,7 +296,7 @@ def test_what_a_packed_layer_cannot_stand_in_for_is_left():
     assert [type(m) for m in model] == kinds
 
 
-def test_where_no_backend_gains_the_model_is_left_and_the_log_says_why(caplog):
+def test_where_packing_is_no_faster_the_model_stays_and_the_log_says_why(caplog):
     model = llama(torch.float32)
     kinds, needs = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
     with use_backend("eager"), caplog.at_level(logging.INFO, "hylora_kernels"):
@@ -309,7 +309,7 @@ def test_where_no_backend_gains_the_model_is_left_and_the_log_says_why(caplog):
     assert restore_from_inference(model) is model
 
 
-def test_float64_is_left(caplog):
+def test_float64_stays_plain(caplog):
     model = nn.Sequential(make_layer()).eval()
     optimize_for_inference(model)
     assert type(model[0]) is SVDLoRALinear
@@ -317,7 +317,7 @@ def test_float64_is_left(caplog):
 
 
 @packs
-def test_another_backend_refuses_what_is_packed():
+def test_another_backend_refuses_a_packed_layer():
     layer = optimize_for_inference(make_layer(dtype=torch.float32).eval())
     for name in ("auto", "cpu"):
         with use_backend(name):

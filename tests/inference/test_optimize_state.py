@@ -1,4 +1,4 @@
-"""What an optimised model holds and says of itself: bytes, state, files, and what it refuses."""
+"""An optimised model's memory, state, files and refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_plain_weights_are_freed(tied, form):
 
 
 @packs
-def test_bytes_of_filled_panels_are_told():
+def test_bytes_of_filled_panels_are_reported():
     model = nn.Sequential(nn.Linear(33, 33, bias=False)).bfloat16().eval()
     optimize_for_inference(model)
     (packed,) = packed_states(model)
@@ -214,7 +214,7 @@ def test_training_is_refused():
     ],
     ids=["finetune", "compress", "add_adapters"],
 )
-def test_what_changes_a_model_refuses_a_packed_one(verb):
+def test_a_packed_model_is_not_changed(verb):
     for model in (llama(torch.float32), tiny.llama(torch.float32)):
         state = state_of(optimize_for_inference(model))
         with pytest.raises(ValueError, match=f"model must not be packed for inference: {HINT}"):

@@ -86,7 +86,7 @@ def test_randomized_is_a_few_percent_off_on_a_flat_spectrum():
 
 
 @pytest.mark.parametrize("factorizer", ["randomized", "nystrom"])
-def test_random_ones_hang_on_the_seed_alone(factorizer):
+def test_random_factorizers_depend_on_the_seed_alone(factorizer):
     W = symmetric(40, decaying(40, 0.95))
     torch.manual_seed(1)
     first = truncated_svd(W, 10, factorizer, seed=5)
@@ -150,7 +150,7 @@ def test_nystrom_is_exact_where_the_rank_suffices():
     assert error_and_optimum(torch.tensor([[2.0]]), 1, "nystrom")[0] < 1e-9
 
 
-def test_nystrom_takes_what_float32_sums_leave_below_zero():
+def test_nystrom_accepts_rounding_errors_below_zero():
     x = torch.randn(50, 200)
     gram = x.T @ x
     assert torch.linalg.eigvalsh(gram.double())[0] < 0
@@ -169,7 +169,7 @@ def test_nystrom_refuses_one_negative_eigenvalue(negative, rank):
         truncated_svd(symmetric(100, eigenvalues), rank, "nystrom")
 
 
-def test_nystrom_refuses_what_is_not_symmetric():
+def test_nystrom_refuses_an_asymmetric_matrix():
     W = symmetric(20, decaying(20))
     W[3, 7] += 1e-3
     for wrong in (W, torch.randn(3, 4)):
@@ -224,7 +224,7 @@ def test_pivot_rows_of_a_square_and_of_given_rows():
     torch.testing.assert_close(coefficients, expected)
 
 
-def test_wide():
+def test_to_float64():
     for dtype in (torch.float64, torch.bfloat16):
         x = torch.randn(3).to(dtype)
         assert to_float64(x).dtype == torch.float64 and torch.equal(to_float64(x).to(dtype), x)

@@ -1,4 +1,4 @@
-"""SVDLoRALinear: making one, what it computes, merging, and life as an nn.Module."""
+"""SVDLoRALinear: its constructors, its output and gradients, merging, counting."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_from_linear_of_full_pivoted_rank_is_the_linear_itself():
 
 
 @every_form
-def test_from_factors_holds_these_very_tensors(form):
+def test_from_factors_keeps_the_given_tensors(form):
     made = make_layer(form)
     tensors = [getattr(made, name).detach() for name in FACTORS]
     layer = SVDLoRALinear.from_factors(*tensors, made.bias, made.alpha, made.pivots)

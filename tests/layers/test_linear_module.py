@@ -1,4 +1,4 @@
-"""SVDLoRALinear as a citizen of torch: state, dtype, device, copies, memory, compile, FSDP."""
+"""SVDLoRALinear as an nn.Module: state, dtype, device, copies, memory, compile, FSDP."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_from_meta_to_real_by_reset_parameters(form):
 
 
 def live_tensors(at_least: int) -> int:
-    """How many tensors Python holds of that many numbers or more."""
+    """The number of tensors alive with at least that many elements."""
     gc.collect()
     return sum(
         type(t) in (Tensor, nn.Parameter) and t.numel() >= at_least for t in gc.get_objects()
@@ -178,7 +178,7 @@ def world_of_one():
 
 
 def test_fully_sharded(world_of_one):
-    """Frozen factors are sharded like the others; a step does what it does without sharding."""
+    """Frozen factors are sharded like trained ones; a step gives what it gives without sharding."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 

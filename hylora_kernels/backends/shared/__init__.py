@@ -1,1 +1,1 @@
-"""What several backends use."""
+"""Parts that several backends use."""

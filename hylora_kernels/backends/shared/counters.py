@@ -1,4 +1,4 @@
-"""Zeros that the kernels of a launch count with, and leave zero."""
+"""Counters of a launch: int32 zeros that its kernels count in and reset to zero at their end."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import threading
 import torch
 from torch import Tensor
 
-# (device, stream, thread) -> int32 zeros. A launch leaves them as it found them, and launches of
-# one stream follow one another, so they are cleared once, when they are made.
+# (device, stream, thread) -> counters. Launches of one stream follow one another and each resets
+# them, so they are cleared only once, when they are made.
 _kept: dict[tuple, Tensor] = {}
 _LEAST = 1024
 
-# device -> (zeros, how many are given out). A graph may be replayed at any time, in any stream:
-# what a captured launch counts with belongs to it alone.
+# device -> (zeros, how many are given out). A CUDA graph may be replayed at any time in any stream,
+# so a captured launch has counters of its own.
 _reserves: dict[torch.device, tuple[Tensor, int]] = {}
 _RESERVE = 1 << 20
 _lock = threading.Lock()
 
 
 def zeros(device: torch.device, count: int) -> Tensor:
-    """int32 zeros, at least `count`, that no other launch counts with at the same time."""
+    """At least `count` int32 zeros that no other launch counts in at the same time."""
     if device.type != "cuda":
         key = device, 0, threading.get_ident()
     elif torch.cuda.is_current_stream_capturing():
@@ -37,8 +37,7 @@ def zeros(device: torch.device, count: int) -> Tensor:
 
 
 def forget(zeros: Tensor) -> None:
-    """Don't give these out again: their launch didn't come to its end, and the next would wait for
-    tiles that nobody makes."""
+    """Never give these out again: their launch broke off, and the next one would wait for ever."""
     for key in [key for key, kept in _kept.items() if kept is zeros]:
         _kept.pop(key, None)
 
@@ -50,7 +49,7 @@ def _make_reserve(device: torch.device) -> None:
 
 
 def _reserved(device: torch.device, count: int) -> Tensor:
-    """A part of the reserve; where there is none left, or none yet, zeros that the graph clears."""
+    """A part of the reserve, or zeros that the graph itself clears where none is left or made."""
     with _lock:
         reserve, used = _reserves.get(device, (None, _RESERVE))
         end = used + -(-count // 32) * 32

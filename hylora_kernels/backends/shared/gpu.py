@@ -1,4 +1,4 @@
-"""What both GPU backends decide alike: when one launch beats torch's products, and the device."""
+"""Parts of both GPU backends: when one launch beats the torch products, and the device guard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def one_launch_is_faster(rows: int, factor_bytes: int, lora_rank: int) -> bool:
-    """Whether the forward's products are faster as one launch than as torch's.
+    """True where one launch serves a forward faster than the torch products do.
 
     Measured on an H100 with the Triton launch, captured in a CUDA graph. Without an adapter one
     launch replaces two products: 7.6 us against 10.0 at K = N = 2048, M = 1, 9.3 against 9.8 at
@@ -22,7 +22,7 @@ def one_launch_is_faster(rows: int, factor_bytes: int, lora_rank: int) -> bool:
 
 
 def adapter_gradients_launch_is_faster(rows: int, in_features: int, out_features: int) -> bool:
-    """Whether one launch for dA, dB and db is faster than torch's three operations.
+    """True where one launch for dA, dB and db is faster than torch's three operations.
 
     On an H100 with the Triton launch, ra = 32, in us: K = N = 2048, M = 2048 15 against 22;
     N = 5632 26 against 30; 4096 x 11008, M = 8192 196 against 174.

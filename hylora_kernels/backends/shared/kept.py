@@ -81,6 +81,6 @@ class _Entry(Generic[Value]):
 
 
 def _stamp(tensor: Tensor) -> tuple:
-    """What a write to the tensor, or an exchange of its memory, changes."""
+    """Values that change with a write to the tensor or with an exchange of its memory."""
     version = None if tensor.is_inference() else tensor._version
     return version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -86,7 +86,7 @@ def backward_x(
 
 
 def _saved_pass_outweighs_copy(M, SVh, U, A) -> bool:
-    """Whether laying base and adapter side by side copies less than the pass over y it saves."""
+    """True where laying base and adapter side by side copies less than the saved pass over y."""
     (rank, K), N = SVh.shape, U.shape[0]
     return (rank + A.shape[0]) * (K + N) < M * N
 
