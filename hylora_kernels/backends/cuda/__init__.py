@@ -40,7 +40,7 @@ def _no_kernels() -> str:
     """The reason why the library has no kernels for any GPU; "" if it has."""
     if MISSING:
         return MISSING
-    if not hasattr(_ops, "cuda_archs"):
+    if not hasattr(_ops, "cuda_layer"):
         return f"{LIBRARY.name} is older than the package: build it again"
     return "" if _ops.cuda_archs.default() else _ops.cuda_lacks.default(0)
 

@@ -4,6 +4,7 @@ launch or torch, refusals. test_emulator.py tests the kernels themselves."""
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from hylora_kernels.machine.selftest.grid import Entry
 
 HALVES = (torch.bfloat16, torch.float16)
 needs_library = pytest.mark.skipif(
-    not hasattr(torch.ops.hylora, "cuda_archs"), reason="hylora_kernels/_csrc.so isn't built"
+    not hasattr(torch.ops.hylora, "cuda_layer"), reason="hylora_kernels/_csrc.so isn't built"
 )
 
 
@@ -271,6 +272,14 @@ def test_reasons(monkeypatch):
     assert backend.unsupported(x, weights) == "serves GPUs from sm_80 on, got sm_75"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert backend.why_not() == "the kernels are for CUDA, torch is built for ROCm"
+
+
+def test_a_library_older_than_the_package_is_named(monkeypatch):
+    monkeypatch.setattr(backend, "MISSING", "")
+    monkeypatch.setattr(backend, "_ops", SimpleNamespace(cuda_archs=None))  # but no cuda_layer
+    assert (
+        backend._no_kernels() == f"{backend.LIBRARY.name} is older than the package: build it again"
+    )
 
 
 @needs_library
