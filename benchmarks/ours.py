@@ -10,7 +10,7 @@ from layers import copies
 from torch import Tensor
 
 from hylora_kernels import available_backends, backends, svd_lora_linear
-from hylora_kernels.backends.cpu import panels
+from hylora_kernels.backends.cpu import limbs
 from hylora_kernels.weights import Weights
 
 
@@ -37,7 +37,7 @@ def isa() -> str:
 def float32_products() -> int | None:
     """6 where many rows of float32 are multiplied as bf16 limbs, 0 where by multiply-adds; None
     without AMX."""
-    return panels.products_for(torch.float32, True) if isa() == "amx_bf16" else None
+    return limbs.limb_products_for(torch.float32, True) if isa() == "amx_bf16" else None
 
 
 def packed(x: Tensor, factors: Weights, regime: str):

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hylora_kernels.backends import triton as triton_backend
-from hylora_kernels.backends.cpu import packed, panels
+from hylora_kernels.backends.cpu import limbs, packed
 
 # cuBLAS warns in deterministic mode without it; it has to be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -79,8 +79,8 @@ def _seeded_and_poisoned(monkeypatch):
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Deterministic mode leaves many rows of float32 to multiply-adds; limbs need the tests more.
-    monkeypatch.setattr(panels, "six_products_serve", lambda: True)
+    # Deterministic mode multiplies many rows of float32 by FMA; bf16 limbs need the tests more.
+    monkeypatch.setattr(limbs, "six_products_serve", lambda: True)
     monkeypatch.setattr(packed, "six_products_stay_faster", lambda: True)
 
 

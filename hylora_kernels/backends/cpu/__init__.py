@@ -1,12 +1,12 @@
-"""The CPU's own room: the fused kernels of csrc/, one for each instruction set, chosen at run time.
+"""The cpu backend: the fused kernels of csrc/cpu, one set for each instruction set.
 
-They read weights packed into panels ("panels": one weight matrix as one 1-D tensor). Packing is a
-pass over the weights, so it is done once where it can be:
+They read weights in panels (one weight matrix as one 1-D tensor). Packing is a pass over the
+weights, so it is done once where possible:
 
-    training    The frozen factors' panels are kept from the first backward on, both ways round, for
-                as long as the factors live unchanged; the adapters, which every step changes, are
-                packed each call and ride along as tail panels. layer.eval() drops what is kept.
-    inference   pack() makes the panels once and for all, and the factors themselves can go.
+    training    The frozen factors' panels, for both directions, are kept from the first backward on
+                while the factors live unchanged. The adapters change with every step, so they are
+                packed at every call, as matrices of their own. layer.eval() drops what is kept.
+    inference   pack() makes the panels once, and the factors themselves can be freed.
 """
 
 from __future__ import annotations
@@ -16,38 +16,29 @@ import math
 import torch
 from torch import Tensor
 
-from hylora_kernels.backends.cpu.packed import (
-    Packed,
-    forward_packed,
-    pack,
-    rows_packed,
-    unpack,
-)
+from hylora_kernels.backends.cpu.library import LEVEL, LEVELS, REFUSAL, op
+from hylora_kernels.backends.cpu.limbs import fit_limbs, limb_products_for
+from hylora_kernels.backends.cpu.packed import forward_packed, pack, rows_packed, unpack
 from hylora_kernels.backends.cpu.panels import (
-    LEVEL,
-    LEVELS,
-    REFUSAL,
+    FactorPanels,
     forget,
-    in_range_of,
-    in_stream,
     kept_panels,
-    op,
-    order_of,
     pack_matrix,
     panels_backward,
     panels_forward,
-    products_for,
+    pivot_table,
 )
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = ["Packed", "forget", "forward_packed", "pack", "rows_packed", "unpack"]
+__all__ = ["forget", "forward_packed", "pack", "rows_packed", "unpack"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# From how many rows on packing all weights for one call is won back by the call: bf16, K=576 N=1536
-# r=224, M=512 0.77 of two plain products' speed, M=2048 1.02. `scalar` is there to be right on any
-# processor; torch's own products are faster, and as yet they are in float32 with many rows.
+# From this many rows on, a call wins back the time to pack all its weights: bf16, K=576 N=1536
+# r=224, 0.77 of two torch products' speed at M=512, 1.02 at M=2048. Not for level "scalar", which
+# is there to be right on any processor, nor for float32, where torch's products are faster with
+# many rows.
 ROWS_WORTH_PACKING = 2048
-ROWS_WORTH_TRAINING = 256  # the backward then finds panels that are kept
+ROWS_WORTH_TRAINING = 256  # with a backward, which finds or makes panels that are kept
 
 
 def is_available() -> bool:
@@ -55,19 +46,19 @@ def is_available() -> bool:
 
 
 def why_not() -> str:
-    """Why this room can't be used here; "" where it can."""
+    """The reason why this backend can't be used here, or ""."""
     return REFUSAL
 
 
 def levels() -> tuple[str, dict[str, str]]:
-    """(the level in use or "", level -> "" where this machine has it or the reason why not)."""
+    """(the instruction set in use or "", each of them -> why this machine can't use it, or "")."""
     if not hasattr(torch.ops.hylora, "cpu_isa_reason"):
         return "", dict.fromkeys(LEVELS, REFUSAL)
     return LEVEL, {level: torch.ops.hylora.cpu_isa_reason.default(level) for level in LEVELS}
 
 
 def unsupported(x: Tensor, weights: Weights) -> str | None:
-    """The reason why this room can't serve these tensors, in words; None where it can."""
+    """The reason why this backend can't serve these tensors, in words; None where it can."""
     if REFUSAL:
         return REFUSAL
     if x.device.type != "cpu":
@@ -81,7 +72,7 @@ def unsupported(x: Tensor, weights: Weights) -> str | None:
 
 
 def is_faster_than_next(x: Tensor, weights: Weights) -> bool:
-    """Whether a call that this room can serve is faster here than in the next room."""
+    """Whether a call that this backend can serve is faster here than in the next backend."""
     if LEVEL == "scalar" or x.dtype == torch.float32:
         return False
     if torch.compiler.is_exporting():  # an exported program is for any M
@@ -104,29 +95,41 @@ def is_faster_than_next(x: Tensor, weights: Weights) -> bool:
 
 def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]), in one pass; h_a before alpha."""
-    SVh, U, A, B, bias, alpha, pivots = weights
-    rank, lora_rank, out_features = weights.rank, weights.lora_rank, weights.out_features
-    first, second, in_range = panels_forward(SVh, U)
-    if weights.is_dense and not lora_rank:
-        order_of(pivots, out_features)
-        y = op("linear")(x, first, bias, out_features, products_for(x.dtype, in_range))
+    SVh, U, A, B, bias, _, pivots = weights
+    panels, N = panels_forward(SVh, U), weights.out_features
+    table = None if pivots is None else pivot_table(pivots, N)
+    if weights.is_dense and not weights.lora_rank:
+        limb_products = limb_products_for(x.dtype, panels.fit_limbs)
+        y = op("linear")(x, panels.shrink, bias, N, limb_products)
         return y, x.new_empty(len(x), 0)
-    first_tail = second_tail = table = None
-    if pivots is not None:
-        table, stream = order_of(pivots, out_features)
-    if lora_rank:
-        in_range = in_range and in_range_of(x.dtype, (A, 1), (B, 1))
-        first_tail = pack_matrix(A)
-        second_tail = pack_matrix(B if pivots is None else in_stream(B, stream))
-    y, h_a = op("layer")(
+    adapter = None
+    if weights.lora_rank:
+        sorted_B = B if table is None else table.sort_rows(B)
+        fit = panels.fit_limbs and fit_limbs(x.dtype, (A, 1), (B, 1))
+        adapter = FactorPanels(pack_matrix(A), pack_matrix(sorted_B), fit)
+    y, h_a = _layer(x, weights, panels, adapter, bias, table, N, backward=False)
+    return y, h_a if adapter else x.new_empty(len(x), 0)
+
+
+def _layer(x, weights, base, adapter, bias, table, outputs, backward) -> tuple[Tensor, Tensor]:
+    """The op on a layer whose adapter, if it has one, is stored separately."""
+    fit = base.fit_limbs and (adapter is None or adapter.fit_limbs)
+    return op("layer")(
         x,
-        *(first, first_tail, second, second_tail, bias, table),
-        *(rank, lora_rank, out_features, alpha),
-        emit_h_a=lora_rank > 0,
-        backward=False,
-        limb_products=products_for(x.dtype, in_range),
+        shrink=base.shrink,
+        adapter_shrink=adapter.shrink if adapter else None,
+        expand=base.expand,
+        adapter_expand=adapter.expand if adapter else None,
+        bias=bias,
+        pivot_table=None if table is None else table.table,
+        r=weights.rank,
+        ra=weights.lora_rank,
+        n=outputs,
+        alpha=weights.alpha,
+        emit_h_a=adapter is not None,
+        backward=backward,
+        limb_products=limb_products_for(x.dtype, fit),
     )
-    return y, h_a if lora_rank else x.new_empty(len(x), 0)
 
 
 def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
@@ -154,25 +157,15 @@ def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[
 
 def _backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """(dx [M, K], dh_a [M, ra] = alpha dy B): the forward's kernel on the transposed factors."""
-    SVh, U, A, B, _, alpha, pivots = weights
-    K, out_features = weights.in_features, weights.out_features
-    rank, lora_rank = weights.rank, weights.lora_rank
-    first, second, in_range = panels_backward(SVh, U)
-    if weights.is_dense and not lora_rank:
-        return op("linear")(dy, second, None, K, products_for(dy.dtype, in_range)), None
-    first_tail = second_tail = table = None
-    if pivots is not None:
-        table, stream = order_of(pivots, out_features)
-    if lora_rank:
-        in_range = in_range and in_range_of(dy.dtype, (B, 0), (A, 0))
-        first_tail = pack_matrix((B if pivots is None else in_stream(B, stream)).T)
-        second_tail = pack_matrix(A.T)
-    dx, dh_a = op("layer")(
-        dy,
-        *(first, first_tail, second, second_tail, None, table),
-        *(rank, lora_rank, K, alpha),
-        emit_h_a=lora_rank > 0,
-        backward=True,
-        limb_products=products_for(dy.dtype, in_range),
-    )
-    return dx, dh_a
+    SVh, U, A, B, _, _, pivots = weights
+    panels, K = panels_backward(SVh, U), weights.in_features
+    if weights.is_dense and not weights.lora_rank:
+        limb_products = limb_products_for(dy.dtype, panels.fit_limbs)
+        return op("linear")(dy, panels.expand, None, K, limb_products), None
+    table = None if pivots is None else pivot_table(pivots, weights.out_features)
+    adapter = None
+    if weights.lora_rank:
+        sorted_B = B if table is None else table.sort_rows(B)
+        fit = panels.fit_limbs and fit_limbs(dy.dtype, (B, 0), (A, 0))
+        adapter = FactorPanels(pack_matrix(sorted_B.T), pack_matrix(A.T), fit)
+    return _layer(dy, weights, panels, adapter, None, table, K, backward=True)

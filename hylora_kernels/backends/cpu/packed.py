@@ -1,209 +1,303 @@
-"""A layer packed for inference: its factors as panels, laid out once, and the way back."""
+"""A layer packed for inference, in one of three ways, and the way back to its weights.
+
+    PackedLayer    shrink and expand in the fused kernels, all weights in one tensor of panels
+    PackedMatrix   a dense matrix, or the pivoted form at rank N without an adapter, in panels
+    TorchProducts  P = [SVh; A] and Q = [U, alpha B] for torch's products, where these are faster
+
+Each has forward, rows, unpack and tensors.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hylora_kernels.backends.cpu.panels import (
-    in_range_of,
-    op,
-    order_of,
-    pack_matrix,
-    products_for,
+from hylora_kernels.backends.cpu.library import REFUSAL, op
+from hylora_kernels.backends.cpu.limbs import (
+    fit_limbs,
+    limb_products_for,
+    limb_products_of_packed,
     six_products_stay_faster,
 )
-from hylora_kernels.backends.shared.tracing import assume_constant_result
+from hylora_kernels.backends.cpu.panels import pack_matrix, pivot_table
 from hylora_kernels.weights import Weights
+
+# Looked up once: a decoded token waits for every layer's call.
+_LINEAR, _PACKED_LAYER = (None, None) if REFUSAL else (op("linear"), op("packed_layer"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """The factors of one layer as forward_packed wants them. Shared by whoever holds it; immutable.
-
-    call:     "packed_layer" or "linear", the op; "plain", two torch products on P = [SVh; A] and
-              Q = [U, alpha B], or one on the dense matrix.
-    args:     what follows x in the op's call, up to `products`. For "packed_layer" that is the
-              whole layer as one tensor, the bias, and N: a call with two tensors costs 3.7 us, one
-              with six 8.6. For "plain" P, Q, the bias, and B itself, all but P may be None.
-    products: as the ops take it.
-    float32:  it is, and limbs hold it: torch's settings at the call have a say in `products`.
-    """
+    """What all packed layers have in common. Immutable, so that modules can share one."""
 
     backend: ClassVar[str] = "cpu"
 
-    call: str
-    args: tuple
-    products: int
-    float32: bool
     dtype: torch.dtype
-    shape: tuple[int]  # what x.shape[-1:] must be
+    shape: tuple[int]  # of x's last dim: (K,)
     out_features: int
     rank: int
     lora_rank: int
     alpha: float
-    adapted: bool
-    bias: Tensor | None
+    has_adapter: bool  # A and B were given, maybe of rank 0
+    bias: Tensor | None  # as it was given; data_of_bias without its gradient
+    data_of_bias: Tensor | None
     pivots: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] of dtype -> y [..., N]."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> [..., K]: rows of a dense matrix, an embedding lookup."""
+        raise NotImplementedError
+
+    def unpack(self) -> Weights:
+        """The weights as they were packed, bit for bit, in new memory. Bias and pivots are the ones
+        that were given (at rank N in the pivoted form, equal pivots)."""
+        raise NotImplementedError
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What holds the weights: the joined layer, panels, or P and Q; the bias is not among
-        them."""
-        first, second, _, *more = self.args
-        weights = (first, second, *more) if self.call == "plain" else (first,)
-        return [t for t in weights if t is not None]
+        """The tensors that hold the weights, without the bias."""
+        raise NotImplementedError
+
+    def _weights(self, SVh: Tensor, U: Tensor, A=None, B=None, pivots=None) -> Weights:
+        if self.has_adapter and not self.lora_rank:
+            A, B = SVh.new_empty(0, self.shape[0]), SVh.new_empty(self.out_features, 0)
+        return Weights(SVh, U, A, B, self.bias, self.alpha, pivots)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Panels(Packed):
+    """follows_settings: float32 that fits bf16 limbs; torch's settings at a call then have a say in
+    its number of limb products, of which limb_products is the most."""
+
+    limb_products: int
+    follows_settings: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLayer(_Panels):
+    """layer: cpu_pack_layer's result. An op on it takes 3.7 us, one on six tensors 8.6."""
+
+    layer: Tensor
+
+    @classmethod
+    def of(cls, weights: Weights) -> PackedLayer:
+        SVh, U, A, B, _, alpha, pivots = (_detached(t) for t in weights)
+        rank, lora_rank, N = weights.rank, weights.lora_rank, weights.out_features
+        table = None if pivots is None else pivot_table(weights.pivots, N)
+        shrink, expand, adapter_expand = SVh, U, None
+        if lora_rank:  # joined: one matrix of rank r + ra has less padding than two
+            shrink = torch.cat((SVh, A))
+            expand = torch.cat((U, B if table is None else B[table.others(rank)]), 1)
+        if lora_rank and table is not None:
+            # B's rows of the pivots; its columns stand for h's from the last multiple of 32 on.
+            adapter_expand = pack_matrix(F.pad(B[pivots.long()], (rank % 32, 0)))
+        layer = op("pack_layer")(
+            shrink=pack_matrix(shrink),
+            adapter_shrink=None,
+            expand=pack_matrix(expand),
+            adapter_expand=adapter_expand,
+            pivot_table=None if table is None else table.table,
+            k=weights.in_features,
+            r=rank,
+            ra=lora_rank,
+            n=N,
+            alpha=alpha,
+        )
+        return cls(**_common(weights), **_limbs(weights), layer=layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        products = self.limb_products
+        if self.follows_settings:
+            products = limb_products_of_packed(products)
+        return _PACKED_LAYER(x, self.layer, self.data_of_bias, self.out_features, products)
+
+    def unpack(self) -> Weights:
+        rank, lora_rank, N, pivots = self.rank, self.lora_rank, self.out_features, self.pivots
+        P, _, Q, of_pivots = (op("unpack_part")(self.layer, part) for part in range(4))
+        SVh, U = P[:rank].clone(), Q[:, :rank].contiguous().clone()
+        if not lora_rank:
+            return self._weights(SVh, U, pivots=pivots)
+        A, B = P[rank:].clone(), Q[:, rank:]
+        if pivots is not None:
+            others, B = B, P.new_empty(N, lora_rank)
+            B[pivots.long()] = of_pivots[:, rank % 32 :]
+            B[pivot_table(pivots, N).others(rank)] = others
+        return self._weights(SVh, U, A, B.contiguous().clone(), pivots)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.layer]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedMatrix(_Panels):
+    """panels: of the matrix [N, K]."""
+
+    panels: Tensor
+
+    @classmethod
+    def of(cls, weights: Weights) -> PackedMatrix:
+        panels = pack_matrix(weights.SVh.detach())
+        return cls(**_common(weights), **_limbs(weights), panels=panels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        products = self.limb_products
+        if self.follows_settings:
+            products = limb_products_of_packed(products)
+        return _LINEAR(x, self.panels, self.data_of_bias, self.out_features, products)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        N = self.out_features
+        try:
+            return torch.ops.hylora.cpu_rows.default(self.panels, N, self.shape[0], ids)
+        except RuntimeError as error:
+            if "ids must be in" not in str(error):
+                raise
+            low, high = int(ids.min()), int(ids.max())
+            raise IndexError(f"ids must be in [0, {N}), got {low} to {high}") from None
+
+    def unpack(self) -> Weights:
+        return _dense(self, op("unpack")(self.panels, self.out_features, self.shape[0]))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.panels]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TorchProducts(Packed):
+    """P [r + ra, K] and Q [N, r + ra]; a dense matrix is P alone. B [N, ra] is what unpack gives,
+    since Q holds alpha B."""
+
+    P: Tensor
+    Q: Tensor | None
+    B: Tensor | None
+
+    @classmethod
+    def of(cls, weights: Weights) -> TorchProducts:
+        SVh, U, A, B, _, alpha, _ = (_detached(t) for t in weights)
+        if _is_matrix(weights):
+            return cls(**_common(weights), P=SVh.clone(), Q=None, B=None)
+        if not weights.lora_rank:
+            return cls(**_common(weights), P=SVh.clone(), Q=U.clone(), B=None)
+        P, Q = torch.cat((SVh, A)), torch.cat((U, alpha * B), 1)
+        return cls(**_common(weights), P=P, Q=Q, B=B.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.Q is None:
+            return F.linear(x, self.P, self.data_of_bias)
+        return F.linear(F.linear(x, self.P), self.Q, self.data_of_bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.P)
+
+    def unpack(self) -> Weights:
+        if self.Q is None:
+            return _dense(self, self.P.clone())
+        SVh, A = (part.clone() for part in self.P.split((self.rank, self.lora_rank)))
+        U = self.Q[:, : self.rank].contiguous().clone()
+        return self._weights(SVh, U, *((A, self.B.clone()) if self.lora_rank else ()))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.P, self.Q, self.B) if t is not None]
+
+
+# ----------------------------------------------------------------------- the backend's interface
 
 
 def pack(weights: Weights) -> Packed | None:
-    """The panels of factors that this backend supports. Bias and pivots are shared, not copied."""
-    SVh, U, A, B, bias, alpha, pivots = weights
-    K, out_features = weights.in_features, weights.out_features
-    rank, lora_rank = weights.rank, weights.lora_rank
-    matrices = [t.detach() for t in (SVh, U, A, B) if t is not None and t.numel()]
-    dense = weights.is_dense and not lora_rank
-    call = _layout(weights)
-    plain_bias = None if bias is None else bias.detach()
-    if dense:
-        order_of(pivots, out_features)
-        if call == "plain":
-            args = (SVh.detach().clone(), None, plain_bias, None)
-        else:
-            args = (pack_matrix(matrices[0]), plain_bias, out_features)
-    elif call == "plain":
-        P, Q, *adapter = matrices
-        P = torch.cat((P, *adapter[:1]))
-        Q = torch.cat((Q, *(alpha * B for B in adapter[1:])), 1)
-        args = (P, Q, plain_bias, adapter[1].clone() if lora_rank else None)
-    elif pivots is None:
-        P, Q = matrices[0], matrices[1]
-        if lora_rank:  # one matrix of rank r + ra has less padding than two
-            P, Q = torch.cat((matrices[0], matrices[2])), torch.cat((matrices[1], matrices[3]), 1)
-        panels = (pack_matrix(P), None, pack_matrix(Q), None)
-        layer = op("pack_layer")(*panels, None, K, rank, lora_rank, out_features, alpha)
-        args = (layer, plain_bias, out_features)
-    else:
-        table, stream = order_of(pivots, out_features)
-        P, Q, of_pivots = SVh.detach(), U.detach(), None
-        if lora_rank:  # one matrix here, too; of B's part in the pivots a panel of its own
-            others = stream[rank + -rank % 32 :]
-            P, Q = torch.cat((P, A.detach())), torch.cat((Q, B.detach()[others]), 1)
-            of_pivots = pack_matrix(F.pad(B.detach()[pivots.long()], (rank % 32, 0)))
-        panels = (pack_matrix(P), None, pack_matrix(Q), of_pivots)
-        layer = op("pack_layer")(*panels, table, K, rank, lora_rank, out_features, alpha)
-        args = (layer, plain_bias, out_features)
-    in_range = in_range_of(SVh.dtype, *((matrix, 1) for matrix in matrices))
-    float32 = SVh.dtype == torch.float32 and in_range
-    products = 0 if float32 else products_for(SVh.dtype, in_range)
-    if float32 and six_products_stay_faster():
-        products = 6
-    return Packed(
-        call=call,
-        args=args,
-        products=products,
-        float32=float32,
-        dtype=SVh.dtype,
-        shape=(K,),
-        out_features=out_features,
-        rank=rank,
-        lora_rank=lora_rank,
-        alpha=alpha,
-        adapted=A is not None,
-        bias=bias,
-        pivots=None if dense else pivots,
-    )
+    """Weights that this backend supports, packed. Bias and pivots are shared, not copied."""
+    if torch_products_are_faster(weights):
+        return TorchProducts.of(weights)
+    if not _is_matrix(weights):
+        return PackedLayer.of(weights)
+    pivot_table(weights.pivots, weights.out_features)  # raises for pivots that can't be
+    return PackedMatrix.of(weights)
 
 
-def _layout(weights: Weights) -> str:
-    """How a layer is packed: "packed_layer" or "linear" for panels, or "plain" where torch products
-    are faster (the pair form and dense matrices; the pivoted form has panels alone)."""
-    dense = weights.is_dense and not weights.lora_rank
-    has_plain_layout = dense or weights.pivots is None
-    # Of a thin matrix most of a panel is padding. 29 random shapes of at most 32 ranks: 0.92 of two
-    # plain products' speed at one or two rows, 1.17 up to 64, 0.90 above; bfloat16 2 to 5. More
-    # ranks with an eighth of padding or more: 0.82 to 0.95 (K = 1156, N = 103, r = 84, M = 2).
+def forward_packed(x: Tensor, packed: Packed) -> Tensor:
+    """x [..., K] of packed.dtype -> y [..., N]. A decoded token waits for it: keep it short."""
+    return packed.forward(x)
+
+
+def rows_packed(ids: Tensor, packed: Packed) -> Tensor:
+    """ids int64 [...] -> [..., K]: rows of a dense matrix, an embedding lookup."""
+    return packed.rows(ids)
+
+
+def unpack(packed: Packed) -> Weights:
+    """The weights as they were packed, bit for bit (Packed.unpack)."""
+    return packed.unpack()
+
+
+def torch_products_are_faster(weights: Weights) -> bool:
+    """Whether torch's products beat panels: float32 in the pair form or dense, of few ranks or with
+    much padding. The pivoted form has panels alone.
+
+    Measured, as speed relative to two torch products: 29 random shapes of at most 32 ranks 0.92 at
+    one or two rows, 1.17 up to 64, 0.90 above (bfloat16 2 to 5). More ranks with an eighth of
+    padding or more: 0.82 to 0.95 (K = 1156, N = 103, r = 84, M = 2).
+    """
+    if weights.SVh.dtype != torch.float32 or not (_is_matrix(weights) or weights.pivots is None):
+        return False
     K, N = weights.in_features, weights.out_features
-    middle = weights.rank + weights.lora_rank
-    is_thin = middle <= 32
-    is_padded = 8 * (_padded(middle) * K + _padded(N) * middle) > 9 * middle * (K + N)
-    if weights.SVh.dtype == torch.float32 and has_plain_layout and (is_thin or is_padded):
-        return "plain"
-    return "linear" if dense else "packed_layer"
+    rank = weights.rank + weights.lora_rank
+    numbers_in_panels = _padded(rank) * K + _padded(N) * rank
+    is_padded = 8 * numbers_in_panels > 9 * rank * (K + N)
+    return rank <= 32 or is_padded
+
+
+def _is_matrix(weights: Weights) -> bool:
+    return weights.is_dense and not weights.lora_rank
 
 
 def _padded(size: int) -> int:
     return size + -size % 32
 
 
-def forward_packed(x: Tensor, packed: Packed) -> Tensor:
-    """x [..., K] of packed.dtype -> y [..., N]. What a decoded token waits for: keep it short."""
-    if packed.call == "plain":
-        P, Q, bias, _ = packed.args
-        return F.linear(x, P, bias) if Q is None else F.linear(F.linear(x, P), Q, bias)
-    products = packed.products
-    if packed.float32:
-        products = _float32_products(products)
-    if packed.call == "packed_layer":
-        return torch.ops.hylora.cpu_packed_layer.default(x, *packed.args, products)
-    return torch.ops.hylora.cpu_linear.default(x, *packed.args, products)
+def _detached(value):
+    return value.detach() if isinstance(value, Tensor) else value
 
 
-@assume_constant_result  # compiled code is guarded by torch's settings as it is
-def _float32_products(most: int) -> int:
-    products = products_for(torch.float32, True)
-    return products if products == 3 else min(products, most)
+def _common(weights: Weights) -> dict:
+    """The fields of Packed."""
+    values = (
+        weights.SVh.dtype,
+        (weights.in_features,),
+        weights.out_features,
+        weights.rank,
+        weights.lora_rank,
+        weights.alpha,
+        weights.A is not None,
+        weights.bias,
+        _detached(weights.bias),
+        None if _is_matrix(weights) else weights.pivots,
+    )
+    return dict(zip((field.name for field in fields(Packed)), values, strict=True))
 
 
-def rows_packed(ids: Tensor, packed: Packed) -> Tensor:
-    """ids int64 [...] -> [..., K]: rows of a dense matrix, an embedding lookup."""
-    if packed.call == "plain":
-        return F.embedding(ids, packed.args[0])
-    K, N = packed.shape[0], packed.out_features
-    try:
-        return torch.ops.hylora.cpu_rows.default(packed.args[0], N, K, ids)
-    except RuntimeError as error:
-        if "ids must be in" not in str(error):
-            raise
-        low, high = int(ids.min()), int(ids.max())
-        raise IndexError(f"ids must be in [0, {N}), got {low} to {high}") from None
+def _limbs(weights: Weights) -> dict:
+    """The fields of _Panels."""
+    dtype = weights.SVh.dtype
+    factors = (weights.SVh, weights.U, weights.A, weights.B)
+    matrices = [_detached(t) for t in factors if t is not None]
+    fit = fit_limbs(dtype, *((matrix, 1) for matrix in matrices))
+    if dtype == torch.float32 and fit:
+        most = 6 if six_products_stay_faster() else 0
+        return {"limb_products": most, "follows_settings": True}
+    return {"limb_products": limb_products_for(dtype, fit), "follows_settings": False}
 
 
-def unpack(packed: Packed) -> Weights:
-    """The weights as they were packed, bit for bit: new memory, but for
-    bias and pivots, which are what was given (at rank N in the pivoted form equal to it)."""
-    K, N, rank, lora_rank = packed.shape[0], packed.out_features, packed.rank, packed.lora_rank
-    pivots, A, B = packed.pivots, None, None
-    if packed.call == "linear" or (packed.call == "plain" and packed.args[1] is None):
-        panels = packed.args[0]
-        SVh = panels.clone() if packed.call == "plain" else op("unpack")(panels, N, K)
-        U, pivots = SVh.new_empty(0, N), torch.arange(N, dtype=torch.int32)
-    elif pivots is None:
-        if packed.call == "plain":
-            P, Q = packed.args[0], packed.args[1]
-        else:
-            P, _, Q, _ = _parts(packed.args[0])
-        SVh, A = (part.clone() for part in P.split((rank, lora_rank)))
-        U, B = (part.contiguous().clone() for part in Q.split((rank, lora_rank), 1))
-        if packed.call == "plain" and lora_rank:
-            B = packed.args[3].clone()
-    else:
-        P, _, Q, of_pivots = _parts(packed.args[0])
-        SVh, U = P[:rank].clone(), Q[:, :rank].contiguous().clone()
-        if lora_rank:
-            A, B = P[rank:].clone(), P.new_empty(N, lora_rank)
-            B[pivots.long()] = of_pivots[:, rank % 32 :]
-            B[order_of(pivots, N)[1][rank + -rank % 32 :]] = Q[:, rank:]
-    if not packed.adapted:
-        A = B = None
-    elif A is None:
-        A, B = SVh.new_empty(0, K), SVh.new_empty(N, 0)
-    return Weights(SVh, U, A, B, packed.bias, packed.alpha, pivots)
-
-
-def _parts(layer: Tensor) -> list[Tensor]:
-    """The matrices that were packed, in pack_layer's order, empty where there were none."""
-    return [op("unpack_part")(layer, part) for part in range(4)]
+def _dense(packed: Packed, SVh: Tensor) -> Weights:
+    """The weights of a dense matrix: the pivoted form at rank N."""
+    N = packed.out_features
+    pivots = torch.arange(N, dtype=torch.int32)
+    return packed._weights(SVh, SVh.new_empty(0, N), pivots=pivots)

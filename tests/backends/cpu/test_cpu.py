@@ -1,5 +1,5 @@
-"""The cpu room: which calls it takes, what it keeps from step to step, the packed layout, its ops
-under torch's tools. That it computes the formula is shown by test_ops.py, for every room."""
+"""The cpu backend: which calls it takes, its numbers, what it keeps from step to step.
+test_ops.py shows that it computes the formula, for every backend."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hylora_kernels import SVDLoRALinear, backends, reference, svd_lora_linear, use_backend
 from hylora_kernels.backends import cpu
-from hylora_kernels.backends.cpu import panels
+from hylora_kernels.backends.cpu import limbs, panels
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,10 +120,10 @@ def test_exported_code_is_for_any_M():
 # ---------------------------------------------------------------------------------------- numbers
 
 
-@pytest.fixture(params=[6, 0], ids=["limbs", "multiply-adds"])
+@pytest.fixture(params=[6, 0], ids=["limbs", "fma"])
 def _float32_by(request, monkeypatch):
-    """What many rows of float32 are multiplied by: else a measurement's choice."""
-    monkeypatch.setattr(panels, "six_products_serve", lambda: request.param == 6)
+    """Sets how many rows of float32 are multiplied; else a measurement chooses."""
+    monkeypatch.setattr(limbs, "six_products_serve", lambda: request.param == 6)
 
 
 @every_dtype
@@ -204,19 +204,19 @@ def test_float32_beyond_what_limbs_hold(M, name, size):
         assert (error <= 1e-5 * sizes[key][finite]).all(), key
 
 
-def test_a_measurement_chooses_between_limbs_and_multiply_adds(monkeypatch):
+def test_a_measurement_chooses_between_limbs_and_fma(monkeypatch):
     """One a process; none where torch is to be deterministic, and none of the caller's numbers."""
     monkeypatch.undo()
     measured = []
-    monkeypatch.setattr(panels, "six_products_are_faster", lambda: measured.append(1) or True)
-    products = functools.partial(panels.products_for, torch.float32, True)
+    monkeypatch.setattr(limbs, "six_products_are_faster", lambda: measured.append(1) or True)
+    products = functools.partial(limbs.limb_products_for, torch.float32, True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert products() == 0 and not measured
     torch.use_deterministic_algorithms(False)
     assert products() == 6 and measured == [1]
     monkeypatch.undo()
     random_state = torch.get_rng_state()
-    monkeypatch.setattr(panels, "_verdicts", panels._Verdicts())
+    monkeypatch.setattr(limbs, "_measurements", limbs._Measurements())
     torch.set_default_dtype(torch.float64)  # it is no business of the measurement
     try:
         with FakeTensorMode():
@@ -224,26 +224,28 @@ def test_a_measurement_chooses_between_limbs_and_multiply_adds(monkeypatch):
     finally:
         torch.set_default_dtype(torch.float32)
     assert chosen in (0, 6) and products() == chosen
-    assert panels._verdicts.said == [chosen == 6]
+    assert limbs._measurements.results == [chosen == 6]
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_a_layer_is_packed_for_limbs_as_long_as_they_never_lost(monkeypatch):
     monkeypatch.undo()
     answers, clock = [True, True, False, True], [0.0]
-    monkeypatch.setattr(panels, "_measure_six_products", lambda: answers.pop(0))
-    monkeypatch.setattr(panels, "_verdicts", panels._Verdicts())
-    monkeypatch.setattr(panels.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(limbs, "_measure_six_products", lambda: answers.pop(0))
+    monkeypatch.setattr(limbs, "_measurements", limbs._Measurements())
+    monkeypatch.setattr(limbs.time, "monotonic", lambda: clock[0])
     for moment, faster, left in ((0, True, 3), (0.5, True, 3), (2, True, 2), (4, False, 1)):
         clock[0] = moment
-        assert panels.six_products_stay_faster() == faster and len(answers) == left
+        assert limbs.six_products_stay_faster() == faster and len(answers) == left
     clock[0] = 9
-    assert not panels.six_products_stay_faster() and len(answers) == 1, "who lost is out"
-    assert panels.six_products_are_faster(), "what serves unpacked calls doesn't change"
+    assert not limbs.six_products_stay_faster() and len(answers) == 1, (
+        "one lost measurement decides"
+    )
+    assert limbs.six_products_are_faster(), "what serves unpacked calls doesn't change"
 
 
 def test_what_limbs_hold(monkeypatch):
-    monkeypatch.setattr(panels, "LEVEL", "amx_bf16")
+    monkeypatch.setattr(limbs, "LEVEL", "amx_bf16")
     good = torch.randn(4, 5)
     for row, holds in (
         (torch.zeros(5), True),
@@ -255,10 +257,10 @@ def test_what_limbs_hold(monkeypatch):
         (torch.tensor([1.0, -torch.inf, 0, 0, 0]), False),
     ):
         matrix = torch.cat((good, row[None]))
-        assert panels.in_range_of(torch.float32, (good, 1), (matrix, 1)) == holds
-        assert panels.in_range_of(torch.float32, (matrix.T, 0)) == holds
-    assert not panels.in_range_of(torch.bfloat16, (good.bfloat16(), 1)), "it has one limb"
-    assert panels.in_range_of(torch.float32, (torch.empty(0, 5), 0))
+        assert limbs.fit_limbs(torch.float32, (good, 1), (matrix, 1)) == holds
+        assert limbs.fit_limbs(torch.float32, (matrix.T, 0)) == holds
+    assert not limbs.fit_limbs(torch.bfloat16, (good.bfloat16(), 1)), "it has one limb"
+    assert limbs.fit_limbs(torch.float32, (torch.empty(0, 5), 0))
 
 
 def test_pivots_that_cannot_be_are_named():

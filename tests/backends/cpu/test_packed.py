@@ -1,4 +1,4 @@
-"""The cpu room's packed layout, and its ops under torch's tools."""
+"""The cpu backend's packed layers, and its ops under torch's tools."""
 
 from __future__ import annotations
 
@@ -30,27 +30,25 @@ def packed_of(inputs):
     return cpu.pack(inputs.weights)
 
 
-def lay_out(monkeypatch, plain: bool) -> None:
-    """As asked for, whatever the conditions of today say."""
+def force_torch_products(monkeypatch, wanted: bool) -> None:
+    """Pack every layer that allows it for torch's products, or none."""
 
     def asked(weights):
         dense = weights.is_dense and not weights.lora_rank
-        has_plain_layout = dense or weights.pivots is None
-        if plain and weights.SVh.dtype == torch.float32 and has_plain_layout:
-            return "plain"
-        return "linear" if dense else "packed_layer"
+        allowed = weights.SVh.dtype == torch.float32 and (dense or weights.pivots is None)
+        return wanted and allowed
 
-    monkeypatch.setattr(packed_module, "_layout", asked)
+    monkeypatch.setattr(packed_module, "torch_products_are_faster", asked)
 
 
-@pytest.fixture(params=["panels", "plain"])
+@pytest.fixture(params=["panels", "torch products"])
 def layout(request, monkeypatch):
-    lay_out(monkeypatch, plain=request.param == "plain")
+    force_torch_products(monkeypatch, request.param == "torch products")
 
 
 @pytest.fixture
 def _panels(monkeypatch):
-    lay_out(monkeypatch, plain=False)
+    force_torch_products(monkeypatch, False)
 
 
 @every_dtype
@@ -129,13 +127,16 @@ def test_opcheck(lora_rank, form, dtype):
     for M, lead_dims in ((17, 2), (1, 0), (0, 2)):
         inputs = make_inputs(Case(M=M, lead_dims=lead_dims, lora_rank=lora_rank, form=form), dtype)
         packed = packed_of(inputs)
-        op = getattr(torch.ops.hylora, f"cpu_{packed.call}").default
-        args = (inputs.x, *packed.args, packed.products)
-        torch.library.opcheck(op, args, test_utils=tests if M == 17 else tests[:2])
+        is_matrix = isinstance(packed, packed_module.PackedMatrix)
+        assert is_matrix == (form == "dense" and lora_rank == 0)
+        op = torch.ops.hylora.cpu_linear if is_matrix else torch.ops.hylora.cpu_packed_layer
+        weights = packed.panels if is_matrix else packed.layer
+        args = (inputs.x, weights, inputs.bias, packed.out_features, packed.limb_products)
+        torch.library.opcheck(op.default, args, test_utils=tests if M == 17 else tests[:2])
 
 
 @every_dtype
-def test_opcheck_of_the_op_that_takes_the_panels_apart(dtype):
+def test_opcheck_of_the_op_on_separate_panels(dtype):
     inputs = make_inputs(Case(M=17, lead_dims=2, lora_rank=8), dtype)
     weights = [panels.pack_matrix(t) for t in (inputs.SVh, inputs.A, inputs.U, inputs.B)]
     sizes = (inputs.SVh.shape[0], 8, inputs.U.shape[0], 0.37)
@@ -181,16 +182,24 @@ def test_many_rows_of_float32_go_through_torch(rows, lora_rank, form, monkeypatc
         assert torch.equal(cpu.forward_packed(wide, packed), y), "rows need not be side by side"
 
 
-def test_thin_or_padded_float32_is_laid_out_plain():
-    for rank, lora_rank, call in (
-        (16, 16, "plain"),
-        (16, 17, "plain"),  # 33 are padded to 64
-        (33, 0, "plain"),
-        (47, 13, "packed_layer"),
-        (64, 0, "packed_layer"),
+def test_few_ranks_or_padded_float32_takes_torch_products():
+    PackedLayer, TorchProducts = packed_module.PackedLayer, packed_module.TorchProducts
+    for rank, lora_rank, wanted in (
+        (16, 16, TorchProducts),
+        (16, 17, TorchProducts),  # 33 are padded to 64
+        (33, 0, TorchProducts),
+        (47, 13, PackedLayer),
+        (64, 0, PackedLayer),
     ):
         inputs = make_inputs(Case(sizes=(64, 96, rank), lora_rank=lora_rank), torch.float32)
-        assert packed_of(inputs).call == call
-        assert packed_of(inputs.map(Tensor.bfloat16)).call == "packed_layer"
+        assert type(packed_of(inputs)) is wanted
+        assert type(packed_of(inputs.map(Tensor.bfloat16))) is PackedLayer
     inputs = make_inputs(Case(sizes=(64, 96, 16), form="pivoted"), torch.float32)
-    assert packed_of(inputs).call == "packed_layer", "the pivoted form has panels alone"
+    assert type(packed_of(inputs)) is PackedLayer, "the pivoted form has panels alone"
+
+
+def test_a_tensor_that_is_no_packed_layer_is_refused():
+    x = torch.randn(3, 64)
+    for wrong in (torch.randn(4096), torch.empty(3)):
+        with pytest.raises(RuntimeError, match="layer must be cpu_pack_layer's result"):
+            torch.ops.hylora.cpu_packed_layer(x, wrong, None, 96, 0)

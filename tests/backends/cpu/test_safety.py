@@ -235,12 +235,12 @@ def test_a_forked_child_computes_the_same_bits(parent, child):
 
 FORK_WHILE_MEASURING = """
 import os, signal
-from hylora_kernels.backends.cpu import panels
-with panels._verdicts.measuring:  # as another thread would
+from hylora_kernels.backends.cpu import limbs
+with limbs._measurements.lock:  # as another thread would
     child = os.fork()
     if child == 0:
         signal.alarm(60)
-        os._exit(0 if panels.six_products_stay_faster() in (True, False) else 3)
+        os._exit(0 if limbs.six_products_stay_faster() in (True, False) else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
