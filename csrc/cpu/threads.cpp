@@ -67,7 +67,7 @@ void run_few_rows(const LayerCall& call) {
   const int64_t useful = std::min(threads, std::max<int64_t>(1, size * weights / kBytesPerThread));
   const int64_t merges = call.merges_pivots();
   enum Stage : size_t { shrink, pivots, expand, merge_pivots };
-  // What a stage splits: panels, and merge_pivots rows.
+  // A stage splits panels, merge_pivots rows.
   const int64_t items[4] = {call.shrink.n ? shrink_panels(call) : 0, merges, expand_panels(call),
                             merges ? call.M : 0};
   int64_t parts[4];

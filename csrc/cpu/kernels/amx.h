@@ -1,11 +1,11 @@
 // Products in AMX tiles, of bf16 or of bf16 limbs.
 //
 // bf16 limbs: bf16 pieces whose sum is a float32. Each has 8 bits of mantissa, so two hold a
-// float16 and three a float32. A product of two numbers is then the sum of products of their limbs;
-// products of two low limbs are too small to matter:
+// float16 and three a float32. A product of two numbers is the sum of the products of their limbs,
+// of which the smallest are left out:
 //
 //     limb_products   type      limbs   limb i of x times limb j of W   error
-//     3               float16   2       i + j < 2                       that of float32 sums
+//     3               float16   2       i + j < 2                       at most 2^-18 of a product
 //     3               float32   2       i + j < 2                       5e-6
 //     6               float32   3       i + j < 3                       that of float32
 #pragma once
@@ -37,7 +37,8 @@ HYLORA_INLINE void configure_tiles(int rows) {
   _tile_loadconfig(&config);
 }
 
-// Multiplies one k-block of 32 rows and 32 columns. load_a and load_b are the load instructions.
+// Multiplies one k-block of 32 rows by 32 columns. load_a and load_b are the tile loads for the
+// rows and the panel.
 #define HYLORA_TILE_BLOCK(load_a, load_b)                                                          \
   load_b(6, b, 64);                                                                                \
   load_a(4, a, stride);                                                                            \

@@ -45,7 +45,7 @@ struct FinishY {
   }
 };
 
-// What expand does with outputs that are finished: nothing, they are in y.
+// The finisher policy of the pair form. FinishY writes outputs to y, so nothing is left to do.
 template <class B>
 struct WriteOutputs {
   using FinishRow = FinishY<B>;

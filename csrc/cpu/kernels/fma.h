@@ -82,7 +82,7 @@ struct Sums {
       v[u][r][i] = fma(factor, w[i], v[u][r][i]);
   }
   // to = (from or 0) + the sums. They are rows r0 and on of a tile, or of one tile for each panel.
-  HYLORA_MEMBER void hand_over(const float* from, float* to, int r0) const {
+  HYLORA_MEMBER void store_sums(const float* from, float* to, int r0) const {
 #pragma GCC unroll 8
     for (int r = 0; r < MR; r++)
 #pragma GCC unroll 8
@@ -98,13 +98,13 @@ struct Sums {
   }
 };
 
-// Numbers of k in a turn of the loop below: enough that loop control and address arithmetic vanish
-// beside loads and multiply-adds.
-constexpr int kTurn = 4;
+// Numbers of k in an iteration of the loop below: with fewer, loop control and address arithmetic
+// would slow down the multiply-adds.
+constexpr int kUnrolledK = 4;
 
-// Rows [r0, r0 + MR) times `Vectors` vectors of columns of one or two [k][32] panels. Every turn
-// prefetches `Lines` lines of each panel, `ahead` bytes on. Not inlined: together with a tile's
-// other loops the compiler would run out of registers.
+// Rows [r0, r0 + MR) times `Vectors` vectors of columns of one or two [k][32] panels. Every
+// iteration prefetches `Lines` lines of each panel, `ahead` bytes on. Not inlined: together with a
+// tile's other loops the compiler would run out of registers.
 template <class T, int MR, int U, int Vectors, int Lines>
 HYLORA_APART void fma_rows(const Term<float>& term, const float* from, float* to, int r0,
                            int64_t ahead) {
@@ -123,21 +123,21 @@ HYLORA_APART void fma_rows(const Term<float>& term, const float* from, float* to
   };
   const char* fetch = reinterpret_cast<const char*>(b) + ahead;
   int64_t k = 0;
-  for (; k + kTurn <= term.k; k += kTurn) {
+  for (; k + kUnrolledK <= term.k; k += kUnrolledK) {
 #pragma GCC unroll 16
     for (int line = 0; line < Wide * Lines; line++)
       __builtin_prefetch(fetch + line / Wide * 64 + line % Wide * term.b_plane * sizeof(T));
     fetch += 64 * Lines;
 #pragma GCC unroll 4
-    for (int u = 0; u < kTurn; u++)
+    for (int u = 0; u < kUnrolledK; u++)
       one(u);
-    a.advance(kTurn), b += kTurn * 32;
+    a.advance(kUnrolledK), b += kUnrolledK * 32;
   }
   for (; k < term.k; k++) {
     one(0);
     a.advance(1), b += 32;
   }
-  sums.hand_over(from, to, r0);
+  sums.store_sums(from, to, r0);
 }
 
 // The same for a bf16 panel. Each 32-bit lane holds the weights of an even and of the next, odd k,
@@ -169,7 +169,7 @@ HYLORA_APART void fma_rows_paired(const Term<float>& term, const float* from, fl
     }
     a.advance(2);
   }
-  sums.hand_over(from, to, r0);
+  sums.store_sums(from, to, r0);
 }
 
 // An integer as a type, for generic lambdas.
@@ -240,11 +240,11 @@ struct Fma {
   template <int Vectors, int Most, int... More>
   HYLORA_INLINE void stretch(const Term<float>& term, const float* from, float* to, int rows,
                              bool cold) {
-    constexpr int kLines = kTurn * int(sizeof(T)) / 2;           // of a panel in a turn
+    constexpr int kLines = kUnrolledK * int(sizeof(T)) / 2;      // of a panel in an iteration
     const bool odd_few = Most == 6 && (rows == 3 || rows == 5);  // 2 + 1 and 4 + 1
     const int groups = odd_few ? 2 : (rows + Most - 1) / Most;
     const int lines = !cold ? 0 : groups == 1 ? kLines : groups == 2 ? kLines / 2 : kLines / 4 + 1;
-    const int64_t share = ceil_div(term.k, kTurn) * lines * 64;
+    const int64_t share = ceil_div(term.k, kUnrolledK) * lines * 64;
     int64_t ahead = 8192;
     int r = 0;
     auto groups_of = [&](auto mr) HYLORA_LAMBDA {

@@ -1,4 +1,5 @@
-// Compiled for the baseline, like all that runs before a level is chosen.
+// Detects the instruction sets (isa.h). Compiled for the baseline, since it runs before one is
+// chosen.
 #include "isa.h"
 
 #include <cstdint>
@@ -20,7 +21,7 @@ namespace {
 constexpr const char* names[isa_count] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 #define HYLORA_ISA_NAMES "scalar, avx2, avx512, avx512_bf16, amx_bf16"
 
-// setup.py defines these as 1 for a file that the compiler can't make.
+// setup.py defines a macro as 1 if the compiler can't compile that level's file.
 #ifndef HYLORA_NO_AVX2
 #define HYLORA_NO_AVX2 0
 #endif
@@ -36,8 +37,8 @@ constexpr const char* names[isa_count] = {"scalar", "avx2", "avx512", "avx512_bf
 constexpr bool has_file[isa_count] = {true, !HYLORA_NO_AVX2, !HYLORA_NO_AVX512,
                                       !HYLORA_NO_AVX512_BF16, !HYLORA_NO_AMX_BF16};
 
-// HYLORA_ISA as it was when the library was loaded; later changes of the environment, which may
-// move its strings, don't reach it.
+// A copy of HYLORA_ISA from when the library was loaded: later changes of the environment may move
+// its strings.
 struct Forced {
   char name[64] = "";
   Forced() {
@@ -60,7 +61,8 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
 
 bool bit(uint64_t word, int index) { return (word >> index) & 1; }
 
-// What the system saves of a thread: bit 1 SSE, 2 AVX, 5-7 AVX-512, 17-18 AMX. 0 without OSXSAVE.
+// XCR0, the registers that the system saves for a thread: bit 1 SSE, 2 AVX, 5-7 AVX-512, 17-18 AMX.
+// 0 if the system doesn't use XSAVE.
 uint64_t xcr0(const Registers& leaf1) {
   if (!bit(leaf1.c, 27)) return 0;
   uint32_t low, high;
@@ -74,12 +76,12 @@ struct Feature {
   bool present;
 };
 
-// Words for the features that `isa` and the levels under it need and this processor lacks; "" if
-// none.
+// "this processor has no ..." with the features that it lacks, or "".
 struct Missing {
   char text[160];
 };
 
+// The features that `isa` and the levels below it need.
 Missing missing_features(Isa isa) {
   const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0);
   const Registers leaf7_1 = leaf7.a >= 1 ? cpuid(7, 1) : Registers{};
@@ -106,14 +108,14 @@ Missing missing_features(Isa isa) {
   return missing;
 }
 
-// The kernels configure tiles of 16 rows of 64 bytes, eight of them.
+// True if the processor has the eight tiles of 16 rows of 64 bytes that the kernels configure.
 bool tiles_fit() {
   if (cpuid(0x1d, 0).a < 1) return false;
   const Registers palette = cpuid(0x1d, 1);
   return palette.b >> 16 >= 8 && (palette.b & 0xffff) >= 64 && (palette.c & 0xffff) >= 16;
 }
 
-// Linux gives the 8 KB of tile data to a process that asks; threads and forked children inherit it.
+// Asks Linux for the use of tiles (8 KB of state). Threads and forked children inherit it.
 bool tiles_granted() {
 #if defined(__linux__)
   constexpr long arch_req_xcomp_perm = 0x1023, xtiledata = 18;
@@ -145,7 +147,8 @@ const char* processor_lacks(Isa isa) {
   return isa == Isa::amx_bf16 ? amx_refusal() : nullptr;
 }
 
-// Leaf 4, and AMD's 0x8000001d of the same form: one cache per subleaf, until type 0.
+// L2 bytes by cpuid leaf 4, or AMD's leaf 0x8000001d of the same form: each subleaf describes a
+// cache, the one after the last has type 0.
 size_t l2_of_leaf(uint32_t leaf) {
   for (uint32_t index = 0; index < 16; ++index) {
     const Registers r = cpuid(leaf, index);

@@ -1,5 +1,5 @@
-// Which instruction sets the kernels may use here: what the processor has (feature bits, never its
-// model), what the system keeps across a context switch, and what HYLORA_ISA says.
+// The instruction set that the kernels use. It depends on the processor's feature bits (never its
+// model), on the registers that the system saves at a context switch, and on HYLORA_ISA.
 #pragma once
 #include <cstddef>
 
@@ -15,11 +15,11 @@ constexpr int isa_count = 5;
 
 const char* isa_name(Isa isa);
 
-// False, and *isa untouched, where `name` is none of the five.
+// Sets *isa to the level of this name. Returns false, with *isa unchanged, for any other name.
 bool isa_parse(const char* name, Isa* isa);
 
-// nullptr where this level can run here, else why not, in words. Asking for amx_bf16 asks the
-// system for the use of tiles, once per process.
+// The reason in words why this level can't run here, or nullptr. For amx_bf16 the process first has
+// to ask the system for the use of tiles, which is done once.
 const char* isa_unavailable(Isa isa);
 
 // The highest level that can run here.
@@ -27,13 +27,14 @@ Isa isa_best();
 
 struct IsaChoice {
   Isa isa;
-  const char* error;  // nullptr, or why HYLORA_ISA can't be followed; isa is then scalar
+  const char*
+      error;  // the reason why HYLORA_ISA can't be followed (isa is then scalar), or nullptr
 };
 
-// What HYLORA_ISA named when the library was loaded, else isa_best().
+// The level that HYLORA_ISA named when the library was loaded, or else isa_best().
 const IsaChoice& isa_chosen();
 
-// Bytes of one core's L2 cache, 1 MiB where nothing says.
+// Bytes of one core's L2 cache; 1 MiB if neither the processor nor the system reports it.
 size_t l2_bytes();
 
 }  // namespace hylora

@@ -129,10 +129,10 @@ HYLORA_APART void merge_rows(const B& b, int64_t row0, int64_t row1, int64_t beg
     merge_some_rows<1>(b, row, begin, end, other0);
 }
 
-// What expand does with the others it makes (the pair form's counterpart is WriteOutputs,
-// expand.h). After each group of their panels, the panels of y that are complete by then are
-// merged; others that later ones need are carried over. With few rows threads share the block, and
-// they merge when all panels are made.
+// The finisher policy of the pivoted form (the pair form's is WriteOutputs in expand.h). After each
+// group of panels of others, the panels of y that are complete by then are merged, and the others
+// that later panels need are carried over. With few rows, threads share the block and merge after
+// all panels are made.
 template <class B>
 struct MergeOutputs {
   using FinishRow = FinishUnmerged<B>;

@@ -26,15 +26,15 @@ struct Method {
   int64_t rows;             // rows of a block
   bool keeps_type;          // x and h are kept in the tensors' type
   bool tile_panels;         // panels lie as AMX tiles (bf16), else as [k][32]
-  int64_t type_bytes;       // of a number of the tensors, and of a row of x or h as it is kept
-  int64_t kept_bytes;
+  int64_t type_bytes;       // of a number in the tensors
+  int64_t kept_bytes;       // of a number of x or h as it is kept
 
   constexpr bool has_limbs() const { return planes > 1; }
   // Rows stay in L1 while panels stream past them; other methods keep the panel and stream rows.
   constexpr bool rows_stay() const { return tiles && planes == 1; }
 };
 
-// Where the shrink product reads x.
+// The place that the shrink product reads x from.
 enum class XSource {
   in_place,
   chunk_copy,  // each chunk of k is copied (converted, padded) before it is multiplied
@@ -53,7 +53,7 @@ struct BlockPlan {
   bool finishes_row_tiles;  // and is then done, so `others` and the adapter's pivots hold one tile
   XSource x;
   bool has_h;            // else the layer is one product, on x
-  bool merges_pivots;    // y is merged of pivots and others
+  bool merges_pivots;    // y is merged from pivots and others
   bool h_is_pivots;      // h as it is kept holds the pivots, so that they need no copy
   bool adapter_h_apart;  // the adapter's columns of h are kept once more without the base's
   int64_t base_panels;   // of h; the adapter's follow, if it is separate
@@ -69,7 +69,7 @@ inline int64_t expand_blocks(const LayerCall& call) {
          (call.adapter == Adapter::separate ? k_blocks(call.adapter_expand) : 0);
 }
 
-// Rows of a block. Of a K that is one pass no partial sums are spilled, which leaves room in L2 for
+// Rows of a block. If K fits one pass, no partial sums are spilled, which leaves room in L2 for
 // twice the rows.
 inline int64_t rows_per_block(const Method& method, const LayerCall& call) {
   const bool one_pass = ceil_div(call.K, 32) <= method.chunk_blocks;

@@ -72,7 +72,7 @@ def unsupported(x: Tensor, weights: Weights) -> str | None:
 
 
 def is_faster_than_next(x: Tensor, weights: Weights) -> bool:
-    """Whether a call that this backend can serve is faster here than in the next backend."""
+    """True if a call that this backend can serve is faster here than in the next backend."""
     if LEVEL == "scalar" or x.dtype == torch.float32:
         return False
     if torch.compiler.is_exporting():  # an exported program is for any M

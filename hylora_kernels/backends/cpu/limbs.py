@@ -27,9 +27,10 @@ SMALLEST, LARGEST = 2.0**-60, 2.0**60
 def limb_products_for(dtype: torch.dtype, fit: bool) -> int:
     """The number of limb products for weights of this dtype; `fit`: fit_limbs of the weights.
 
-    3 are exact for float16, which is two limbs. 6 are as exact as float32, which is three, and are
-    taken where they are faster. 3 of float32 leave an error of 5e-6 and are taken if torch's
-    float32_matmul_precision is below "highest".
+    float16 takes 3 of two limbs: what they leave out is at most 2^-18 of a product, far below its
+    own rounding. float32 takes 6 of three limbs, as exact as float32 itself, where they are faster;
+    or 3 of two limbs, with an error of 5e-6, if torch's float32_matmul_precision is below
+    "highest".
     """
     if dtype == torch.float16:
         return 3
@@ -48,7 +49,7 @@ def limb_products_of_packed(most: int) -> int:
 
 
 def fit_limbs(dtype: torch.dtype, *matrices: tuple[Tensor, int]) -> bool:
-    """Whether bf16 limbs can hold float32 matrices, each given with the dim that products sum over.
+    """True if bf16 limbs can hold float32 matrices, each given with the dim that products sum over.
 
     All numbers must be finite, and the largest magnitude along that dim zero or within
     [SMALLEST, LARGEST]. False at a level without limbs.
@@ -69,16 +70,16 @@ def fit_limbs(dtype: torch.dtype, *matrices: tuple[Tensor, int]) -> bool:
 
 
 def six_products_serve() -> bool:
-    """Whether calls on weights that aren't packed take 6 limb products.
+    """True if calls on weights that aren't packed take 6 limb products.
 
-    Not under torch.use_deterministic_algorithms: a measurement may decide differently in another
+    Never under torch.use_deterministic_algorithms: a measurement may decide differently in another
     process, and that changes the last bits.
     """
     return not torch.are_deterministic_algorithms_enabled() and six_products_are_faster()
 
 
 def six_products_are_faster() -> bool:
-    """Whether 6 limb products beat FMA on this machine, measured once in a process (10 ms).
+    """True if 6 limb products beat FMA on this machine, measured once in a process (10 ms).
 
     No property of the processor tells: some hosts run the tile unit at a quarter of its rate
     (0.56 TFLOP/s instead of 2.24, FMA untouched). There 6 products take 1.2 to 1.6 times as long as
@@ -88,7 +89,7 @@ def six_products_are_faster() -> bool:
 
 
 def six_products_stay_faster() -> bool:
-    """Whether a layer that is packed now, for long use, takes 6 limb products.
+    """True if a layer that is packed now, for long use, takes 6 limb products.
 
     Measures again if the last measurement is over a second old, since a host may change the rate.
     One lost measurement disables limbs for newly packed layers in this process.

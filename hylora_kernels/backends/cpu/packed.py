@@ -32,7 +32,7 @@ _LINEAR, _PACKED_LAYER = (None, None) if REFUSAL else (op("linear"), op("packed_
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """What all packed layers have in common. Immutable, so that modules can share one."""
+    """The part that all packed layers have in common. Immutable, so that modules can share one."""
 
     backend: ClassVar[str] = "cpu"
 
@@ -239,7 +239,7 @@ def unpack(packed: Packed) -> Weights:
 
 
 def torch_products_are_faster(weights: Weights) -> bool:
-    """Whether torch's products beat panels: float32 in the pair form or dense, of few ranks or with
+    """True if torch's products beat panels: float32 in the pair form or dense, of few ranks or with
     much padding. The pivoted form has panels alone.
 
     Measured, as speed relative to two torch products: 29 random shapes of at most 32 ranks 0.92 at

@@ -165,7 +165,7 @@ def test_vmap_of_a_packed_layer_is_refused():
 @pytest.mark.parametrize("form", ["pair", "dense"])
 @pytest.mark.parametrize("rows", [1024, 4097])  # at most 4096 at a time
 def test_many_rows_of_float32_go_through_torch(rows, lora_rank, form, monkeypatch):
-    """Where limbs don't serve: weights unpacked a part at a time, the bias and alpha where they
+    """Without limbs: weights unpacked a part at a time, the bias and alpha where they
     belong."""
     monkeypatch.setattr(packed_module, "six_products_stay_faster", lambda: False)
     N = 31000 if rows == 1024 else 200  # more than 8 MB of weights
