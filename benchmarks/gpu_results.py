@@ -70,7 +70,8 @@ def _models(rows: list[dict]) -> str:
     note = (
         "Random weights, bfloat16, one rank for each size of layer. Tokens a second, a training "
         "step in ms, a layer's call on the host in µs; in brackets how many times as fast as "
-        "dense, the median of interleaved rounds. Peak: own weights and what the call allocates."
+        "dense, the median of interleaved rounds. Dense is trained with LoRA of the same rank. "
+        "Peak: own weights and what the call allocates."
     )
     return "\n\n".join(["#### Whole models", note, *parts])
 

@@ -1,6 +1,6 @@
 """benchmarks/gpu_models.py on a CPU with a tiny model: every part runs, checks and writes. Times
 mean nothing here. The whole run is a process in which datasets, platformdirs and gguf can't be
-imported: a machine that is lent with a GPU has none of them.
+imported: a bare machine with a GPU has none of them.
 """
 
 from __future__ import annotations
