@@ -65,7 +65,7 @@ def demo_report() -> DemoReport:
             "train": "brown",
             "test": test,
             "out_of_domain": test | {"name": "python-docs", "blocks": 8, "tokens": 4088},
-            "recovery_blocks": 4,
+            "recovery_blocks": 2,
             "calibration_blocks": 48,
             "steps": {"0.8": 30, "0.6": 50, "control": 30},
             "prompt": PROMPT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from hylora_kernels.model import load as models
 from hylora_kernels.model.adapters import add_adapters
 from hylora_kernels.model.checkpoint import save_pretrained
 from hylora_kernels.recovery.finetune import FinetuneReport, finetune
+from hylora_kernels.support.console import format_seconds
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.storage import write_text
 from hylora_kernels.text.blocks import token_blocks
@@ -201,6 +203,7 @@ def _recover(setup: Setup, recipe: Recipe, made: StageModel, steps: int) -> None
     )
     if made.recovery.stopped:
         raise FloatingPointError(f"{recipe.label}: {made.recovery.stopped}")
+    setup.say(f"{recipe.label}: held-out losses took {format_seconds(curve.seconds)}")
     made.held_out = curve.points()
 
 
@@ -212,10 +215,13 @@ class HeldOutCurve:
         self.model, self.blocks = model, blocks
         self.steps = {round(quarter * steps / 4) for quarter in range(5)}
         self.file = folder / "held_out.json"
+        self.seconds = 0.0  # of this session's evaluations
 
     def on_step(self, step: int) -> None:
         if step in self.steps:
+            start = time.perf_counter()
             loss = perplexity(self.model, self.blocks, progress=False).nll
+            self.seconds += time.perf_counter() - start
             write_text(self.file, json.dumps(dict(self.points()) | {step: loss}))
 
     def points(self) -> list[list[float]]:

@@ -38,7 +38,7 @@ class Settings:
     length: int = 512
     blocks: int = 16
     other_blocks: int = 8
-    recovery_blocks: int = 4
+    recovery_blocks: int = 2
     new_tokens: int = 48
     prompt: str = PROMPT
     device: str = "auto"
