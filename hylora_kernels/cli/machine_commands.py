@@ -1,27 +1,27 @@
-"""The commands behind `hylora` that are about the machine: what it has, whether the backends are
-right on it, and what is fastest on it."""
+"""The commands of `hylora` about this machine: its hardware, correctness and speed of the backends,
+and the cache."""
 
 # No `from __future__ import annotations`: typer reads the annotations themselves.
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from hylora_kernels.cli.options import (
     Device,
     Json,
     Option,
     Seed,
-    numbers_option,
-    shapes_option,
+    read_numbers,
+    read_shapes,
     write_report,
 )
 from hylora_kernels.support.console import format_bytes, format_seconds, show
 
 
 def info(json_path: Json = None) -> None:
-    """Versions, devices, what the CPU can do, backends and why not, the cache."""
-    from hylora_kernels.machine.info import info as look
+    """Versions, devices, CPU features, each backend or why it can't run, and the cache folder."""
+    from hylora_kernels.machine.info import info as collect
 
-    report = look()
+    report = collect()
     for name, text in report.rows():
         show(f"{name:<16}{text}")
     write_report(report, json_path)
@@ -30,10 +30,10 @@ def info(json_path: Json = None) -> None:
 def selftest(
     device: Device = "auto",
     full: Annotated[
-        bool, Option("--full", help="All sizes and launches: many minutes on a GPU.")
+        bool, Option("--full", help="All sizes and launches; takes many minutes on a GPU.")
     ] = False,
     repeats: Annotated[
-        int | None, Option(help="Runs of each call, for races; by default 20 on a GPU.")
+        int | None, Option(help="Runs of each call, to find races. By default 20 on a GPU.")
     ] = None,
     seed: Seed = 0,
     seconds: Annotated[
@@ -46,8 +46,8 @@ def selftest(
 
     report = run(device, full, repeats, seed, seconds)
     show(report.render())
-    for what, why in report.skipped.items():
-        show(f"not tested: {what}: {why}")
+    for name, reason in report.skipped.items():
+        show(f"not tested: {name}: {reason}")
     for failure in report.failures[:20]:
         show(f"FAILED: {failure}")
     write_report(report, json_path)
@@ -58,42 +58,44 @@ def selftest(
 
 
 def tune(
-    device: Annotated[str, Option(help="The GPU: cuda, cuda:1, ...")] = "cuda",
+    device: Annotated[str, Option(help="GPU to measure on: cuda, cuda:1, ...")] = "cuda",
     shapes: Annotated[
-        str | None, Option(help='Layers KxNxrxra with commas between: "2048x2048x512x32,...".')
+        str | None,
+        Option(help="Layers KxNxrxra, several with commas between, for example 2048x2048x512x32."),
     ] = None,
     rows: Annotated[
-        str | None, Option(help="Rows of x (M) with commas between, e.g. 1,16,256.")
+        str | None, Option(help="Rows of x, several with commas between, for example 1,16,256.")
     ] = None,
     dtype: Annotated[
-        str, Option(help="bfloat16, float16, float32, or several with commas between.")
+        str, Option(help="bfloat16, float16 or float32, several with commas between.")
     ] = "bfloat16",
     model: Annotated[
-        str | None, Option(help="Folder of a compressed model: the shapes of its layers.")
+        str | None, Option(help="Folder of a compressed model, whose layers are measured.")
     ] = None,
     quick: Annotated[
-        bool, Option("--quick", help="Few shapes and rows, forward alone: a minute or two.")
+        bool,
+        Option("--quick", help="Few shapes and rows, forward alone; takes a minute or two."),
     ] = False,
     json_path: Json = None,
 ) -> None:
-    """Measure what serves a layer fastest on this GPU, for the backend to read."""
+    """Find the fastest launch for each layer on this GPU; the backend reads the table it writes."""
     from hylora_kernels.machine import tune as tuning
     from hylora_kernels.support.devices import resolve_device, resolve_dtype
 
     if shapes is not None and model is not None:
         raise ValueError("--shapes and --model both say which layers: give one of them")
     resolve_device(device)
-    asked = {}
+    asked: dict[str, Any] = {}
     if quick:
         asked = {"shapes": tuning.SHAPES[2:4], "rows": (1, 16, 256), "directions": ("forward",)}
     if shapes is not None:
-        asked["shapes"] = shapes_option(shapes, "shapes")
+        asked["shapes"] = read_shapes(shapes, "shapes")
     if model is not None:
         from hylora_kernels.model.checkpoint import layer_shapes
 
         asked["shapes"], asked["forms"] = layer_shapes(model)
     if rows is not None:
-        asked["rows"] = numbers_option(rows, int, "rows")
+        asked["rows"] = read_numbers(rows, int, "rows")
     asked["dtypes"] = [resolve_dtype(name.strip()) for name in dtype.split(",")]
     report = tuning.tune(device, **asked)
     show(report.render())
@@ -102,10 +104,10 @@ def tune(
 
 
 def cache(
-    clear: Annotated[bool, Option("--clear", help="Delete what is in it.")] = False,
+    clear: Annotated[bool, Option("--clear", help="Delete its files.")] = False,
     json_path: Json = None,
 ) -> None:
-    """Where the cache is (HYLORA_CACHE) and how large; everything in it can be made again."""
+    """Path and size of the cache (HYLORA_CACHE); everything in it is made again when needed."""
     from hylora_kernels.machine import info
     from hylora_kernels.support import storage
 

@@ -1,46 +1,34 @@
-"""The commands behind `hylora` that work on a model: one typed function a verb, which loads, calls
-the library, prints and writes. Everything heavy is imported by the verb that needs it, so that
---help is quick."""
+"""The commands of `hylora` that work on a model. Each one loads, calls the library, prints, writes.
+
+A command imports what it needs in its body, so that --help stays quick.
+"""
 
 # No `from __future__ import annotations`: typer reads the annotations themselves.
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hylora_kernels.cli.options import (
     Argument,
-    Batch,
-    Calibration,
-    Compressed,
+    CompressedModel,
     Device,
     Dtype,
-    Exclude,
-    Factorizer,
-    Form,
-    Include,
     Json,
-    Length,
-    LoraRank,
-    Memory,
-    Method,
     Model,
-    Multiple,
     Optimize,
     Option,
     Out,
-    Ranks,
-    Refit,
-    Samples,
     Seed,
     Text,
-    claim,
-    numbers_option,
-    ranks_option,
-    size_option,
+    library_options,
+    refuse_foreign_folder,
     write_report,
 )
+from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.experiments.options import SweepOptions
+from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.console import (
     format_bytes,
     format_seconds,
@@ -50,73 +38,38 @@ from hylora_kernels.support.console import (
 )
 from hylora_kernels.support.storage import require_disk
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+@library_options(
+    CompressOptions, without=("tokenizer", "device", "dtype", "refit_samples", "progress")
+)
 def compress(
     model: Model,
     out: Out,
-    keep: Annotated[float, Option(help="Fraction of the linears' parameters that stays.")] = 0.8,
-    method: Method = "two_sided",
-    ranks: Ranks = "global",
-    lora_rank: LoraRank = 64,
-    init: Annotated[
-        str, Option(help="Adapters start from: next (components) or classic.")
-    ] = "next",
-    form: Form = "pivoted",
-    factorizer: Factorizer = "gram",
-    rank_multiple: Multiple = 16,
-    include: Include = None,
-    exclude: Exclude = None,
-    count: Annotated[
-        str, Option(help="Budget for adapters merged or as_is (separate).")
-    ] = "merged",
-    calibration: Calibration = "brown",
-    samples: Samples = 128,
-    length: Length = 512,
-    max_memory: Memory = None,
-    refit: Refit = None,
-    cache: Annotated[
-        bool, Option("--cache/--no-cache", help="Keep and reuse finished work.")
-    ] = True,
+    *,
+    options: dict[str, Any],
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
     json_path: Json = None,
 ) -> None:
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
     from hylora_kernels.compression.compress import compress as compress_model
-    from hylora_kernels.model import checkpoint
+    from hylora_kernels.model.checkpoint import save_pretrained
 
-    claim(out, model)
-    policy, memory = ranks_option(ranks), size_option(max_memory, "max-memory")
+    refuse_foreign_folder(out, model)
     loaded, tokenizer = _load(model, device, dtype)
-    require_disk(out, _bytes(loaded), f"the compressed model in {out}")
-    loaded, report = compress_model(
-        loaded,
-        keep=keep,
-        calibration=calibration,
-        method=method,
-        ranks=policy,
-        lora_rank=lora_rank,
-        init=init,
-        form=form,
-        factorizer=factorizer,
-        refit=refit,
-        rank_multiple=rank_multiple,
-        include=include or None,
-        exclude=exclude or None,
-        count=count,
-        samples=samples,
-        length=length,
-        max_memory=memory,
-        tokenizer=tokenizer,
-        cache=cache,
-        seed=seed,
-    )
-    checkpoint.save_pretrained(loaded, out, tokenizer)
-    whole = report.model_parameters, report.model_parameters_as_is
+    require_disk(out, _parameter_bytes(loaded), f"the compressed model in {out}")
+    loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
+    save_pretrained(loaded, out, tokenizer)
     counts = {
         "linears": (report.dense_parameters, report.parameters, report.parameters_as_is),
-        "whole model": (report.model_dense_parameters, *whole),
+        "whole model": (
+            report.model_dense_parameters,
+            report.model_parameters,
+            report.model_parameters_as_is,
+        ),
     }
     show(kept_table(counts))
     show(report_lines(loaded))
@@ -126,60 +79,36 @@ def compress(
     show(f"written to {out}. Next: hylora finetune {out} --out {out}-recovered")
 
 
+@library_options(
+    FinetuneOptions, without=("tokenizer", "teacher", "output_dir", "progress", "on_step")
+)
 def finetune(
-    model: Compressed,
+    model: CompressedModel,
     out: Out,
-    data: Text = "brown",
-    steps: Annotated[int, Option(help="Updates; a step takes batch * accumulate blocks.")] = 60,
-    lr: Annotated[float | None, Option(help="Peak learning rate; by default by steps.")] = None,
-    warmup: Annotated[int | None, Option(help="Steps of warm-up; by default by steps.")] = None,
-    length: Length = 512,
-    batch: Batch = 1,
-    accumulate: Annotated[int, Option(help="Batches a step.")] = 1,
-    clip: Annotated[float, Option(help="Largest norm of the gradient.")] = 1.0,
-    chunk: Annotated[int, Option(help="Tokens at once through the output head.")] = 64,
-    distill: Annotated[float, Option(help="Share of the loss against --teacher.")] = 0.0,
-    teacher: Annotated[str | None, Option(help="The dense model to distil from.")] = None,
-    merge: Annotated[bool, Option("--merge/--no-merge", help="Fold the adapters in.")] = True,
-    gradient_checkpointing: Annotated[
-        bool, Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    save_every: Annotated[int | None, Option(help="Steps between checkpoints.")] = None,
-    resume: Annotated[bool, Option("--resume/--restart", help="Go on from a checkpoint.")] = True,
+    *,
+    options: dict[str, Any],
+    teacher: Annotated[
+        str | None, Option(help="Dense model to distil from, given as MODEL is elsewhere.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
     json_path: Json = None,
 ) -> None:
     """Train the adapters of a compressed model and write the recovered model to a folder."""
-    from hylora_kernels.model import checkpoint
+    from hylora_kernels.model.checkpoint import save_pretrained
     from hylora_kernels.recovery.finetune import finetune as train
 
-    claim(out, model, mark="training")
+    refuse_foreign_folder(out, model, mark="training")
     loaded, tokenizer = _load(model, device, dtype)
-    require_disk(out, _bytes(loaded), f"the recovered model in {out}")
+    require_disk(out, _parameter_bytes(loaded), f"the recovered model in {out}")
     report = train(
         loaded,
-        data,
-        tokenizer,
-        steps=steps,
-        lr=lr,
-        warmup=warmup,
-        length=length,
-        batch=batch,
-        accumulate=accumulate,
-        clip=clip,
-        chunk=chunk,
-        distill=distill,
+        tokenizer=tokenizer,
         teacher=_load(teacher, device, dtype)[0] if teacher else None,
-        merge=merge,
-        gradient_checkpointing=gradient_checkpointing,
         output_dir=out / "training",
-        save_every=save_every,
-        resume=resume,
-        seed=seed,
+        **options,
     )
-    checkpoint.save_pretrained(loaded, out, tokenizer)
+    save_pretrained(loaded, out, tokenizer)
     show(f"trained {report.trainable:,} / total {report.total:,} parameters")
     show(report_lines(loaded))
     if report.losses:
@@ -197,11 +126,13 @@ def finetune(
 def evaluate(
     model: Model,
     data: Text = "brown",
-    split: Annotated[str, Option(help="test or train.")] = "test",
-    length: Length = 2048,
-    limit: Annotated[int | None, Option(help="At most so many blocks; by default all.")] = None,
-    batch: Batch = 4,
-    speed: Annotated[bool, Option("--speed/--no-speed", help="Measure tokens a second.")] = True,
+    split: Annotated[str, Option(help="Part of the text: test or train.")] = "test",
+    length: Annotated[int, Option(help="Tokens in a block.")] = 2048,
+    limit: Annotated[int | None, Option(help="Most blocks to measure on. By default all.")] = None,
+    batch: Annotated[int, Option(help="Blocks in one forward.")] = 4,
+    speed: Annotated[
+        bool, Option("--speed/--no-speed", help="Also measure tokens per second.")
+    ] = True,
     optimize: Optimize = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -211,11 +142,17 @@ def evaluate(
     from hylora_kernels.evaluation.evaluate import evaluate as measure
 
     loaded, tokenizer = _load(model, device, dtype)
-    path = model if Path(model).is_dir() else None
-    on_cpu = loaded.device.type == "cpu"
     report = measure(
-        *(loaded, data, tokenizer, length, limit, split, batch, speed, path),
-        optimize=optimize and on_cpu,
+        loaded,
+        data,
+        tokenizer,
+        length=length,
+        limit=limit,
+        split=split,
+        batch=batch,
+        speed=speed,
+        path=model if Path(model).is_dir() else None,
+        optimize=optimize and loaded.device.type == "cpu",
     )
     show(report.render())
     show(report_lines(loaded))
@@ -224,26 +161,32 @@ def evaluate(
 
 def generate(
     model: Model,
-    prompt: Annotated[str, Argument(metavar="PROMPT", help="What to go on from.")],
-    chat: Annotated[bool, Option("--chat", help="Put the prompt into the chat template.")] = False,
-    max_new_tokens: Annotated[int, Option(help="At most so many tokens.")] = 64,
-    temperature: Annotated[float, Option(help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[float, Option(help="Of the likeliest tokens with this share.")] = 1.0,
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="Text to continue.")],
+    chat: Annotated[
+        bool, Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, Option(help="Temperature of sampling; 0: always the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, Option(help="Sample from the likeliest tokens with this share of probability.")
+    ] = 1.0,
     optimize: Optimize = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     json_path: Json = None,
 ) -> None:
-    """Continue a prompt; the text is printed as it comes."""
-    from hylora_kernels.inference.generate import generate as write
+    """Continue a prompt; the text is printed as it is generated."""
+    from hylora_kernels.inference.generate import generate as continue_text
     from hylora_kernels.inference.optimize import optimize_for_inference
 
     loaded, tokenizer = _load(model, device, dtype)
     typer.echo(report_lines(loaded), err=True)
     if optimize and loaded.device.type == "cpu":
         optimize_for_inference(loaded)
-    text = write(
+    text = continue_text(
         loaded,
         tokenizer,
         prompt,
@@ -258,35 +201,30 @@ def generate(
     write_report({"prompt": prompt, "text": text, "model": model}, json_path)
 
 
+@library_options(
+    CompressOptions, only=("include", "exclude", "calibration", "samples", "length", "seed")
+)
 def analyze(
     model: Model,
-    method: Annotated[str, Option(help="svd: the weights alone; or whitened, two_sided.")] = "svd",
-    include: Include = None,
-    exclude: Exclude = None,
-    calibration: Calibration = "brown",
-    samples: Samples = 128,
-    length: Length = 512,
-    png: Annotated[Path | None, Option(help="Draw the spectra there.")] = None,
+    *,
+    method: Annotated[
+        str,
+        Option(
+            help="svd: the weights alone; whitened or two_sided: in the norm in which compress "
+            "truncates."
+        ),
+    ] = "svd",
+    options: dict[str, Any],
+    png: Annotated[Path | None, Option(help="Draw the spectra to this file.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
     json_path: Json = None,
 ) -> None:
-    """Singular spectra of a model's linears: how much energy which rank keeps, what it costs."""
+    """Singular spectra of a model's linears: which rank keeps how much energy, and its cost."""
     from hylora_kernels.compression.spectrum import analyze_spectrum
 
     loaded, tokenizer = _load(model, device, dtype)
-    report = analyze_spectrum(
-        loaded,
-        method,
-        calibration,
-        include or None,
-        exclude or None,
-        samples,
-        length,
-        tokenizer,
-        seed=seed,
-    )
+    report = analyze_spectrum(loaded, method, tokenizer=tokenizer, **options)
     show(report.render())
     show(report_lines(loaded))
     if png is not None:
@@ -295,60 +233,26 @@ def analyze(
     write_report(report, json_path)
 
 
+@library_options(
+    SweepOptions,
+    without=(
+        *("output_dir", "tokenizer", "device", "dtype", "progress"),
+        *("init", "count", "refit_samples", "cache"),
+    ),
+)
 def sweep(
     model: Model,
     out: Annotated[Path, Option(help="Folder of the cells, the table and the picture.")],
-    keep: Annotated[str, Option(help="Keeps, with commas between.")] = "0.9,0.8,0.6",
-    lora_rank: Annotated[str, Option(help="Adapter ranks, with commas between.")] = "0,16,64",
-    rank: Annotated[str | None, Option(help="Plain ranks of all linears instead of keeps.")] = None,
-    method: Method = "two_sided",
-    ranks: Annotated[str, Option(help="global, uniform or energy.")] = "global",
-    form: Form = "pivoted",
-    factorizer: Factorizer = "gram",
-    rank_multiple: Multiple = 16,
-    include: Include = None,
-    exclude: Exclude = None,
-    calibration: Calibration = "brown",
-    samples: Samples = 128,
-    length: Length = 512,
-    max_memory: Memory = None,
-    refit: Refit = None,
-    steps: Annotated[int, Option(help="Recovery steps a cell with adapters; 0: none.")] = 0,
-    data: Text = "brown",
-    limit: Annotated[int | None, Option(help="Evaluate on at most so many blocks.")] = 16,
+    *,
+    options: dict[str, Any],
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
     json_path: Json = None,
 ) -> None:
     """A table of perplexity and size over keeps (or ranks) and adapter ranks; resumable."""
     from hylora_kernels.experiments.sweep import sweep as run
 
-    report = run(
-        model,
-        output_dir=out,
-        keep=numbers_option(keep, float, "keep"),
-        lora_rank=numbers_option(lora_rank, int, "lora-rank"),
-        rank=None if rank is None else numbers_option(rank, int, "rank"),
-        data=data,
-        length=length,
-        limit=limit,
-        steps=steps,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        method=method,
-        ranks=ranks,
-        form=form,
-        factorizer=factorizer,
-        rank_multiple=rank_multiple,
-        include=include or None,
-        exclude=exclude or None,
-        calibration=calibration,
-        samples=samples,
-        max_memory=size_option(max_memory, "max-memory"),
-        refit=refit,
-    )
+    report = run(model, out, device=device, dtype=dtype, **options)
     show(report.render())
     write_report(report, json_path)
     show(f"written to {out}: sweep.json, sweep.png")
@@ -358,10 +262,14 @@ def demo(
     out: Annotated[Path, Option(help="Folder of the report and the recovered models.")] = Path(
         "runs/demo"
     ),
-    samples: Samples = 48,
-    steps: Annotated[int, Option(help="Recovery steps at keep 0.8, and of the control.")] = 30,
+    samples: Annotated[int, Option(help="Blocks of calibration text.")] = 48,
+    steps: Annotated[
+        int, Option(help="Recovery steps at keep 0.8, and of the control without compression.")
+    ] = 30,
     deep_steps: Annotated[int, Option(help="Recovery steps at keep 0.6.")] = 50,
-    fresh: Annotated[bool, Option("--fresh", help="Measure again what is there.")] = False,
+    fresh: Annotated[
+        bool, Option("--fresh", help="Repeat the stages that are already measured.")
+    ] = False,
     device: Device = "auto",
     seed: Seed = 0,
     json_path: Json = None,
@@ -371,7 +279,7 @@ def demo(
     from hylora_kernels.experiments.demo.run import STAGES
     from hylora_kernels.experiments.demo.run import demo as run
 
-    claim(out, "", mark=STAGES)
+    refuse_foreign_folder(out, "", mark=STAGES)
     report = run(
         out,
         seed=seed,
@@ -390,14 +298,13 @@ def demo(
     write_report(report, json_path)
 
 
-# ---------------------------------------------------------------------------------- what they share
-
-
-def _load(model: str, device: str, dtype: str):
+def _load(
+    model: str, device: str, dtype: str
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | None"]:
     from hylora_kernels.model.load import load_model
 
     return load_model(model, device, dtype)
 
 
-def _bytes(model) -> int:
+def _parameter_bytes(model: "PreTrainedModel") -> int:
     return sum(p.nbytes for p in model.parameters())

@@ -1,59 +1,226 @@
-"""What the commands have in common: the types and help of their options, and how they are read."""
+"""Command line options: the library's, built from its dataclasses, and those of the commands."""
 
 # No `from __future__ import annotations`: typer reads the annotations themselves.
 
+import dataclasses
+import functools
+import inspect
 import json
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from hylora_kernels.support.options import check_option, describe_option
+
 Argument, Option = typer.Argument, typer.Option
 
+
 Model = Annotated[
-    str, Argument(metavar="MODEL", help="Hub id, folder, .gguf file, or smollm2-135m (the demo's).")
-]
-Compressed = Annotated[str, Argument(metavar="DIR", help="Folder of a compressed model.")]
-Out = Annotated[Path, Option(help="Folder to write to; one that isn't a model's is refused.")]
-Device = Annotated[str, Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, Option(help="auto (the checkpoint's own), bfloat16, float16 or float32.")]
-Seed = Annotated[int, Option(help="Every random choice hangs on it.")]
-Json = Annotated[Path | None, Option("--json", help="Write the report there too, as JSON.")]
-Include = Annotated[
-    list[str] | None,
-    Option(help="Only linears whose path has this regular expression; repeatable."),
-]
-Exclude = Annotated[
-    list[str] | None, Option(help="No linears whose path has this regular expression; repeatable.")
-]
-Text = Annotated[
-    str, Option(help="brown, python-docs, a .txt, .jsonl or .parquet file, or a hub data set.")
-]
-Length = Annotated[int, Option(help="Tokens a block.")]
-Batch = Annotated[int, Option(help="Blocks at once.")]
-LoraRank = Annotated[int, Option(help="Rank of the adapters, inside the budget; 0: none.")]
-Method = Annotated[str, Option(help="two_sided, whitened or svd.")]
-Ranks = Annotated[
     str,
-    Option(help='global, uniform, energy, or JSON: {"mlp": 0.5, "q_proj": 64} (keep or rank).'),
+    Argument(
+        metavar="MODEL",
+        help="Hub id, folder, .gguf file, or smollm2-135m (the model of the demo).",
+    ),
 ]
-Form = Annotated[str, Option(help="pivoted (smaller) or pair.")]
-Factorizer = Annotated[str, Option(help="gram, exact or randomized.")]
-Multiple = Annotated[int, Option("--rank-multiple", help="Ranks are multiples of this.")]
-Calibration = Annotated[str, Option(help="Text to calibrate on; as --data of evaluate.")]
-Samples = Annotated[int, Option(help="Blocks of calibration text.")]
-Memory = Annotated[str | None, Option(help="For calibration statistics, e.g. 4GB; rest: disk.")]
+CompressedModel = Annotated[
+    str, Argument(metavar="DIR", help="Folder of a model that `hylora compress` wrote.")
+]
+Out = Annotated[
+    Path, Option(help="Folder to write to. It must be new, empty, or the folder of a model.")
+]
+Device = Annotated[str, Option(help="auto, cpu, cuda or mps; auto: cuda, else mps, else cpu.")]
+Dtype = Annotated[
+    str, Option(help="auto, bfloat16, float16 or float32; auto: the checkpoint's own.")
+]
+Seed = Annotated[int, Option(help="Seed of every random choice.")]
+Json = Annotated[Path | None, Option("--json", help="Also write the report to this file, as JSON.")]
+Text = Annotated[
+    str,
+    Option(
+        help="Text to measure on: brown, python-docs, a .txt, .jsonl or .parquet file, or a hub "
+        "data set."
+    ),
+]
 Optimize = Annotated[
-    bool, Option("--optimize/--no-optimize", help="Lay out the weights for this CPU first.")
+    bool,
+    Option(
+        "--optimize/--no-optimize",
+        help="On a CPU, pack the weights for its instruction set first.",
+    ),
 ]
-Refit = Annotated[bool | None, Option("--refit/--no-refit", help="Refit U; not with svd.")]
 
 
-def claim(out: Path, source: str, mark: str = "config.json") -> None:
-    """Refuse to write to `out` where it has files that are no model's (no config.json) and not ours
-    (no `mark`), or where it is the folder of the model that is read.
+# Flags with another spelling than --name/--no-name.
+FLAGS = {
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "resume": "--resume/--restart",
+}
 
-    Raises ValueError.
+
+@dataclasses.dataclass(frozen=True)
+class Syntax:
+    """A field on the command line: its type there, a sentence for its help, and how it is read."""
+
+    type: Any
+    hint: str = ""
+    read: Callable[[Any], Any] = lambda value: value
+
+
+def library_options(
+    source: type, *, only: Sequence[str] = (), without: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command: the fields of the dataclass `source` take the place of its parameter
+    `options` on the command line, with the dataclass's names, defaults, choices and help.
+
+    The command gets them as a dict, name -> value, in the library's types. `only` and `without`
+    name the fields that are or are not options of the command.
+
+    Raises (when the command runs) ValueError naming the option whose text can't be read, or whose
+    value is not allowed.
+    """
+    hints = typing.get_type_hints(source)
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(source)
+        if field.name not in without and (not only or field.name in only)
+    }
+    syntax = {name: _syntax(name, hints[name]) for name in fields}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            options = {name: syntax[name].read(given.pop(name)) for name in fields}
+            for name, value in options.items():
+                check_option(fields[name], value)
+            command(**given, options=options)
+
+        parameters = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name == "options":
+                parameters += [_parameter(fields[name], syntax[name]) for name in fields]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        return with_parameters(run, parameters)
+
+    return decorate
+
+
+def with_parameters(
+    function: Callable[..., None], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """The function itself, with the signature that typer shall see."""
+    typed: Any = function
+    typed.__signature__ = inspect.Signature(parameters)
+    typed.__annotations__ = {p.name: p.annotation for p in parameters}
+    return typed
+
+
+def _parameter(field: dataclasses.Field, syntax: Syntax) -> inspect.Parameter:
+    default = field.default
+    if isinstance(default, tuple):
+        default = ",".join(f"{value:g}" for value in default)
+    words = [FLAGS[field.name]] if field.name in FLAGS else []
+    text = f"{describe_option(field)} {syntax.hint}".strip()
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[syntax.type, Option(*words, help=text)],
+    )
+
+
+def _syntax(name: str, hint: Any) -> Syntax:
+    """How a field of this name and type is written on the command line."""
+    kinds = typing.get_args(hint) or (hint,)
+    numbers = [typing.get_args(kind)[0] for kind in (*kinds, hint) if _is_sequence(kind)]
+    optional = type(None) in kinds
+
+    def maybe(kind: Any) -> Any:
+        return kind | None if optional else kind
+
+    if name == "max_memory":
+        return Syntax(str | None, "For example 4GB.", functools.partial(read_size, option=name))
+    if any(kind is dict or typing.get_origin(kind) is dict for kind in kinds):
+        return Syntax(str, 'As JSON: {"mlp": 0.5, "q_proj": 64}.', read_ranks)
+    if numbers:
+        read = functools.partial(read_numbers, kind=numbers[0], option=name)
+        return Syntax(maybe(str), "Several with commas between.", read)
+    if bool in kinds:
+        return Syntax(maybe(bool))
+    if str in kinds:
+        return Syntax(maybe(str))
+    if list[str] in kinds:
+        return Syntax(list[str] | None, "Repeatable.", lambda values: values or None)
+    return Syntax(hint)
+
+
+def _is_sequence(kind: Any) -> bool:
+    return typing.get_origin(kind) is Sequence
+
+
+def read_ranks(text: str) -> str | dict:
+    """The name of a policy as it is; a JSON object as a dict."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--ranks is no valid JSON: {error}") from error
+
+
+def read_numbers(text: str | None, kind: type, option: str) -> list | None:
+    """ "16,64" -> [16, 64], each of type `kind`; None stays None."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        words = "whole numbers" if kind is int else "numbers"
+        raise ValueError(
+            f"{_flag(option)} must be {words} with commas between, got {text!r}"
+        ) from None
+
+
+def read_shapes(text: str, option: str) -> list[tuple[int, int, int, int]]:
+    """ "2048x5632x768x32,..." -> [(K, N, r, ra), ...]."""
+    shapes = [tuple(read_numbers(p.replace("x", ","), int, option)) for p in text.split(",")]
+    for K, N, r, ra in (shape if len(shape) == 4 else (0, 0, 0, 0) for shape in shapes):
+        if not (1 <= r < min(K, N) and 0 <= ra < min(K, N)):
+            raise ValueError(
+                f"{_flag(option)} must be KxNxrxra with commas between, the ranks below K and N, "
+                f"e.g. 2048x5632x768x32, got {text!r}"
+            )
+    return shapes
+
+
+def read_size(text: str | None, option: str) -> int | None:
+    """ "4GB" -> 4_000_000_000; "4GiB" -> 2**32; None stays None."""
+    if text is None:
+        return None
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    number = text.strip().lower().rstrip("bikmgt ")
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise ValueError(
+            f"{_flag(option)} must be a size such as 4GB or 512MB, got {text!r}"
+        ) from None
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def refuse_foreign_folder(out: Path, source: str, mark: str = "config.json") -> None:
+    """Raise ValueError if writing to `out` could damage something that no `hylora` command wrote.
+
+    `out` must be new, an empty folder, or a folder with config.json (a model's) or with the file
+    `mark`. It must not be `source`, the folder of the model that is read.
     """
     if not out.exists():
         return
@@ -66,52 +233,8 @@ def claim(out: Path, source: str, mark: str = "config.json") -> None:
         raise ValueError(f"--out {out} has files in it that are no model's; give another folder")
 
 
-def ranks_option(text: str) -> str | dict:
-    """A policy's name as it is; JSON as the dict it says."""
-    if not text.lstrip().startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--ranks is no valid JSON: {error}") from error
-
-
-def numbers_option(text: str, kind: type, option: str) -> list:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        words = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"--{option} must be {words} with commas between, got {text!r}") from None
-
-
-def shapes_option(text: str, option: str) -> list[tuple[int, int, int, int]]:
-    """ "2048x5632x768x32,..." -> [(K, N, r, ra), ...]."""
-    shapes = [tuple(numbers_option(p.replace("x", ","), int, option)) for p in text.split(",")]
-    for K, N, r, ra in (shape if len(shape) == 4 else (0, 0, 0, 0) for shape in shapes):
-        if not (1 <= r < min(K, N) and 0 <= ra < min(K, N)):
-            raise ValueError(
-                f"--{option} must be KxNxrxra with commas between, the ranks below K and N, e.g. "
-                f"2048x5632x768x32, got {text!r}"
-            )
-    return shapes
-
-
-def size_option(text: str | None, option: str) -> int | None:
-    """ "4GB" -> 4_000_000_000; "4GiB" -> 2**32."""
-    if text is None:
-        return None
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-    number = text.strip().lower().rstrip("bikmgt ")
-    unit = text.strip().lower()[len(number) :].strip()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise ValueError(f"--{option} must be a size such as 4GB or 512MB, got {text!r}") from None
-
-
-def write_report(report, *paths: Path | None) -> None:
-    """Write a report (a dataclass or a dict) as JSON to each path that is one."""
+def write_report(report: object, *paths: Path | None) -> None:
+    """Write a report (a dataclass or a dict) as JSON to each path that is not None."""
     from hylora_kernels.support.report import plain
     from hylora_kernels.support.storage import write_json
 

@@ -42,40 +42,49 @@ class CompressOptions:
 
     keep: float = option(0.8, "Fraction of the linears' parameters that stays.")
     calibration: Tensor | list[str] | str | Path = option(
-        "brown", "Text to calibrate on; as --data of evaluate.", reported=False
+        "brown",
+        "Text to calibrate on: brown, python-docs, a .txt, .jsonl or .parquet file, or a hub data "
+        "set.",
+        reported=False,
     )
-    method: str = option("two_sided", "two_sided, whitened or svd.", choices=METHODS)
+    method: str = option("two_sided", "Whitening before the SVD.", choices=METHODS)
     ranks: str | dict[str, int | float] = option(
         "global",
-        'global, uniform, energy, or by pattern: {"mlp": 0.5, "q_proj": 64} (keep or rank).',
+        "Division of the budget among the layers: global, uniform, energy, or the keep (a fraction)"
+        " or rank (a whole number) of all layers whose path matches a pattern.",
     )
     lora_rank: int = option(64, "Rank of the adapters, inside the budget; 0: none.", least=0)
-    init: str = option("next", "Adapters start from: next (components) or classic.", choices=INITS)
-    form: str = option("pivoted", "pivoted (smaller) or pair.", choices=FORMS)
-    factorizer: str = option("gram", "gram, exact or randomized.", choices=FACTORIZERS)
-    refit: bool | None = option(None, "Refit U in closed form; by default unless method is svd.")
+    init: str = option(
+        "next", "Adapters start from the next singular components, or at zero.", choices=INITS
+    )
+    form: str = option("pivoted", "Layout of the factors; pivoted is smaller.", choices=FORMS)
+    factorizer: str = option("gram", "Algorithm of the SVD.", choices=FACTORIZERS)
+    refit: bool | None = option(
+        None, "Refit U in closed form. By default for all methods but svd, which can't."
+    )
     rank_multiple: int = option(16, "Ranks are multiples of this.", least=1)
     include: list[str] | None = option(
-        None, "Only linears whose path has this regular expression; repeatable.", reported=False
+        None, "Only linears whose path matches a regular expression.", reported=False
     )
     exclude: list[str] | None = option(
-        None, "No linears whose path has this regular expression; repeatable.", reported=False
+        None, "No linears whose path matches a regular expression.", reported=False
     )
-    count: str = option("merged", "Budget for adapters merged or as_is (separate).", choices=COUNTS)
+    count: str = option(
+        "merged", "The budget counts the adapters merged, or as they are.", choices=COUNTS
+    )
     samples: int = option(128, "Blocks of calibration text.", least=1)
-    length: int = option(512, "Tokens a block.", least=2)
+    length: int = option(512, "Tokens in a block.", least=2)
     refit_samples: int = option(32, "Blocks of calibration text that the refit reads.", least=1)
     max_memory: int | None = option(
-        None, "Bytes of calibration statistics at once; by default half of what is free.",
+        None,
+        "Bytes of calibration statistics in memory. By default half of what is free.",
         reported=False,
-    )  # fmt: skip
-    tokenizer: object = option(None, "By default the model's own.", reported=False)
-    device: str | torch.device | None = option(None, "auto, cpu, cuda or mps.", reported=False)
-    dtype: str | torch.dtype | None = option(
-        None, "auto (the checkpoint's own), bfloat16, float16 or float32.", reported=False
     )
+    tokenizer: object = option(None, "By default the model's own.", reported=False)
+    device: str | torch.device | None = option(None, "Device to move the model to.", reported=False)
+    dtype: str | torch.dtype | None = option(None, "Dtype to convert the model to.", reported=False)
     cache: bool | str | Path = option(
-        True, "Keep and reuse finished work, in the cache or in a folder.", reported=False
+        True, "Keep and reuse finished work, in the cache or in a given folder.", reported=False
     )
     seed: int = option(0, "Seed of every random choice.")
     progress: bool = option(True, "Show progress bars.", reported=False)

@@ -1,7 +1,4 @@
-"""A table of perplexity and size over keeps (or plain ranks) and adapter ranks.
-
-Each finished cell is a file: an interrupted sweep goes on, and a larger one only adds what is new.
-"""
+"""sweep(): a table of perplexity and size over keeps (or ranks) and adapter ranks."""
 
 from __future__ import annotations
 
@@ -10,9 +7,10 @@ import functools
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,24 +18,34 @@ from tqdm import tqdm
 from hylora_kernels.compression.compress import compress
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.evaluation.size import model_size
+from hylora_kernels.experiments.options import SweepOptions
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.recovery.finetune import finetune
 from hylora_kernels.support.console import format_bytes, format_ppl, table
 from hylora_kernels.support.hashing import fingerprint
+from hylora_kernels.support.options import reported_options, takes_options
 from hylora_kernels.support.plots import sweep_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
+from hylora_kernels.text.sources import source_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
 class Cell(Report):
-    """One model of the table, adapters merged, except for `params_as_is`, with separate adapters.
+    """One model of the table, with its adapters merged.
 
-    keep_asked: None for the dense model and for plain ranks; rank: None for keeps.
-    kept, removed, params_linear: of the selected linears, biases excluded.
-    trainable: the adapters' parameters, before they were merged.
+    keep_asked:   None for the dense model and in a table over ranks.
+    rank:         total rank of every layer; None in a table over keeps.
+    kept, removed, params_linear: of the selected linears, without biases.
+    params_as_is: parameters with separate adapters.
+    bytes_total:  parameters and buffers in memory.
+    trainable:    parameters of the adapters before they were merged.
+    seconds:      time to make and measure the cell.
     """
 
     keep_asked: float | None
@@ -57,7 +65,7 @@ class Cell(Report):
 
 @dataclass(frozen=True)
 class SweepReport(Report):
-    """tokens: how many predictions each perplexity is over, in blocks of `length`."""
+    """The result of sweep(). tokens: predictions behind each perplexity, in blocks of `length`."""
 
     model: str
     data: str
@@ -67,78 +75,53 @@ class SweepReport(Report):
     dense: Cell
     cells: list[Cell]
 
-    def render(self):
+    def render(self) -> Table:
         """A rich table, the dense model first."""
-        headings = ("keep", "LoRA rank", "kept", "removed", "linears", "all", "separate", "memory")
+        columns = (
+            "keep" if self.cells[0].rank is None else "rank",
+            *("LoRA rank", "kept", "removed", "linears", "all", "separate", "memory"),
+            *("trainable", "steps", "perplexity"),
+        )
         title = f"{self.model}: perplexity over {self.tokens:,} tokens of {self.data}"
         rows = [_row(cell) for cell in (self.dense, *self.cells)]
-        first = "rank" if self.cells[0].rank is not None else "keep"
-        columns = (first, *headings[1:], "trainable", "steps", "perplexity")
         return table(f"{title}, blocks of {self.length}", columns, rows)
 
 
-def sweep(
-    model: nn.Module | str | Path,
-    output_dir: str | Path,
-    keep: Sequence[float] = (0.9, 0.8, 0.6),
-    lora_rank: Sequence[int] = (0, 16, 64),
-    rank: Sequence[int] | None = None,
-    data="brown",
-    calibration="brown",
-    tokenizer=None,
-    length: int = 512,
-    samples: int = 128,
-    limit: int | None = 16,
-    steps: int = 0,
-    device="auto",
-    dtype="auto",
-    seed: int = 0,
-    progress: bool = True,
-    **options,
-) -> SweepReport:
-    """Compress to every keep (or, where `rank` is given, every layer to rank r + ra) with every
-    adapter rank, recover the cells with adapters by `steps` of training if asked, merge, evaluate.
+@takes_options(SweepOptions)
+def sweep(model: nn.Module | str | Path, options: SweepOptions) -> SweepReport:
+    """Compress a model to every keep (or rank) with every adapter rank, and evaluate each cell.
 
-    output_dir: takes cells/*.json, sweep.json and sweep.png. A cell is taken from its file where
-                all that decides it is the same: weights, tokens, options, the package's version.
-    data:       at most `limit` blocks of its test split to evaluate on; training on the other.
-    options:    of compress(), e.g. method, ranks, form, refit.
+    A cell with adapters is trained for `steps` steps, if any; its perplexity is that of the model
+    with merged adapters. Each finished cell is a file: an interrupted sweep continues, and a larger
+    grid adds only its new cells. A given module is left unchanged.
 
-    The given model is left as it is.
+    model: a transformers causal LM, or a hub id / local folder to load.
     """
-    folder, fresh = Path(output_dir), _fresh(model, device, dtype)
-    dense, found = fresh()
-    if tokenizer is None and isinstance(model, nn.Module) and not isinstance(data, Tensor):
-        tokenizer = tokenizer_of(dense)
-    read = functools.partial(token_blocks, tokenizer=tokenizer or found, length=length)
-    needs_calibration = options.get("method") != "svd"
-    texts = {
-        "test": read(data, split="test", limit=limit),
-        "calibration": read(calibration, limit=samples, seed=seed) if needs_calibration else None,
-        "training": read(data, limit=steps, seed=seed) if steps else None,
-    }
-    decides = {"seed": seed, "steps": steps, "options": options}
-    decides["version"] = importlib.metadata.version("hylora-kernels")
-    base = fingerprint(model=dense, **decides, **texts)
+    folder, load = Path(options.output_dir), _loader(model, options)
+    dense, found = load()
+    texts = _token_blocks(dense, model, found, options)
+    base = fingerprint(
+        model=dense,
+        options=reported_options(options),
+        version=importlib.metadata.version("hylora-kernels"),
+        **texts,
+    )
     del dense
-    by = "keep" if rank is None else "rank"
-    wanted = [{by: value, "lora_rank": ra} for value in rank or keep for ra in lora_rank]
-    if not wanted:
-        raise ValueError("keep (or rank) and lora_rank must each have at least one value")
     cells = []
-    for place in tqdm([{}, *wanted], desc="sweep", unit="cell", disable=not progress):
-        file = folder / "cells" / f"{fingerprint(base=base, **place)}.json"
+    bar = tqdm(_grid(options), desc="sweep", unit="cell", disable=not options.progress)
+    for asked in bar:
+        file = folder / "cells" / f"{fingerprint(base=base, **asked)}.json"
         if not file.exists():
             start = time.perf_counter()
-            made = _cell(fresh()[0], place, texts, steps, seed, options, progress)
-            Cell(**made, seconds=time.perf_counter() - start).save(file)
+            measured = _cell(load()[0], asked, texts, options)
+            Cell(**measured, seconds=time.perf_counter() - start).save(file)
         cells.append(Cell(**json.loads(file.read_text(encoding="utf-8"))))
     report = SweepReport(
         model=str(model) if isinstance(model, str | Path) else type(model).__name__,
-        data=str(data) if isinstance(data, str | Path) else type(data).__name__,
+        data=source_name(options.data),
         length=texts["test"].shape[1],
         tokens=texts["test"][:, 1:].numel(),
-        options=options | {"samples": samples, "steps": steps, "seed": seed},
+        options=reported_options(options),
         dense=cells[0],
         cells=cells[1:],
     )
@@ -147,38 +130,59 @@ def sweep(
     return report
 
 
-def _fresh(model, device, dtype) -> Callable[[], tuple]:
-    """A function that gives the dense model anew, and its tokenizer or None."""
+def _loader(model: nn.Module | str | Path, options: SweepOptions) -> Callable[[], tuple]:
+    """A function that returns the dense model anew, and its tokenizer or None."""
     if isinstance(model, nn.Module):
         return lambda: (copy.deepcopy(model), None)
-    return lambda: load_model(model, device, dtype)
+    return lambda: load_model(model, options.device, options.dtype)
 
 
-def _cell(model, place: dict, texts: dict, steps: int, seed: int, options: dict, progress) -> dict:
-    if place:
-        options = dict(options)
-        if "rank" in place:
-            options["ranks"] = {".*": place["rank"]}
-        elif "keep" in place:
-            options["keep"] = place["keep"]
-        compress(
-            model,
-            calibration=texts["calibration"],
-            lora_rank=place["lora_rank"],
-            samples=len(texts["calibration"]) if texts["calibration"] is not None else 1,
-            seed=seed,
-            progress=progress,
-            **options,
-        )
+def _token_blocks(dense, model, tokenizer, options: SweepOptions) -> dict[str, Tensor | None]:
+    """Token ids [n, L] for "test", "calibration" and "training"; None where not needed."""
+    if options.tokenizer is not None:
+        tokenizer = options.tokenizer
+    elif isinstance(model, nn.Module) and not isinstance(options.data, Tensor):
+        tokenizer = tokenizer_of(dense)
+    read = functools.partial(token_blocks, tokenizer=tokenizer, length=options.length)
+    texts: dict[str, Tensor | None] = dict.fromkeys(("test", "calibration", "training"))
+    texts["test"] = read(options.data, split="test", limit=options.limit)
+    if options.method != "svd":
+        texts["calibration"] = read(options.calibration, limit=options.samples, seed=options.seed)
+    if options.steps:
+        texts["training"] = read(options.data, limit=options.steps, seed=options.seed)
+    return texts
+
+
+def _grid(options: SweepOptions) -> list[dict[str, float]]:
+    """The arguments that differ between cells; the first cell is the dense model's and has none."""
+    name, values = ("keep", options.keep) if options.rank is None else ("rank", options.rank)
+    return [{}, *({name: value, "lora_rank": ra} for value in values for ra in options.lora_rank)]
+
+
+def _cell(model: nn.Module, asked: dict, texts: dict, options: SweepOptions) -> dict:
+    """Make a cell's model of the dense one and measure it: the fields of Cell but `seconds`."""
+    if asked:
+        arguments = options.for_compress() | asked
+        if "rank" in asked:
+            arguments["ranks"] = {".*": arguments.pop("rank")}
+        ids = texts["calibration"]
+        compress(model, calibration=ids, samples=1 if ids is None else len(ids), **arguments)
     separate, trainable = model_size(model), adapter_count(model)
-    trained = bool(steps and trainable)
+    trained = bool(options.steps and trainable)
     if trained:
-        finetune(model, texts["training"], steps=steps, merge=False, seed=seed, progress=progress)
+        finetune(
+            model,
+            texts["training"],
+            steps=options.steps,
+            merge=False,
+            seed=options.seed,
+            progress=options.progress,
+        )
     size = model_size(merge_adapters(model))
     return {
-        "keep_asked": place.get("keep"),
-        "rank": place.get("rank"),
-        "lora_rank": place.get("lora_rank", 0),
+        "keep_asked": asked.get("keep"),
+        "rank": asked.get("rank"),
+        "lora_rank": asked.get("lora_rank", 0),
         "kept": size.linears.keep_merged,
         "removed": size.linears.removed_merged,
         "params_linear": size.linears.merged,
@@ -186,8 +190,8 @@ def _cell(model, place: dict, texts: dict, steps: int, seed: int, options: dict,
         "params_as_is": separate.parameters,
         "bytes_total": size.resident_bytes,
         "trainable": trainable,
-        "steps": steps if trained else 0,
-        "ppl": perplexity(model, texts["test"], progress=progress).ppl,
+        "steps": options.steps if trained else 0,
+        "ppl": perplexity(model, texts["test"], progress=options.progress).ppl,
     }
 
 
@@ -197,7 +201,7 @@ def adapter_count(model: nn.Module) -> int:
     return sum(layer.A.numel() + layer.B.numel() for layer in layers)
 
 
-def _row(cell: Cell) -> tuple:
+def _row(cell: Cell) -> tuple[str | int, ...]:
     asked = cell.rank if cell.rank is not None else cell.keep_asked
     return (
         "dense" if asked is None else f"{asked:g}",

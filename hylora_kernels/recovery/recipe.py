@@ -1,14 +1,30 @@
-"""All that a training run depends on."""
+"""Everything that the trained adapters depend on, and the learning rate that follows from it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.recovery.options import FinetuneOptions
+from hylora_kernels.support.hashing import tensor_hash
+from hylora_kernels.support.options import reported_options
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the trained adapters depend on; a run is resumed by the same recipe only."""
+    """The options that decide the result, and hashes of its inputs.
+
+    Runs of the same recipe give the same bits, and a checkpoint is resumed by its own recipe only.
+
+    processes: of `accelerate launch`.
+    data, teacher, base, adapters: sha256 of the token blocks, the teacher ("" without one), all
+               frozen tensors, and the adapters before the first step.
+    """
 
     steps: int
     lr: float
@@ -22,13 +38,32 @@ class Recipe:
     gradient_checkpointing: bool
     seed: int
     processes: int
-    data: str  # from here on hashes; the adapters' is of what they were before the first step
+    data: str
     teacher: str
     base: str
     adapters: str
 
+    @classmethod
+    def of(
+        cls,
+        options: FinetuneOptions,
+        model: nn.Module,
+        adapters: Mapping[str, Tensor],
+        blocks: Tensor,
+        processes: int,
+    ) -> Recipe:
+        """The recipe of a run on `blocks`, int64 [n, L], that starts from these adapters."""
+        return cls(
+            **reported_options(dataclasses.replace(options, length=blocks.shape[1])),
+            processes=processes,
+            data=tensor_hash([("blocks", blocks)]),
+            teacher="" if options.teacher is None else frozen_hash(options.teacher),
+            base=frozen_hash(model),
+            adapters=tensor_hash(adapters.items()),
+        )
+
     def learning_rate(self, step: int) -> float:
-        """Of step 1..steps: linear up to lr in the warm-up, then a cosine down to a tenth of it."""
+        """The rate of step 1..steps: a linear warm-up to lr, then a cosine down to lr / 10."""
         if step <= self.warmup:
             return self.lr * step / self.warmup
         progress = (step - self.warmup) / (self.steps - self.warmup)
@@ -37,3 +72,17 @@ class Recipe:
     @property
     def blocks_per_step(self) -> int:
         return self.batch * self.accumulate * self.processes
+
+
+def frozen_hash(model: nn.Module) -> str:
+    """sha256 of the model's state_dict without A and B, and of each layer's alpha and dropout."""
+    named = model.named_modules()
+    layers = {path: layer for path, layer in named if isinstance(layer, SVDLoRALinear)}
+    seen = {id(p) for layer in layers.values() for p in (layer.A, layer.B)}
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            tensors[name] = tensor
+            seen.add(id(tensor))  # a tied weight is hashed once
+    scales = [f"{path} {layer.alpha} {layer.lora_dropout}\n" for path, layer in layers.items()]
+    return tensor_hash(tensors.items(), "".join(scales))

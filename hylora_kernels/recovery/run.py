@@ -1,8 +1,8 @@
-"""One training run of a model's adapters: its recipe, its steps, its log and its checkpoint.
+"""The training loop: steps, log and checkpoint.
 
-A run is a pure function of model, data and recipe: the order of the data hangs on the seed, the
-dropout on seed and step. So a run that was killed and resumed ends with the same bits as one that
-was not, and a checkpoint needs no random state.
+A run is a pure function of model, data and recipe: the order of the data follows from the seed, the
+dropout from seed and step. So a run that was killed and resumed ends with the same bits as one that
+was not, and a checkpoint holds no random state.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,25 +27,26 @@ from tqdm import tqdm
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.structure import block_list, linears
-from hylora_kernels.support.hashing import tensor_hash
+from hylora_kernels.recovery.options import FinetuneOptions
+from hylora_kernels.recovery.recipe import Recipe
 from hylora_kernels.support.seeding import forked_rng, seed_rng
 from hylora_kernels.support.storage import atomic_path, require_disk, write_text
 
-SAVE_SECONDS = (
-    60.0  # between checkpoints without save_every; the demo's, of 0.25 GB, takes half one
-)
-MOMENTS = ("exp_avg", "exp_avg_sq")
+SAVE_SECONDS = 60.0  # between checkpoints by default; writing the demo's, 0.25 GB, takes 0.5 s
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step
 
 
 @contextmanager
 def training_mode(
     model: nn.Module, adapters: dict[str, nn.Parameter], gradient_checkpointing: bool
 ) -> Iterator[None]:
-    """Float32 masters, and of all modules only the adapters' in train(): no other dropout acts.
+    """In the block, A and B are float32 (float64 stays) and only the adapters' dropout acts.
 
-    Gradient checkpointing is done here, block by block: that of transformers works only with blocks
-    in train(), which wakes their dropouts. Afterwards the model is in eval(), and the adapters that
-    it still has are in the dtype they came in.
+    Gradient checkpointing is done here, block by block: that of transformers needs blocks in
+    train(), where their own dropouts would act. Afterwards the model is in eval(), and the adapters
+    have the dtype they came in.
+
+    Raises ValueError if gradient_checkpointing finds no list of blocks.
     """
     dtypes = [(parameter, parameter.dtype) for parameter in adapters.values()]
     paths = block_list(model, linears(model)) if gradient_checkpointing else []
@@ -73,18 +75,31 @@ def training_mode(
 
 
 class Run:
-    """The state of one run; `losses` has an entry for every step done.
+    """The state of one run, to be used in training_mode().
 
-    adapters: name -> parameter, in training_mode. blocks: int64 [n, L]. folder: for log.jsonl and
-    checkpoint/, or None. good_steps: how many updates the adapters held when they last gave a
-    finite loss.
+    adapters:   name -> parameter.
+    blocks:     token ids, int64 [n, L].
+    folder:     of log.jsonl and the checkpoint; None without one and in all but the main process.
+    losses:     one for every step done.
+    good:       copies of the adapters when they last gave a finite loss, good_steps updates in.
     """
 
-    def __init__(self, model, adapters, blocks, recipe, accelerator, teacher=None, folder=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: dict[str, nn.Parameter],
+        blocks: Tensor,
+        recipe: Recipe,
+        options: FinetuneOptions,
+        accelerator: Accelerator,
+    ) -> None:
         self.model, self.blocks, self.recipe = model, blocks, recipe
-        self.accelerator, self.teacher = accelerator, teacher
-        self.folder = folder if accelerator.is_main_process else None
-        self.checkpoint = None if folder is None else folder / "checkpoint" / "training.safetensors"
+        self.options, self.accelerator = options, accelerator
+        self.folder = self.checkpoint = None
+        if options.output_dir is not None:
+            folder = Path(options.output_dir)
+            self.checkpoint = folder / "checkpoint" / "training.safetensors"
+            self.folder = folder if accelerator.is_main_process else None
         self.adapters, self.parameters = adapters, list(adapters.values())
         self.device = model.get_input_embeddings().weight.device
         self.optimizer = torch.optim.AdamW(
@@ -99,40 +114,38 @@ class Run:
         self.seconds = 0.0
         self.good_steps, self.good = 0, [p.detach().clone() for p in self.parameters]
 
-    def train(
-        self,
-        save_every: int | None,
-        progress: bool,
-        on_step: Callable[[int], object] | None = None,
-    ) -> str:
-        """Do the steps that are left; returns "", or why not all were done."""
-        if self.folder is not None:  # adapters and two moments, and those of the last time
+    def train(self) -> str:
+        """Do the remaining steps; returns "", or the reason why training ended early."""
+        if self.folder is not None:  # the old checkpoint and the new: adapters and two moments each
             size = 6 * sum(p.nbytes for p in self.parameters)
             require_disk(self.folder, size, "finetune's checkpoint")
         steps, done, saved_at = self.recipe.steps, len(self.losses), time.monotonic()
-        shown = progress and self.accelerator.is_main_process
+        shown = self.options.progress and self.accelerator.is_main_process
+        on_step = self.options.on_step or (lambda step: None)
         bar = tqdm(total=steps, initial=done, desc="finetune", unit="step", disable=not shown)
         with bar, self._log() as log, forked_rng(self.device):
-            if on_step is not None:
-                on_step(done)
+            on_step(done)
             for step in range(done + 1, steps + 1):
                 fields = self._step(step)
                 if not math.isfinite(fields["loss"] + fields["grad_norm"]):
                     return self._stop(fields)
                 log(fields)
-                bar.set_postfix_str(_in_short(fields), refresh=False)
+                bar.set_postfix_str(_progress_text(fields), refresh=False)
                 bar.update()
-                late = time.monotonic() - saved_at > SAVE_SECONDS
-                if step == steps or (late if save_every is None else step % save_every == 0):
+                if step == steps or self._save_is_due(step, saved_at):
                     self.save()
                     saved_at = time.monotonic()
-                if on_step is not None:
-                    on_step(step)
+                on_step(step)
         self.good_steps = len(self.losses)
         return ""
 
-    def _step(self, step: int) -> dict:
-        """One update; none if loss or gradient is not finite. The fields of the log's line."""
+    def _save_is_due(self, step: int, saved_at: float) -> bool:
+        if self.options.save_every is None:
+            return time.monotonic() - saved_at > SAVE_SECONDS
+        return step % self.options.save_every == 0
+
+    def _step(self, step: int) -> dict[str, float]:
+        """Do one update, or none if loss or gradient is not finite; returns the log's fields."""
         start, rate = time.perf_counter(), self.recipe.learning_rate(step)
         loss, norm = self._gradients(step)
         if math.isfinite(loss):
@@ -157,23 +170,24 @@ class Run:
         }
 
     def _gradients(self, step: int) -> tuple[float, float]:
-        """Leave the mean loss's clipped gradient in the adapters; (mean loss, norm unclipped)."""
+        """Set the adapters' grad to the clipped gradient of the step's mean loss.
+
+        Returns the mean loss in nats a token and the norm before clipping, over all processes.
+        """
         recipe, accelerator = self.recipe, self.accelerator
         seed_rng(self.device, recipe.seed + (step << 16) + accelerator.process_index)
-        first = (step - 1) * recipe.blocks_per_step + accelerator.process_index
-        places = first + accelerator.num_processes * torch.arange(recipe.batch * recipe.accumulate)
         total, count = torch.zeros((), device=self.device), 0
-        for rows in self.order[places % len(self.order)].split(recipe.batch):
+        for rows in self._rows(step).split(recipe.batch):
             ids = self.blocks[rows].to(self.device)
             loss, predicted = token_loss(
-                self.model, ids, recipe.chunk, self.teacher, recipe.distill
+                self.model, ids, recipe.chunk, self.options.teacher, recipe.distill
             )
             accelerator.backward(loss)
             total, count = total + loss.detach().to(self.device), count + predicted
-        # The backward is the sum's, and its mean is taken here in float32, so that gradients which
-        # pass through a float16 model don't underflow.
+        # The backward is that of the sum of the losses. Dividing here, in float32, keeps gradients
+        # that pass through a float16 model from underflowing.
         for parameter in self.parameters:
-            if parameter.grad is None:  # a layer that no token came through, an expert for instance
+            if parameter.grad is None:  # no token reached the layer, as in an unused expert
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.parameters]
         torch._foreach_mul_(gradients, 1 / count)
@@ -183,8 +197,16 @@ class Run:
         loss = accelerator.reduce(total / count, "mean")
         return float(loss), float(accelerator.clip_grad_norm_(self.parameters, recipe.clip))
 
+    def _rows(self, step: int) -> Tensor:
+        """The rows of `blocks` that this process takes in a step: every num_processes-th one."""
+        recipe, accelerator = self.recipe, self.accelerator
+        first = (step - 1) * recipe.blocks_per_step + accelerator.process_index
+        places = first + accelerator.num_processes * torch.arange(recipe.batch * recipe.accumulate)
+        return self.order[places % len(self.order)]
+
     @torch.no_grad()
-    def _stop(self, fields: dict) -> str:
+    def _stop(self, fields: dict[str, float]) -> str:
+        """Restore the last good adapters; returns the reason in words."""
         torch._foreach_copy_(self.parameters, self.good)
         return (
             f"step {fields['step']}: loss {fields['loss']:g}, gradient norm "
@@ -192,11 +214,9 @@ class Run:
             "last that gave a finite loss; a lower lr may help"
         )
 
-    # ------------------------------------------------------------------------------------ files
-
     @contextmanager
-    def _log(self) -> Iterator:
-        """A function that writes its argument as a line of log.jsonl, first cut to what is done."""
+    def _log(self) -> Iterator[Callable[[dict[str, float]], object]]:
+        """A function that appends a line to log.jsonl, which is first cut to the steps done."""
         if self.folder is None:
             yield lambda fields: None
             return
@@ -207,8 +227,8 @@ class Run:
             yield lambda fields: file.write(json.dumps(fields) + "\n")
 
     def save(self) -> None:
-        """One file, so that adapters, moments and step are always of the same moment."""
-        if self.folder is None:
+        """Write the checkpoint: one file, so that adapters, moments and step belong together."""
+        if self.folder is None or self.checkpoint is None:
             return
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, parameter in self.adapters.items():
@@ -220,9 +240,10 @@ class Run:
             save_file(tensors, temporary, {"hylora_finetune": json.dumps(about)})
 
     def load(self) -> None:
-        """Go on from the checkpoint, if there is one.
+        """Continue from the checkpoint, if there is one.
 
-        Raises ValueError naming the file if it can't be read, and the field if it is another run's.
+        Raises ValueError naming the file if it can't be read, or the field in which its recipe is
+        another one.
         """
         if self.checkpoint is None or not self.checkpoint.exists():
             return
@@ -245,40 +266,24 @@ class Run:
         self.good_steps, self.good = len(losses), [p.detach().clone() for p in self.parameters]
 
     def _state(self, name: str, tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """What the optimizer keeps of one adapter."""
+        """The optimizer's state of one adapter; ValueError if a shape is another one."""
         parameter = self.adapters[name]
         for part in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
             if tensors[part].shape != parameter.shape:
                 shapes = f"{list(tensors[part].shape)} there and {list(parameter.shape)} here"
                 raise ValueError(f"{part} is {shapes}")
         state = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
-        where = parameter.device if self.optimizer.defaults["fused"] else "cpu"
-        return {"step": torch.tensor(float(step), device=where), **state}
+        device = parameter.device if self.optimizer.defaults["fused"] else "cpu"
+        return {"step": torch.tensor(float(step), device=device), **state}
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The metadata and the tensors that save() wrote."""
     with safe_open(path, "pt") as file:
         about = json.loads((file.metadata() or {})["hylora_finetune"])
         return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _in_short(fields: dict) -> str:
+def _progress_text(fields: dict[str, float]) -> str:
     speed = fields["tokens_per_second"]
     return f"loss {fields['loss']:.3f}, lr {fields['lr']:.1e}, {speed:.0f} tokens/s"
-
-
-# --------------------------------------------------------------------------------------- hashes
-
-
-def frozen_hash(model: nn.Module) -> str:
-    """sha256 of all that is saved of the model but A and B; the layers' alpha and dropout too."""
-    named = model.named_modules()
-    layers = {path: layer for path, layer in named if isinstance(layer, SVDLoRALinear)}
-    seen = {id(p) for layer in layers.values() for p in (layer.A, layer.B)}
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            tensors[name] = tensor
-            seen.add(id(tensor))  # a tied weight is read once
-    scales = [f"{path} {layer.alpha} {layer.lora_dropout}\n" for path, layer in layers.items()]
-    return tensor_hash(tensors.items(), "".join(scales))

@@ -28,6 +28,7 @@ def option(
 ) -> Any:
     """A field of an options dataclass.
 
+    default:  dataclasses.MISSING for a field that must be given.
     choices:  the values it may have. least: the smallest int it may be. `check_options` holds both.
     reported: False leaves it out of `reported_options`: it does not decide the result, or has no
               JSON form.
@@ -36,16 +37,38 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def option_of(options: type, name: str, **changes: Any) -> Any:
+    """A field of another options dataclass: the same default and metadata, but for `changes`."""
+    (field,) = (field for field in dataclasses.fields(options) if field.name == name)
+    return dataclasses.field(default=field.default, metadata={**field.metadata, **changes})
+
+
 def check_options(options: Any) -> None:
-    """Raise ValueError naming the field that is none of its choices or below its least."""
+    """check_option() of every field of an options dataclass."""
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        choices, least = field.metadata["choices"], field.metadata["least"]
-        if choices is not None and value not in choices:
-            raise ValueError(f"{field.name} must be one of {choices}, got {value!r}")
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        if least is not None and not (is_int and value >= least):
-            raise ValueError(f"{field.name} must be an int of at least {least}, got {value!r}")
+        check_option(field, getattr(options, field.name))
+
+
+def check_option(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise ValueError naming the field if the value is none of its choices or below its least.
+
+    None is allowed if it is the default.
+    """
+    if value is None and field.default is None:
+        return
+    choices, least = field.metadata["choices"], field.metadata["least"]
+    if choices is not None and value not in choices:
+        raise ValueError(f"{field.name} must be one of {choices}, got {value!r}")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if least is not None and not (is_int and value >= least):
+        raise ValueError(f"{field.name} must be an int of at least {least}, got {value!r}")
+
+
+def describe_option(field: dataclasses.Field[Any]) -> str:
+    """The field's help, with its choices."""
+    choices = field.metadata["choices"]
+    listed = f" One of: {', '.join(choices)}." if choices else ""
+    return f"{field.metadata['help']}{listed}"
 
 
 def reported_options(options: Any) -> dict[str, Any]:
@@ -81,7 +104,7 @@ def takes_options(
                 raise TypeError(f"{function.__name__}(): {error}") from None
             return function(given.pop(subject.name), make(**given))
 
-        helps = (f"    {f.name}: {f.metadata['help']}" for f in dataclasses.fields(make))
+        helps = (f"    {f.name}: {describe_option(f)}" for f in dataclasses.fields(make))
         described: Any = functools.wraps(function)(call)
         described.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n" + "\n".join(helps)
         described.__signature__ = signature

@@ -13,7 +13,6 @@ from helpers import tiny
 from typer.testing import CliRunner
 
 from hylora_kernels.cli import main as cli
-from hylora_kernels.cli import options
 from hylora_kernels.support import storage
 
 LINES = [f"The {a} dog of the {b} runs after {i} red cats and one bird." for i, (a, b) in enumerate(
@@ -213,26 +212,3 @@ def test_ctrl_c_says_what_is_kept():
 def test_what_is_kept_can_be_said_for_every_verb(verb):
     function, kept = cli.VERBS[verb]
     assert kept.format(**dict.fromkeys(function.__annotations__, "OUT"))
-
-
-@pytest.mark.parametrize(
-    "text, size", [("4GB", 4 * 10**9), ("512 MiB", 2**29), ("1.5gb", 15 * 10**8), ("100", 100)]
-)
-def test_sizes(text, size):
-    assert options.size_option(text, "max-memory") == size
-
-
-def test_ranks_are_a_name_or_json():
-    assert options.ranks_option("global") == "global"
-    assert options.ranks_option('{"mlp": 0.5, "q_proj": 64}') == {"mlp": 0.5, "q_proj": 64}
-
-
-def test_a_models_folder_may_be_written_again_and_another_may_not(tmp_path):
-    options.claim(tmp_path / "new", "model")
-    options.claim(tmp_path, "model")
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="files in it that are no model's"):
-        options.claim(tmp_path, "model")
-    options.claim(tmp_path, "model", mark="letter.txt")
-    (tmp_path / "config.json").write_text("{}")
-    options.claim(tmp_path, "model")

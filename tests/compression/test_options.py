@@ -7,6 +7,7 @@ import inspect
 
 from hylora_kernels import compress
 from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.support.options import describe_option
 
 
 def test_compress_takes_its_options_and_a_model():
@@ -14,7 +15,7 @@ def test_compress_takes_its_options_and_a_model():
     assert model.name == "model_or_id" and model.default is inspect.Parameter.empty
     assert arguments == list(inspect.signature(CompressOptions).parameters.values())
     for field in dataclasses.fields(CompressOptions):
-        assert f"\n    {field.name}: {field.metadata['help']}" in compress.__doc__
+        assert f"\n    {field.name}: {describe_option(field)}" in compress.__doc__
 
 
 def test_refit_is_on_unless_the_method_is_svd():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 
 import pytest
 import torch
 from helpers import tiny
 
+from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.experiments import sweep as sweeping
+from hylora_kernels.experiments.options import SweepOptions
 from hylora_kernels.support.console import show
 
 IDS = tiny.tokens(6, 24)
@@ -25,6 +29,25 @@ def model():
 def made(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     return sweeping.sweep(model, folder, (0.9, 0.6), (0, 4), **OPTIONS), folder
+
+
+def test_sweep_takes_a_model_and_its_options():
+    model, *arguments = inspect.signature(sweeping.sweep).parameters.values()
+    assert model.name == "model" and model.default is inspect.Parameter.empty
+    assert arguments == list(inspect.signature(SweepOptions).parameters.values())
+    assert [a.name for a in arguments[:4]] == ["output_dir", "keep", "lora_rank", "rank"]
+
+
+def test_a_cell_passes_on_all_options_of_compress_that_a_sweep_has():
+    names = {field.name for field in dataclasses.fields(CompressOptions)}
+    own = {"keep", "lora_rank", "calibration", "samples", "length", "tokenizer", "device", "dtype"}
+    assert SweepOptions("out").for_compress().keys() == names - own
+
+
+@pytest.mark.parametrize("grid", [{"keep": ()}, {"lora_rank": ()}, {"rank": ()}])
+def test_an_empty_grid_is_refused(grid):
+    with pytest.raises(ValueError, match=r"keep \(or rank\) and lora_rank must each have"):
+        SweepOptions("out", **grid)
 
 
 def test_every_combination_is_a_cell_within_its_budget(made):

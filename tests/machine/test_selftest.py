@@ -284,8 +284,8 @@ def test_tune_without_a_gpu_is_one_line():
     assert len(lines) == 1 and "cuda" in lines[0]
 
 
-def test_shapes_option():
-    assert options.shapes_option("8x9x2x0, 8x9x3x1", "shapes") == [(8, 9, 2, 0), (8, 9, 3, 1)]
+def test_read_shapes():
+    assert options.read_shapes("8x9x2x0, 8x9x3x1", "shapes") == [(8, 9, 2, 0), (8, 9, 3, 1)]
 
 
 @pytest.mark.gpu

@@ -31,8 +31,8 @@ from transformers import GPT2Config, OPTConfig
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.recovery.finetune import adapter_parameters
-from hylora_kernels.recovery.recipe import Recipe
-from hylora_kernels.recovery.run import Run, frozen_hash
+from hylora_kernels.recovery.recipe import Recipe, frozen_hash
+from hylora_kernels.recovery.run import Run
 from hylora_kernels.support.plots import loss_plot
 
 pytestmark = pytest.mark.usefixtures("plain_plot")

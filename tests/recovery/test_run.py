@@ -21,7 +21,8 @@ from helpers.finetuning import (
 
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.recovery import run as training
-from hylora_kernels.recovery.run import Run, frozen_hash
+from hylora_kernels.recovery.recipe import frozen_hash
+from hylora_kernels.recovery.run import Run
 
 pytestmark = pytest.mark.usefixtures("plain_plot")
 

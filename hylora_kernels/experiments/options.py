@@ -1,0 +1,83 @@
+"""The options of sweep(): its own, and those of compress() that all cells share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.support.options import check_options, option, option_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellOptions:
+    """The arguments of compress() that are the same in every cell."""
+
+    method: str = option_of(CompressOptions, "method")
+    ranks: str | dict[str, int | float] = option_of(CompressOptions, "ranks")
+    init: str = option_of(CompressOptions, "init")
+    form: str = option_of(CompressOptions, "form")
+    factorizer: str = option_of(CompressOptions, "factorizer")
+    refit: bool | None = option_of(CompressOptions, "refit")
+    rank_multiple: int = option_of(CompressOptions, "rank_multiple")
+    include: list[str] | None = option_of(CompressOptions, "include", reported=True)
+    exclude: list[str] | None = option_of(CompressOptions, "exclude", reported=True)
+    count: str = option_of(CompressOptions, "count")
+    refit_samples: int = option_of(CompressOptions, "refit_samples")
+    max_memory: int | None = option_of(CompressOptions, "max_memory")
+    cache: bool | str | Path = option_of(CompressOptions, "cache")
+    seed: int = option_of(CompressOptions, "seed")
+    progress: bool = option_of(CompressOptions, "progress")
+
+    def for_compress(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(CellOptions)}
+
+
+@dataclass(frozen=True)
+class SweepOptions(CellOptions):
+    """All arguments of sweep() but the model, checked.
+
+    output_dir: gets cells/*.json, sweep.json and sweep.png. A cell is read from its file if
+                everything that decides it is the same: weights, tokens, options, the package's
+                version.
+    rank:       total ranks r + ra of every layer; replaces `keep`.
+    data:       the cells are evaluated on its test split and trained on its train split.
+
+    Raises ValueError naming the argument, what was given and what is allowed.
+    """
+
+    output_dir: str | Path = option(MISSING, "Folder of the cells, the table and the picture.")
+    keep: Sequence[float] = option(
+        (0.9, 0.8, 0.6), "Fractions of the linears' parameters that stay.", reported=False
+    )
+    lora_rank: Sequence[int] = option(
+        (0, 16, 64), "Ranks of the adapters, inside the budget; 0: none.", reported=False
+    )
+    rank: Sequence[int] | None = option(
+        None, "Total ranks of all linears, in place of keep.", reported=False
+    )
+    data: Tensor | list[str] | str | os.PathLike = option(
+        "brown",
+        "Text to evaluate and train on: brown, python-docs, a .txt, .jsonl or .parquet file, or a "
+        "hub data set.",
+        reported=False,
+    )
+    calibration: Tensor | list[str] | str = option_of(CompressOptions, "calibration")
+    tokenizer: object = option_of(CompressOptions, "tokenizer")
+    length: int = option_of(CompressOptions, "length", reported=False)
+    samples: int = option_of(CompressOptions, "samples")
+    limit: int | None = option(16, "Most blocks to evaluate on.", least=1, reported=False)
+    steps: int = option(0, "Recovery steps of a cell with adapters; 0: none.", least=0)
+    device: str | torch.device = option("auto", "Device to load the model to.", reported=False)
+    dtype: str | torch.dtype = option("auto", "Dtype to load the model in.", reported=False)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not self.lora_rank or not (self.keep if self.rank is None else self.rank):
+            raise ValueError("keep (or rank) and lora_rank must each have at least one value")

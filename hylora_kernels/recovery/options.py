@@ -1,0 +1,95 @@
+"""The options of finetune(): names, types, defaults, limits and help, each written here once."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hylora_kernels.support.options import check_options, option
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """All arguments of finetune() but the model, checked; lr and warmup are filled in.
+
+    data, tokenizer: as for text.blocks.token_blocks; a LongTensor [n, L] brings its own length L.
+    lr, warmup:  after the warm-up the rate falls on a cosine to lr / 10 at the last step.
+    chunk:       see model.loss.token_loss.
+    distill:     0 is next-token cross-entropy alone, 1 cross-entropy with the teacher's
+                 distribution alone.
+    teacher:     a model with the same vocabulary on the same device.
+    output_dir:  gets log.jsonl (a line a step), loss.png and checkpoint/training.safetensors.
+    on_step:     called in every process before the first step (with 0, or with the number of steps
+                 that a resumed run has done) and after each step; the model then has those
+                 adapters. It may evaluate the model and must leave it as it was. Its time does not
+                 count in the report's `seconds`.
+
+    Raises ValueError naming the argument, what was given and what is allowed.
+    """
+
+    data: Tensor | list[str] | str | os.PathLike = option(
+        "brown",
+        "Text to train on: brown, python-docs, a .txt, .jsonl or .parquet file, or a hub data set.",
+        reported=False,
+    )
+    tokenizer: object = option(None, "By default the model's own.", reported=False)
+    steps: int = option(60, "Updates of the adapters.", least=1)
+    lr: float | None = option(
+        None, "Peak learning rate. By default 1e-3 up to 60 steps, 3e-4 for more."
+    )
+    warmup: int | None = option(
+        None,
+        "Steps of linear warm-up. By default 10, or a quarter of fewer than 40 steps.",
+        least=0,
+    )
+    length: int = option(512, "Tokens in a block.")
+    batch: int = option(1, "Blocks in one forward.", least=1)
+    accumulate: int = option(
+        1, "Forwards in one step, which takes batch * accumulate blocks in each process.", least=1
+    )
+    clip: float = option(1.0, "Largest norm of the gradient; inf: no clipping.")
+    chunk: int = option(64, "Tokens that the output head takes at a time.", least=1)
+    distill: float = option(0.0, "Share of the loss that is measured against the teacher, 0 to 1.")
+    teacher: nn.Module | None = option(None, "Dense model to distil from.", reported=False)
+    merge: bool = option(True, "Fold the adapters into the base at the end.", reported=False)
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward: less memory, more time."
+    )
+    output_dir: str | os.PathLike | None = option(
+        None, "Folder of the log, the loss curve and the checkpoint.", reported=False
+    )
+    save_every: int | None = option(
+        None, "Steps between checkpoints. By default one a minute.", least=1, reported=False
+    )
+    resume: bool = option(True, "Continue from the checkpoint, if there is one.", reported=False)
+    seed: int = option(0, "Seed of the order of the data and of the dropout.")
+    progress: bool = option(True, "Show progress bars.", reported=False)
+    on_step: Callable[[int], object] | None = option(
+        None, "Called with the number of steps done.", reported=False
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.lr is None:
+            object.__setattr__(self, "lr", 1e-3 if self.steps <= 60 else 3e-4)
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", min(10, self.steps // 4))
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup must be at most steps={self.steps}, got {self.warmup}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive (math.inf for no clipping), got {self.clip}")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must be in [0, 1], got {self.distill}")
+        if (self.distill > 0) != (self.teacher is not None):
+            given = "no teacher" if self.teacher is None else "a teacher"
+            raise ValueError(
+                f"distill > 0 goes with a teacher, got distill={self.distill} and {given}"
+            )
+        if self.save_every is not None and self.output_dir is None:
+            raise ValueError(f"save_every={self.save_every} needs an output_dir to save to")

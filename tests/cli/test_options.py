@@ -1,0 +1,172 @@
+"""The options of the commands against the dataclasses of the library, and how they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hylora_kernels.cli import main, options
+from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.experiments.options import SweepOptions
+from hylora_kernels.recovery.options import FinetuneOptions
+from hylora_kernels.support.options import describe_option
+
+COMMANDS = typer.main.get_command(main.app).commands
+
+# verb -> (dataclass, its fields that are no options of the command, the command's own parameters)
+EVERY = {"model", "device", "dtype", "json_path", "debug"}
+LIBRARY = {
+    "compress": (
+        CompressOptions,
+        {"tokenizer", "device", "dtype", "refit_samples", "progress"},
+        EVERY | {"out"},
+    ),
+    "finetune": (
+        FinetuneOptions,
+        {"tokenizer", "teacher", "output_dir", "progress", "on_step"},
+        EVERY | {"out", "teacher"},
+    ),
+    "sweep": (
+        SweepOptions,
+        {"output_dir", "tokenizer", "device", "dtype", "progress"}
+        | {"init", "count", "refit_samples", "cache"},
+        EVERY | {"out"},
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", LIBRARY)
+def test_a_command_has_the_librarys_options_with_its_defaults_and_help(verb):
+    source, hidden, own = LIBRARY[verb]
+    shown = {param.name: param for param in COMMANDS[verb].params}
+    fields = {field.name: field for field in dataclasses.fields(source)}
+    assert hidden < fields.keys()
+    assert shown.keys() - own == fields.keys() - hidden
+    for name in shown.keys() - own:
+        default = fields[name].default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        assert shown[name].default == default, name
+        assert shown[name].help.startswith(describe_option(fields[name])), name
+
+
+def test_analyze_has_the_options_of_compress_that_it_needs():
+    shown = {param.name: param for param in COMMANDS["analyze"].params}
+    fields = {field.name: field for field in dataclasses.fields(CompressOptions)}
+    common = {"include", "exclude", "calibration", "samples", "length", "seed"}
+    assert shown.keys() == common | EVERY | {"method", "png"}
+    assert all(shown[name].default == fields[name].default for name in common)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("compress", {"--refit", "--no-refit", "--cache", "--no-cache"}),
+        ("finetune", {"--merge", "--no-merge", "--resume", "--restart"}),
+        ("finetune", {"--gradient-checkpointing"}),
+        ("sweep", {"--refit", "--no-refit"}),
+    ],
+)
+def test_flags(verb, flags):
+    known = {o for p in COMMANDS[verb].params for o in (*p.opts, *p.secondary_opts)}
+    assert flags <= known and "--no-gradient-checkpointing" not in known
+
+
+def test_importing_the_command_line_imports_nothing_heavy():
+    code = "import hylora_kernels.cli.main, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"transformers", "accelerate", "datasets", "matplotlib"}
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def given(*words: str) -> dict:
+    """What a command gets for these words."""
+    caught = {}
+
+    @options.library_options(CompressOptions, only=("ranks", "max_memory", "include", "method"))
+    def compress(*, options: dict) -> None:
+        caught.update(options)
+
+    @options.library_options(SweepOptions, only=("keep", "lora_rank", "rank"))
+    def sweep(*, options: dict) -> None:
+        caught.update(options)
+
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(compress)
+    app.command()(sweep)
+    result = CliRunner().invoke(app, words)
+    if isinstance(result.exception, ValueError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return caught
+
+
+def test_a_command_gets_the_librarys_types():
+    assert given("compress") == {
+        "method": "two_sided",
+        "ranks": "global",
+        "include": None,
+        "max_memory": None,
+    }
+    words = ("--ranks", '{"mlp": 0.5}', "--max-memory", "4GB", "--include", "a", "--include", "b")
+    assert given("compress", *words) == {
+        "method": "two_sided",
+        "ranks": {"mlp": 0.5},
+        "include": ["a", "b"],
+        "max_memory": 4 * 10**9,
+    }
+    assert given("sweep") == {"keep": [0.9, 0.8, 0.6], "lora_rank": [0, 16, 64], "rank": None}
+    assert given("sweep", "--keep", "1", "--rank", "8,4") == {
+        "keep": [1.0],
+        "lora_rank": [0, 16, 64],
+        "rank": [8, 4],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("compress", "--method", "best"),
+            r"method must be one of \('two_sided', 'whitened', 'svd'\), got 'best'",
+        ),
+        (("compress", "--ranks", "{oops"), "--ranks is no valid JSON"),
+        (("compress", "--max-memory", "much"), "--max-memory must be a size .*got 'much'"),
+        (("sweep", "--keep", "0.8,low"), "--keep must be numbers .*got '0.8,low'"),
+        (("sweep", "--lora-rank", "0.5"), "--lora-rank must be whole numbers .*got '0.5'"),
+    ],
+)
+def test_an_option_that_is_not_allowed_is_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        given(*words)
+
+
+@pytest.mark.parametrize(
+    "text, size", [("4GB", 4 * 10**9), ("512 MiB", 2**29), ("1.5gb", 15 * 10**8), ("100", 100)]
+)
+def test_sizes(text, size):
+    assert options.read_size(text, "max_memory") == size
+
+
+def test_ranks_are_a_name_or_json():
+    assert options.read_ranks("global") == "global"
+    assert options.read_ranks('{"mlp": 0.5, "q_proj": 64}') == {"mlp": 0.5, "q_proj": 64}
+
+
+def test_a_models_folder_may_be_written_again_and_another_may_not(tmp_path: Path):
+    options.refuse_foreign_folder(tmp_path / "new", "model")
+    options.refuse_foreign_folder(tmp_path, "model")
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="files in it that are no model's"):
+        options.refuse_foreign_folder(tmp_path, "model")
+    options.refuse_foreign_folder(tmp_path, "model", mark="letter.txt")
+    (tmp_path / "config.json").write_text("{}")
+    options.refuse_foreign_folder(tmp_path, "model")
