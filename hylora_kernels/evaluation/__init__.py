@@ -1,1 +1,1 @@
-"""Perplexity, size and speed."""
+"""Perplexity, true size and speed of a causal language model, dense or compressed."""

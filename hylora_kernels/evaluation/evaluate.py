@@ -1,4 +1,4 @@
-"""Evaluation: perplexity, true size and speed of a causal language model, dense or compressed."""
+"""evaluate(): perplexity on a text, true size, and speed of a model, in one report."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluateReport(Report):
+    """The result of evaluate(). data: name of the text; speed: None if it was not measured."""
+
     data: str
     split: str
     perplexity: Perplexity
@@ -48,12 +50,8 @@ class EvaluateReport(Report):
         for name, kept in (("linears", size.linears), ("whole model", size.model)):
             rows.append((name, f"{kept.merged:,}: {kept_removed(kept.keep_merged)}"))
             if kept.as_is != kept.merged:
-                rows.append(
-                    (
-                        f"{name}, adapters separate",
-                        f"{kept.as_is:,}: {kept_removed(kept.keep_as_is)}",
-                    )
-                )
+                separate = f"{kept.as_is:,}: {kept_removed(kept.keep_as_is)}"
+                rows.append((f"{name}, adapters separate", separate))
         if self.speed is not None:
             how = ", optimized" if self.speed.optimized else ""
             rows.append((f"prefill tokens/s{how}", self.speed.prefill_tok_s))
@@ -74,23 +72,37 @@ def evaluate(
     progress: bool = True,
     optimize: bool = False,
 ) -> EvaluateReport:
-    """Perplexity on `data`, size and, if wanted, speed.
+    """Perplexity on `data`, size and speed of a causal language model on its device.
 
-    data, tokenizer: as for data.token_blocks, the tokenizer by default the model's own; a
-           LongTensor [n, L] brings its own length.
-    limit: at most so many blocks.
-    path:  the folder the model was loaded from or saved to, for its bytes on disk.
-    optimize: the speed is that of the model laid out by optimize_for_inference, which is undone:
-           the same bits in new Parameter objects, which an optimizer made before doesn't know.
+    data, tokenizer: as for text.blocks.token_blocks, the tokenizer by default the model's own; a
+              LongTensor [n, L] brings its own length L.
+    length:   tokens in a block.
+    limit:    most blocks to measure on; None: all.
+    batch:    blocks in one forward.
+    speed:    also measure tokens per second.
+    path:     folder that the model was loaded from or saved to, for its bytes on disk.
+    optimize: measure the speed of the model as optimize_for_inference packs it. This is undone:
+              the parameters get their bits back in new Parameter objects, which an optimizer made
+              before does not know.
+
+    Raises ValueError naming the argument, FloatingPointError naming a block whose loss is not
+    finite.
+
+    Example:
+        report = evaluate(model, "brown", length=512, limit=16)
+        report.perplexity.ppl, report.size.linears.keep_merged, report.speed.decode_tok_s
     """
     if tokenizer is None and not isinstance(data, Tensor):
         tokenizer = tokenizer_of(model)
     blocks = token_blocks(data, tokenizer, length, split, limit, progress=progress)
     quality = perplexity(model, blocks, batch, progress)
-    size, most = model_size(model, path), context_length(model)
-    prompt_tokens = 128 if most is None else max(1, min(128, most - 33))
-    timed = throughput(model, prompt_tokens, 32, optimize=optimize) if speed else None
-    return EvaluateReport(source_name(data), split, quality, size, timed)
+    size = model_size(model, path)
+    measured = _throughput(model, optimize) if speed else None
+    return EvaluateReport(source_name(data), split, quality, size, measured)
 
 
-# -------------------------------------------------------------------------------------------- speed
+def _throughput(model: nn.Module, optimize: bool) -> Throughput:
+    """The speed with 32 new tokens after a prompt of 128, or of what a short context leaves."""
+    context = context_length(model)
+    prompt_tokens = 128 if context is None else max(1, min(128, context - 33))
+    return throughput(model, prompt_tokens, 32, optimize=optimize)

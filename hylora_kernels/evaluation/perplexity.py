@@ -1,4 +1,4 @@
-"""Perplexity over blocks of tokens, every token counted."""
+"""Perplexity over blocks of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from hylora_kernels.support.report import Report
 
 @dataclass
 class Perplexity(Report):
-    """ppl = exp(nll), nll in nats a token over `tokens` predictions: length - 1 in each block."""
+    """ppl = exp(nll); nll is the mean loss in nats a token.
+
+    tokens: predictions counted, length - 1 in each block.
+    """
 
     ppl: float
     nll: float
@@ -32,10 +35,13 @@ class Perplexity(Report):
 def perplexity(
     model: nn.Module, blocks: Tensor, batch: int = 4, progress: bool = True
 ) -> Perplexity:
-    """blocks int64 [n, L]: each on its own, its first token given, the other L - 1 all counted.
+    """Perplexity of a causal language model on blocks, token ids int64 [n, L].
 
-    Raises FloatingPointError naming the block whose loss is not finite, ValueError for blocks
-    of another kind or longer than the model's context, or batch < 1.
+    Each block is a text of its own: its first token is given, the other L - 1 are predicted, and
+    every prediction counts. batch: blocks in one forward.
+
+    Raises FloatingPointError naming the block whose loss is not finite, ValueError for batch < 1
+    and for blocks that are no token ids or longer than the model's context.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -53,7 +59,7 @@ def perplexity(
             bar.set_postfix(ppl=format_ppl(math.exp(min(nll / tokens, 700))), refresh=False)
             bar.update(len(ids))
     mean = nll / tokens
-    if mean > 700:
+    if mean > 700:  # exp(709.8) is the largest float64
         raise FloatingPointError(
             f"perplexity: exp of a mean loss of {mean:.1f} nats is beyond float64"
         )
@@ -61,9 +67,10 @@ def perplexity(
 
 
 def _not_finite(model: nn.Module, ids: Tensor, start: int) -> str:
-    for place, block in enumerate(ids):
+    """The first block of ids [n, L] whose loss is not finite, counted from `start`, in words."""
+    for index, block in enumerate(ids, start):
         loss, _ = token_loss(model, block[None])
         if not math.isfinite(loss):
-            return f"the loss of block {start + place} is {float(loss)}"
+            return f"the loss of block {index} is {float(loss)}"
     last = start + len(ids) - 1
     return f"the loss of blocks {start} to {last} is not finite together, yet each alone is"

@@ -1,9 +1,10 @@
-"""True size: parameters, buffers and bytes, in memory and on disk."""
+"""True size: parameters, buffers and bytes in memory and on disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -15,7 +16,10 @@ from hylora_kernels.support.report import Report
 
 @dataclass
 class Kept(Report):
-    """Parameters dense, as held now, and with the adapters merged; keep and removed of dense."""
+    """Parameters of the dense model, as they are now, and with the adapters merged.
+
+    keep_*, removed_*: fractions of `dense` that stay and that are gone; they sum to 1.
+    """
 
     dense: int
     as_is: int
@@ -28,12 +32,13 @@ class Kept(Report):
 
 @dataclass
 class ModelSize(Report):
-    """Counts and bytes; what is held twice (tied) counts once, pivots are buffers.
+    """Numbers of elements, and bytes. A tied weight counts once; pivots are buffers.
 
-    resident_bytes: the whole storages of all parameters and buffers.
-    file_bytes:     of the folder's .safetensors, or None.
-    linears:        the weights that compression is about, those left dense included; no biases.
-    model:          every parameter.
+    resident_bytes: of the whole storages of all parameters and buffers.
+    file_bytes:     of the folder's .safetensors files; None without a folder.
+    linears:        the weights that compression chooses from, without biases; those left dense
+                    count too.
+    model:          all parameters.
     """
 
     parameters: int
@@ -49,10 +54,14 @@ class ModelSize(Report):
 
 
 def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
-    """Count everything the model holds; with `path`, a folder, its .safetensors files too.
+    """Count the parameters and buffers of a causal language model.
 
-    What is packed for inference counts as the parameters it is made of, and with the bytes that it
-    takes. Raises ValueError if there are no files.
+    path: folder whose .safetensors files are counted too.
+
+    A layer packed for inference counts with the number of parameters that it was packed from, and
+    with the bytes that it takes now.
+
+    Raises ValueError if the folder has no .safetensors files.
     """
     packed = packed_states(model)
     panels = {id(tensor) for state in packed for tensor in state.tensors}
@@ -62,7 +71,7 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
     total = sum(p.numel() for p in parameters) + sum(state.count for state in packed)
     targets = linears(model).values()
     dense = sum(_count(layer, "dense") for layer in targets)
-    as_is = sum(_count(layer, "as_is") for layer in targets)
+    as_is = sum(_count(layer, "as is") for layer in targets)
     merged = sum(_count(layer, "merged") for layer in targets)
     return ModelSize(
         parameters=total,
@@ -78,14 +87,15 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
     )
 
 
-def _count(layer: nn.Module, which: str) -> int:
+def _count(layer: nn.Module, state: Literal["dense", "as is", "merged"]) -> int:
+    """Parameters of a linear's weight in that state."""
     if isinstance(layer, PackedLinear):
         return layer.packed_state.count
     if not isinstance(layer, SVDLoRALinear):
         return layer.weight.numel()
-    if which == "dense":
+    if state == "dense":
         return layer.in_features * layer.out_features
-    return layer.parameter_count(merged=which == "merged")
+    return layer.parameter_count(merged=state == "merged")
 
 
 def _kept(dense: int, as_is: int, merged: int) -> Kept:
@@ -94,7 +104,7 @@ def _kept(dense: int, as_is: int, merged: int) -> Kept:
 
 
 def _storage_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the distinct storages; on the meta device, which has none, of the tensors."""
+    """Bytes of the distinct storages. Meta tensors have none: they count with their own size."""
     storages = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Tokens a second: prefill and decoding."""
+"""Speed: tokens per second of prefill and of decoding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from hylora_kernels.support.report import Report
 
 @dataclass
 class Throughput(Report):
-    """Tokens a second at batch 1: medians of three prefills and of the single new tokens."""
+    """Tokens per second at batch 1.
+
+    prefill_tok_s: from the median time of three prompts of prompt_tokens.
+    decode_tok_s:  from the median time of new_tokens single tokens.
+    threads:       of the CPU. optimized: the model was packed by optimize_for_inference.
+    """
 
     prefill_tok_s: float
     decode_tok_s: float
@@ -43,34 +48,34 @@ def throughput(
     seed: int = 0,
     optimize: bool = False,
 ) -> Throughput:
-    """Time the model on random tokens: prompts at once, then greedily token by token with a cache.
+    """Time a causal language model on random tokens drawn by `seed`, on its device.
 
-    Both are warmed up first; then three prompts and exactly `new_tokens` tokens are timed. Logits
-    are made for a prompt's last token only, as generate() does. With `optimize` the model is laid
-    out by optimize_for_inference first and restored afterwards, the same bits in new Parameter
-    objects. Raises ValueError for sizes that can't be.
+    Three whole prompts are timed, then `new_tokens` greedy tokens, one at a time with a cache; each
+    kind is warmed up once. Logits are made for the prompt's last token only, as generate() does.
+
+    optimize: time the model as optimize_for_inference packs it. This is undone: the parameters get
+              their bits back in new Parameter objects.
+
+    Raises ValueError for a number of tokens below 1 or beyond the model's context.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_context(model, prompt_tokens + new_tokens + 1)
-    device, words = input_device(model), model.get_input_embeddings().num_embeddings
+    device, vocabulary = input_device(model), model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(words, (1, prompt_tokens), generator=generator).to(device)
-    last = (
-        {"logits_to_keep": 1}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
+    ids = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(device)
+    has_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if has_last_only else {}
     with eval_mode(model), _optimized(model) if optimize else nullcontext():
         optimized = bool(packed_states(model))
-        _timed(model, ids, None, last)
-        prefills = [_timed(model, ids, None, last)[0] for _ in range(3)]
-        _, token, cache = _timed(model, ids, None, last)
-        _, token, cache = _timed(model, token, cache, last)
+        _timed(model, ids, None, last_only)
+        prefills = [_timed(model, ids, None, last_only)[0] for _ in range(3)]
+        _, token, cache = _timed(model, ids, None, last_only)
+        _, token, cache = _timed(model, token, cache, last_only)
         decodes = []
         for _ in range(new_tokens):
-            seconds, token, cache = _timed(model, token, cache, last)
+            seconds, token, cache = _timed(model, token, cache, last_only)
             decodes.append(seconds)
     return Throughput(
         prefill_tok_s=prompt_tokens / statistics.median(prefills),
@@ -86,7 +91,7 @@ def throughput(
 
 @contextmanager
 def _optimized(model: nn.Module) -> Iterator[None]:
-    """Optimised inside; outside as it was."""
+    """Packed by optimize_for_inference in the block, and afterwards as it was before."""
     already = bool(packed_states(model))
     try:
         if not already:
@@ -100,7 +105,7 @@ def _optimized(model: nn.Module) -> Iterator[None]:
 def _timed(
     model: nn.Module, ids: Tensor, cache: Any, options: dict[str, Any]
 ) -> tuple[float, Tensor, object]:
-    """(seconds, the likeliest next token [1, 1], the cache) of one forward."""
+    """One forward on ids [1, n]: (seconds, the likeliest next token [1, 1], the cache)."""
     _synchronize(ids.device)
     start = time.perf_counter()
     output = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)

@@ -1,4 +1,4 @@
-"""Text generation: transformers' generate with every setting said, text handed out as it comes."""
+"""generate(): transformers' generate with every setting given, and text streamed as it comes."""
 
 from __future__ import annotations
 
@@ -26,25 +26,30 @@ def generate(
     seed: int = 0,
     stream: Callable[[str], object] | None = None,
 ) -> str:
-    """The text that continues `prompt`: up to max_new_tokens, or to the model's end of text.
+    """The text that continues `prompt`: max_new_tokens tokens, or fewer if the model ends the text.
 
-    temperature: 0 is greedy; above, tokens are drawn by `seed` among the likeliest that make up
-                 top_p of the probability.
-    chat:        the prompt is a user's message, put into the tokenizer's chat template.
-    stream:      called with each piece of text as soon as it is certain; together they are the
-                 result.
+    temperature: 0 takes the likeliest token; above 0, tokens are sampled by `seed`.
+    top_p:       sample from the likeliest tokens that together have this probability.
+    chat:        put the prompt, as a user's message, into the tokenizer's chat template.
+    stream:      called with each piece of text as soon as no later token can change it; the pieces
+                 together are the result.
 
     Of the model's own generation settings only its end-of-text tokens count. The caller's random
-    state stays as it was. Raises ValueError for an empty prompt, one beyond the model's context, a
-    number that can't be, and a tokenizer without what it takes.
+    state is left unchanged.
+
+    Raises ValueError for an empty prompt, a prompt beyond the model's context, an argument out of
+    its range, a missing tokenizer or one without a chat template.
+
+    Example:
+        text = generate(model, tokenizer, "Once upon a time", max_new_tokens=32)
     """
     _check(tokenizer, prompt, max_new_tokens, temperature, top_p, chat)
     ids = _encode(tokenizer, prompt, chat)
-    most = context_length(model)
-    if most is not None and ids.shape[1] + max_new_tokens > most:
+    context = context_length(model)
+    if context is not None and ids.shape[1] + max_new_tokens > context:
         raise ValueError(
             f"prompt has {ids.shape[1]} tokens, which with max_new_tokens={max_new_tokens} "
-            f"is beyond the model's context of {most}"
+            f"is beyond the model's context of {context}"
         )
     device = input_device(model)
     ids = ids.to(device)
@@ -73,10 +78,10 @@ def generate(
 
 
 class _Pieces(BaseStreamer):
-    """Turns tokens into pieces of text, each as soon as no token to come can change it.
+    """Turns tokens into pieces of text, each as soon as no later token can change it.
 
-    A character may take several tokens. They are decoded behind the piece before them, since some
-    tokenizers drop a leading space.
+    A character may take several tokens. They are decoded together with the piece before them:
+    some tokenizers drop the leading space of a text.
     """
 
     def __init__(
@@ -85,10 +90,11 @@ class _Pieces(BaseStreamer):
         self.tokenizer, self.stream = tokenizer, stream
         self.texts: list[str] = []
         self.tokens: list[int] = []
-        self.has_prompt = False  # transformers puts the prompt first
+        self.has_prompt = False  # put() gets the prompt first
         self.before = self.sent = 0  # tokens[before:sent] are the last piece
 
     def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, or the next token ids of any shape."""
         if not self.has_prompt:
             self.has_prompt = True
             return
@@ -98,6 +104,7 @@ class _Pieces(BaseStreamer):
             self._send(text)
 
     def end(self) -> None:
+        """Send the rest, even if its last character is not complete."""
         self._send(self._decode(self.before, None))
 
     def _send(self, text: str) -> None:
@@ -116,6 +123,7 @@ class _Pieces(BaseStreamer):
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids int64 [1, n]."""
     if chat:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -124,7 +132,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torc
 
 
 def _pad_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Never used with one prompt; given so that transformers doesn't warn that it chose one."""
+    """A padding token. One prompt needs none, but without one transformers prints a warning."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     end: Any = model.generation_config.eos_token_id
@@ -132,7 +140,7 @@ def _pad_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | No
 
 
 def _check(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompt: str,
     max_new_tokens: int,
     temperature: float,
