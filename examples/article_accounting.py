@@ -1,10 +1,10 @@
-"""How a "TinyLlama squeezed by 51 %" was counted, and what those models really weigh.
+"""The count behind a "TinyLlama squeezed by 51 %", and the true size of those models.
 
 The article ("How HyLoRA Squeezed TinyLlama by 51% Without Killing Performance") replaces six of
 the seven linears of every block by a frozen SVD pair plus a trainable LoRA pair, keeps the SVD pair
-in buffers and adds up `.parameters()`: the base it compressed to is never counted. Here the same
-models are built on the meta device (shapes only, no memory) from this package's layer, which holds
-every tensor as a parameter, and are counted both ways.
+in buffers and adds up `.parameters()`: the compressed base is never counted. This script builds the
+same models on the meta device (shapes only, no memory) from this package's layer, whose tensors are
+all parameters, and counts them both ways.
 
     python examples/article_accounting.py
 """
@@ -33,7 +33,7 @@ TINYLLAMA = LlamaConfig(
 REPLACED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")  # not down_proj
 BYTES, MIB = 2, 2**20  # bfloat16; the article's "MB" are MiB
 
-# (a, LoRA rank, the size in the article's own tables): rank = int(a * min(m, n)).
+# (a, LoRA rank, size in the article's tables in MiB); the rank of a layer is int(a * min(K, N)).
 CONFIGURATIONS = (
     (0.5, 16, 753),
     (0.5, 32, 772),
@@ -45,7 +45,7 @@ CONFIGURATIONS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Sizes in parameters: `counted` as the article's code counts, `true` with everything."""
+    """One configuration; sizes in parameters. counted: by the article's code; true: all of them."""
 
     a: float
     lora_rank: int
@@ -72,11 +72,13 @@ class Row:
 
 
 def tinyllama() -> LlamaForCausalLM:
+    """The dense model, without memory."""
     with torch.device("meta"):
         return LlamaForCausalLM(TINYLLAMA)
 
 
 def squeeze(model: nn.Module, a: float, lora_rank: int) -> nn.Module:
+    """Replace the article's six linears of every block, in place; the same model."""
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
             if name in REPLACED:
@@ -88,7 +90,7 @@ def squeeze(model: nn.Module, a: float, lora_rank: int) -> nn.Module:
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """Parameters without the frozen SVD factors, which the article has as buffers; and all."""
+    """(parameters without the frozen SVD factors, which are buffers in the article; all)."""
     layers = [m for m in model.modules() if isinstance(m, SVDLoRALinear)]
     frozen = sum(layer.SVh.numel() + layer.U.numel() for layer in layers)
     total = sum(p.numel() for p in model.parameters())
@@ -124,8 +126,8 @@ def main() -> list[Row]:
     if unlike := sorted({row.a for row in rows if abs(row.counted_mib - row.article_mib) > 1}):
         values = " and ".join(map(str, unlike))
         console.print(
-            "What is not counted cannot change the count: by this method the size is the same at "
-            f"every a. The article's own figures at a = {values} do not follow from it."
+            "The frozen base is not counted, so by this method the size is the same at every a. "
+            f"The article's own figures at a = {values} do not follow from it."
         )
     return rows
 

@@ -2,8 +2,8 @@
 
     python examples/own_model.py MODEL [TEXT [HELD_OUT]]
 
-MODEL is a hub id, a folder or a .gguf file. TEXT, to calibrate and train on, and HELD_OUT, to
-measure on, are "brown", a hub id, or a .txt, .jsonl or .parquet file. The result is written to
+MODEL is a hub id, a folder or a .gguf file. TEXT is calibrated and trained on, HELD_OUT is measured
+on; each is "brown", a hub id, or a .txt, .jsonl or .parquet file. The result is written to
 runs/own_model.
 """
 
@@ -20,16 +20,20 @@ from hylora_kernels import (
     load_pretrained,
     save_pretrained,
 )
+from hylora_kernels.evaluation.evaluate import EvaluateReport
 
 FOLDER = "runs/own_model"
 PROMPT = "The most important thing about"
 
 
-def main(name: str, text: str = "brown", held_out: str = "brown", length: int = 512, **options):
+def main(
+    name: str, text: str = "brown", held_out: str = "brown", length: int = 512, **options
+) -> tuple[EvaluateReport, EvaluateReport]:
+    """The reports of the dense and of the recovered model. options: of compress()."""
     model, tokenizer = load_model(name)
     dense = evaluate(model, held_out, tokenizer, length=length, limit=16)
 
-    model, squeezed = compress(
+    model, report = compress(
         model, keep=0.8, calibration=text, tokenizer=tokenizer, length=length, **options
     )
     finetune(model, text, tokenizer, steps=60, length=length)
@@ -38,7 +42,7 @@ def main(name: str, text: str = "brown", held_out: str = "brown", length: int = 
     save_pretrained(model, FOLDER, tokenizer)
     model = load_pretrained(FOLDER)
     print(generate(model, tokenizer, PROMPT, max_new_tokens=32))
-    print(f"kept {squeezed.keep:.1%} of the linears, {squeezed.model_keep:.1%} of the model")
+    print(f"kept {report.keep:.1%} of the linears, {report.model_keep:.1%} of the model")
     print(f"perplexity {dense.perplexity.ppl:.2f} -> {small.perplexity.ppl:.2f}")
     print(f"decode {dense.speed.decode_tok_s:.1f} -> {small.speed.decode_tok_s:.1f} tokens/s")
     return dense, small

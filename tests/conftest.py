@@ -1,9 +1,9 @@
-"""What every test stands on: poisoned memory, fixed seeds, one thread a worker, a cache of its own.
+"""Fixtures of every test: poisoned memory, fixed seeds, one thread a worker, a temporary cache.
 
-Memory is poisoned by torch's own deterministic mode: all that is allocated without a value
-(torch.empty, empty_like, new_empty, resize_, and at::empty in C++) comes filled with NaN, or with
-the largest integer, so an output that a kernel forgets to write fails its test. torch.compile,
-fake and meta tensors know that mode; they would stumble over patched functions.
+Torch's deterministic mode poisons memory: everything allocated without a value (torch.empty,
+empty_like, new_empty, resize_, and at::empty in C++) is filled with NaN, or with the largest
+integer, so an output that a kernel forgets to write fails its test. Patched functions would do the
+same, but break torch.compile, fake and meta tensors.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 import torch
 
-# Without a GPU Triton's kernels run in its interpreter, which Triton has to know when it is
-# imported, as the package does.
+# Without a GPU Triton's kernels run in its interpreter. Triton reads the variable when it is
+# imported, which the package does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hylora_kernels.backends import triton as triton_backend
 from hylora_kernels.backends.cpu import limbs, packed
 
-# cuBLAS warns in deterministic mode without it; it has to be set before CUDA starts.
+# Without it cuBLAS warns in deterministic mode. It must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -53,7 +53,7 @@ def pytest_configure_node(node):
 
 
 def pytest_generate_tests(metafunc):
-    """A test that asks for `device` runs on the CPU, and on CUDA (marked gpu) if there is one."""
+    """A test with the argument `device` runs on the CPU, and on a GPU (marked gpu) if any."""
     if "device" in metafunc.fixturenames:
         cuda = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
         metafunc.parametrize("device", ["cpu", *cuda])
@@ -61,7 +61,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter():
-    """Triton's interpreter with bfloat16 mended, and without what slows it down fivefold."""
+    """Triton's interpreter, with bfloat16 repaired and without work that slows it fivefold."""
     if os.environ.get("TRITON_INTERPRET") != "1" or not triton_backend.INSTALLED:
         yield
         return
@@ -79,21 +79,22 @@ def _seeded_and_poisoned(monkeypatch):
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Deterministic mode multiplies many rows of float32 by FMA; bf16 limbs need the tests more.
+    # Deterministic mode multiplies many rows of float32 by multiply-adds. The tests take the other
+    # path instead, bf16 limbs: bf16 pieces whose sum is a float32.
     monkeypatch.setattr(limbs, "six_products_serve", lambda: True)
     monkeypatch.setattr(packed, "six_products_stay_faster", lambda: True)
 
 
 @pytest.fixture
 def plain_plot(monkeypatch):
-    """Drawing takes longer than any training here; test_report takes the real picture."""
+    """Write a text instead of a picture: drawing takes longer than any training of these tests."""
     module = sys.modules["hylora_kernels.recovery.finetune"]
     monkeypatch.setattr(module, "loss_plot", lambda curves, path: path.write_text(str(curves)))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint; tests that alter one copy it."""
+    """A folder with a checkpoint, shared by the tests of a module; `copied` may be changed."""
     folder = tmp_path_factory.mktemp("saved")
     from helpers import checkpoints
 
@@ -106,6 +107,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def copied(saved, tmp_path):
+    """A copy of the folder `saved`."""
     for file in saved.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path

@@ -1,4 +1,4 @@
-"""The examples run as they stand and say what the README says they say."""
+"""The examples run unchanged and print the numbers that the README gives."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Syntax:
-    """A field on the command line: its type there, a sentence for its help, and how it is read."""
+    """A field on the command line: its type there, a sentence for its help, and the function that
+    reads what typer gives, unless it gives None."""
 
     type: Any
     hint: str = ""
@@ -92,9 +93,11 @@ def library_options(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            options = {name: syntax[name].read(given.pop(name)) for name in fields}
+            options = {name: given.pop(name) for name in fields}
             for name, value in options.items():
-                check_option(fields[name], value)
+                if value is not None:
+                    options[name] = syntax[name].read(value)
+                check_option(fields[name], options[name])
             command(**given, options=options)
 
         parameters = []
@@ -144,7 +147,7 @@ def _syntax(name: str, hint: Any) -> Syntax:
     if name == "max_memory":
         return Syntax(str | None, "For example 4GB.", functools.partial(read_size, option=name))
     if any(kind is dict or typing.get_origin(kind) is dict for kind in kinds):
-        return Syntax(str, 'As JSON: {"mlp": 0.5, "q_proj": 64}.', read_ranks)
+        return Syntax(str, 'Patterns as JSON: {"mlp": 0.5, "q_proj": 64}.', read_ranks)
     if numbers:
         read = functools.partial(read_numbers, kind=numbers[0], option=name)
         return Syntax(maybe(str), "Several with commas between.", read)
@@ -171,10 +174,8 @@ def read_ranks(text: str) -> str | dict:
         raise ValueError(f"--ranks is no valid JSON: {error}") from error
 
 
-def read_numbers(text: str | None, kind: type, option: str) -> list | None:
-    """ "16,64" -> [16, 64], each of type `kind`; None stays None."""
-    if text is None:
-        return None
+def read_numbers(text: str, kind: type, option: str) -> list:
+    """ "16,64" -> [16, 64], each of type `kind`."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
@@ -196,10 +197,8 @@ def read_shapes(text: str, option: str) -> list[tuple[int, int, int, int]]:
     return shapes
 
 
-def read_size(text: str | None, option: str) -> int | None:
-    """ "4GB" -> 4_000_000_000; "4GiB" -> 2**32; None stays None."""
-    if text is None:
-        return None
+def read_size(text: str, option: str) -> int:
+    """ "4GB" -> 4_000_000_000; "4GiB" -> 2**32 bytes."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
     number = text.strip().lower().rstrip("bikmgt ")

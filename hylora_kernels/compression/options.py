@@ -36,6 +36,7 @@ class CompressOptions:
     count:       "merged" budgets for adapters folded in, "as_is" for separate ones.
     max_memory:  bytes; the model runs over the text again for each part of the statistics that
                  fits.
+    cache:       True: in the package's cache; a path: in that folder; False: nowhere.
 
     Raises ValueError or TypeError naming the argument, what was given and what is allowed.
     """
@@ -47,7 +48,11 @@ class CompressOptions:
         "set.",
         reported=False,
     )
-    method: str = option("two_sided", "Whitening before the SVD.", choices=METHODS)
+    method: str = option(
+        "two_sided",
+        "Norm of the truncation: by inputs and output gradients, by inputs, or plain.",
+        choices=METHODS,
+    )
     ranks: str | dict[str, int | float] = option(
         "global",
         "Division of the budget among the layers: global, uniform, energy, or the keep (a fraction)"
@@ -64,10 +69,10 @@ class CompressOptions:
     )
     rank_multiple: int = option(16, "Ranks are multiples of this.", least=1)
     include: list[str] | None = option(
-        None, "Only linears whose path matches a regular expression.", reported=False
+        None, "Only linears whose path contains a match of this regular expression.", reported=False
     )
     exclude: list[str] | None = option(
-        None, "No linears whose path matches a regular expression.", reported=False
+        None, "No linears whose path contains a match of this regular expression.", reported=False
     )
     count: str = option(
         "merged", "The budget counts the adapters merged, or as they are.", choices=COUNTS
@@ -83,9 +88,7 @@ class CompressOptions:
     tokenizer: object = option(None, "By default the model's own.", reported=False)
     device: str | torch.device | None = option(None, "Device to move the model to.", reported=False)
     dtype: str | torch.dtype | None = option(None, "Dtype to convert the model to.", reported=False)
-    cache: bool | str | Path = option(
-        True, "Keep and reuse finished work, in the cache or in a given folder.", reported=False
-    )
+    cache: bool | str | Path = option(True, "Keep and reuse finished work.", reported=False)
     seed: int = option(0, "Seed of every random choice.")
     progress: bool = option(True, "Show progress bars.", reported=False)
 

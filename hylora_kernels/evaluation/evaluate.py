@@ -36,12 +36,10 @@ class EvaluateReport(Report):
     def render(self) -> Table:
         """A rich table."""
         size, quality = self.size, self.perplexity
-        rows = [
+        counted = f"{quality.tokens:,} in {quality.blocks} blocks of {quality.length}"
+        rows: list[tuple[str, object]] = [
             ("perplexity", format_ppl(quality.ppl)),
-            (
-                "tokens counted",
-                f"{quality.tokens:,} in {quality.blocks} blocks of {quality.length}",
-            ),
+            ("tokens counted", counted),
             ("parameters", size.parameters),
             ("trainable parameters", size.trainable),
             ("in memory", format_bytes(size.resident_bytes)),

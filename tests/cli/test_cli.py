@@ -1,4 +1,4 @@
-"""The commands, from the words a user types to the files and the exit code."""
+"""The commands: the words a user types, the files written, the output and the exit code."""
 
 from __future__ import annotations
 

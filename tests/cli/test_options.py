@@ -88,7 +88,7 @@ def test_importing_the_command_line_imports_nothing_heavy():
 
 
 def given(*words: str) -> dict:
-    """What a command gets for these words."""
+    """The options that a command gets for these words."""
     caught = {}
 
     @options.library_options(CompressOptions, only=("ranks", "max_memory", "include", "method"))

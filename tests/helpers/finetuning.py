@@ -1,4 +1,4 @@
-"""What the tests of finetune() share: a tiny model and its tokens, and looking at what moved."""
+"""Helpers of the tests of finetune(): a tiny model, its tokens, and comparing states."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def log_of(folder):
 
 @contextlib.contextmanager
 def watched_updates(watch):
-    """`watch` is called with the trained parameters before every update."""
+    """In the block, call `watch` with the trained parameters before every update."""
 
     def hook(optimizer, _args, _kwargs):
         watch(optimizer.param_groups[0]["params"])

@@ -1,4 +1,4 @@
-"""Training of adapters: what moves and what doesn't, the recipe, refusals."""
+"""Training of adapters: only they move; the recipe step by step; refused arguments."""
 
 from __future__ import annotations
 

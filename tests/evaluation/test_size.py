@@ -1,0 +1,87 @@
+"""Numbers of parameters and bytes, against counting by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny
+from safetensors.torch import save_file
+
+from hylora_kernels.evaluation.size import model_size
+from hylora_kernels.model.adapters import merge_adapters
+
+
+def test_size_of_a_dense_model():
+    model = tiny.llama(torch.bfloat16)
+    size = model_size(model)
+    linears = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 48 * 3)
+    total = linears + 2 * 96 * 32 + 5 * 32
+    assert (size.parameters, size.trainable) == (total, total)
+    assert size.parameter_bytes == 2 * total and size.trainable_bytes == 2 * total
+    assert size.linears.dense == size.linears.as_is == size.linears.merged == linears
+    assert size.model.dense == size.model.as_is == size.model.merged == total
+    assert size.linears.keep_merged == 1 and size.linears.removed_merged == 0
+    assert size.resident_bytes == size.parameter_bytes + size.buffer_bytes
+    assert size.file_bytes is None
+
+
+def test_tied_weights_count_once():
+    size, untied = model_size(tiny.llama(tie_word_embeddings=True)), model_size(tiny.llama())
+    assert untied.parameters - size.parameters == 96 * 32
+    assert untied.resident_bytes - size.resident_bytes == 4 * 96 * 32
+    assert untied.linears == size.linears
+
+
+@pytest.mark.parametrize("form", ["pair", "pivoted"])
+def test_size_of_a_compressed_model(form):
+    rank, lora_rank = 8, 4
+    dense = model_size(tiny.llama())
+    model = tiny.adapted(
+        tiny.llama(), rank, lora_rank, form, names=("mlp.up_proj", "mlp.gate_proj")
+    )
+    model.requires_grad_(False)
+    N, K, replaced = 48, 32, 4
+    base = rank * (K + N - (rank if form == "pivoted" else 0))
+    total = rank + lora_rank
+    merged = total * (K + N - (total if form == "pivoted" else 0))
+    others = dense.linears.dense - replaced * N * K  # left dense, and counted
+
+    size = model_size(model)
+    assert size.linears.dense == dense.linears.dense
+    assert size.linears.as_is == others + replaced * (base + lora_rank * (K + N))
+    assert size.linears.merged == others + replaced * merged
+    assert size.linears.keep_merged == pytest.approx(size.linears.merged / dense.linears.dense)
+    assert size.linears.removed_as_is == pytest.approx(1 - size.linears.keep_as_is)
+    assert size.model.dense == dense.parameters
+    assert size.model.as_is == size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.trainable == 0
+    pivots = replaced * rank if form == "pivoted" else 0
+    assert size.buffers == dense.buffers + pivots
+    assert size.buffer_bytes == dense.buffer_bytes + 4 * pivots
+
+    after = model_size(merge_adapters(model))
+    assert after.linears.as_is == after.linears.merged == size.linears.merged
+    assert after.model.as_is == after.model.merged == size.model.merged == after.parameters
+
+
+def test_resident_bytes_are_whole_storages():
+    """A slice of a larger tensor keeps all of it in memory."""
+    model = tiny.llama()
+    before = model_size(model)
+    wide = torch.zeros(96, 64)
+    model.lm_head.weight.data = wide[:, :32]
+    after = model_size(model)
+    assert after.resident_bytes == before.resident_bytes + 4 * 96 * 32
+    assert after.parameter_bytes == before.parameter_bytes
+
+
+def test_file_bytes(tmp_path):
+    with pytest.raises(ValueError, match=r"path must be a folder with \.safetensors files, got"):
+        model_size(tiny.llama(), tmp_path)
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        save_file({"weight": torch.zeros(100)}, tmp_path / name)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "training").mkdir()
+    save_file({"weight": torch.zeros(100)}, tmp_path / "training" / "other.safetensors")
+    files = sum(file.stat().st_size for file in tmp_path.glob("model-*"))
+    assert model_size(tiny.llama(), tmp_path).file_bytes == files > 800
