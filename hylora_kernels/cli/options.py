@@ -73,14 +73,18 @@ class Syntax:
 def library_options(
     source: type, *, only: Sequence[str] = (), without: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command: the fields of the dataclass `source` take the place of its parameter
-    `options` on the command line, with the dataclass's names, defaults, choices and help.
+    """Decorate a command whose parameter `options` stands for the library's options.
 
-    The command gets them as a dict, name -> value, in the library's types. `only` and `without`
-    name the fields that are or are not options of the command.
+    On the command line each field of the dataclass `source` is an option, with the field's name,
+    default, choices and help. The command gets a dict, name -> value, in the library's types.
+    All its other parameters are its own. only, without: the fields to take, or to leave out.
 
-    Raises (when the command runs) ValueError naming the option whose text can't be read, or whose
+    When the command runs it raises ValueError naming an option whose text can't be read or whose
     value is not allowed.
+
+    Example:
+        @library_options(CompressOptions, without=("progress",))
+        def compress(model: Model, *, options: dict[str, Any], json_path: Json = None) -> None: ...
     """
     hints = typing.get_type_hints(source)
     fields = {
@@ -114,7 +118,7 @@ def library_options(
 def with_parameters(
     function: Callable[..., None], parameters: Sequence[inspect.Parameter]
 ) -> Callable[..., None]:
-    """The function itself, with the signature that typer shall see."""
+    """The same function, with the signature that typer reads."""
     typed: Any = function
     typed.__signature__ = inspect.Signature(parameters)
     typed.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -122,6 +126,7 @@ def with_parameters(
 
 
 def _parameter(field: dataclasses.Field, syntax: Syntax) -> inspect.Parameter:
+    """The field as a parameter that typer reads."""
     default = field.default
     if isinstance(default, tuple):
         default = ",".join(f"{value:g}" for value in default)
