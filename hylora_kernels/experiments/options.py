@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -62,13 +61,13 @@ class SweepOptions(CellOptions):
     rank: Sequence[int] | None = option(
         None, "Total ranks of all linears, in place of keep.", reported=False
     )
-    data: Tensor | list[str] | str | os.PathLike = option(
+    data: Tensor | list[str] | str | Path = option(
         "brown",
         "Text to evaluate and train on: brown, python-docs, a .txt, .jsonl or .parquet file, or a "
         "hub data set.",
         reported=False,
     )
-    calibration: Tensor | list[str] | str = option_of(CompressOptions, "calibration")
+    calibration: Tensor | list[str] | str | Path = option_of(CompressOptions, "calibration")
     tokenizer: object = option_of(CompressOptions, "tokenizer")
     length: int = option_of(CompressOptions, "length", reported=False)
     samples: int = option_of(CompressOptions, "samples")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ class FinetuneOptions:
     Raises ValueError naming the argument, what was given and what is allowed.
     """
 
-    data: Tensor | list[str] | str | os.PathLike = option(
+    data: Tensor | list[str] | str | Path = option(
         "brown",
         "Text to train on: brown, python-docs, a .txt, .jsonl or .parquet file, or a hub data set.",
         reported=False,
@@ -59,7 +59,7 @@ class FinetuneOptions:
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward: less memory, more time."
     )
-    output_dir: str | os.PathLike | None = option(
+    output_dir: str | Path | None = option(
         None, "Folder of the log, the loss curve and the checkpoint.", reported=False
     )
     save_every: int | None = option(
