@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from hylora_kernels.compression.compress import compress
 from hylora_kernels.evaluation.perplexity import perplexity
@@ -137,7 +138,12 @@ def _loader(model: nn.Module | str | Path, options: SweepOptions) -> Callable[[]
     return lambda: load_model(model, options.device, options.dtype)
 
 
-def _token_blocks(dense, model, tokenizer, options: SweepOptions) -> dict[str, Tensor | None]:
+def _token_blocks(
+    dense: nn.Module,
+    model: nn.Module | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: SweepOptions,
+) -> dict[str, Tensor | None]:
     """Token ids [n, L] for "test", "calibration" and "training"; None where not needed."""
     if options.tokenizer is not None:
         tokenizer = options.tokenizer

@@ -99,7 +99,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises ValueError if no layer has one.
     """
-    adapters = {}
+    adapters: dict[str, nn.Parameter] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, SVDLoRALinear) and layer.A is not None:
             adapters |= {f"{path}.A": layer.A, f"{path}.B": layer.B}
