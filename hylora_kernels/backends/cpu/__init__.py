@@ -28,6 +28,7 @@ from hylora_kernels.backends.cpu.panels import (
     panels_forward,
     pivot_table,
 )
+from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.weights import Needs, Saved, Weights
 
 __all__ = ["forget", "forward_packed", "pack", "rows_packed", "unpack"]
@@ -134,25 +135,18 @@ def _layer(x, weights, base, adapter, bias, table, outputs, backward) -> tuple[T
 
 def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
     """dy [M, N] -> (dx [M, K], dA [ra, K], dB [N, ra], db [N]), None where not needed."""
-    (x, h_a), (_, _, A, B, _, alpha, _) = saved, weights
-    need_dx, need_dA, need_dB, need_db = needs
-    dx = dA = dB = db = dh_a = None
-    lora_rank = weights.lora_rank
-    if need_dx:
-        dx, dh_a = _backward_x(dy, weights)
-    elif need_dA and lora_rank:
-        dh_a = alpha * (dy @ B)
-    if need_dA:
-        dA = op("adapter_gradients")(dh_a, x, 1.0, False) if lora_rank else torch.empty_like(A)
-    if need_dB and lora_rank:
-        rows = op("adapter_gradients")(h_a, dy, alpha, need_db)  # one pass over dy for both
-        dB = rows[:lora_rank].T.clone(memory_format=torch.contiguous_format)
-        db = rows[lora_rank].clone() if need_db else None
-    elif need_dB:
-        dB = torch.empty_like(B)
-    if need_db and db is None:
-        db = dy.sum(0)
-    return dx, dA, dB, db
+    return shared_backward(dy, saved, weights, needs, _backward_x, _adapter_gradients)
+
+
+def _adapter_gradients(dh_a, x, h_a, dy, alpha, need_db) -> tuple[Tensor | None, ...]:
+    """(dA [ra, K], dB [N, ra], db [N] if needed); dA None without dh_a, the others without h_a."""
+    dA = None if dh_a is None else op("adapter_gradients")(dh_a, x, 1.0, False)
+    if h_a is None:
+        return dA, None, None
+    rows = op("adapter_gradients")(h_a, dy, alpha, need_db)  # one pass over dy for both
+    lora_rank = h_a.shape[1]
+    dB = rows[:lora_rank].T.clone(memory_format=torch.contiguous_format)
+    return dA, dB, rows[lora_rank].clone() if need_db else None
 
 
 def _backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:

@@ -55,6 +55,10 @@ class KeptWhileUnwritten(Generic[Value]):
         """Drop the value kept for the key."""
         self._entries.pop(tensor, None)
 
+    def __contains__(self, tensor: Tensor) -> bool:
+        """True where a value is kept for the key, up to date or not."""
+        return tensor in self._entries
+
     def __len__(self) -> int:
         return len(self._entries)
 

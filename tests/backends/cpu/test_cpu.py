@@ -36,13 +36,13 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    panels.kept_panels.clear()
+    panels.kept_panels._entries.clear()
     yield
     torch.compiler.reset()
 
 
-def kept(layer: SVDLoRALinear) -> panels.Kept | None:
-    return panels.kept_panels.get(layer.SVh)
+def kept(layer: SVDLoRALinear) -> panels.KeptPanels | None:
+    return panels.kept_panels.get_unchecked(layer.SVh)
 
 
 # ----------------------------------------------------------------------------- which calls it takes
