@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hylora_kernels import reference, svd_lora_linear, use_backend
 from hylora_kernels.backends import cuda, triton
+from hylora_kernels.backends.shared import torch_products
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.weights import Weights
@@ -172,7 +173,7 @@ def _auto(w: Weights, _: Layer):
 def _four_products(w: Weights, layer: Layer):
     both = (None, None)
     if w.pivots is not None:
-        both = triton.products.part_order(w.pivots, layer.others).split((layer.r, layer.others))
+        both = torch_products.part_order(w.pivots, layer.others).split((layer.r, layer.others))
     return lambda x: formula(x, w.SVh, w.U, w.A, w.B, w.bias, *both), [w.A, w.B]
 
 
