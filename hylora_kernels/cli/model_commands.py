@@ -271,6 +271,9 @@ def demo(
         bool, Option("--fresh", help="Repeat the stages that are already measured.")
     ] = False,
     device: Device = "auto",
+    dtype: Annotated[
+        str, Option(help="bfloat16, float16, float32, or auto: bfloat16 where it is fast here.")
+    ] = "auto",
     seed: Seed = 0,
     json_path: Json = None,
 ) -> None:
@@ -288,6 +291,7 @@ def demo(
         deep_steps=deep_steps,
         fresh=fresh,
         device=device,
+        dtype=dtype,
     )
     show(report.render())
     show(demo_page.summary(report))

@@ -44,6 +44,17 @@ def input_device(model: nn.Module) -> torch.device:
     return next(chain(embedding.parameters(), embedding.buffers())).device
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` multiplies it fast, else float32.
+
+    torch has no fast bfloat16 product on an x86 processor without AVX-512: on two AVX2 cores a
+    gradient of 64 tokens of a 135M model takes 17 s in bfloat16 and 2.6 s in float32.
+    """
+    level = torch.backends.cpu.get_cpu_capability()
+    is_slow = device.type == "cpu" and not level.startswith(("AVX512", "SVE"))
+    return torch.float32 if is_slow else torch.bfloat16
+
+
 def resolve_dtype(dtype: str | torch.dtype | None = "auto") -> torch.dtype | None:
     """A name or a floating torch.dtype -> that dtype; "auto" or None -> None: keep the model's own.
 

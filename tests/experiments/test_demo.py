@@ -53,7 +53,7 @@ def settings(tmp_path_factory):
     model.to(torch.bfloat16).save_pretrained(folder)
     tiny.tokenizer("".join(TEXT)).save_pretrained(folder)
     shape = {"samples": 4, "length": 32, "blocks": 3, "new_tokens": 4, "steps": 3, "deep_steps": 2}
-    shape["recovery_blocks"] = 2
+    shape |= {"recovery_blocks": 2, "dtype": "bfloat16"}
     ranks = {"lora_rank": 4, "control_rank": 2, "rank_multiple": 4}
     texts = {"train": TEXT[:300], "test": TEXT[300:], "out_of_domain": TEXT[::-1]}
     return {"model": str(folder), "prompt": "The old", "progress": False, **shape, **ranks, **texts}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hylora_kernels.support.devices import resolve_device, resolve_dtype
+from hylora_kernels.support.devices import fast_dtype, resolve_device, resolve_dtype
 
 
 def test_devices(monkeypatch):
@@ -33,6 +33,16 @@ def test_devices_that_are_not_there(monkeypatch):
     assert resolve_device("cuda:0") == torch.device("cuda", 0)
     with pytest.raises(ValueError, match="device 'cuda:1' is not available; there is: cuda, cpu"):
         resolve_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "level, wanted",
+    [("AVX2", "float32"), ("DEFAULT", "float32"), ("AVX512", "bfloat16"), ("SVE256", "bfloat16")],
+)
+def test_the_fast_dtype_depends_on_the_processor(monkeypatch, level, wanted):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    assert fast_dtype(torch.device("cpu")) == getattr(torch, wanted)
+    assert fast_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_dtypes():

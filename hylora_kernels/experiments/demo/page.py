@@ -95,7 +95,7 @@ def notes(report: DemoReport) -> dict[str, str]:
         "Control": control(report),
         "int8": "rounded to nearest, weights only, in groups of 64 along the input, and only "
         "simulated: its bytes are what it would take, and its speed is not measured. "
-        + _compare(int8, low),
+        + _compare(int8, low, _dtype(report)),
         "Speed": f"tokens per second at batch 1, a prompt of 128, 32 new tokens, {env.threads} "
         f"threads on {env.devices[-1].model}, one short measurement each. "
         + _layout(report.stage("HyLoRA 0.8")),
@@ -104,7 +104,7 @@ def notes(report: DemoReport) -> dict[str, str]:
         size = format_bytes(report.model["package_file_bytes"])
         found["Baseline"] = (
             f"the dense model is not the original one but the 4-bit one (Q4_1, {size}) of the "
-            f"package {report.model['package']}, dequantised and stored as bfloat16."
+            f"package {report.model['package']}, dequantised and stored as {_dtype(report)}."
         )
     return found
 
@@ -140,11 +140,16 @@ def _change(before: float, after: float) -> str:
     return f"{'rises' if float(after) > float(before) else 'falls'} from {before} to {after}"
 
 
-def _compare(int8: Stage, low: Stage) -> str:
+def _dtype(report: DemoReport) -> str:
+    """The dtype of the models, for instance "bfloat16"."""
+    return str(report.model["dtype"]).removeprefix("torch.")
+
+
+def _compare(int8: Stage, low: Stage, dtype: str) -> str:
     """int8 against the compressed, untrained model at 0.8, whichever of them wins."""
     figures = (
         f"{format_bytes(int8.bytes_total)} at {format_ppl(int8.ppl)}, against "
-        f"{format_bytes(low.bytes_total)} at {format_ppl(low.ppl)} for {low.label} in bfloat16"
+        f"{format_bytes(low.bytes_total)} at {format_ppl(low.ppl)} for {low.label} in {dtype}"
     )
     if int8.bytes_total < low.bytes_total and int8.ppl < low.ppl:
         return (

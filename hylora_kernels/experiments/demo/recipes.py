@@ -21,6 +21,7 @@ from hylora_kernels.model.adapters import add_adapters
 from hylora_kernels.model.checkpoint import save_pretrained
 from hylora_kernels.recovery.finetune import FinetuneReport, finetune
 from hylora_kernels.support.console import format_seconds
+from hylora_kernels.support.devices import fast_dtype, resolve_device
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.storage import write_text
 from hylora_kernels.text.blocks import token_blocks
@@ -47,7 +48,9 @@ class Setup:
         return self._load()[0]
 
     def _load(self):
-        return models.load_model(self.settings.model, self.settings.device, "bfloat16")
+        s = self.settings
+        dtype = fast_dtype(resolve_device(s.device)) if s.dtype == "auto" else s.dtype
+        return models.load_model(s.model, s.device, dtype)
 
     def saved(self, target: float) -> Path:
         """The folder of the recovered model of that keep."""

@@ -34,8 +34,9 @@ from hylora_kernels.support.console import (
 )
 
 STAGES = "stages.jsonl"
-# With the demo's own model: three sets of factors and two of refits; two models and checkpoints.
-CACHE_BYTES, FOLDER_BYTES = 2_600_000_000, 1_200_000_000
+# With the demo's own model: three sets of factors and two of refits; two models and checkpoints
+# in float32.
+CACHE_BYTES, FOLDER_BYTES = 2_600_000_000, 1_700_000_000
 
 
 def demo(

@@ -23,6 +23,7 @@ class Settings:
     length:        tokens in a block.
     blocks, other_blocks: the first blocks of test and of out_of_domain give the perplexities.
     recovery_blocks: the first blocks of test give the recovery curves, five evaluations each.
+    dtype:         "auto" is bfloat16 where the device multiplies it fast, else float32.
     """
 
     model: str = models.DEMO_MODEL
@@ -42,6 +43,7 @@ class Settings:
     new_tokens: int = 48
     prompt: str = PROMPT
     device: str = "auto"
+    dtype: str = "auto"
     seed: int = 0
 
 
