@@ -111,7 +111,8 @@ Tensor pack_layer(const LayerWeights& w, int64_t K) {
   want_huge_pages(base, size);
   std::memcpy(base, &header, sizeof header);
   auto copy = [&](uint64_t offset, const Tensor& part) {
-    std::memcpy(base + offset, part.data_ptr(), bytes_of(part));
+    // An empty part has a null pointer, which memcpy must not be given even for no bytes.
+    if (const size_t size = bytes_of(part)) std::memcpy(base + offset, part.data_ptr(), size);
   };
   copy(header.shrink.offset, w.shrink);
   copy(header.expand.offset, w.expand);
