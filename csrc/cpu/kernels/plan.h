@@ -69,7 +69,7 @@ inline int64_t expand_blocks(const LayerCall& call) {
          (call.adapter == Adapter::separate ? k_blocks(call.adapter_expand) : 0);
 }
 
-// Rows of a block. If K fits one pass, no partial sums are spilled, which leaves room in L2 for
+// Rows of a block. If K fits one pass, no partial sums are spilled, which leaves space in L2 for
 // twice the rows.
 inline int64_t rows_per_block(const Method& method, const LayerCall& call) {
   const bool one_pass = ceil_div(call.K, 32) <= method.chunk_blocks;
