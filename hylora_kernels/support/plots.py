@@ -236,24 +236,26 @@ def scale_perplexity(axes) -> None:
 
 
 def draw_beyond(axes, points: Sequence[tuple[float, str, str]]) -> None:
-    """Points above the plot's values, (x, text, colour): arrows beyond a break in the y axis.
+    """Points above the plot's values, (x, text, colour): arrows beyond a break in the y axis, the
+    first on top and each in a row of its own, so that no text covers another.
 
     The y axis is logarithmic and has all other points already.
     """
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
-    axes.set_ylim(low, high * (high / low) ** 0.2)
+    share = 0.1 + 0.07 * len(points)  # of the axis, above the break
+    axes.set_ylim(low, high * (high / low) ** (share / (1 - share)))
     axes.set_yticks(ticks)
     axes.spines.left.set_bounds(low, high)
-    span = (high / low) ** 0.2
-    for middle in (0.0, 0.12):
-        ys = [high * span ** (middle + slope) for slope in (-0.06, 0.06)]
-        place = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+    for middle in (0.0, 0.024):
+        ys = [1 - share + middle + slope for slope in (-0.012, 0.012)]
+        place = {"transform": axes.transAxes, "clip_on": False}
         axes.plot([-0.02, 0.02], ys, color=INK, linewidth=1, **place)
     at = axes.get_xaxis_transform()  # x in data, y as a share of the axis
-    for x, text, colour in points:
-        axes.plot(x, 0.94, marker="^", markersize=7, color=colour, transform=at)
-        _annotate(axes, text, (x, 0.94), (-7, 0), xycoords=at, ha="right", va="center")
+    for row, (x, text, colour) in enumerate(points):
+        y = 0.95 - 0.07 * row
+        axes.plot(x, y, marker="^", markersize=7, color=colour, transform=at)
+        _annotate(axes, text, (x, y), (-7, 0), xycoords=at, ha="right", va="center")
 
 
 # ------------------------------------------------------------------------------------ in a web page

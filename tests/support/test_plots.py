@@ -68,6 +68,20 @@ def test_embedded_pictures_share_no_id(tmp_path):
     assert ids and len(ids) == len(set(ids))
 
 
+def test_texts_beyond_the_break_do_not_cover_one_another(tmp_path):
+    far = [(1.9, f"stage {n}: {n}e+02", plots.ROSE) for n in (9, 4, 2)]
+    with plots.figure(tmp_path / "one.png", 4.8, 4) as drawing:
+        axes = drawing.add_subplot()
+        plots.draw_lines(axes, [plots.Line([1, 2], [40, 90], "near", plots.BLUE, "o")])
+        plots.scale_perplexity(axes)
+        plots.draw_beyond(axes, far)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    lines = axes.lines[0].get_window_extent()
+    assert [text.get_text() for text in axes.texts] == [text for _, text, _ in far]
+    for above, below in zip(boxes, [*boxes[1:], lines], strict=True):
+        assert above.y0 > below.y1
+
+
 def test_a_bar_beyond_the_limit_is_broken_and_leaves_the_others_their_length(tmp_path):
     lengths = {}
     for limit in (100.0, 1e9):

@@ -161,7 +161,7 @@ def _perplexity_over_memory(axes, report: DemoReport, legend_columns: int = 2) -
     plots.scale_perplexity(axes)
     beyond = [
         (s.bytes_total / 1e6, f"{s.label}: {format_ppl(s.ppl)}", STYLES[s.name][0])
-        for s in stages
+        for s in sorted(stages, key=lambda stage: -stage.ppl)
         if s not in inside
     ]
     if beyond:
