@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -195,8 +196,7 @@ class SVDLoRALinear(nn.Module):
         """
         options: dict[str, Any] = {"form": form, "init": init, "dtype": dtype, "seed": seed}
         weights = factors.truncated(U, SVh, rank, lora_rank, alpha=alpha, **options)
-        weights.bias = bias
-        return cls._from_weights(weights, lora_dropout)
+        return cls._from_weights(replace(weights, bias=bias), lora_dropout)
 
     @classmethod
     def from_factors(
