@@ -32,13 +32,15 @@ class Gpu:
     reuse: tuple[int, int] = (128, 256)
 
 
-# Sources of hbm, l2_bytes, tensor and units: NVIDIA's datasheets of the H100 (SXM5), the A100
-# (SXM4, 80 GB) and the L4, the Ada white paper (RTX 4090), AMD's MI300X datasheet. No NVIDIA
-# datasheet gives l2: these are estimates after published micro-benchmarks, the L4's scaled from the
-# RTX 4090's. Each of the MI300X's eight dies has 4 MB of L2; the cache that all its units share is
-# the Infinity Cache, 17.2 TB/s by AMD's CDNA 3 white paper.
+# Sources of hbm, l2_bytes, tensor and units: NVIDIA's datasheets of the H100 (SXM5), the H200 (an
+# H100 with faster memory), the A100 (SXM4, 80 GB) and the L4, the Ada white paper (RTX 4090), AMD's
+# MI300X datasheet. No NVIDIA datasheet gives l2: these are estimates after published
+# micro-benchmarks, the L4's scaled from the RTX 4090's. Each of the MI300X's eight dies has 4 MB of
+# L2; the cache that all its units share is the Infinity Cache, 17.2 TB/s by AMD's CDNA 3 white
+# paper.
 GPUS = {
     "H100": Gpu(3.35e12, 5.5e12, 50e6, 990e12, 132, reuse=(256, 256)),  # multicast between two SMs
+    "H200": Gpu(4.8e12, 5.5e12, 50e6, 990e12, 132, reuse=(256, 256)),
     "A100": Gpu(2.0e12, 4.0e12, 40e6, 312e12, 108),
     "L4": Gpu(0.3e12, 2.5e12, 48e6, 121e12, 58),
     "RTX 4090": Gpu(1.008e12, 5.0e12, 72e6, 165e12, 128),
@@ -73,6 +75,18 @@ class Calibration:
     host_cuda: float = 12e-6  # through the C++ binding, taken to cost as much as two ops of torch
 
 
+# Fitted to one card (backends/triton/tuned/nvidia-h100-80gb-hbm3.json): 10 us where two
+# products were estimated at 6.5, 7.6 and 27 where one launch was at 5.6 and 21 (M = 1, K = N =
+# 2048 and 4096 x 11008); a call from Python through the package's own op, on a virtual host.
+_HOPPER = Calibration(
+    one_launch=Shares(0.60, 0.68),
+    ramp=2.5e-6,
+    wait=2.5e-6,
+    host_torch=20e-6,
+    host_triton=70e-6,
+    host_cuda=40e-6,
+    cuda_launch=Shares(0.37, 0.60),  # mma.sync reaches about 0.62 of what wgmma does
+)
 _ADA = Calibration(  # slower tensor cores, easier to keep busy
     torch=Shares(0.85, 0.90),
     one_launch=Shares(0.80, 0.85),
@@ -80,18 +94,8 @@ _ADA = Calibration(  # slower tensor cores, easier to keep busy
     on_chip={16: 0.18, 32: 0.336, 64: 0.54, 128: 0.66},
 )
 CALIBRATIONS = {
-    # Fitted to one card (backends/triton/tuned/nvidia-h100-80gb-hbm3.json): 10 us where two
-    # products were estimated at 6.5, 7.6 and 27 where one launch was at 5.6 and 21 (M = 1, K = N =
-    # 2048 and 4096 x 11008); a call from Python through the package's own op, on a virtual host.
-    "H100": Calibration(
-        one_launch=Shares(0.60, 0.68),
-        ramp=2.5e-6,
-        wait=2.5e-6,
-        host_torch=20e-6,
-        host_triton=70e-6,
-        host_cuda=40e-6,
-        cuda_launch=Shares(0.37, 0.60),  # mma.sync reaches about 0.62 of what wgmma does
-    ),
+    "H100": _HOPPER,
+    "H200": _HOPPER,
     "A100": Calibration(),
     "L4": replace(  # 72 W
         _ADA,

@@ -61,7 +61,7 @@ print(json.dumps({
     "table": str(config.table_path(card)),
 }))
 """
-KNOWN_TO_THE_PREDICTION = ("H100", "A100", "L4", "RTX 4090", "MI300X")
+KNOWN_TO_THE_PREDICTION = ("H100", "H200", "A100", "L4", "RTX 4090", "MI300X")
 
 
 @dataclass(frozen=True)

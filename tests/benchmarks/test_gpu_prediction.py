@@ -103,7 +103,9 @@ def test_an_impossible_layer_is_refused(arguments, message):
 
 
 def test_an_unknown_gpu_is_refused_by_naming_the_known(capsys):
-    with pytest.raises(ValueError, match=r"one of H100, A100, L4, RTX 4090, MI300X, got 'V100'"):
+    with pytest.raises(
+        ValueError, match=r"one of H100, H200, A100, L4, RTX 4090, MI300X, got 'V100'"
+    ):
         predict(Layer(1, 64, 64, 8), "V100")
     with pytest.raises(SystemExit):
         gpu_prediction.main(["--gpu", "V100"])
