@@ -26,6 +26,9 @@ GREY, OCHRE, ROSE, PURPLE = "#7a828c", "#a8862a", "#c2476b", "#8f66b8"
 BLUE, TEAL, GREEN, ORANGE = "#2f7fc1", "#1f93a0", "#2f9460", "#d1622b"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, ROSE, GREY, OCHRE, TEAL)
 
+# A path may hold them, but neither the font engine (surrogates) nor XML (control characters) does.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
 FONT_SIZE = (
     10.5  # points, of every letter: a picture 4.8 inches wide shows them 10 px high at 340 px
 )
@@ -86,7 +89,8 @@ def spectrum_plot(
             draw_lines(left, [Line(shares, [v / largest for v in values], name, colour)])
             kept = [e / (energy[-1] or 1.0) for e in energy]
             draw_lines(right, [Line(shares, kept, name, colour)])
-        left.set(title=title, yscale="log", ylabel="singular value / largest")
+        left.set(title=title, ylabel="singular value / largest")
+        scale_log(left)
         right.set(ylabel="energy kept", ylim=(0, 1.02))
         for share in (0.9, 0.95, 0.99):
             draw_reference(right, share)
@@ -111,7 +115,7 @@ def sweep_plot(
         if dense is not None:
             draw_reference(axes, dense, f"dense {format_ppl(dense)}")
         axes.set(title=title, xlabel=xlabel, ylabel="perplexity")
-        scale_perplexity(axes)
+        scale_log(axes)
         draw_legend(axes)
 
 
@@ -123,6 +127,7 @@ def figure(path: str | Path, width: float, height: float) -> Iterator:
     """A matplotlib figure of width x height inches, written to `path` when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     style = {
         "axes.edgecolor": INK,
@@ -139,6 +144,7 @@ def figure(path: str | Path, width: float, height: float) -> Iterator:
         "svg.fonttype": "none",  # letters stay letters: smaller, and in the page's own font
         "svg.hashsalt": Path(path).name,  # ids that repeat, yet differ between a page's pictures
         "text.color": INK,
+        "text.parse_math": False,  # a $ in the name of a model is a $
         "xtick.color": INK,
         "xtick.labelsize": FONT_SIZE,
         "ytick.color": INK,
@@ -148,6 +154,8 @@ def figure(path: str | Path, width: float, height: float) -> Iterator:
     with matplotlib.rc_context(style):
         drawing = Figure(figsize=(width, height), layout="constrained")
         yield drawing
+        for text in drawing.findobj(Text):
+            text.set_text(UNPRINTABLE.sub("\ufffd", text.get_text()))
         with atomic_path(path) as temporary:
             metadata = {"Date": None} if is_svg else None
             drawing.savefig(temporary, dpi=160, transparent=is_svg, metadata=metadata)
@@ -223,8 +231,11 @@ def draw_legend(axes, columns: int = 2) -> None:
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def scale_perplexity(axes) -> None:
-    """A log axis whose ticks are perplexities to read (50, 100), not powers (10^2)."""
+def scale_log(axes) -> None:
+    """A log y axis of the lines that are drawn, its ticks numbers to read (50), not powers (10^2).
+
+    matplotlib writes powers as mathtext, which `figure` switches off.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = axes.dataLim.intervaly

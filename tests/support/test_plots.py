@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -36,7 +37,7 @@ def beyond(path):
     with plots.figure(path, 4.8, 4) as drawing:
         axes = drawing.add_subplot()
         plots.draw_lines(axes, [plots.Line([1, 2], [40, 90], "near", plots.BLUE, "o")])
-        plots.scale_perplexity(axes)
+        plots.scale_log(axes)
         plots.draw_beyond(axes, [(1.5, "far: 2e+07", plots.ROSE)])
 
 
@@ -47,6 +48,21 @@ def test_plots_write_a_picture_and_nothing_else(name, ending, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     begins = b"\x89PNG" if ending == "png" else b"<?xml"
     assert path.read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+@pytest.mark.parametrize("name", ["runs/$$", "$x_", r"\frac{", "\udcff", "a\x1b\0b"])
+def test_the_users_text_is_drawn_as_it_is(name, ending, tmp_path):
+    """matplotlib reads text between dollars as a formula; a path may hold any character."""
+    path, points = tmp_path / f"one.{ending}", [(0.8, 50.0), (0.6, 1e5)]
+    plots.sweep_plot({name: points, "b": points}, path, dense=45.0, title=name)
+    plots.loss_plot({name: [3.0, 2.5], "b": [3.0]}, path, name)
+    plots.spectrum_plot({name: [3.0, 2.0, 1e-6], "k": [1.0]}, path, name)
+    if ending == "svg":
+        texts = [element.text for element in ElementTree.parse(path).iter() if element.text]
+        drawn = re.sub(r"[\x00-\x1f\ud800-\udfff]", "\ufffd", name)
+        assert texts.count(drawn) == 2  # the title and the legend
+        assert {"1", "0.1", "1e-06"} <= set(texts)  # the ticks, no formulas
 
 
 def test_an_embedded_picture_names_no_address_and_repeats_exactly(tmp_path):
@@ -73,7 +89,7 @@ def test_texts_beyond_the_break_do_not_cover_one_another(tmp_path):
     with plots.figure(tmp_path / "one.png", 4.8, 4) as drawing:
         axes = drawing.add_subplot()
         plots.draw_lines(axes, [plots.Line([1, 2], [40, 90], "near", plots.BLUE, "o")])
-        plots.scale_perplexity(axes)
+        plots.scale_log(axes)
         plots.draw_beyond(axes, far)
     boxes = [text.get_window_extent() for text in axes.texts]
     lines = axes.lines[0].get_window_extent()

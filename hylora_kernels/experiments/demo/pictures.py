@@ -158,7 +158,7 @@ def _perplexity_over_memory(axes, report: DemoReport, legend_columns: int = 2) -
     axes.set(xlabel="MB in memory", ylabel="perplexity")
     axes.margins(x=0.08, y=0.08)
     plots.draw_reference(axes, dense)
-    plots.scale_perplexity(axes)
+    plots.scale_log(axes)
     beyond = [
         (s.bytes_total / 1e6, f"{s.label}: {format_ppl(s.ppl)}", STYLES[s.name][0])
         for s in sorted(stages, key=lambda stage: -stage.ppl)
