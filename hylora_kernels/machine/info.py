@@ -79,6 +79,7 @@ class Info(Report):
     cpu_level:  the instruction set that the backend "cpu" uses, or "".
     cpu_levels: each instruction set it has kernels for -> "" or the reason why this CPU can't.
     cuda_code:  the GPUs that the backend "cuda" has machine code for, or why it has none.
+    variables:  every HYLORA_* of the environment: HYLORA_CSRC, for one, names code that runs.
     """
 
     environment: Environment
@@ -87,6 +88,7 @@ class Info(Report):
     cpu_levels: dict[str, str]
     cuda_code: str
     cache: Cache
+    variables: dict[str, str]
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, text) of each line to print."""
@@ -106,12 +108,13 @@ class Info(Report):
             rows += [(f"cpu {k}", reason) for k, reason in self.cpu_levels.items() if reason]
         rows.append(("cuda code", self.cuda_code))
         rows.append(("cache", f"{self.cache.path}, {format_bytes(self.cache.bytes)}"))
-        return rows
+        return [*rows, *self.variables.items()]
 
 
 def info() -> Info:
     """Look at this computer."""
-    return Info(environment(), available_backends(), *cpu_levels(), cuda_code(), cache())
+    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("HYLORA_")}
+    return Info(environment(), available_backends(), *cpu_levels(), cuda_code(), cache(), variables)
 
 
 def cache() -> Cache:

@@ -9,15 +9,20 @@ import math
 
 import torch
 
-from hylora_kernels.backends.shared.library import MISSING, in_words
+from hylora_kernels.backends.shared.library import in_words, lacks
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+OPS = (
+    *("cpu_isa", "cpu_isa_reason", "cpu_pack", "cpu_unpack", "cpu_rows", "cpu_linear", "cpu_layer"),
+    *("cpu_pack_layer", "cpu_packed_layer", "cpu_unpack_part", "cpu_pivot_table"),
+    "cpu_adapter_gradients",
+)
 
 
 def _level() -> tuple[str, str]:
     """(the instruction set in use, "") or ("", the reason why this backend can't be used)."""
-    if MISSING:
-        return "", MISSING
+    if reason := lacks(*OPS):
+        return "", reason
     try:
         return torch.ops.hylora.cpu_isa.default(), ""
     except RuntimeError as error:  # HYLORA_ISA can't be followed

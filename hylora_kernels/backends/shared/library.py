@@ -31,12 +31,24 @@ def _why_not_built() -> str:
 
 def _load() -> str:
     if not LIBRARY.is_file():
-        return _why_not_built()
+        named = os.environ.get("HYLORA_CSRC")
+        return f"HYLORA_CSRC={named} is no file" if named else _why_not_built()
     try:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:  # a torch that it wasn't built for
-        return in_words(error)
+        return in_words(error.__cause__ or error)
     return ""
+
+
+def lacks(*ops: str) -> str:
+    """The reason why the library can't run these ops of it; "" if it has them all."""
+    absent = [op for op in ops if not hasattr(torch.ops.hylora, op)]
+    if MISSING or not absent:
+        return MISSING
+    return (
+        f"{LIBRARY} lacks the op {absent[0]}: it is older than the package (build it again) or no "
+        "library of it"
+    )
 
 
 MISSING = _load()  # why there is no library, in words; "" if it is loaded
