@@ -109,10 +109,10 @@ def cache(
 ) -> None:
     """Path and size of the cache (HYLORA_CACHE); everything in it is made again when needed."""
     from hylora_kernels.machine import info
-    from hylora_kernels.support import storage
+    from hylora_kernels.support.cache import clear_cache
 
     report = info.cache()
     show(f"{report.path}: {format_bytes(report.bytes)}")
     if clear:
-        show(f"deleted {format_bytes(storage.clear_cache())}")
+        show(f"deleted {format_bytes(clear_cache())}")
     write_report(report, json_path)

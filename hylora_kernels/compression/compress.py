@@ -16,7 +16,7 @@ from hylora_kernels.compression.calibration import Statistics
 from hylora_kernels.compression.factors import factor_bytes
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.ranks import adapter_rank, allocate, curve
-from hylora_kernels.compression.refit import refit_blocks
+from hylora_kernels.compression.refit import refit_blocks, refit_bytes
 from hylora_kernels.compression.replace import replace_linear
 from hylora_kernels.compression.report import CompressReport
 from hylora_kernels.compression.whiten import factorize_whitened
@@ -106,6 +106,8 @@ class Compression:
         if not missing:
             return
         needed = sum(factor_bytes(target.shape) for g in missing for target in g.targets)
+        if options.refit:  # What is refitted is a part of what is kept, in float32.
+            needed += int(4 * options.keep * self.report.dense_parameters)
         require_disk(self.workspace.folder, needed, "factors")
         _require_finite(self.model)
         if options.method == "svd":
@@ -167,16 +169,19 @@ class Compression:
         if options.init == "classic":  # The adapter's part of the rank starts at zero.
             ranks = {p: R and R - adapter_rank(R, options.lora_rank) for p, R in ranks.items()}
         store = self.workspace.refits(fingerprint(ids=ids, ranks=ranks))
-        done = store.load()
+        found = {block.path: store.find(block.path) for block in blocks}
+        done = {path: matrices for path, matrices in found.items() if matrices is not None}
         with timed(self.report.seconds, "refit"):
             if len(done) < len(blocks):
+                missing = (b for b in blocks if b.path not in done)
+                require_disk(self.workspace.folder, refit_bytes(missing, ranks), "refitted blocks")
                 load = self.workspace.load
                 for block, matrices in refit_blocks(
                     self.model, blocks, ids, load, ranks, done, options.progress
                 ):
                     if block not in done:
                         store.save(block, matrices)
-                done = store.load()
+                        done[block] = store.load(block)
         return {path: matrix for matrices in done.values() for path, matrix in matrices.items()}
 
     def replace(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> None:

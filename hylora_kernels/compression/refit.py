@@ -16,7 +16,7 @@ with a small ridge and no residual term.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -74,6 +74,13 @@ def refit_blocks(
             )
         yield block.path, fitted
         student_stream = calls.run_all(student, student_stream)
+
+
+def refit_bytes(blocks: Iterable[Block], ranks: dict[str, int]) -> int:
+    """Bytes of the refitted matrices of some blocks."""
+    targets = (target for block in blocks for target in block.targets)
+    shapes = ((target.shape, ranks[target.path]) for target in targets)
+    return sum(4 * N * (rank or K) for (N, K), rank in shapes)
 
 
 def _refit_block(

@@ -3,8 +3,8 @@ is quick.
 
 There is one folder in the cache for each combination of weights, calibration tokens, method and
 factorizer. It holds the full-rank factors of each layer, which serve every keep, form and adapter
-rank, and one folder for each set of ranks, with the refitted blocks. All files are safetensors, and
-each is whole or absent.
+rank, and one folder for each set of ranks, with the refitted blocks. All files are safetensors with
+a checksum. A file is read by its name alone and counts only if it is whole; another is made again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hylora_kernels.compression.factors import Factors
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.model.structure import Structure
+from hylora_kernels.support.cache import cache_dir, load_tensors, save_tensors
 from hylora_kernels.support.hashing import fingerprint
-from hylora_kernels.support.storage import atomic_path, cache_dir
 
 
 def open_workspace(
@@ -41,29 +40,73 @@ def open_workspace(
     return Workspace(key, options.cache)
 
 
+class Files:
+    """A folder of files of tensors, each with a checksum.
+
+    name: stands for all that the content depends on.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+
+    def path(self, part: str) -> Path:
+        return self.folder / f"{part}.safetensors"
+
+    def save(self, part: str, tensors: dict[str, Tensor]) -> None:
+        save_tensors(self.path(part), tensors, f"{self.name}/{part}")
+
+    def find(self, part: str) -> dict[str, Tensor] | None:
+        """The tensors of a whole file, None where there is none."""
+        return load_tensors(self.path(part), f"{self.name}/{part}")
+
+    def load(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a file that was found or saved before.
+
+        Raises OSError naming the file if it is no longer what it was.
+        """
+        tensors = self.find(part)
+        if tensors is None:
+            raise OSError(
+                f"{self.path(part)} was deleted or damaged while it was needed: the same command"
+                " again goes on where this one stopped"
+            )
+        return tensors
+
+
+class Refits(Files):
+    """The finished blocks of one refit, a file of matrices (by the path of the linear) for each."""
+
+
 class Workspace:
     """The folder of one factorization, a file of Factors for each layer.
 
     cache: True puts it in the package's cache, a path into that folder; False makes a temporary
            folder, which close() removes.
+
+    Raises OSError if the folder can't be made.
     """
 
     def __init__(self, key: str, cache: bool | str | Path = True):
         self.temporary = not cache
         if self.temporary:
-            self.folder = Path(tempfile.mkdtemp(prefix="hylora-", dir=cache_dir("temporary")))
+            self.folder = _temporary_folder()
         elif cache is True:
             self.folder = cache_dir("compress", key)
         else:
             self.folder = Path(cache) / key
-        self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._files = Files(self.folder, key)
+        self._whole: dict[str, bool] = {}
 
     def close(self) -> None:
         if self.temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def has(self, path: str) -> bool:
-        return self._file(path).exists()
+        """True if the factors of a layer are here and whole, for which the file is read once."""
+        if path not in self._whole:
+            self._whole[path] = self._files.find(path) is not None
+        return self._whole[path]
 
     def save(self, path: str, factors: Factors) -> None:
         tensors = {
@@ -72,46 +115,29 @@ class Workspace:
             "SVh": factors.SVh,
             "damping": torch.tensor(factors.damping),
         }
-        _save(self._file(path), tensors)
+        self._files.save(path, tensors)
+        self._whole[path] = True
 
     def load(self, path: str) -> Factors:
-        tensors = load_file(self._file(path))
+        """The factors of a layer that are here; raises OSError if they are no longer."""
+        tensors = self._files.load(path)
         return Factors(
             tensors["U"], tensors["S"], tensors["SVh"], tuple(tensors["damping"].tolist())
         )
 
     def singular_values(self, path: str) -> Tensor:
-        with safe_open(self._file(path), "pt") as file:
+        with safe_open(self._files.path(path), "pt") as file:
             return file.get_tensor("S")
 
     def refits(self, key: str) -> Refits:
         """The refitted blocks of one set of ranks and tokens, which `key` stands for."""
-        return Refits(self.folder / f"refit-{key}")
-
-    def _file(self, path: str) -> Path:
-        return self.folder / f"{path}.safetensors"
+        return Refits(self.folder / f"refit-{key}", f"{self._files.name}/{key}")
 
 
-class Refits:
-    """The finished blocks of one refit, a file of matrices (by the path of the linear) for each."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def save(self, block: str, matrices: dict[str, Tensor]) -> None:
-        _save(
-            self.folder / f"{block}.safetensors",
-            {path: m.contiguous().cpu() for path, m in matrices.items()},
-        )
-
-    def load(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            file.name.removesuffix(".safetensors"): load_file(file)
-            for file in self.folder.glob("*.safetensors")
-        }
-
-
-def _save(file: Path, tensors: dict[str, Tensor]) -> None:
-    with atomic_path(file) as temporary:
-        save_file(tensors, temporary)
+def _temporary_folder() -> Path:
+    """A new folder in the cache; in the system's folder for temporary files, which tends to be the
+    smaller one, where the cache can't be written."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="hylora-", dir=cache_dir("temporary")))
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="hylora-"))

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from hylora_kernels.backends import available_backends, cpu_levels, cuda_code
-from hylora_kernels.support import storage
+from hylora_kernels.support.cache import cache_root, cache_size
 from hylora_kernels.support.console import format_bytes
 from hylora_kernels.support.report import Report
 
@@ -118,7 +118,7 @@ def info() -> Info:
 
 
 def cache() -> Cache:
-    return Cache(storage.cache_root(), storage.cache_size())
+    return Cache(cache_root(), cache_size())
 
 
 def environment() -> Environment:

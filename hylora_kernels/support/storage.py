@@ -1,4 +1,4 @@
-"""Files: the package's cache folder, atomic writes, and the disk space that a command needs."""
+"""Files: atomic writes, and the disk space that a command needs."""
 
 from __future__ import annotations
 
@@ -14,64 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# Backup tools skip a folder with this file. It also marks the folders that this package made. Only
-# those are counted and deleted: HYLORA_CACHE may point at a folder with other files in it.
-TAG = "CACHEDIR.TAG"
-TAG_TEXT = (
-    "Signature: 8a477f597d28d172789f06886806bc55\n"
-    "# A cache folder of hylora_kernels; everything in it is rebuilt when needed.\n"
-)
 QUIET_BELOW = 100_000_000  # bytes; require_disk() prints nothing for less
-
-
-def cache_root() -> Path:
-    """$HYLORA_CACHE, or else the system's cache folder of this user; it need not exist."""
-    root = os.environ.get("HYLORA_CACHE")
-    if not root:
-        import platformdirs  # imported here: a machine without it can set HYLORA_CACHE
-
-        root = platformdirs.user_cache_dir("hylora_kernels")
-    return Path(root).expanduser().absolute()
-
-
-def cache_dir(*parts: str) -> Path:
-    """The folder cache_root()/parts[0]/parts[1]/..., created; a new parts[0] gets the marker file.
-
-    Raises ValueError if a part would lead out of the cache, OSError if it can't be created.
-    """
-    for part in parts:
-        if not part or part in (".", "..") or Path(part).name != part:
-            raise ValueError(f"parts must be plain folder names, got {part!r}")
-    root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
-    if parts:
-        top = root / parts[0]
-        if not top.exists():
-            top.mkdir(exist_ok=True)
-            write_text(top / TAG, TAG_TEXT)
-    folder = root.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def cache_size() -> int:
-    """Bytes of all files in the cache folders that this package made."""
-    files = (file for folder in _cache_folders() for file in folder.rglob("*"))
-    return sum(file.lstat().st_size for file in files if file.is_symlink() or file.is_file())
-
-
-def clear_cache() -> int:
-    """Delete the cache folders that this package made; returns the bytes freed."""
-    freed = cache_size()
-    for folder in _cache_folders():
-        shutil.rmtree(folder)
-    return freed
-
-
-def _cache_folders() -> list[Path]:
-    """The cache's first-level folders that carry the marker file."""
-    root = cache_root()
-    return sorted(tag.parent for tag in root.glob(f"*/{TAG}")) if root.is_dir() else []
 
 
 @contextmanager

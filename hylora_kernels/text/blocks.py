@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hylora_kernels.support.storage import atomic_path, cache_dir
+from hylora_kernels.support.cache import cache_dir, cache_root, load_tensors, save_tensors
 from hylora_kernels.text.sources import read_text
 
 if TYPE_CHECKING:
@@ -88,12 +87,10 @@ def _tokenize(
     """The tokens of `text`: all, or at least the first `wanted`."""
     if len(text) < CACHED_FROM:
         return _encode(text, tokenizer)
-    path = cache_dir("tokens") / f"{_fingerprint(text, tokenizer)}.safetensors"
-    if path.is_file():
-        try:
-            return load_file(path)["ids"].long()
-        except SafetensorError:
-            path.unlink()  # A damaged file is made again.
+    name = _fingerprint(text, tokenizer)
+    kept = load_tensors(cache_root() / "tokens" / f"{name}.safetensors", name)
+    if kept is not None:
+        return kept["ids"].long()
     pieces, ids, count = _pieces(text), [], 0
     for piece in tqdm(pieces, "tokenizing", unit="piece", disable=not progress or len(pieces) < 2):
         ids.append(_encode(piece, tokenizer))
@@ -101,8 +98,10 @@ def _tokenize(
         if wanted is not None and count >= wanted and len(ids) < len(pieces):
             return torch.cat(ids)
     found = torch.cat(ids)
-    with atomic_path(path) as temporary:
-        save_file({"ids": found.int()}, temporary)
+    try:
+        save_tensors(cache_dir("tokens") / f"{name}.safetensors", {"ids": found.int()}, name)
+    except OSError as error:  # They are not needed: the next call makes them again.
+        tqdm.write(f"the tokens are not cached: {error}", file=sys.stderr)
     return found
 
 

@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hylora_kernels.support.storage import cache_dir, write_text
+from hylora_kernels.support.cache import cache_dir
+from hylora_kernels.support.storage import write_text
 
 NAMED = ("brown", "python-docs")
 FILES = (".txt", ".jsonl", ".parquet")

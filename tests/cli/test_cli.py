@@ -13,7 +13,7 @@ from helpers import tiny
 from typer.testing import CliRunner
 
 from hylora_kernels.cli import main as cli
-from hylora_kernels.support import storage
+from hylora_kernels.support import cache
 
 LINES = [f"The {a} dog of the {b} runs after {i} red cats and one bird." for i, (a, b) in enumerate(
     (a, b) for a in ("old", "young", "small", "big") for b in ("king", "cook", "miller")
@@ -139,16 +139,16 @@ def test_info_says_why_and_where(tmp_path):
     for text in ("torch", "triton", "cpu", "threads", "backend triton", "backend eager", "cache"):
         assert text in shown
     assert written["backends"]["eager"] == ""
-    assert written["cache"]["path"] == str(storage.cache_root())
+    assert written["cache"]["path"] == str(cache.cache_root())
 
 
 def test_cache_is_shown_and_cleared(monkeypatch, tmp_path):
     monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "cache"))
-    (storage.cache_dir("models") / "x").write_bytes(bytes(5000))
+    (cache.cache_dir("models") / "x").write_bytes(bytes(5000))
     assert str(tmp_path / "cache") in run("cache").output
     assert "5.1 kB" in run("cache").output
     assert "deleted 5.1 kB" in run("cache", "--clear").output
-    assert storage.cache_size() == 0
+    assert cache.cache_size() == 0
 
 
 # ------------------------------------------------------------------------------------------- errors

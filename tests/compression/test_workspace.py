@@ -12,7 +12,7 @@ from helpers.zoo import paths_of, tokens, zoo_model
 
 from hylora_kernels.compression.compress import compress
 from hylora_kernels.compression.workspace import Refits, Workspace
-from hylora_kernels.support.storage import cache_dir
+from hylora_kernels.support.cache import cache_dir
 
 
 class Interrupted(Exception):

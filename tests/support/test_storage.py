@@ -1,4 +1,4 @@
-"""The cache folder, atomic writes, disk space."""
+"""Atomic writes, disk space."""
 
 from __future__ import annotations
 
@@ -7,71 +7,9 @@ import json
 import shutil
 from collections import namedtuple
 
-import platformdirs
 import pytest
 
 from hylora_kernels.support import storage
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_cache_dir_follows_the_environment(root):
-    folder = storage.cache_dir("models", "tiny")
-    assert folder == root / "models" / "tiny"
-    assert folder.is_dir()
-    assert storage.cache_dir() == root
-
-
-def test_cache_dir_without_the_environment_is_the_systems(tmp_path, monkeypatch):
-    monkeypatch.delenv("HYLORA_CACHE", raising=False)
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
-    assert storage.cache_dir("data") == tmp_path / "hylora_kernels" / "data"
-
-
-@pytest.mark.parametrize("part", ["..", ".", "", "a/b", "/etc"])
-def test_cache_dir_refuses_parts_that_lead_out(root, part):
-    with pytest.raises(ValueError, match="parts must be plain folder names"):
-        storage.cache_dir("data", part)
-    with pytest.raises(ValueError, match="parts must be plain folder names"):
-        storage.cache_dir(part)
-
-
-def test_cache_size_and_clear(root):
-    assert storage.cache_size() == 0
-    assert storage.clear_cache() == 0
-    tag = len(storage.TAG_TEXT)
-    (storage.cache_dir("data") / "a.txt").write_bytes(b"x" * 1000)
-    (storage.cache_dir("models", "m") / "b.bin").write_bytes(b"x" * 500)
-    assert storage.cache_size() == 1500 + 2 * tag
-    assert storage.clear_cache() == 1500 + 2 * tag
-    assert storage.cache_size() == 0
-    assert list(root.iterdir()) == []
-
-
-def test_clear_cache_leaves_what_is_not_ours(root):
-    """HYLORA_CACHE may point at a folder with other things in it, even one named like ours."""
-    (root / "data").mkdir(parents=True)
-    (root / "data" / "theirs.txt").write_text("keep me")
-    (root / "note.txt").write_text("keep me too")
-    (storage.cache_dir("data") / "ours.txt").write_text("1")
-    (storage.cache_dir("models") / "ours.txt").write_text("22")
-    assert storage.clear_cache() == 2 + len(storage.TAG_TEXT)
-    assert (root / "data" / "theirs.txt").read_text() == "keep me"
-    assert (root / "note.txt").exists()
-    assert not (root / "models").exists()
-
-
-def test_clear_cache_follows_no_link(root, tmp_path):
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "theirs.txt").write_text("keep me")
-    (storage.cache_dir("data") / "link").symlink_to(outside)
-    storage.clear_cache()
-    assert (outside / "theirs.txt").exists()
 
 
 def test_atomic_path_replaces_on_success(tmp_path):

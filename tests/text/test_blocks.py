@@ -8,7 +8,7 @@ from helpers.words import text_of, word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hylora_kernels.support.storage import cache_dir
+from hylora_kernels.support.cache import cache_dir
 from hylora_kernels.text import blocks
 from hylora_kernels.text.blocks import token_blocks
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.words import text_of, word_tokenizer
 
-from hylora_kernels.support.storage import cache_dir
+from hylora_kernels.support.cache import cache_dir
 from hylora_kernels.text import sources
 from hylora_kernels.text.blocks import token_blocks
 

@@ -21,7 +21,7 @@ from hylora_kernels.backends.shared.gpu import (
     adapter_gradients_launch_is_faster,
     one_launch_is_faster,
 )
-from hylora_kernels.support import storage
+from hylora_kernels.support.cache import TUNED, cache_root
 
 _log = logging.getLogger(__name__)
 FORWARD, BACKWARD = "forward", "backward"
@@ -315,7 +315,7 @@ def _power(size: int) -> int:
 
 def table_path(device_name: str) -> Path:
     """The file of `hylora tune` for devices of this name."""
-    return storage.cache_root() / "tuned" / _file_name(device_name)
+    return cache_root() / TUNED / _file_name(device_name)
 
 
 def _file_name(device_name: str) -> str:

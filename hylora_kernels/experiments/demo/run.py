@@ -26,6 +26,7 @@ from hylora_kernels.inference.optimize import optimize_for_inference
 from hylora_kernels.machine.info import environment
 from hylora_kernels.model import load as models
 from hylora_kernels.support import storage
+from hylora_kernels.support.cache import cache_root
 from hylora_kernels.support.console import (
     format_bytes,
     format_ppl,
@@ -142,7 +143,7 @@ def _rewrite(file: Path, key: str, done: dict[str, Stage]) -> None:
 
 def _check_disk(setup: Setup) -> None:
     if setup.settings.model == models.DEMO_MODEL:
-        storage.require_disk(storage.cache_root(), CACHE_BYTES, "the demo's cache")
+        storage.require_disk(cache_root(), CACHE_BYTES, "the demo's cache")
         storage.require_disk(setup.folder, FOLDER_BYTES, "the demo's models and checkpoints")
 
 
