@@ -83,7 +83,7 @@ def _hub_text(data: str, split: str) -> str:
 
     name, _, config = data.partition(":")
     try:
-        found = datasets.load_dataset(name, config or None, split=split)
+        found = datasets.load_dataset(name, config or None, split=split, trust_remote_code=False)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
             f"data {data!r} is neither {' nor '.join(NAMED)}, nor a file here, nor a hub id with "

@@ -66,7 +66,8 @@ def test_hub_id(tokenizer, monkeypatch):
 
     asked = []
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, trust_remote_code):
+        assert trust_remote_code is False  # datasets before 4 run a repository's script
         asked.append((name, config, split))
         return datasets.Dataset.from_dict({"title": ["a", "b"], "text": ["w1 w2", None]})
 
