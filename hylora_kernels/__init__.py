@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from hylora_kernels.inference.generate import generate
     from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
     from hylora_kernels.model.adapters import add_adapters, merge_adapters
-    from hylora_kernels.model.checkpoint import load_pretrained, save_pretrained
+    from hylora_kernels.model.checkpoint import load_pretrained
     from hylora_kernels.model.load import load_model
+    from hylora_kernels.model.saving import save_pretrained
     from hylora_kernels.recovery.finetune import finetune
 else:
     _IMPORTED_ON_FIRST_USE = {
@@ -56,7 +57,7 @@ else:
         "finetune": "recovery.finetune",
         "evaluate": "evaluation.evaluate",
         "generate": "inference.generate",
-        "save_pretrained": "model.checkpoint",
+        "save_pretrained": "model.saving",
         "load_pretrained": "model.checkpoint",
         "optimize_for_inference": "inference.optimize",
         "restore_from_inference": "inference.optimize",

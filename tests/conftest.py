@@ -98,7 +98,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     from helpers import checkpoints
 
-    from hylora_kernels.model.checkpoint import save_pretrained
+    from hylora_kernels.model.saving import save_pretrained
 
     torch.manual_seed(0)
     save_pretrained(checkpoints.build("llama, scaled rope"), folder)

@@ -56,7 +56,7 @@ def compress(
 ) -> None:
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
     from hylora_kernels.compression.compress import compress as compress_model
-    from hylora_kernels.model.checkpoint import save_pretrained
+    from hylora_kernels.model.saving import save_pretrained
 
     refuse_foreign_folder(out, model)
     loaded, tokenizer = _load(model, device, dtype)
@@ -95,7 +95,7 @@ def finetune(
     json_path: Json = None,
 ) -> None:
     """Train the adapters of a compressed model and write the recovered model to a folder."""
-    from hylora_kernels.model.checkpoint import save_pretrained
+    from hylora_kernels.model.saving import save_pretrained
     from hylora_kernels.recovery.finetune import finetune as train
 
     refuse_foreign_folder(out, model, mark="training")

@@ -22,9 +22,9 @@ from hylora_kernels.compression.report import CompressReport
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import open_workspace
 from hylora_kernels.layers.packed import refuse_packed
-from hylora_kernels.model.checkpoint import save_in_hylora_format
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters
+from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.structure import Target, discover
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.hashing import fingerprint

@@ -6,8 +6,8 @@ from torch import nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import refuse_packed
-from hylora_kernels.model.checkpoint import save_in_hylora_format
 from hylora_kernels.model.modules import freeze_all_but_adapters
+from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.structure import as_matrix, linears
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hylora_kernels.model import checkpoint
+from hylora_kernels.model.format import METHOD
 from hylora_kernels.support.cache import cache_dir
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.storage import atomic_folder, require_disk
@@ -115,7 +116,7 @@ def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | None) ->
     if not (path / "config.json").is_file():
         raise ValueError(f"name_or_path {str(path)!r} is a folder without a config.json")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if (config.get("quantization_config") or {}).get("quant_method") == checkpoint.METHOD:
+    if (config.get("quantization_config") or {}).get("quant_method") == METHOD:
         return checkpoint.load_pretrained(path, device=device, dtype=dtype), _load_tokenizer(path)
     return _load_plain(path, device, dtype)
 

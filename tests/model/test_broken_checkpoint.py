@@ -14,7 +14,8 @@ from helpers.checkpoints import (
 )
 from safetensors.torch import load_file, save_file
 
-from hylora_kernels.model.checkpoint import CheckpointError, load_pretrained, save_pretrained
+from hylora_kernels.model.checkpoint import CheckpointError, load_pretrained
+from hylora_kernels.model.saving import save_pretrained
 
 # ------------------------------------------------------------------------------- broken checkpoints
 

@@ -33,13 +33,9 @@ from transformers import (
 )
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model import checkpoint
-from hylora_kernels.model.checkpoint import (
-    CheckpointError,
-    load_pretrained,
-    save_in_hylora_format,
-    save_pretrained,
-)
+from hylora_kernels.model import saving
+from hylora_kernels.model.checkpoint import CheckpointError, load_pretrained
+from hylora_kernels.model.saving import save_in_hylora_format, save_pretrained
 
 # ---------------------------------------------------------------------------- there and back again
 
@@ -309,7 +305,7 @@ def test_a_save_that_fails_leaves_the_old_one(copied, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(saving, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(build(), copied)
     monkeypatch.undo()

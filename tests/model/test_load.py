@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model import load
-from hylora_kernels.model.checkpoint import save_pretrained
 from hylora_kernels.model.load import DEMO_MODEL, demo_model_dir, load_model
+from hylora_kernels.model.saving import save_pretrained
 from hylora_kernels.support.cache import cache_dir
 
 IDS = torch.arange(3, 13).view(2, 5)

@@ -18,7 +18,7 @@ from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.experiments.demo.stages import Settings, stage_label
 from hylora_kernels.model import load as models
 from hylora_kernels.model.adapters import add_adapters
-from hylora_kernels.model.checkpoint import save_pretrained
+from hylora_kernels.model.saving import save_pretrained
 from hylora_kernels.recovery.finetune import FinetuneReport, finetune
 from hylora_kernels.support.console import format_seconds
 from hylora_kernels.support.devices import fast_dtype, resolve_device
