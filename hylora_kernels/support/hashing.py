@@ -9,20 +9,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-LAYOUT = 1  # raise it when the meaning of cached files or the algorithm's numbers change
+LAYOUT = 2  # raise it when the meaning of cached files or the algorithm's numbers change
 
 
 def fingerprint(**parts: object) -> str:
     """20 hex digits that change with any part: the name of a cached result.
 
-    A part is a tensor, a module (its state_dict counts: names, dtypes, shapes, bytes) or anything
-    that json.dumps takes; other values count by their str().
+    A part is a tensor, a module (its state_dict and its other buffers count: names, dtypes, shapes,
+    bytes) or anything that json.dumps takes; other values count by their str().
     """
     digest = hashlib.sha256(f"layout {LAYOUT}".encode())
     for name, part in sorted(parts.items()):
         digest.update(name.encode())
         if isinstance(part, nn.Module):
-            for key, tensor in part.state_dict().items():
+            # Buffers that no checkpoint holds, such as rotary frequencies, change results too.
+            for key, tensor in (part.state_dict() | dict(part.named_buffers())).items():
                 digest.update(f"{key}{_kind(tensor)}".encode())
                 digest.update(tensor_bytes(tensor))
         elif isinstance(part, Tensor):

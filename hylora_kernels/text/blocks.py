@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -126,6 +127,10 @@ def _pieces(text: str) -> list[str]:
 def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    # A slow tokenizer's rules stand in its arguments; a fast one is told to split special tokens
+    # (or not) at each call.
+    options = tokenizer.init_kwargs | {"split": tokenizer.split_special_tokens}
+    rules += json.dumps(options, sort_keys=True, default=str)
     digest = hashlib.sha256(f"{type(tokenizer).__name__} {PIECE} {rules}".encode())
     digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]

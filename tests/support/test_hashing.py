@@ -55,3 +55,11 @@ def test_tensor_bytes_are_the_tensors_own_memory_where_they_can_be():
     assert bytes(tensor_bytes(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).t())) == bytes(
         [1, 3, 2, 4]
     )
+
+
+def test_a_buffer_that_is_not_saved_counts():
+    module = nn.Linear(3, 2)
+    module.register_buffer("frequencies", torch.ones(2), persistent=False)
+    before = fingerprint(model=module)
+    module.frequencies.mul_(2)
+    assert fingerprint(model=module) != before
