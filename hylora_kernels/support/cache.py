@@ -12,7 +12,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -208,5 +208,19 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor] | None:
     # A damaged header raises anything, from KeyError to RuntimeError.
     except Exception as error:
         reason = " ".join(str(error).split())
-    tqdm.write(f"{path} in the cache is damaged and made again: {reason}", file=sys.stderr)
+    say_damaged(path, reason)
     return None
+
+
+def say_damaged(path: Path, reason: str) -> None:
+    tqdm.write(f"{path} in the cache is damaged and made again: {reason}", file=sys.stderr)
+
+
+@contextmanager
+def kept_if_possible(what: str) -> Iterator[None]:
+    """For writing what a command doesn't need in the cache: a cache that can't be written is said
+    on stderr, and the command goes on."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"{what} not kept: {error}", file=sys.stderr)

