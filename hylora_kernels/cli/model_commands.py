@@ -56,6 +56,7 @@ def compress(
 ) -> None:
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
     from hylora_kernels.compression.compress import compress as compress_model
+    from hylora_kernels.compression.coverage import skipped_table
     from hylora_kernels.model.saving import save_pretrained
 
     refuse_foreign_folder(out, model)
@@ -72,6 +73,7 @@ def compress(
         ),
     }
     show(kept_table(counts))
+    show(skipped_table(report.skipped))
     show(report_lines(loaded))
     seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
     show(f"time: {seconds}; peak memory {format_bytes(report.peak_rss)}")

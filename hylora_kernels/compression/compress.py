@@ -13,6 +13,11 @@ from tqdm import tqdm
 
 from hylora_kernels.compression import calibration
 from hylora_kernels.compression.calibration import Statistics
+from hylora_kernels.compression.coverage import (
+    body_parameters,
+    skipped_parameters,
+    warn_if_little,
+)
 from hylora_kernels.compression.factors import factor_bytes
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.ranks import adapter_rank, allocate, curve
@@ -88,8 +93,12 @@ class Compression:
             calibration_tokens=0 if self.ids is None else self.ids.numel(),
             dense_parameters=sum(target.matrix.numel() for target in self.structure.targets),
             model_dense_parameters=sum(p.numel() for p in self.model.parameters()),
-            skipped=self.structure.skipped,
+            body_parameters=body_parameters(self.model),
+            skipped=skipped_parameters(self.model, self.structure),
             seconds=seconds,
+        )
+        warn_if_little(
+            self.report.dense_parameters, self.report.body_parameters, self.report.skipped
         )
 
     def __enter__(self) -> Compression:

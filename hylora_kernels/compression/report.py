@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from hylora_kernels.compression.coverage import Skipped
 from hylora_kernels.support.report import Report
 
 
@@ -41,7 +42,9 @@ class CompressReport(Report):
     parameters:       of the selected linears without biases, adapters merged (as deployed);
                       *_as_is counts separate adapters, dense_* the model before, model_* the whole
                       model. keep and removed are shares of the dense count.
-    skipped:          path of a linear that was left alone -> the reason.
+    body_parameters:  of the dense model without embeddings and output head.
+    skipped:          name -> size and reason of each parameter of two or more dimensions that was
+                      left alone.
     seconds:          by stage: load, calibrate, factorize, refit, replace.
     peak_rss:         the largest resident memory of the process so far, bytes.
     """
@@ -55,12 +58,13 @@ class CompressReport(Report):
     removed: float = 0.0
     keep_as_is: float = 1.0
     model_dense_parameters: int = 0
+    body_parameters: int = 0
     model_parameters: int = 0
     model_parameters_as_is: int = 0
     model_keep: float = 1.0
     model_removed: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, Skipped] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss: int = 0
 

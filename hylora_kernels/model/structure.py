@@ -125,7 +125,7 @@ def select(
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D | SVDLoRALinear):
+        if not is_linear(module):
             continue
         if include is not None and not _matches(include, path):
             continue
@@ -148,6 +148,11 @@ def select(
             if not any(re.search(pattern, path) for path in (*targets, *skipped)):
                 raise ValueError(f"{name}: pattern {pattern!r} matches no linear of the model")
     return targets, skipped
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for the modules that `select` looks at."""
+    return isinstance(module, nn.Linear | Conv1D | SVDLoRALinear)
 
 
 def computes_linear(module: nn.Module) -> bool:

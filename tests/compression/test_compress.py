@@ -203,7 +203,11 @@ def test_report():
     _, report = compressed(zoo_model("llama"), ranks={"mlp": 0.5, "q_proj": 8}, max_memory=50_000)
     written = json.loads(report.to_json())
     assert written["options"]["ranks"] == {"mlp": 0.5, "q_proj": 8}
-    assert written["calibration_tokens"] == 72 and written["skipped"] == {"lm_head": "output head"}
+    assert written["calibration_tokens"] == 72
+    head = {"shape": [128, 32], "parameters": 0}
+    assert written["skipped"]["lm_head"] == head | {
+        "reason": "output head, the same tensor as model.embed_tokens"
+    }
     assert set(report.seconds) == {"load", "calibrate", "factorize", "refit", "replace"}
     assert all(value > 0 for value in report.seconds.values())
     assert report.peak_rss > 10**8
@@ -221,7 +225,11 @@ def test_include_and_exclude():
     assert names == {
         f"{i}.mlp.{kind}_proj" for i in range(2) for kind in ("gate", "up", "down")
     } - {"0.mlp.up_proj"}
-    assert report.skipped == {"model.layers.0.mlp.up_proj": "excluded"}
+    reasons = {name: one.reason for name, one in report.skipped.items()}
+    assert reasons.pop("model.layers.0.mlp.up_proj") == "excluded"
+    attention = {f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"}
+    assert {reasons[name] for name in attention} == {"not included"}
+    assert reasons.keys() - attention == {"lm_head", "model.embed_tokens"}
     assert list(linears(model)) == [layer.path for layer in report.layers]
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     assert report.dense_parameters == 5 * 32 * 56
@@ -247,7 +255,7 @@ def test_a_linear_subclass_and_a_linear_never_called():
     _, report = compressed(model, ranks={"up_proj": 8})
     assert isinstance(model.model.layers[0].mlp.up_proj, SVDLoRALinear)
     assert model.model.layers[0].mlp.up_proj.bias is bias
-    assert report.skipped["model.layers.0.spare"] == "never called in a forward"
+    assert report.skipped["model.layers.0.spare"].reason == "never called in a forward"
     assert type(model.model.layers[0].spare) is nn.Linear
 
 
