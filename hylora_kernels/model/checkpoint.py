@@ -10,12 +10,20 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model.format import CONFIG, PICKLES, read_config, weight_names
+from hylora_kernels.model.format import (
+    CONFIG,
+    GENERATION_CONFIG,
+    PICKLES,
+    guard_of,
+    read_config,
+    weight_names,
+)
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.skeleton import Slot, build, missing_from, slots_of
 from hylora_kernels.model.tensorfile import CheckpointError, Entry, TensorFile
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
+from hylora_kernels.support.staging import current
 
 
 def load_pretrained(
@@ -34,7 +42,8 @@ def load_pretrained(
     Memory: the model and one tensor more. Raises CheckpointError naming the file, and the tensor if
     there is one, if anything is missing, cut off, altered, or of another shape or version.
     """
-    folder, device, dtype = Path(dir), resolve_device(device), resolve_dtype(dtype)
+    device, dtype = resolve_device(device), resolve_dtype(dtype)
+    folder = current(Path(dir))
     config = read_config(folder)
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -42,12 +51,12 @@ def load_pretrained(
     slots = slots_of(model)
     files = _open_weights(folder, config, slots)
     known = config["quantization_config"]["checksums"] if verify else {}
-    reads = [(file, name) for file in files for name in file.entries]
+    reads = [(file, name) for file in files for name in file.entries if name in slots]
     loaded = {name for _, name in reads}
     tied: dict[int, list[str]] = {}
     for name, slot in slots.items():
         tied.setdefault(id(slot.tensor), []).append(name)
-    for file, name in tqdm(reads, desc=f"loading {folder.name}", unit="tensor", delay=2):
+    for file, name in tqdm(reads, desc=f"loading {Path(dir).name}", unit="tensor", delay=2):
         tensor = file.read(name, known.get(file.path.name, {}).get(name))
         slot = slots[name]
         if isinstance(slot.module, SVDLoRALinear) and slot.name == "pivots":
@@ -57,9 +66,9 @@ def load_pretrained(
         for twin in tied[id(slot.tensor)]:
             if twin not in loaded:  # Tied tensors are saved once.
                 setattr(slots[twin].module, slots[twin].name, value)
-    if (folder / "generation_config.json").is_file():
+    if (folder / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config._name_or_path = str(folder)
+    model.config._name_or_path = str(dir)
     if "linears" in config["quantization_config"]:
         model.hylora_linears = config["quantization_config"]["linears"]
         unknown = set(model.hylora_linears) - {path for path, _ in model.named_modules()}
@@ -74,7 +83,7 @@ def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list
     Reads config.json and the headers of the weight files. Raises CheckpointError as load_pretrained
     does, and if there are no low-rank layers.
     """
-    folder = Path(dir)
+    folder = current(Path(dir))
     ours = read_config(folder)["quantization_config"]
     files = [TensorFile(folder / name) for name in weight_names(folder, ours["checksums"])]
     sizes = {name: entry.shape for file in files for name, entry in file.entries.items()}
@@ -103,9 +112,12 @@ def _open_weights(folder: Path, config: dict, slots: dict[str, Slot]) -> list[Te
             f"{names[0]} is missing"
         )
     files = [TensorFile(folder / name) for name in names]
+    guard = guard_of(config["quantization_config"]["modules"])
     found: dict[str, Path] = {}
     for file in files:
         for name, entry in file.entries.items():
+            if name == guard and name not in slots and entry.shape == (0,):
+                continue
             _check_entry(name, entry, slots.get(name), file.path)
             if name in found:
                 raise CheckpointError(f"{file.path}: tensor {name!r} is also in {found[name].name}")

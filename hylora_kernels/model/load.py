@@ -27,6 +27,7 @@ from hylora_kernels.model import checkpoint
 from hylora_kernels.model.format import METHOD
 from hylora_kernels.support.cache import cache_dir
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
+from hylora_kernels.support.staging import current
 from hylora_kernels.support.storage import atomic_folder, require_disk
 
 DEMO_MODEL = "smollm2-135m"
@@ -113,9 +114,10 @@ def demo_model_dir() -> Path:
 
 
 def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
-    if not (path / "config.json").is_file():
+    file = current(path) / "config.json"
+    if not file.is_file():
         raise ValueError(f"name_or_path {str(path)!r} is a folder without a config.json")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(file.read_text(encoding="utf-8"))
     if (config.get("quantization_config") or {}).get("quant_method") == METHOD:
         return checkpoint.load_pretrained(path, device=device, dtype=dtype), _load_tokenizer(path)
     return _load_plain(path, device, dtype)
@@ -136,6 +138,7 @@ def _load_plain(source: str | Path, device: torch.device, dtype: torch.dtype | N
 
 
 def _load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
+    source = current(source) if isinstance(source, Path) else source
     if isinstance(source, Path) and not any((source / name).is_file() for name in TOKENIZER_FILES):
         return None
     with _quiet(bars=False):

@@ -5,22 +5,38 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 import weakref
+from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model.format import CONFIG, FORMAT, INDEX, METHOD, WEIGHT_FILES
+from hylora_kernels.model.format import (
+    ANY_WEIGHTS,
+    CONFIG,
+    FORMAT,
+    GENERATION_CONFIG,
+    INDEX,
+    METHOD,
+    WEIGHT_FILES,
+    decoded,
+    guard_of,
+    own_files,
+)
 from hylora_kernels.model.skeleton import build, missing_from, slots_of
 from hylora_kernels.model.tensorfile import checksum
-from hylora_kernels.support.storage import require_disk, write_json
+from hylora_kernels.support.staging import current, discard, exclusive, files_in, replacement
+from hylora_kernels.support.storage import require_disk, write_json, write_text
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,50 +48,137 @@ def save_pretrained(
     *,
     state_dict: dict[str, Tensor] | None = None,
     max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
 ) -> None:
     """Write a compressed (or any other) causal language model to the folder `dir`.
 
+    model:          also wrapped by torch.compile or DistributedDataParallel. If it is sharded
+                    (fully_shard, tensor parallel), all processes make this call, and the first
+                    one gathers the tensors and writes.
     tokenizer:      saved beside the model, or None.
     state_dict:     tensors to write instead of model.state_dict(), with its names and shapes.
     max_shard_size: the largest file of weights, in bytes or as "5GB".
+    overwrite:      replace files that this function didn't write, too. A model that another program
+                    saved is never overwritten.
 
-    The files of an existing folder are replaced one by one, config.json last; then the weight files
-    of an earlier save are removed. Raises TypeError or ValueError, before anything is written, for
-    a model that load_pretrained could not rebuild from its config.
+    A model that this function saved there is replaced: a process killed at any moment leaves the
+    old one or the new one. Files of others stay. Raises TypeError or ValueError, before anything is
+    written, for a model that load_pretrained could not rebuild from its config, or a folder with
+    another model in it.
 
         save_pretrained(model, "small", tokenizer)
         model = load_pretrained("small")
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model.
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    target = Path(dir)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"dir {str(target)!r} is a file, not a folder")
+    model, target = unwrapped(model), Path(dir)
+    given = (target, tokenizer, max_shard_size, overwrite)
+    if state_dict is not None or not is_sharded(model):
+        _save(model, model.state_dict() if state_dict is None else state_dict, *given)
+        return
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state_dict, failure = get_model_state_dict(model, options=options), [""]
+    try:
+        if distributed.get_rank() == 0:
+            _save(model, state_dict, *given)
+    except BaseException as error:
+        failure = [f"{type(error).__name__}: {error}"]
+        raise
+    finally:  # The others wait here: the files are there, or all raise.
+        distributed.broadcast_object_list(failure)
+    if failure[0]:
+        raise RuntimeError(f"the first process could not save the model: {failure[0]}")
+
+
+def refuse_foreign_files(
+    dir: str | Path, overwrite: bool = False, names: Collection[str] = (CONFIG,)
+) -> None:
+    """Raise ValueError if a save to the folder `dir` would harm files that this package didn't
+    write.
+
+    names: the files of the save. With `overwrite` they may be any but those of another program's
+           model.
+    """
+    folder = Path(dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"dir {str(folder)!r} is a file, not a folder")
+    ours = own_files(current(folder))
+    if ours is None:
+        raise ValueError(
+            f"dir {str(folder)!r} holds a model that hylora_kernels didn't save, which is never "
+            "overwritten: delete it first, or give another folder"
+        )
+    if overwrite or not folder.is_dir():
+        return
+    found = {path.name for path in folder.iterdir()} | {n for n in names if (folder / n).exists()}
+    for name in sorted(found - ours):
+        harmed = (name in names, ANY_WEIGHTS.fullmatch(name))
+        if all(harmed) if ours else any(harmed):
+            raise ValueError(
+                f"dir {str(folder)!r} holds {name}, which hylora_kernels didn't write: give "
+                "another folder, or overwrite=True"
+            )
+
+
+def refuse_unsavable(model: nn.Module, paths: Collection[str] = ()) -> None:
+    """Raise TypeError or ValueError if save_pretrained could not save `model`.
+
+    paths: linears that are going to be SVDLoRALinear.
+    """
+    model = unwrapped(model)
+    config = _saved_config(model)
+    _tensors_to_save(model, config, model.state_dict())
+    layer = {"rank": 1, "lora_rank": 0, "alpha": 1.0, "form": "pair"}
+    config["quantization_config"]["modules"] |= dict.fromkeys(paths, layer)
+    build(decoded(config))
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model in the wrappers of torch.compile and DistributedDataParallel.
+
+    Raises TypeError if it is none of transformers.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "module" if isinstance(model, wrappers) else "_orig_mod", None)
+        if inner is None:
+            raise TypeError(
+                f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
+            )
+        model = inner
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the parameters only."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _save(model, state_dict, target: Path, tokenizer, max_shard_size, overwrite: bool) -> None:
     config = _saved_config(model)
     tensors = _tensors_to_save(model, config, state_dict)
+    refuse_foreign_files(target, overwrite)
     target.mkdir(parents=True, exist_ok=True)
-    require_disk(target, sum(t.nbytes for t in tensors.values()), f"saving to {target}")
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as holder:
-        new = Path(holder)
-        config["quantization_config"]["checksums"] = _write_weights(tensors, new, max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
-        if model.can_generate():
-            model.generation_config.save_pretrained(new)
-        write_json(new / CONFIG, config)
-        written = sorted(file.relative_to(new) for file in new.rglob("*") if file.is_file())
-        for name in sorted(written, key=lambda name: name == Path(CONFIG)):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(new / name, target / name)
-    for file in target.iterdir():
-        if WEIGHT_FILES.fullmatch(file.name) and Path(file.name) not in written:
-            file.unlink()
+    with exclusive(target):
+        require_disk(target, sum(t.nbytes for t in tensors.values()), f"saving to {target}")
+        with replacement(target, last=CONFIG) as new:
+            ours = config["quantization_config"]
+            ours["checksums"] = _write_weights(tensors, new, max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+            if model.can_generate():
+                model.generation_config.to_json_file(new / GENERATION_CONFIG)
+            ours["files"] = sorted([*files_in(new), CONFIG])
+            write_text(new / CONFIG, json.dumps(config, indent=2) + "\n")
+            refuse_foreign_files(target, overwrite, ours["files"])
+            obsolete = own_files(target) or set()
+            if overwrite:
+                obsolete |= set(filter(WEIGHT_FILES.fullmatch, os.listdir(target)))
+            discard(new, obsolete - set(ours["files"]))
 
 
 def _saved_config(model: PreTrainedModel) -> dict:
+    """What config.json will say, as transformers writes it; no checksums and files yet."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [_class_of(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     saved = json.loads(config.to_json_string())
     layers = {p: m for p, m in model.named_modules() if isinstance(m, SVDLoRALinear)}
@@ -87,23 +190,28 @@ def _saved_config(model: PreTrainedModel) -> dict:
     return saved
 
 
+def _class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The model's class; fully_shard gives each module a class of its own, derived from its."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def _describe(layer: SVDLoRALinear) -> dict:
     names = ("rank", "lora_rank", "alpha", "form")
     dropout = {"lora_dropout": layer.lora_dropout} if layer.lora_dropout else {}
     return {name: getattr(layer, name) for name in names} | {"group": None} | dropout
 
 
-def _tensors_to_save(model, config: dict, state_dict: dict | None) -> dict[str, Tensor]:
+def _tensors_to_save(model, config: dict, state_dict: dict) -> dict[str, Tensor]:
     """name -> tensor; of tied tensors only one, if the model that `config` builds ties them too.
 
     A buffer that a model makes for itself is saved only if a new model makes another one: after
     model.to(torch.bfloat16), for example, the rotary frequencies are rounded.
     """
-    empty = build(config)
-    if type(empty) is not type(model):
+    empty = build(decoded(config))
+    if type(empty) is not _class_of(model):
         raise ValueError(f"model: its class is not the {type(empty).__name__} of transformers")
     rebuilt = slots_of(empty)
-    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+    tensors = dict(state_dict)
     for name, slot in slots_of(model).items():
         if slot.kind == "made" and name in rebuilt and not _same(slot.tensor, rebuilt[name].tensor):
             tensors[name] = slot.tensor
@@ -124,6 +232,8 @@ def _tensors_to_save(model, config: dict, state_dict: dict | None) -> dict[str, 
     missing = missing_from(rebuilt, tensors)
     if missing:
         raise ValueError(f"model: {missing[0]!r} is missing from it, though its config asks for it")
+    guard = guard_of(config["quantization_config"]["modules"])
+    tensors |= {guard: torch.empty(0)} if guard else {}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,13 +24,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     If the block raises, the temporary file is removed and `path` stays as it was. It stands in the
     same folder, which is created, so that the replacement is atomic. It keeps `path`'s ending:
-    writers such as matplotlib read the format from it.
+    writers such as matplotlib read the format from it. A link is followed, and a device or a pipe
+    is written to directly: replacing it would take it from the system.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{os.urandom(6).hex()}.{path.name}"
     try:
+        mode = mode_of_new_files(path.parent)
         yield temporary
+        settle(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,11 +56,56 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary = Path(holder) / path.name
         temporary.mkdir()
         yield temporary
+        settle_folder(temporary)
         try:
             os.replace(temporary, path)
         except OSError:
             if not path.is_dir():
                 raise
+
+
+def mode_of_new_files(folder: Path) -> int:
+    """The permissions of a file that is made in `folder`: by the umask, or the folder's own rule.
+
+    Some writers make their files 0600 whatever the umask is: safetensors does.
+    """
+    probe = folder / f".{os.urandom(6).hex()}"
+    probe.touch(exist_ok=False)
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+
+
+def settle(file: Path, mode: int) -> None:
+    """Set a written file's permissions and wait until it is on the disk: after a power failure a
+    file that was renamed earlier than that may be empty."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def settle_folder(folder: Path) -> None:
+    """settle() all files in `folder`, at any depth, and the folders."""
+    mode = mode_of_new_files(folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            settle(path, mode)
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's list of files is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

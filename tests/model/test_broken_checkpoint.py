@@ -42,8 +42,8 @@ def test_pickled_weights_are_refused(copied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=2), r"config\.json: format is 2, supported is 1"),
-        (lambda c: c.pop("format"), r"config\.json: format is None, supported is 1"),
+        (lambda c: c.update(format=3), r"config\.json: format is 3, supported are 1 and 2"),
+        (lambda c: c.pop("format"), r"config\.json: format is None, supported are 1 and 2"),
         (lambda c: c.update(quant_method="gptq"), r"config\.json: quant_method is 'gptq', not 'hy"),
         (lambda c: c.update(modules=[1]), r"modules must be an object of objects, got \[1\]"),
         (lambda c: c.update(checksums={"a": 1}), "checksums must be an object of objects"),
