@@ -36,6 +36,7 @@ from hylora_kernels.backends.triton.config import (
     table_path,
     table_rows,
 )
+from hylora_kernels.support.cache import TUNED, cache_dir
 from hylora_kernels.support.console import table
 from hylora_kernels.support.report import Report
 from hylora_kernels.support.storage import write_json
@@ -172,18 +173,21 @@ def tune(
     import triton
 
     report = TuneReport(name, torch.__version__, triton.__version__, _copy_bandwidth(where) / 1e9)
-    save = save or table_path(name)
-    before = table_rows(save) if save.is_file() else []
+    if save is None:
+        cache_dir(TUNED)
+        save = table_path(name)
     compile_all(problems, where, target, candidates)
     for problem in tqdm(problems, desc="tuning", unit="problem"):
         report.rows.append(measure(problem, where, candidates(problem, target)))
-        _save(report, before, save)
+        _save(report, save)
     dispatch.read_tables_again()
     return report
 
 
-def _save(report: TuneReport, before: list[dict], path: Path) -> None:
-    """Write the report and, of the rows that the file held before, those of other problems."""
+def _save(report: TuneReport, path: Path) -> None:
+    """Write the report and, of the rows in the file, those of other problems: they may come from a
+    second `hylora tune` that runs beside this one."""
+    before = table_rows(path) if path.is_file() else []
     sizes = [f.name for f in dataclasses.fields(Problem)]
     whole = report.to_dict()
     measured = {tuple(row[size] for size in sizes) for row in whole["rows"]}

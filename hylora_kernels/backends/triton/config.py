@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -333,12 +333,29 @@ def table(device_name: str) -> tuple[dict, ...]:
 
 
 def table_rows(path: Path) -> list[dict]:
-    """The rows of a table; none, and a warning, where an older version of the package wrote it."""
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    if whole.get("format") == TABLE_FORMAT:
-        return whole["rows"]
-    _log.warning("%s is of an older format and not read: hylora tune --device cuda", path)
+    """The rows of a table; none, and a warning, where it is damaged or of an older version."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if whole.get("format") == TABLE_FORMAT:
+            for row in whole["rows"]:
+                _check_row(row)
+            return whole["rows"]
+        reason = "of an older format"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"damaged ({error!r})"
+    _log.warning("%s is %s and not read: hylora tune --device cuda", path, reason)
     return []
+
+
+def _check_row(row: dict) -> None:
+    """Raises KeyError, TypeError or ValueError unless it is a problem and two winners."""
+    problem = {f.name: row[f.name] for f in fields(Problem)}
+    winners = [w for w in (row["graph"], row["eager"]) if w != TORCH_PRODUCTS_WORD]
+    configs = [asdict(Config(**winner)) for winner in winners]
+    numbers = [value for config in configs for value in config.values()]
+    numbers += [problem[name] for name in ("M", "K", "N", "rank", "lora_rank")]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"numbers must be whole, got {row}")
 
 
 def tuned_config(

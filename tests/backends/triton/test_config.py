@@ -175,6 +175,44 @@ def test_a_table_of_an_older_format_is_measured_again(table, caplog):
     assert "hylora tune --device cuda" in caplog.text
 
 
+def without(field):
+    return {name: value for name, value in row().items() if name != field}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\0" * 100,
+        "{",
+        "[]",
+        "null",
+        json.dumps({"format": configs.TABLE_FORMAT}),
+        *(
+            json.dumps({"format": configs.TABLE_FORMAT, "rows": rows})
+            for rows in (
+                5,
+                [5],
+                [without("M")],
+                [without("pivoted")],
+                [without("eager")],
+                [row() | {"K": "big"}],
+                [row() | {"graph": "faster"}],
+                [row() | {"graph": {"BM": 16}}],
+                [row() | {"eager": dataclasses.asdict(TILES) | {"BM": "16"}}],
+            )
+        ),
+    ],
+)
+def test_a_damaged_table_is_not_read(table, caplog, text):
+    table()
+    configs.table_path("Card 1").write_text(text)
+    for captured in (True, False):
+        found = tuned_or_default(BF16, H100, "Card 1", captured)
+        assert found == default_config(BF16, H100, captured)
+    assert "card-1.json is damaged" in caplog.text
+
+
 def test_the_nearest_row_of_the_same_kind_decides(table):
     other = Config(16, 16, 64, 64, 64, swap=True)
     table(
