@@ -7,7 +7,10 @@ import torch
 from helpers import tiny
 from safetensors.torch import save_file
 
+from hylora_kernels.backends import cpu
 from hylora_kernels.evaluation.size import model_size
+from hylora_kernels.inference.optimize import optimize_for_inference
+from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.model.adapters import merge_adapters
 
 
@@ -73,6 +76,18 @@ def test_resident_bytes_are_whole_storages():
     after = model_size(model)
     assert after.resident_bytes == before.resident_bytes + 4 * 96 * 32
     assert after.parameter_bytes == before.parameter_bytes
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
+def test_resident_bytes_count_the_panels_of_packed_layers():
+    model = tiny.llama(torch.bfloat16).eval()
+    before = model_size(model)
+    optimize_for_inference(model)
+    after = model_size(model)
+    panels = {id(t): t.nbytes for state in packed_states(model) for t in state.tensors}
+    assert sum(panels.values()) > 0.5 * before.resident_bytes
+    left = sum(p.nbytes for p in model.parameters()) + after.buffer_bytes
+    assert after.resident_bytes >= left + sum(panels.values())
 
 
 def test_file_bytes(tmp_path):

@@ -26,6 +26,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 # K, N, r, ra
 SHAPES = [(1, 1, 1, 0), (33, 17, 5, 3), (70, 37, 16, 8), (64, 96, 32, 16), (129, 257, 48, 33)]
 SHAPES += [(576, 200, 40, 16), (31, 33, 33, 1), (40, 70, 650, 5), (40, 1400, 650, 5)]
+LONG_SUMS = (801, 833, 800, 16)  # both products in several passes
 ROWS = [1, 3, 16, 17, 40, 70, 300]  # up to 64 threads share a block's panels, above it split rows
 ops = torch.ops.hylora
 PAGE = mmap.PAGESIZE
@@ -259,6 +260,8 @@ def run(library: str, guard: bool, quick: bool) -> None:
         few, many = (i + i // 6) % 3, 3 + (i + i // 3) % 4  # quick: two numbers of rows, in turn
         for M in (ROWS[few], ROWS[many]) if quick else ROWS:
             run_shape(t, M, shape, dtype, products)
+    for dtype, products in kinds:
+        run_shape(t, 100, LONG_SUMS, dtype, products)
     print(ops.cpu_isa(), t.calls, flush=True)
 
 

@@ -22,6 +22,7 @@ from hylora_kernels.machine.selftest.grid import (
     FORMS,
     LAYERS,
     LAYOUTS,
+    LONG_SUMS,
     RAGGED,
     Case,
     Entry,
@@ -196,6 +197,9 @@ def test_plans_cover_what_they_should(full):
         entries = plan(name, torch.device(device), full)
         assert {entry.case.form for entry in entries} == set(FORMS)
         assert len({entry.case.M for entry in entries}) >= 2
+    long_sums = [e for e in plan("cpu", CPU, full) if e.case.sizes == LONG_SUMS]
+    assert {(e.case.M, e.case.form) for e in long_sums} == {(100, form) for form in FORMS}
+    assert all(set(e.dtypes) == set(DTYPES) for e in long_sums)
     on_gpu = plan("triton", torch.device("cuda"), full)
     assert {e.case.M for e in on_gpu} >= {1, 3, 16, 17, 70, 300, 2048}
     assert {e.case.sizes for e in on_gpu} >= set(LAYERS[:2])

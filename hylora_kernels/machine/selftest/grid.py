@@ -18,6 +18,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = (1, 3, 16, 17, 70, 300)
 RAGGED, ALIGNED, BARE = (129, 65, 31, 33), (64, 96, 32, 16), (53, 37, 29, 0)  # K, N, r, ra
 SIZES = (RAGGED, ALIGNED, BARE, (1, 3, 1, 1), (37, 53, 7, 8), (256, 384, 96, 16))
+# The CPU kernels sum both products in several passes, as they never do in smaller sizes.
+LONG_SUMS = (801, 833, 800, 16)
 LAYERS = ((576, 1536, 208, 16), (2048, 5632, 768, 32), (4096, 11008, 1536, 32))
 LAYOUTS = ("contiguous", "padded", "every_second", "transposed")
 
@@ -130,7 +132,8 @@ def plan(name: str, device: torch.device, full: bool) -> list[Entry]:
         return cases + [Entry(case, 1, DTYPES[1:]) for case in _cross(((35, 20, 18, 3),), (17,))]
     if device.type != "cuda":
         sizes = SIZES + LAYERS[:1] if full else SIZES[:4]
-        return [Entry(case, 0, DTYPES) for case in _cross(sizes, ROWS)]
+        cases = _cross(sizes, ROWS) + _cross((LONG_SUMS,), (100,) if name == "cpu" else ())
+        return [Entry(case, 0, DTYPES) for case in cases]
     large = _cross(LAYERS, (1, 16, 64, 256, 300, 2048))
     if full:
         return [Entry(case, 99, DTYPES) for case in _cross(SIZES, ROWS) + large]

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hylora_kernels import SVDLoRALinear, backends, reference, svd_lora_linear, use_backend
 from hylora_kernels.backends import cpu
 from hylora_kernels.backends.cpu import limbs, panels
+from hylora_kernels.machine.selftest.grid import LONG_SUMS
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,10 +129,12 @@ def _float32_by(request, monkeypatch):
 
 @every_dtype
 @pytest.mark.parametrize("form", ["pair", "pivoted"])
-@pytest.mark.parametrize("M", [1, 300])
+@pytest.mark.parametrize(
+    "M, sizes", [(1, (576, 1536, 208)), (300, (576, 1536, 208)), (100, LONG_SUMS[:3])]
+)
 @pytest.mark.usefixtures("_float32_by")
-def test_sizes_of_a_real_layer(M, form, dtype):
-    inputs = make_inputs(Case(M=M, sizes=(576, 1536, 208), lora_rank=16, form=form), dtype)
+def test_sizes_of_a_real_layer(M, sizes, form, dtype):
+    inputs = make_inputs(Case(M=M, sizes=sizes, lora_rank=16, form=form), dtype)
     with use_backend("cpu"):
         got = by_op(svd_lora_linear, inputs, dy := make_dy(inputs))
     assert_as_exact_as_formula(got, inputs, dy)
