@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
@@ -39,6 +38,7 @@ _BACKWARD = (
 # Asked once here, since torch.compile (2.11) can't trace the question.
 _AUTOCASTING = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGEST_ALPHA = torch.finfo(torch.float32).max
 
 
 def svd_lora_linear(
@@ -57,14 +57,16 @@ def svd_lora_linear(
     U:      [N, r], frozen; in the pivoted form [N - r, r].
     A, B:   [ra, K] and [N, ra], or both None.
     bias:   [N] or None.
-    alpha:  a finite real number, the LoRA scale.
+    alpha:  a real number that float32 holds, the LoRA scale. At 0 the adapter is still computed, so
+            that NaN or Inf in A or B reaches y.
     pivots: None, or int32 [r], strictly ascending within [0, N): the outputs that SVh itself
             computes (y[..., pivots] = x SVh^T), the others being U's combinations of them (PIFA,
             arXiv:2501.19090).
 
     All tensors share one device and, pivots apart, one dtype: float64, float32, bfloat16 or
     float16. Any strides. Under torch.autocast the floating tensors are cast first. Gradients for x,
-    A, B and bias; no double backward, no forward mode, no vmap.
+    A, B and bias by torch.autograd; no double backward, no forward mode, no torch.func transforms.
+    Under torch.compile alpha is a constant of the graph; that of SVDLoRALinear is an input.
     Raises TypeError or ValueError that names the argument, what was given and what is allowed.
 
         SVh, U = torch.randn(16, 64), torch.randn(48, 16)
@@ -137,6 +139,7 @@ def _check(x: Tensor, weights: Weights) -> None:
             kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
             raise TypeError(f"{name} must be a strided tensor, got {kind}")
     check_alpha(alpha)
+    _refuse_func_transforms(tensors)
     if x.dim() < 1:
         raise ValueError("x must be [..., K] with at least one dim, got a scalar")
     check_shapes(x.shape[-1], "K from x", weights)
@@ -145,12 +148,13 @@ def _check(x: Tensor, weights: Weights) -> None:
 
 
 def check_alpha(alpha: object) -> None:
-    """Raise TypeError or ValueError unless alpha is a real number that a float64 holds."""
+    """Raise TypeError or ValueError unless alpha is a real number that float32 holds, the type that
+    every kernel takes it in."""
     if not isinstance(alpha, numbers.Real | torch.SymFloat) or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
     # math.isfinite can't be traced with a symbolic float, and overflows on a large int.
-    if not -sys.float_info.max <= alpha <= sys.float_info.max:
-        raise ValueError(f"alpha must be finite in float64, got {alpha}")
+    if not -LARGEST_ALPHA <= alpha <= LARGEST_ALPHA:
+        raise ValueError(f"alpha must be finite in float32, got {alpha}")
 
 
 def check_shapes(K: int, source: str, weights: Weights) -> None:
@@ -225,6 +229,22 @@ def _refuse_forward_mode(tensors: dict[str, Tensor | None]) -> None:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 f"svd_lora_linear has no forward-mode derivative, got a tangent on {name}"
+            )
+
+
+def _refuse_func_transforms(tensors: dict[str, Tensor | None]) -> None:
+    """Raise NotImplementedError inside torch.func.grad, vjp and jacrev, where torch would speak of
+    an autograd.Function without setup_context. vmap has its own refusal below."""
+    if torch.compiler.is_compiling():
+        return
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is None or interpreter.key() != torch._C._functorch.TransformType.Grad:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"svd_lora_linear has no rule for torch.func.grad, vjp or jacrev, got {name} to"
+                " differentiate: use torch.autograd.grad or .backward()"
             )
 
 

@@ -53,6 +53,26 @@ def from_linear(linear=None, rank=R, **options):
     return lambda: SVDLoRALinear.from_linear(linear or nn.Linear(K, N), rank, **options)
 
 
+def linear_of(weight):
+    """An nn.Linear that holds this weight, as a quantized layer holds its own."""
+    linear = nn.Linear(K, N, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+class Quantized(torch.Tensor):
+    """A tensor that passes for float32, as torchao's do."""
+
+
+def product(U=None, SVh=None, **options):
+    U, SVh = randn(N, R) if U is None else U, randn(R, K) if SVh is None else SVh
+    return lambda: SVDLoRALinear.from_product(U, SVh, R, **options)
+
+
+def dense(W, **options):
+    return lambda: SVDLoRALinear.from_dense(W, RA, **options)
+
+
 def factors(**changed):
     arguments = {"SVh": randn(R, K), "U": randn(N, R)} | changed
     return lambda: SVDLoRALinear.from_factors(**arguments)
@@ -145,6 +165,56 @@ TYPE_ERRORS = {
         "SVh must have x's dtype torch.float16, got torch.float32",
     ),
     "linear a Conv1d": (from_linear(nn.Conv1d(K, N, 1)), "linear must be an nn.Linear, got Conv1d"),
+    **{
+        f"linear of {weight.dtype}": (
+            from_linear(linear_of(weight), form=form),
+            f"linear.weight must be float64, float32, bfloat16 or float16, got {weight.dtype}",
+        )
+        for form, weight in (
+            ("pair", randn(N, K).to(torch.int8)),
+            ("pivoted", randn(N, K).to(torch.uint8)),
+            ("pair", randn(N, K) > 0),
+            ("pivoted", randn(N, K).to(torch.complex64)),
+            ("pair", randn(N, K).to(torch.float8_e4m3fn)),
+            ("pivoted", torch.quantize_per_tensor(randn(N, K), 0.1, 0, torch.qint8)),
+        )
+    },
+    "linear, quantized": (
+        from_linear(linear_of(randn(N, K).as_subclass(Quantized))),
+        "linear.weight must be a plain tensor, got a Quantized: a quantized or sharded",
+    ),
+    "linear, sparse": (
+        from_linear(linear_of(randn(N, K).to_sparse())),
+        "linear.weight must be a strided tensor, got layout torch.sparse_coo",
+    ),
+    "linear, lazy": (
+        from_linear(nn.LazyLinear(N)),
+        "linear.weight must be a plain tensor, got a UninitializedParameter",
+    ),
+    "from_product dtype": (
+        product(dtype=torch.int8),
+        "dtype must be float64, float32, bfloat16 or float16, got torch.int8",
+    ),
+    "from_product of ints": (
+        product(SVh=torch.ones(R, K, dtype=torch.int8)),
+        "SVh must be float64, float32, bfloat16 or float16, got torch.int8",
+    ),
+    "from_dense of ints": (
+        dense(torch.ones(N, K, dtype=torch.int8)),
+        "SVh must be float64, float32, bfloat16 or float16, got torch.int8",
+    ),
+    "from_factors of ints": (
+        factors(U=torch.ones(N, R, dtype=torch.int64)),
+        "U must be float64, float32, bfloat16 or float16, got torch.int64",
+    ),
+    "from_factors, adapter of ints": (
+        factors(A=torch.ones(RA, K, dtype=torch.int8), B=randn(N, RA)),
+        "A must be float64, float32, bfloat16 or float16, got torch.int8",
+    ),
+    "from_factors of two dtypes": (
+        factors(U=randn(N, R).bfloat16()),
+        "U must have SVh's dtype torch.float32, got torch.bfloat16",
+    ),
     "from_linear rank a float": (from_linear(rank=2.0), "rank must be an int, got float"),
     "W a list": (svd([[1.0]]), "W must be a Tensor, got list"),
     "W complex": (svd(randn(2, 2, dtype=torch.complex64)), "W must be real, got torch.complex64"),
@@ -226,9 +296,10 @@ VALUE_ERRORS = {
         ),
         "pivots must be strictly ascending within [0, 43), got 40 values from 39 to 0 that are not",
     ),
-    "alpha NaN": (op(alpha=math.nan), "alpha must be finite in float64, got nan"),
-    "alpha infinite": (op(alpha=-math.inf), "alpha must be finite in float64, got -inf"),
-    "alpha too large": (op(alpha=10**400), "alpha must be finite in float64, got 1000"),
+    "alpha NaN": (op(alpha=math.nan), "alpha must be finite in float32, got nan"),
+    "alpha infinite": (op(alpha=-math.inf), "alpha must be finite in float32, got -inf"),
+    "alpha beyond float32": (op(alpha=-1e39), "alpha must be finite in float32, got -1e+39"),
+    "alpha too large": (op(alpha=10**400), "alpha must be finite in float32, got 1000"),
     "backend unknown": (
         backend("gpu"),
         "use_backend must be one of ('auto', ... 'eager'), got 'gpu'",
@@ -248,7 +319,7 @@ VALUE_ERRORS = {
         layer(K, N, R, form="pivot"),
         "form must be one of ('pair', 'pivoted'), got 'pivot'",
     ),
-    "layer alpha NaN": (layer(K, N, R, alpha=math.nan), "alpha must be finite in float64, got nan"),
+    "layer alpha NaN": (layer(K, N, R, alpha=math.nan), "alpha must be finite in float32, got nan"),
     "lora_dropout one": (
         layer(K, N, R, lora_dropout=1.0),
         "lora_dropout must be in [0, 1), got 1.0",
@@ -270,7 +341,7 @@ VALUE_ERRORS = {
     "from_linear lora_rank": (from_linear(lora_rank=-2), "lora_rank must be at least 0, got -2"),
     "from_linear alpha": (
         from_linear(lora_rank=2, alpha=math.inf),
-        "alpha must be finite in float64, got inf",
+        "alpha must be finite in float32, got inf",
     ),
     "from_linear factorizer": (
         from_linear(factorizer="svd"),

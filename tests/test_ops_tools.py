@@ -189,6 +189,30 @@ def test_vmap_is_refused():
         torch.vmap(lambda x: svd_lora_linear(x, SVh, U))(x)
 
 
+@pytest.mark.parametrize("argument", ["x", "A", "B", "bias", "SVh"])
+def test_func_transforms_are_refused(argument):
+    inputs = make_inputs(Case())
+
+    def loss(value):
+        return svd_lora_linear(*inputs._replace(**{argument: value})).sum()
+
+    refused = pytest.raises(
+        NotImplementedError, match=rf"no rule for torch.func.grad, .* got {argument} to differen"
+    )
+    value = getattr(inputs, argument)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+        with refused:
+            transform(loss)(value)
+    with refused:
+        torch.func.vjp(loss, value)
+    if argument == "x":
+        with refused:
+            torch.func.vmap(torch.func.grad(loss))(value)
+    else:  # nothing is differentiated here, so nothing is refused
+        x = torch.func.grad(lambda x: x.square().sum() + loss(value))(inputs.x)
+        assert torch.equal(x, 2 * inputs.x)
+
+
 def test_double_backward_is_refused():
     leaves = make_inputs(Case()).with_grad()
     y = svd_lora_linear(*leaves)

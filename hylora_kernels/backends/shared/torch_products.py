@@ -19,9 +19,11 @@ from hylora_kernels.backends.shared import backward as steps
 from hylora_kernels.backends.shared.kept import KeptWhileUnwritten
 from hylora_kernels.weights import Needs, Saved, Weights
 
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
 
 def side_by_side(weights: Weights) -> tuple[Tensor, Tensor]:
-    """[SVh; A] and [U, B]."""
+    """[SVh; A] and [U, B]; callers give alpha B as B."""
     return torch.cat((weights.SVh, weights.A)), torch.cat((weights.U, weights.B), 1)
 
 
@@ -39,12 +41,9 @@ def forward(x: Tensor, weights: Weights, side_by_side=side_by_side) -> tuple[Ten
             y += bias
         return add_adapter(y, x, A, B, alpha)
     if A is not None and _saved_pass_outweighs_copy(x.shape[0], SVh, U, A):
-        P, Q = side_by_side(Weights(SVh, U, A, B))
+        P, Q = side_by_side(Weights(SVh, U, A, B if alpha == 1.0 else alpha * B))
         h = x @ P.T
-        h_a = h[:, weights.rank :].clone()
-        if alpha != 1.0:
-            h[:, weights.rank :] *= alpha
-        return _linear(h, Q, bias), h_a
+        return _linear(h, Q, bias), h[:, weights.rank :].clone()
     return add_adapter(_linear(x @ SVh.T, U, bias), x, A, B, alpha)
 
 
@@ -66,12 +65,9 @@ def backward_x(
     SVh, U, A, B, _, alpha, pivots = weights
     U, pivots = _pair_where_quicker(dy, U, pivots)
     if A is not None and pivots is None and _saved_pass_outweighs_copy(len(dy), SVh, U, A):
-        P, Q = side_by_side(Weights(SVh, U, A, B))
+        P, Q = side_by_side(Weights(SVh, U, A, B if alpha == 1.0 else alpha * B))
         g = dy @ Q
-        dh_a = g[:, SVh.shape[0] :]
-        if alpha != 1.0:
-            dh_a *= alpha
-        return g @ P, dh_a
+        return g @ P, g[:, SVh.shape[0] :]
     if pivots is None:
         dh_s = dy @ U
     else:
@@ -112,6 +108,8 @@ def add_adapter(y, x, A, B, alpha) -> tuple[Tensor, Tensor]:
     if A is None:
         return y, x.new_empty(x.shape[0], 0)
     h_a = x @ A.T
+    if abs(alpha) < SMALLEST_NORMAL:  # BLAS skips a product times 0, but 0 NaN is NaN
+        return y.addmm_(h_a * alpha, B.T), h_a
     return y.addmm_(h_a, B.T, alpha=alpha), h_a
 
 
