@@ -85,7 +85,7 @@ class Compression:
                     f" {self.structure.skipped}"
                 )
             # Fail early: feasibility depends on costs only, so any singular values will do here.
-            self._ranks(lambda target: torch.ones(min(target.shape)))
+            self._ranks(lambda target: torch.ones(min(target.shape), device="cpu"))
             self.ids = None if options.method == "svd" else self._token_ids(tokenizer)
             self.workspace = open_workspace(self.model, self.structure, self.ids, options)
         self.report = CompressReport(

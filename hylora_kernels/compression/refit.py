@@ -157,7 +157,8 @@ def _ridge_solve(T: Tensor, prior: Tensor, own: Tensor, ridge: Tensor) -> Tensor
     of zeros."""
     if not ridge > 0:
         return prior
-    L = torch.linalg.cholesky(own + ridge * torch.eye(len(own)).to(own))
+    eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
+    L = torch.linalg.cholesky(own + ridge * eye)
     return torch.cholesky_solve((T + ridge * prior).T, L).T
 
 

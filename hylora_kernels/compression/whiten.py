@@ -64,11 +64,11 @@ def damped_cholesky(path: str, gram: Tensor, damping: float) -> tuple[Tensor, fl
     """
     gram = to_float64(gram)
     mean = gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if not mean > 0:
-        # A dead layer: every direction has the same weight.
-        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 0.0
+        return eye, 0.0  # A dead layer: every direction has the same weight.
     while damping <= 1.0:
-        L, info = torch.linalg.cholesky_ex(gram + damping * mean * torch.eye(len(gram)).to(gram))
+        L, info = torch.linalg.cholesky_ex(gram + damping * mean * eye)
         if int(info) == 0:
             return L, damping
         damping *= 10

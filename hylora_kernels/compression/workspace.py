@@ -113,7 +113,7 @@ class Workspace:
             "U": factors.U,
             "S": factors.S,
             "SVh": factors.SVh,
-            "damping": torch.tensor(factors.damping),
+            "damping": torch.tensor(factors.damping, device="cpu"),
         }
         self._files.save(path, tensors)
         self._whole[path] = True

@@ -64,7 +64,9 @@ def throughput(
     check_context(model, prompt_tokens + new_tokens + 1)
     device, vocabulary = input_device(model), model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(device)
+    ids = torch.randint(vocabulary, (1, prompt_tokens), generator=generator, device="cpu").to(
+        device
+    )
     has_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if has_last_only else {}
     with eval_mode(model), _optimized(model) if optimize else nullcontext():

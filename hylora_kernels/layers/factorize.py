@@ -170,7 +170,7 @@ def pivot_rows(U: Tensor) -> tuple[Tensor, Tensor]:
     if rank > rows:
         raise ValueError(f"U must be [N, r] with r at most N, got {list(U.shape)}")
     packed, swaps = torch.linalg.lu_factor(torch.linalg.qr(to_float64(U)).Q)
-    permutation = torch.arange(rows).tolist()
+    permutation = list(range(rows))
     for row, other in enumerate(swaps.tolist()):
         permutation[row], permutation[other - 1] = permutation[other - 1], permutation[row]
     order = torch.tensor(permutation, device=packed.device)

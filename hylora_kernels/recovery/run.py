@@ -109,7 +109,7 @@ class Run:
             fused=self.device.type in ("cpu", "cuda"),
         )
         generator = torch.Generator().manual_seed(recipe.seed)
-        self.order = torch.randperm(len(blocks), generator=generator)
+        self.order = torch.randperm(len(blocks), generator=generator, device="cpu")
         self.losses: list[float] = []
         self.seconds = 0.0
         self.good_steps, self.good = 0, [p.detach().clone() for p in self.parameters]
@@ -201,7 +201,8 @@ class Run:
         """The rows of `blocks` that this process takes in a step: every num_processes-th one."""
         recipe, accelerator = self.recipe, self.accelerator
         first = (step - 1) * recipe.blocks_per_step + accelerator.process_index
-        places = first + accelerator.num_processes * torch.arange(recipe.batch * recipe.accumulate)
+        count = recipe.batch * recipe.accumulate
+        places = first + accelerator.num_processes * torch.arange(count, device="cpu")
         return self.order[places % len(self.order)]
 
     @torch.no_grad()
@@ -230,7 +231,7 @@ class Run:
         """Write the checkpoint: one file, so that adapters, moments and step belong together."""
         if self.folder is None or self.checkpoint is None:
             return
-        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu")}
         for name, parameter in self.adapters.items():
             state = self.optimizer.state[parameter]
             tensors[name] = parameter.detach()

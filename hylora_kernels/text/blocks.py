@@ -71,7 +71,8 @@ def token_blocks(
         return blocks
     if seed is None:
         return blocks[:limit].clone()
-    chosen = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    chosen = torch.randperm(len(blocks), generator=generator, device="cpu")
     return blocks[chosen[:limit]]
 
 
@@ -112,7 +113,7 @@ def _tokenize(
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     # verbose=False: no warning that the text is longer than the model's context.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _pieces(text: str) -> list[str]:
