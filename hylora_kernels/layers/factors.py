@@ -34,22 +34,26 @@ def truncated(
     form: str = "pair",
     init: str = "next",
     dtype: torch.dtype | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Weights:
     """U [N, R], SVh [R, K], components by falling weight -> the first `rank` as base, an adapter.
 
     The arguments are those of SVDLoRALinear.from_product, which has no more to do.
     """
     check_init(init)
-    taken = 0 if init == "classic" or alpha == 0 else min(lora_rank, SVh.shape[0] - rank)
-    A, B = random_adapter(U.shape[0], SVh.shape[1], lora_rank, seed)
-    if taken > 0 and A is not None and B is not None:
-        A, B = A.to(SVh), B.to(U)
-        following = slice(rank, rank + taken)
-        A[:taken], B[:, :taken] = balanced_adapter(SVh[following], U[:, following], alpha)
+    following = 0 if init == "classic" or alpha == 0 else max(SVh.shape[0] - rank, 0)
+    taken = min(lora_rank, following)
+    A, B = random_adapter(U.shape[0], SVh.shape[1], lora_rank - taken, seed)
+    if taken:
+        end = rank + taken
+        first_A, first_B = balanced_adapter(SVh[rank:end], U[:, rank:end], alpha)
+        A = first_A if A is None else torch.cat((first_A, A.to(SVh)))
+        B = first_B if B is None else torch.cat((first_B, B.to(U)), 1)
     base_U, base_SVh, pivots = U[:, :rank], SVh[:rank], None
     if form == "pivoted":
         base_U, base_SVh, pivots = pivoted(base_U, base_SVh)
+    else:
+        base_U, base_SVh = ranged_pair(base_U, base_SVh)
     # Copies: a view of the first components would keep the memory of all of them.
     kind: dict[str, Any] = {"device": SVh.device, "dtype": dtype or SVh.dtype, "copy": True}
     kind["memory_format"] = torch.contiguous_format
@@ -58,14 +62,16 @@ def truncated(
 
 
 def random_adapter(
-    out_features: int, in_features: int, lora_rank: int, seed: int
+    out_features: int, in_features: int, lora_rank: int, seed: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A [ra, K] random with rows of norm about 1 and B [N, ra] zero; None, None at lora_rank 0."""
+    """A [ra, K] random with rows of norm about 1 and B [N, ra] zero, float64 on the CPU; None, None
+    at lora_rank 0. Without a seed torch's own generator draws, so each layer gets another A."""
     if not lora_rank:
         return None, None
-    generator = torch.Generator().manual_seed(seed)
-    A = torch.randn(lora_rank, in_features, generator=generator, dtype=torch.float64)
-    return A / in_features**0.5, torch.zeros(out_features, lora_rank, dtype=torch.float64)
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    A = torch.randn(lora_rank, in_features, generator=generator, **kind)
+    return A / in_features**0.5, torch.zeros(out_features, lora_rank, **kind)
 
 
 def balanced_adapter(SVh: Tensor, U: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -76,13 +82,27 @@ def balanced_adapter(SVh: Tensor, U: Tensor, alpha: float) -> tuple[Tensor, Tens
     return SVh * scale[:, None], U / scale / alpha
 
 
+def ranged_pair(U: Tensor, SVh: Tensor) -> tuple[Tensor, Tensor]:
+    """U [N, R], SVh [R, K] -> the same product, columns of U with norms in sqrt(N) .. 2 sqrt(N).
+
+    h = x SVh^T then has the size of y and fits float16 where y does: for orthogonal columns
+    |h_i| = |u_i . y| / |u_i|^2 <= |y| / sqrt(N), the root mean square of y. With all singular
+    values in SVh it is up to sqrt(N) times larger; split evenly, up to sqrt(N / S). A column and
+    its row are scaled by a power of two, which is exact, so other dtypes give the same bits.
+    """
+    size = U.norm(dim=0).float() / U.shape[0] ** 0.5
+    mantissa, _ = torch.frexp(size)  # in [1/2, 1), so that size / mantissa is a power of two
+    power = torch.where(size > 0, size / mantissa / 2, torch.ones_like(size))
+    return U / power, SVh * power[:, None]
+
+
 def pivoted(U: Tensor, SVh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [N, R], SVh [R, K] -> (coefficients, pivot rows of U SVh, pivots).
 
     At R = N or R > K there are no coefficients and the rows are the dense matrix.
     """
     if U.shape[1] > SVh.shape[1] or U.shape[1] >= U.shape[0]:
-        return U.new_empty(0, U.shape[0]), U @ SVh, torch.arange(U.shape[0])
+        return U.new_empty(0, U.shape[0]), U @ SVh, torch.arange(U.shape[0], device=U.device)
     pivots, coefficients = pivot_rows(U)
     return coefficients, to_float64(U)[pivots] @ to_float64(SVh), pivots
 
@@ -105,6 +125,8 @@ def merged(weights: Weights) -> Weights:
         weight = U @ SVh
         eye = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
         U, SVh = (weight, eye) if weight.shape[0] >= weight.shape[1] else (eye, weight)
+        return Weights(SVh, U, bias=weights.bias)
+    U, SVh = ranged_pair(U, SVh)
     return Weights(SVh, U, bias=weights.bias)
 
 

@@ -22,8 +22,9 @@ class SVDLoRALinear(nn.Module):
 
     The pivoted form is described at svd_lora_linear.
 
-    SVh:    [r, K] frozen parameter; the singular values are folded into it.
-    U:      [N, r] frozen parameter; [N - r, r] in the pivoted form.
+    SVh:    [r, K] frozen parameter.
+    U:      [N, r] frozen parameter; [N - r, r] in the pivoted form. Constructors that factorize
+            scale the pair so that h = x SVh^T has the size of y (factors.ranged_pair).
     A, B:   [ra, K] and [N, ra] trainable parameters, None at lora_rank=0. Their dtype may be wider
             than the base's (float32 masters on a bfloat16 base): the op gets them cast to the
             base's dtype, a checkpoint as they are.
@@ -58,14 +59,12 @@ class SVDLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         factors.check_sizes(in_features, out_features, rank, lora_rank, form)
-        check_alpha(alpha)
         _check_dropout(lora_dropout)
-        if dtype is not None and dtype not in FLOATS:
-            raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+        _check_dtype("dtype", dtype)
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         others = out_features - rank if form == "pivoted" else out_features
         self.in_features, self.out_features = in_features, out_features
-        self.form, self.alpha, self.lora_dropout = form, float(alpha), lora_dropout
+        self.form, self.alpha, self.lora_dropout = form, alpha, lora_dropout
         self.SVh = nn.Parameter(torch.empty(rank, in_features, **kind), requires_grad=False)
         self.U = nn.Parameter(torch.empty(others, rank, **kind), requires_grad=False)
         self.A = nn.Parameter(torch.empty(lora_rank, in_features, **kind)) if lora_rank else None
@@ -88,7 +87,7 @@ class SVDLoRALinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
         if self.pivots is not None:  # to_empty(), after building on meta, leaves it without values
-            self.pivots.copy_(torch.arange(self.rank))
+            self.pivots.copy_(torch.arange(self.rank, device=self.pivots.device))
 
     @property
     def rank(self) -> int:
@@ -98,16 +97,36 @@ class SVDLoRALinear(nn.Module):
     def lora_rank(self) -> int:
         return 0 if self.A is None else self.A.shape[0]
 
+    @property
+    def alpha(self) -> float:
+        """The LoRA scale. Raises TypeError or ValueError when set to what no float32 holds."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        check_alpha(alpha)
+        self._alpha = float(alpha)
+        # Compiled code reads alpha here, from an input of its graph: it would be compiled anew for
+        # each value of a float, and not at all from the ninth on.
+        with torch.inference_mode(False):
+            self._alpha_input = torch.tensor(self._alpha, dtype=torch.float64, device="cpu")
+
     def forward(self, x: Tensor) -> Tensor:
+        SVh, U = _without_gradient(self.SVh), _without_gradient(self.U)
         A: Tensor | None = self.A
         B: Tensor | None = self.B
-        if A is not None and B is not None:
-            if A.dtype != self.SVh.dtype:
-                A, B = A.to(self.SVh.dtype), B.to(self.SVh.dtype)
-            if self.lora_dropout and self.training:
-                y = svd_lora_linear(x, self.SVh, self.U, bias=self.bias, pivots=self.pivots)
-                return y + self.alpha * F.linear(F.linear(F.dropout(x, self.lora_dropout), A), B)
-        return svd_lora_linear(x, self.SVh, self.U, A, B, self.bias, self.alpha, self.pivots)
+        if A is None or B is None:
+            return svd_lora_linear(x, SVh, U, bias=self.bias, pivots=self.pivots)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            B, alpha = B * self._alpha_input, 1.0
+        else:
+            alpha = self.alpha
+        if A.dtype != SVh.dtype:
+            A, B = A.to(SVh.dtype), B.to(SVh.dtype)
+        if self.lora_dropout and self.training:
+            y = svd_lora_linear(x, SVh, U, bias=self.bias, pivots=self.pivots)
+            return y + alpha * F.linear(F.linear(F.dropout(x, self.lora_dropout), A), B)
+        return svd_lora_linear(x, SVh, U, A, B, self.bias, alpha, self.pivots)
 
     def train(self, mode: bool = True) -> SVDLoRALinear:
         if not mode:  # in eval() a layer keeps its factors and nothing derived from them
@@ -127,20 +146,25 @@ class SVDLoRALinear(nn.Module):
         form: str = "pair",
         init: str = "next",
         lora_dropout: float = 0.0,
+        seed: int | None = None,
     ) -> SVDLoRALinear:
         """linear [N, K] -> the layer with its best base of rank `rank`, its dtype and its bias.
 
         init: "next" makes the next lora_rank singular components the adapter, so that the layer is
         the best approximation of rank r + ra; "classic" makes A random and B zero, as does alpha=0.
-        Raises TypeError if `linear` is no nn.Linear, ValueError naming any other wrong argument.
+        seed: of a random A; by default torch's generator draws it (torch.manual_seed).
+        Raises TypeError if `linear` is no nn.Linear with a plain weight of float64, float32,
+        bfloat16 or float16, ValueError naming any other wrong argument.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-        weight, (N, K) = linear.weight, linear.weight.shape
+        weight = linear.weight
+        _check_dense("linear.weight", weight)
+        N, K = weight.shape
         factors.check_sizes(K, N, rank, lora_rank, form)
         factors.check_init(init)
         check_alpha(alpha)
-        options: dict[str, Any] = {"bias": linear.bias, "alpha": alpha}
+        options: dict[str, Any] = {"bias": linear.bias, "alpha": alpha, "seed": seed}
         options["lora_dropout"] = lora_dropout
         if form == "pivoted" and rank == N:
             layer = cls.from_dense(weight, lora_rank, **options)
@@ -161,14 +185,16 @@ class SVDLoRALinear(nn.Module):
         bias: Tensor | None = None,
         alpha: float = 1.0,
         lora_dropout: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> SVDLoRALinear:
-        """Plain LoRA: W [N, K] itself, shared, as a pivoted base of rank N; a classic adapter."""
+        """Plain LoRA: W [N, K] itself, shared, as a pivoted base of rank N; a classic adapter,
+        drawn by `seed` or torch's generator."""
         A, B = factors.random_adapter(W.shape[0], W.shape[1], lora_rank, seed)
         kind: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
         if lora_rank:
             A, B = A.to(**kind), B.to(**kind)
-        U, pivots = torch.empty(0, len(W), **kind), torch.arange(len(W))
+        U = torch.empty(0, len(W), **kind)
+        pivots = torch.arange(len(W), device=W.device)
         return cls.from_factors(W.detach(), U, A, B, bias, alpha, pivots, lora_dropout)
 
     @classmethod
@@ -185,15 +211,16 @@ class SVDLoRALinear(nn.Module):
         form: str = "pair",
         init: str = "next",
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> SVDLoRALinear:
         """U [N, R], SVh [R, K], components by falling weight -> the layer with the first `rank`
         of them as its base.
 
         init="next" makes the following components the adapter, each with |A row| = |alpha| |B
-        column|; ranks beyond them get a random A, drawn by `seed`, and B zero. "classic" makes all
-        of A and B so. dtype defaults to SVh's.
+        column|; ranks beyond them get a random A, drawn by `seed` or torch's generator, and B zero.
+        "classic" makes all of A and B so. dtype defaults to SVh's.
         """
+        _check_dtype("dtype", dtype)
         options: dict[str, Any] = {"form": form, "init": init, "dtype": dtype, "seed": seed}
         weights = factors.truncated(U, SVh, rank, lora_rank, alpha=alpha, **options)
         return cls._from_weights(replace(weights, bias=bias), lora_dropout)
@@ -216,6 +243,11 @@ class SVDLoRALinear(nn.Module):
     @classmethod
     def _from_weights(cls, weights: Weights, lora_dropout: float) -> SVDLoRALinear:
         check_shapes(weights.SVh.shape[-1], "K from SVh", weights)
+        for name in ("SVh", "U", "A", "B"):
+            tensor = getattr(weights, name)
+            _check_dtype(name, None if tensor is None else tensor.dtype)
+        if weights.U.dtype != weights.SVh.dtype:
+            raise TypeError(f"U must have SVh's dtype {weights.SVh.dtype}, got {weights.U.dtype}")
         layer = cls(
             weights.in_features,
             weights.out_features,
@@ -292,6 +324,29 @@ class SVDLoRALinear(nn.Module):
 
 
 SVD_LoRA_Linear = SVDLoRALinear
+
+
+def _without_gradient(factor: Tensor) -> Tensor:
+    """SVh or U as the op wants it. A parameter that requires grad goes on to the op, which refuses
+    it; a view of one goes without: FSDP1 keeps all parameters in one that does."""
+    return factor if factor.is_leaf else factor.detach()
+
+
+def _check_dense(name: str, weight: Tensor) -> None:
+    """Raise TypeError unless the weight is a plain tensor of floats."""
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {type(weight).__name__}: a quantized or sharded"
+            " weight has to be dequantized or gathered first"
+        )
+    if weight.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {weight.layout}")
+    _check_dtype(name, weight.dtype)
+
+
+def _check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {dtype}")
 
 
 def _check_dropout(lora_dropout: float) -> None:

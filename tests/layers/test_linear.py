@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.numerics import FACTORS, dense_weight, every_form, make_layer
-from torch import nn
+from torch import Tensor, nn
 
-from hylora_kernels import SVD_LoRA_Linear, SVDLoRALinear, reference
+from hylora_kernels import SVD_LoRA_Linear, SVDLoRALinear, reference, use_backend
+from hylora_kernels.layers.factorize import truncated_svd
 from hylora_kernels.weights import Weights
 
 SHAPES = [(9, 14), (14, 9), (12, 12), (1, 6), (6, 1)]  # N, K
@@ -60,6 +61,47 @@ def test_from_linear_adapter_is_balanced_and_starts_as_asked(form):
     for options in ({"init": "classic"}, {"alpha": 0.0}):
         layer = SVDLoRALinear.from_linear(linear, 4, 3, form=form, **options)
         assert not layer.B.any() and 0.5 < layer.A.norm(dim=1).mean() < 2
+
+
+@two_forms
+def test_a_random_adapter_is_drawn_by_the_seed_or_by_torch(form):
+    linear = nn.Linear(14, 9)
+    makers = {
+        "from_linear": lambda **seed: SVDLoRALinear.from_linear(
+            linear, 4, 3, form=form, init="classic", **seed
+        ),
+        "from_linear, alpha": lambda **seed: SVDLoRALinear.from_linear(
+            linear, 4, 3, form=form, alpha=0, **seed
+        ),
+        "from_linear, dense": lambda **seed: SVDLoRALinear.from_linear(
+            linear, 9, 3, form="pivoted", **seed
+        ),
+        "beyond the components": lambda **seed: SVDLoRALinear.from_linear(
+            linear, 8, 3, form=form, **seed
+        ),
+        "from_dense": lambda **seed: SVDLoRALinear.from_dense(linear.weight, 3, **seed),
+        "from_product": lambda **seed: SVDLoRALinear.from_product(
+            torch.ones(9, 4), torch.ones(4, 14), 4, 3, form=form, **seed
+        ),
+    }
+    for name, make in makers.items():
+        torch.manual_seed(0)
+        first, second = make().A, make().A
+        torch.manual_seed(0)
+        assert torch.equal(make().A, first), name
+        assert not torch.equal(second, first), name
+        state = torch.get_rng_state()
+        assert torch.equal(make(seed=5).A, make(seed=5).A), name
+        assert not torch.equal(make(seed=5).A, make(seed=6).A), name
+        assert torch.equal(torch.get_rng_state(), state), name
+
+
+@two_forms
+def test_an_adapter_of_components_draws_nothing(form):
+    linear = nn.Linear(14, 9)
+    state = torch.get_rng_state()
+    SVDLoRALinear.from_linear(linear, 4, 3, form=form)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @every_form
@@ -176,6 +218,88 @@ def test_float32_masters_on_a_bfloat16_base(lora_dropout, form):
         assert layer.state_dict()[name].dtype == torch.float32
     assert layer.parameter_count(merged=False) == low.parameter_count(merged=False)
     assert layer.merge().SVh.dtype == layer.U.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------- range of h in float16
+
+
+def with_large_outputs(kind: str, N: int, K: int, largest: float) -> tuple[nn.Linear, Tensor]:
+    """A linear whose first singular value stands out, or that copies one input to one output, and
+    float16 inputs that give outputs up to `largest`."""
+    if kind == "mean":
+        W, x = torch.randn(N, K) * 0.02 + 0.02, torch.randn(4, K) + 3
+    elif kind == "gaussian":
+        W, x = torch.randn(N, K) / K**0.5, torch.randn(4, K)
+    else:  # one output and one input that stand out, as in language models
+        W, x = torch.randn(N, K) * 0.01, torch.randn(4, K)
+        W[3] += 1
+        W[:, 5] += 2
+        x[:, 5] *= 30
+    linear = nn.Linear(K, N, bias=False)
+    y = x @ W.T
+    x_scale = min(1.0, 6e4 / float(x.abs().max()))
+    linear.weight.data = W * (largest / float(y.abs().max()) / x_scale)
+    return linear.half(), (x * x_scale).half()
+
+
+@two_forms
+@pytest.mark.parametrize("kind", ["mean", "gaussian", "outliers"])
+@pytest.mark.parametrize("N, K", [(256, 192), (96, 384)])
+def test_float16_is_finite_wherever_the_linear_is(N, K, kind, form):
+    linear, x = with_large_outputs(kind, N, K, 6e4)
+    expected = linear(x)
+    assert expected.isfinite().all() and expected.abs().max() > 5.5e4
+    weight = linear.weight.double()
+    rank = min(N, K) // 2
+    exact = {r: truncated_svd(weight, r) for r in (rank, rank + 16)}
+    layers = {
+        factorizer: SVDLoRALinear.from_linear(linear, rank, factorizer=factorizer, form=form)
+        for factorizer in ("gram", "exact", "randomized")
+    }
+    U, S, Vh = exact[rank + 16]
+    for name, left, right in (
+        ("all in SVh", U, S[:, None] * Vh),
+        ("all in U", U * S, Vh),
+        ("even", U * S.sqrt(), S.sqrt()[:, None] * Vh),
+        ("tiny U", U * 1e-12, 1e12 * S[:, None] * Vh),
+    ):
+        layers[name] = SVDLoRALinear.from_product(left, right, rank, form=form, dtype=torch.float16)
+    merged = SVDLoRALinear.from_product(U, S[:, None] * Vh, rank, 16, form=form)
+    layers["merged"] = merged.merge().half()
+    for name, layer in layers.items():
+        U, S, Vh = exact[layer.rank]
+        truth = x.double() @ Vh.T @ (U * S).T
+        for backend in ("eager", "cpu"):
+            with use_backend(backend):
+                y = layer.half()(x)
+            assert y.isfinite().all(), (name, backend)
+            if name != "randomized":
+                assert (y - truth).norm() < 2e-3 * truth.norm(), (name, backend)
+
+
+def test_powers_of_two_change_no_bit_of_other_dtypes():
+    N, K = 48, 40
+    U, S, Vh = truncated_svd(torch.randn(N, K), 24)
+    x = torch.randn(5, K)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        layer = SVDLoRALinear.from_product(U, S[:, None] * Vh, 24, dtype=dtype)
+        plain = SVDLoRALinear.from_factors(
+            (S[:, None] * Vh).to(dtype).contiguous(), U.to(dtype).contiguous()
+        )
+        assert torch.equal(layer(x.to(dtype)), plain(x.to(dtype)))
+        sizes = layer.U.double().norm(dim=0) / N**0.5
+        assert (sizes > 0.99).all() and (sizes < 2.01).all()
+        power = torch.log2(layer.U.abs().sum(0) / plain.U.abs().sum(0))
+        torch.testing.assert_close(power, power.round(), rtol=0, atol=1e-2)
+
+
+def test_a_pair_with_components_of_zero_stays_finite():
+    U, SVh = torch.randn(9, 4), torch.randn(4, 14)
+    U[:, 2], SVh[3] = 0, 0
+    layer = SVDLoRALinear.from_product(U, SVh, 4)
+    torch.testing.assert_close(dense_weight(layer), (U @ SVh).double(), rtol=1e-5, atol=1e-6)
+    empty = SVDLoRALinear.from_linear(linear_with_spectrum(9, 14, torch.zeros(9)), 4)
+    assert not dense_weight(empty).any()
 
 
 # -------------------------------------------------------------------------------- merge, to_linear

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.numerics import dense_weight, every_form, make_layer
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from hylora_kernels import SVDLoRALinear
 
@@ -198,3 +200,123 @@ def test_fully_sharded(world_of_one):
         assert torch.equal(model(x), alone(x))
         frozen = model[0].SVh.full_tensor()
         assert torch.equal(frozen, alone[0].SVh) and model[0].SVh.grad is None
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.4])
+def test_fully_sharded_as_one_flat_parameter(world_of_one, lora_dropout):
+    """FSDP1 hands a layer views of one parameter that requires grad, the frozen factors' too."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for form in ("pair", "pivoted", "dense"):
+        model = nn.Sequential(
+            make_layer(form, 14, 14, lora_dropout=lora_dropout),
+            make_layer(form, lora_dropout=lora_dropout),
+        )
+        alone = copy.deepcopy(model)
+        frozen = {name: p.clone() for name, p in alone.named_parameters() if not p.requires_grad}
+        sharded = FullyShardedDataParallel(
+            model, use_orig_params=True, device_id=torch.device("cpu")
+        )
+        x = torch.randn(3, 14, dtype=torch.float64)
+        losses = {}
+        for name, each in (("sharded", sharded), ("alone", alone)):
+            torch.manual_seed(0)
+            optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], 0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss = each(x).square().sum()
+                loss.backward()
+                optimizer.step()
+                losses.setdefault(name, []).append(loss.item())
+        assert losses["sharded"] == losses["alone"]
+        with FullyShardedDataParallel.summon_full_params(sharded):
+            held = {
+                n.replace("_fsdp_wrapped_module.", ""): p for n, p in sharded.named_parameters()
+            }
+            assert all(torch.equal(held[name], frozen[name]) for name in frozen)
+            assert all(map(torch.equal, held.values(), alone.parameters()))
+
+
+@pytest.mark.parametrize(
+    "form, lora_dropout, dynamic, backend",
+    [
+        ("pair", 0.0, None, "aot_eager"),
+        ("pair", 0.0, True, "eager"),
+        ("pivoted", 0.0, True, "eager"),
+        ("pair", 0.3, None, "eager"),
+    ],
+)
+def test_one_compiled_graph_serves_every_alpha(form, lora_dropout, dynamic, backend):
+    torch.compiler.reset()
+    counters.clear()
+    layer = make_layer(form, lora_dropout=lora_dropout, dtype=torch.float32)
+    layer.A, layer.B = nn.Parameter(layer.A.double()), nn.Parameter(layer.B.double())  # masters
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=backend)
+    x = torch.randn(3, 14)
+    for alpha in [1.0, 0, -2, *(1 + i / 7 for i in range(17))]:
+        layer.alpha = alpha
+        results = []
+        for each in (compiled, layer):
+            layer.zero_grad()
+            torch.manual_seed(1)
+            y = each(x)
+            y.square().sum().backward()
+            results.append((y, layer.A.grad, layer.B.grad, layer.bias.grad))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
+def test_alpha_is_checked_when_it_is_set():
+    layer = make_layer(alpha=2)
+    assert layer.alpha == 2.0 and type(layer.alpha) is float
+    for wrong, kind in ((1e39, ValueError), (float("nan"), ValueError), (True, TypeError)):
+        with pytest.raises(kind, match=r"^alpha must be"):
+            layer.alpha = wrong
+    layer.alpha = np.float32(0.5)
+    twin = copy.deepcopy(layer)
+    layer.alpha = 3
+    assert type(layer.alpha) is float and (layer.alpha, twin.alpha) == (3.0, 0.5)
+    assert set(layer.state_dict()) == names_of(layer)
+    with torch.inference_mode():
+        layer.alpha = 4
+    x = torch.randn(2, 14, dtype=torch.float64)
+    torch.compile(layer, backend="eager")(x).sum().backward()
+    torch.compiler.reset()
+
+
+def test_a_default_device_changes_nothing():
+    """ "meta" stands for the GPU of a user who has called set_default_device("cuda")."""
+    linear = nn.Linear(14, 9)
+    symmetric = nn.Linear(8, 8)
+    with torch.no_grad():
+        symmetric.weight.copy_(symmetric.weight @ symmetric.weight.T)
+    pair, pivoted = (SVDLoRALinear(14, 9, 4, 3, form=form) for form in ("pair", "pivoted"))
+    wide = SVDLoRALinear(14, 9, 8, 3)
+
+    def made():
+        for form in ("pair", "pivoted"):
+            for init in ("next", "classic"):
+                yield SVDLoRALinear.from_linear(linear, 4, 3, form=form, init=init)
+            yield SVDLoRALinear.from_linear(linear, 4, factorizer="randomized", form=form)
+            yield SVDLoRALinear.from_linear(symmetric, 4, 2, factorizer="nystrom", form=form)
+        yield SVDLoRALinear.from_linear(linear, 9, 2, form="pivoted")
+        yield SVDLoRALinear.from_dense(linear.weight, 3)
+        for layer in (pair, pivoted, wide):
+            yield copy.deepcopy(layer)
+            yield layer.to_linear()
+            yield copy.deepcopy(layer).merge()
+
+    with torch.device("meta"):
+        layers = list(made())
+        outputs = [layer(torch.ones(2, layer.in_features, device="cpu")) for layer in layers]
+        compiled = torch.compile(pivoted, backend="eager")(torch.ones(2, 14, device="cpu"))
+        for layer in (pair, pivoted):
+            layer.reset_parameters()
+    for layer, y in zip(layers, outputs, strict=True):
+        assert y.device.type == "cpu" and all(
+            t.device.type == "cpu" for t in layer.state_dict().values()
+        )
+    assert compiled.device.type == "cpu"
+    assert SVDLoRALinear(4, 4, 2, device="cpu").SVh.device.type == "cpu"
+    torch.compiler.reset()
