@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.model.loss import has_plain_head, token_loss
+from hylora_kernels.model.loss import body_of, token_loss
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.model.structure import Group
 
@@ -97,7 +97,7 @@ def gather(
     finite, or the first in the order of the backward whose output gradients are not.
     """
     device = next(model.parameters()).device
-    has_plain_head(model, ids[:1].to(device))  # Its probe must not count below.
+    body = body_of(model, ids[:1].to(device))  # Its probe must not count below.
     statistics, hooks = Statistics(groups), []
     for group in groups:
         hook = _see_input(statistics.inputs, group.leader.path)
@@ -110,9 +110,9 @@ def gather(
         hooks.append(
             embeddings.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
         )
-    within_base = {id(module) for module in model.base_model.modules()}
-    all_within = all(id(group.leader.module) in within_base for group in groups)
-    forward = model.base_model if all_within else model
+    within_body = set() if body is None else set(body.modules())
+    all_within = all(group.leader.module in within_body for group in groups)
+    forward = body if body is not None and all_within else model
     try:
         with _frozen(model), torch.set_grad_enabled(with_gradients):
             for row in tqdm(

@@ -26,7 +26,8 @@ from hylora_kernels.compression.replace import replace_linear
 from hylora_kernels.compression.report import CompressReport
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import open_workspace
-from hylora_kernels.layers.packed import refuse_packed
+from hylora_kernels.model.check import check_model
+from hylora_kernels.model.context import vocabulary_size
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.saving import save_in_hylora_format
@@ -77,7 +78,6 @@ class Compression:
         seconds: dict[str, float] = {}
         with timed(seconds, "load"):
             self.model, tokenizer = _load(model_or_id, options)
-            refuse_packed(self.model)
             self.structure = discover(self.model, options.include, options.exclude)
             if not self.structure.groups:
                 raise ValueError(
@@ -237,7 +237,7 @@ class Compression:
         ids = token_blocks(
             o.calibration, tokenizer, o.length, split="train", limit=o.samples, seed=o.seed
         )
-        words, largest = self.model.get_input_embeddings().num_embeddings, int(ids.max())
+        words, largest = vocabulary_size(self.model), int(ids.max())
         if largest >= words:
             raise ValueError(
                 f"calibration must be token ids below {words}, the model's, got {largest}"
@@ -249,11 +249,13 @@ def _load(
     model_or_id: nn.Module | str | Path, options: CompressOptions
 ) -> tuple[nn.Module, object]:
     """(the model in eval(), its tokenizer or None)."""
-    if isinstance(model_or_id, nn.Module):
+    if not isinstance(model_or_id, str | Path):
+        check_model(model_or_id, "replace", "model_or_id")
         device = None if options.device is None else resolve_device(options.device)
         model = model_or_id.to(device=device, dtype=resolve_dtype(options.dtype))
         return model.eval(), options.tokenizer
     model, tokenizer = load_model(model_or_id, options.device or "auto", options.dtype or "auto")
+    check_model(model, "replace", "model_or_id")
     return model.eval(), options.tokenizer or tokenizer
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hylora_kernels.compression.compress import Compression
 from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.model.check import check_model
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.support.console import table
 from hylora_kernels.support.plots import spectrum_plot
@@ -124,6 +125,7 @@ def analyze_spectrum(
         seed=seed,
         progress=progress,
     )
+    check_model(model, "replace")
     by_type: dict[tuple[str, int, int], list[Tensor]] = {}
     with eval_mode(model), Compression(model, options) as run:
         for statistics in run.calibrate():

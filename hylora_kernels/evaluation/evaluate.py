@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from hylora_kernels.evaluation.perplexity import Perplexity, perplexity
 from hylora_kernels.evaluation.size import ModelSize, model_size
 from hylora_kernels.evaluation.speed import Throughput, throughput
+from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import context_length
 from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.support.console import format_bytes, format_ppl, kept_removed, table
@@ -90,6 +91,7 @@ def evaluate(
         report = evaluate(model, "brown", length=512, limit=16)
         report.perplexity.ppl, report.size.linears.keep_merged, report.speed.decode_tok_s
     """
+    check_model(model, "evaluate")
     if tokenizer is None and not isinstance(data, Tensor):
         tokenizer = tokenizer_of(model)
     blocks = token_blocks(data, tokenizer, length, split, limit, progress=progress)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.modules import eval_mode
@@ -45,6 +46,7 @@ def perplexity(
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    check_model(model, "evaluate")
     check_blocks(model, blocks)
     device = input_device(model)
     nll, tokens = 0.0, 0

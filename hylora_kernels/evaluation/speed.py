@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
 from hylora_kernels.layers.packed import packed_states
-from hylora_kernels.model.context import check_context
+from hylora_kernels.model.check import check_model
+from hylora_kernels.model.context import check_context, vocabulary_size
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.report import Report
@@ -61,8 +62,9 @@ def throughput(
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    check_model(model, "generate")
     check_context(model, prompt_tokens + new_tokens + 1)
-    device, vocabulary = input_device(model), model.get_input_embeddings().num_embeddings
+    device, vocabulary = input_device(model), vocabulary_size(model)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (1, prompt_tokens), generator=generator, device="cpu").to(
         device

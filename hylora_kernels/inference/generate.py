@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import context_length
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.seeding import forked_rng, seed_rng
@@ -43,6 +44,7 @@ def generate(
     Example:
         text = generate(model, tokenizer, "Once upon a time", max_new_tokens=32)
     """
+    check_model(model, "generate")
     _check(tokenizer, prompt, max_new_tokens, temperature, top_p, chat)
     ids = _encode(tokenizer, prompt, chat)
     context = context_length(model)

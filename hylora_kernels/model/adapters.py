@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.packed import refuse_packed
+from hylora_kernels.model.check import check_model
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.structure import as_matrix, linears
@@ -34,7 +34,7 @@ def add_adapters(
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
-    refuse_packed(model)
+    check_model(model, "replace")
     targets = linears(model, include, exclude)
     for path, linear in targets.items():
         if isinstance(linear, SVDLoRALinear):

@@ -1,8 +1,22 @@
-"""The context length of a model, and checks that text fits it."""
+"""The words and the context of a model, and checks that token ids fit them."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+from hylora_kernels.support.devices import input_device
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """The number of token ids that the model takes: the rows of its embedding, since not every
+    config says it in the same place."""
+    return model.get_input_embeddings().num_embeddings
+
+
+def probe_ids(model: nn.Module) -> Tensor:
+    """Eight token ids [1, 8] of the model, on its device, to see what a forward does."""
+    return torch.arange(8, device=input_device(model))[None] % vocabulary_size(model)
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -26,7 +40,7 @@ def check_blocks(model: nn.Module, blocks: Tensor) -> None:
     if blocks.shape[1] < 2:
         raise ValueError(f"blocks must be at least 2 tokens long, got {list(blocks.shape)}")
     check_context(model, blocks.shape[1])
-    words = model.get_input_embeddings().num_embeddings
+    words = vocabulary_size(model)
     low, high = int(blocks.min()), int(blocks.max())
     if low < 0 or high >= words:
         raise ValueError(f"blocks must hold token ids in [0, {words}), got {low} to {high}")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hylora_kernels.model.modules import eval_mode
 
-_plain_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+# model -> path of its body, None where there is none. A path keeps no module alive.
+_bodies: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 def token_loss(
@@ -30,50 +31,69 @@ def token_loss(
     teacher: a causal LM with the same vocabulary. The loss is then (1 - distill) * cross-entropy +
              distill * cross-entropy against the teacher's distribution.
 
-    Differentiable with respect to everything below the output head, which must be frozen. A probe
-    on four tokens finds models whose logits are more than head(hidden) (soft-capping, scaling);
-    their own logits are used, all at once.
+    Differentiable with respect to everything below the output head. Where `body_of` finds no body,
+    and for a head that learns, the model's own logits are used, all at once.
     """
     labels = ids[:, 1:].flatten()
-    if not (has_plain_head(model, ids) and (not distill or has_plain_head(teacher, ids))):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        soft = None if not distill else _logits(teacher, ids)
-        return _mixed_loss(logits, labels, soft, distill), labels.numel()
-    hidden = _hidden(model, ids)
-    head = model.get_output_embeddings()
+    body = None if _head_learns(model) else body_of(model, ids)
+    teacher_body = body_of(teacher, ids) if teacher is not None and distill else None
+    if body is None or (distill and teacher_body is None):
+        with torch.no_grad():
+            soft = _logits(teacher, ids) if distill else None
+        return _mixed_loss(_logits(model, ids), labels, soft, distill), labels.numel()
+    hidden, head = _hidden(body, ids), model.get_output_embeddings()
     with torch.no_grad():
-        teacher_hidden = _hidden(teacher, ids) if distill else None
+        teacher_hidden = _hidden(teacher_body, ids) if distill else None
     teacher_head = teacher.get_output_embeddings() if distill else None
     loss = _ChunkedLoss.apply(hidden, head, labels, chunk, teacher_hidden, teacher_head, distill)
     return loss, labels.numel()
 
 
-def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
+def _hidden(body: nn.Module, ids: Tensor) -> Tensor:
     """The hidden states [n (L - 1), d] that predict ids[:, 1:]."""
-    return model.base_model(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
+    return body(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
 
 
-@torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
-def has_plain_head(model: nn.Module, ids: Tensor) -> bool:
-    """True if the logits are head(hidden), bit for bit, and the head needs no gradient now. The
-    first call for a model runs it on four tokens."""
-    if model not in _plain_heads:
-        probe = ids[:1, :4]
-        with eval_mode(model), torch.no_grad():
-            by_head = model.get_output_embeddings()(
-                model.base_model(input_ids=probe, use_cache=False)[0]
-            )
-            _plain_heads[model] = torch.equal(
-                model(input_ids=probe, use_cache=False).logits, by_head
-            )
-    head_learns = torch.is_grad_enabled() and any(
-        p.requires_grad for p in model.get_output_embeddings().parameters()
-    )
-    return _plain_heads[model] and not head_learns
+def body_of(model: nn.Module, ids: Tensor) -> nn.Module | None:
+    """The part of the model below its output head: body(ids)[0] are hidden states, and the model's
+    logits are head(hidden), bit for bit. None if there is no such part.
+
+    The candidate is the base model of the module in which the head stands. The first call for a
+    model tries it on four tokens of ids [n, L], which finds logits that are capped or scaled, hidden
+    states that are scaled on the way to the head, and models that are built in another way.
+    """
+    if model not in _bodies:
+        _bodies[model] = _verified_body(model, ids[:1, :4])
+    path = _bodies[model]
+    return None if path is None else model.get_submodule(path)
+
+
+@torch.no_grad()
+def _verified_body(model: nn.Module, ids: Tensor) -> str | None:
+    head = model.get_output_embeddings()
+    owner = next((m for m in model.modules() if any(c is head for c in m.children())), None)
+    candidate = getattr(owner, "base_model", owner)
+    if head is None or candidate is owner:
+        return None
+    with eval_mode(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        try:
+            by_head = head(candidate(input_ids=ids, use_cache=False)[0])
+        except Exception:  # Another forward than a body's may fail in any way.
+            return None
+    if not torch.equal(logits, by_head.to(logits.dtype)):
+        return None
+    return next(path for path, module in model.named_modules() if module is candidate)
+
+
+def _head_learns(model: nn.Module) -> bool:
+    head = model.get_output_embeddings()
+    parameters = () if head is None else head.parameters()
+    return torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
 
 
 def _mixed_loss(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model.context import probe_ids
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def discover(
 
     groups = [Group(tuple(map(target, paths))) for paths in readers]
     blocks = []
-    for path in block_list(model, linears):
+    for path in block_list(model, {path: linears[path] for path in called}):
         inside = (group for group in groups if group.leader.path.startswith(path + "."))
         blocks.append(Block(path, model.get_submodule(path), tuple(inside)))
     return Structure(groups, blocks, skipped)
@@ -241,9 +242,8 @@ def _readers(model: nn.Module, linears: dict[str, nn.Module]) -> list[list[str]]
 
     for path, module in linears.items():
         hooks.append(module.register_forward_pre_hook(watch(path)))
-    ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
     try:
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=probe_ids(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.packed import refuse_packed
 from hylora_kernels.model.adapters import merge_adapters
+from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters
@@ -72,7 +72,7 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
         model, _ = compress("smollm2-135m", keep=0.8)
         report = finetune(model, "my.txt", steps=60)
     """
-    refuse_packed(model)
+    check_model(model, "train")
     adapters = adapter_parameters(model)
     _check_teacher(model, options.teacher)
     accelerator = Accelerator(mixed_precision="no")
@@ -129,6 +129,7 @@ def _check_teacher(model: nn.Module, teacher: nn.Module | None) -> None:
         return
     if teacher is model:
         raise ValueError("teacher must be another model than the one that is trained")
+    check_model(teacher, "evaluate", "teacher")
     ours, theirs = (m.get_output_embeddings().weight for m in (model, teacher))
     if theirs.shape[0] != ours.shape[0]:
         raise ValueError(f"teacher must know the model's {ours.shape[0]} tokens, not {len(theirs)}")

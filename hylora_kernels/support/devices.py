@@ -39,9 +39,12 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device that a causal LM takes token ids on: that of its embedding, packed or not."""
+    """The device that a causal LM takes token ids on: that of its embedding, packed or not, or the
+    one to which accelerate moves an offloaded embedding."""
     embedding = model.get_input_embeddings()
-    return next(chain(embedding.parameters(), embedding.buffers())).device
+    device = next(chain(embedding.parameters(), embedding.buffers())).device
+    hook = getattr(embedding, "_hf_hook", None)
+    return torch.device(hook.execution_device) if device.type == "meta" and hook else device
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

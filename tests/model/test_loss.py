@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import tiny
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, OPTConfig
 
-from hylora_kernels.model.loss import _plain_heads, token_loss
+from hylora_kernels.model.loss import body_of, token_loss
 
 TINY = {"vocab_size": tiny.WORDS, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -96,7 +96,7 @@ def test_chunks_never_hold_all_logits(model):
     hook = model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
     token_loss(model, tiny.tokens(2, 12), chunk=8)
     hook.remove()
-    assert rows[-3:] == [8, 8, 6] and model in _plain_heads
+    assert rows[-3:] == [8, 8, 6] and body_of(model, tiny.tokens(2, 12)) is model.model
 
 
 def test_scaled_backward(model):
@@ -133,7 +133,7 @@ def test_soft_capped_logits_take_the_other_path():
     model = frozen_but_adapters(tiny.adapted(gemma2()))
     ids = tiny.tokens(2, 9)
     token_loss(model, ids)
-    assert _plain_heads[model] is False
+    assert body_of(model, ids) is None
     head_alone = F.cross_entropy(
         model.lm_head(model.model(ids)[0])[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     )
@@ -173,7 +173,7 @@ def test_other_architectures(config):
     with torch.no_grad():
         got = token_loss(model.requires_grad_(False), ids, chunk=5)[0].double()
         want = formula(copy.deepcopy(model).double(), ids)
-    assert _plain_heads[model]
+    assert body_of(model, ids) is model.base_model
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +19,13 @@ class Toy(nn.Module):
 
     def __init__(self, run, **modules):
         super().__init__()
-        self.config = SimpleNamespace(vocab_size=5)
         self.embedding = nn.Embedding(5, 6)
         self.run = run
         for name, module in modules.items():
             setattr(self, name, module)
+
+    def get_input_embeddings(self):
+        return self.embedding
 
     def forward(self, input_ids, use_cache):
         return self.run(self, self.embedding(input_ids))
