@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from hylora_kernels.compression import calibration
 from hylora_kernels.compression.calibration import Statistics
+from hylora_kernels.compression.chain import record
 from hylora_kernels.compression.coverage import (
     body_parameters,
     skipped_parameters,
@@ -87,6 +88,9 @@ class Compression:
             # Fail early: feasibility depends on costs only, so any singular values will do here.
             self._ranks(lambda target: torch.ones(min(target.shape), device="cpu"))
             self.ids = None if options.method == "svd" else self._token_ids(tokenizer)
+            if options.refit:  # A chain that can't be run is refused before the long work, too.
+                assert self.ids is not None, "a refit reads text"
+                record(self.model, self.structure.blocks, self.ids[:2, :64])
             self.workspace = open_workspace(self.model, self.structure, self.ids, options)
         self.report = CompressReport(
             options=reported_options(options),

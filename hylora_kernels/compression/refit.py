@@ -18,20 +18,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression.calibration import gram
+from hylora_kernels.compression.chain import Call, Stop, record
 from hylora_kernels.compression.factors import Factors
 from hylora_kernels.layers.factorize import to_float64
 from hylora_kernels.model.structure import Block
 
 RIDGE = 4.0  # Times the mean diagonal, for a factored layer.
 DENSE_RIDGE = 1e-3  # The same for a layer left dense, of which all of W is refitted.
-BATCH = 4  # Sequences in one forward.
 
 
 @torch.no_grad()
@@ -53,27 +52,51 @@ def refit_blocks(
     ranks:        path -> total rank R, 0 for a linear left dense.
     done:         results of an interrupted run, which are taken as they are.
 
+    A linear that doesn't read every token, such as one of a routed expert, keeps its U: the two
+    models route other tokens to it.
+
     The model is not changed. Memory: two streams of hidden states and the inputs of one block, over
-    all n L tokens. Raises ValueError if there are no blocks or they do not form a chain,
-    FloatingPointError naming the layer whose inputs in the compressed model are not finite.
+    all n L tokens. Raises ValueError if there are no blocks, if they do not form a chain, or if the
+    dense stream isn't the model's own; FloatingPointError naming the layer whose inputs in the
+    compressed model are not finite.
     """
     if not blocks:
         raise ValueError("refit needs a model with a list of blocks, got none: set refit=False")
-    calls, solver = _record_calls(model, blocks, ids), _Solver(load_factors, ranks)
-    dense_stream, student_stream = calls.hidden, calls.hidden.clone()
+    chain, solver = record(model, blocks, ids), _Solver(load_factors, ranks)
+    student_chain = chain.apart()
+    dense_stream = student_stream = chain.hidden
     for block in tqdm(blocks, desc="refitting", unit="block", disable=not progress, leave=False):
         student = copy.deepcopy(block)
         if block.path in done:
             fitted = done[block.path]
             for target in student.targets:
                 target.matrix.copy_(solver.product(target.path, fitted[target.path]))
-            dense_stream = calls.run_all(block, dense_stream)
+            dense_stream = chain.run(block, dense_stream)
         else:
-            fitted, dense_stream = _refit_block(
-                block, student, dense_stream, student_stream, calls, solver
-            )
+            batches = [
+                _Batch(*values)
+                for values in zip(
+                    chain.tokens,
+                    *(dense_stream, (calls[block.path] for calls in chain.calls)),
+                    *(student_stream, (calls[block.path] for calls in student_chain.calls)),
+                    strict=True,
+                )
+            ]
+            fitted, dense_stream = _refit_block(block, student, batches, solver)
+        chain.check(block, dense_stream)
         yield block.path, fitted
-        student_stream = calls.run_all(student, student_stream)
+        student_stream = student_chain.run(student, student_stream)
+
+
+@dataclass
+class _Batch:
+    """One batch in front of a block: hidden states of both models, and how they call the block."""
+
+    tokens: int
+    dense: Tensor
+    dense_call: Call
+    student: Tensor
+    student_call: Call
 
 
 def refit_bytes(blocks: Iterable[Block], ranks: dict[str, int]) -> int:
@@ -84,39 +107,38 @@ def refit_bytes(blocks: Iterable[Block], ranks: dict[str, int]) -> int:
 
 
 def _refit_block(
-    block: Block,
-    student: Block,
-    dense_stream: Tensor,
-    student_stream: Tensor,
-    calls: _Calls,
-    solver: _Solver,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """-> (path -> refitted matrix, the dense stream behind the block). The student's weights are
-    replaced on the way, so that each group is fitted to what the groups before it became."""
-    writers = _residual_writers(block, dense_stream, calls)
-    wanted = [_watched(block, writers, batch, calls) for batch in dense_stream.split(BATCH)]
+    block: Block, student: Block, batches: list[_Batch], solver: _Solver
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """-> (path -> refitted matrix, by batch the dense stream behind the block). The student's
+    weights are replaced on the way, so that each group is fitted to what the groups before it
+    became."""
+    writers = _residual_writers(block, batches[0].dense, batches[0].dense_call)
+    wanted = [_watched(block, writers, batch.dense, batch.dense_call) for batch in batches]
     fitted: dict[str, Tensor] = {}
     for group, student_group in zip(block.groups, student.groups, strict=True):
         leader = group.leader.path
         cross, own, residual = 0, 0, 0
         earlier = writers[: writers.index(leader)] if leader in writers else []
-        for hidden, hidden_dense, (dense, _) in zip(
-            student_stream.split(BATCH), dense_stream.split(BATCH), wanted, strict=True
-        ):
-            seen, _ = _watched(student, writers, hidden, calls, stop_at=leader)
+        for batch, (dense, _) in zip(batches, wanted, strict=True):
+            seen, _ = _watched(student, writers, batch.student, batch.student_call, stop_at=leader)
+            if not (seen.reads_all(leader, batch.tokens) and dense.reads_all(leader, batch.tokens)):
+                continue
             x_s, x_t = seen.inputs[leader], dense.inputs[leader]
             cross, own = cross + gram(x_t, x_s), own + gram(x_s, x_s)
             if leader in writers:
-                lost = hidden_dense - hidden
+                lost = batch.dense - batch.student
                 for writer in earlier:
                     lost = lost + dense.outputs[writer] - seen.outputs[writer]
                 residual = residual + gram(lost, x_s)
         for target, copied in zip(group.targets, student_group.targets, strict=True):
             W = to_float64(target.matrix)
-            T = W @ to_float64(cross) + (to_float64(residual) if leader in writers else 0)
-            fitted[target.path] = solver.solve(target.path, W, T, to_float64(own))
+            if isinstance(own, int):  # No batch is read whole.
+                fitted[target.path] = solver.prior(target.path, W).float()
+            else:
+                T = W @ to_float64(cross) + (to_float64(residual) if leader in writers else 0)
+                fitted[target.path] = solver.solve(target.path, W, T, to_float64(own))
             copied.matrix.copy_(solver.product(target.path, fitted[target.path]))
-    return fitted, torch.cat([output for _, output in wanted])
+    return fitted, [output for _, output in wanted]
 
 
 @dataclass
@@ -125,6 +147,11 @@ class _Solver:
 
     load_factors: Callable[[str], Factors]
     ranks: dict[str, int]
+
+    def prior(self, path: str, W: Tensor) -> Tensor:
+        """U as the factors have it, or W of a linear left dense."""
+        rank = self.ranks[path]
+        return self.load_factors(path).U[:, :rank] if rank else W
 
     def solve(self, path: str, W: Tensor, T: Tensor, own: Tensor) -> Tensor:
         """W [N, K], T [N, K], own = sum(x_s x_s^T) [K, K] -> U float32 [N, R], or W [N, K]."""
@@ -162,32 +189,7 @@ def _ridge_solve(T: Tensor, prior: Tensor, own: Tensor, ridge: Tensor) -> Tensor
     return torch.cholesky_solve((T + ridge * prior).T, L).T
 
 
-# -------------------------------------------------------------------------------- running one block
-
-
-class _Stop(Exception):
-    """Ends a forward early; not an error."""
-
-
-@dataclass
-class _Calls:
-    """How the model calls its blocks.
-
-    hidden:    states [n, L, d] in front of the first block.
-    arguments: (path of a block, size of the batch) -> its other arguments.
-    """
-
-    hidden: Tensor
-    arguments: dict[tuple[str, int], tuple[tuple, dict]]
-
-    def run(self, block: Block, hidden: Tensor) -> Tensor:
-        """One batch of hidden states through the block."""
-        rest, named = self.arguments[block.path, len(hidden)]
-        return _first(block.module(hidden, *rest, **named))
-
-    def run_all(self, block: Block, stream: Tensor) -> Tensor:
-        """All hidden states [n, L, d] through the block, batch by batch."""
-        return torch.cat([self.run(block, batch) for batch in stream.split(BATCH)])
+# ------------------------------------------------------------------------------- watching one block
 
 
 @dataclass
@@ -198,86 +200,33 @@ class _Watch:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
-
-def _record_calls(model: nn.Module, blocks: list[Block], ids: Tensor) -> _Calls:
-    """Run the model up to its first block on every batch, and whole once for each size of batch, to
-    see the other arguments of each block. Raises ValueError if the blocks form no chain."""
-    device, hidden, arguments = next(model.parameters()).device, [], {}
-    first = stop_at = blocks[0].path
-    inputs, outputs = {}, {}
-
-    def before(path):
-        def hook(_module, args, kwargs):
-            x, rest, named = _split_call(args, kwargs)
-            arguments[path, len(x)] = rest, named
-            inputs[path] = x
-            if path == stop_at:
-                raise _Stop
-
-        return hook
-
-    def after(path):
-        def hook(_module, _args, output):
-            outputs[path] = _first(output)
-
-        return hook
-
-    hooks = []
-    for block in blocks:
-        hooks.append(block.module.register_forward_pre_hook(before(block.path), with_kwargs=True))
-        hooks.append(block.module.register_forward_hook(after(block.path)))
-    try:
-        batches = ids.split(BATCH)
-        for batch in batches:
-            try:
-                model.base_model(input_ids=batch.to(device), use_cache=False)
-            except _Stop:
-                hidden.append(inputs[first])
-        stop_at = None
-        for size in {len(batch) for batch in batches}:
-            model.base_model(input_ids=ids[:size].to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for block, following in pairwise(block.path for block in blocks):
-        if block not in outputs or not torch.equal(outputs[block], inputs[following]):
-            raise ValueError(
-                f"refit needs blocks that feed each other, but {following} doesn't read {block}:"
-                " set refit=False"
-            )
-    return _Calls(torch.cat(hidden), arguments)
-
-
-def _split_call(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-
-
-def _first(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    def reads_all(self, leader: str, tokens: int) -> bool:
+        """True if the leader's input has a row for each token of the batch."""
+        x = self.inputs.get(leader)
+        return x is not None and x.numel() == tokens * x.shape[-1]
 
 
 def _watched(
-    block: Block, writers: list[str], hidden: Tensor, calls: _Calls, stop_at: str | None = None
-) -> tuple[_Watch, Tensor | None]:
+    block: Block, writers: list[str], hidden: Tensor, call: Call, stop_at: str | None = None
+) -> tuple[_Watch, Tensor]:
     """One forward of a batch through a block -> (what it saw, the output); stop_at, the path of a
-    leader, ends it in front of that linear, without an output."""
+    leader, ends it in front of that linear, with the input as the output."""
     seen, hooks = _Watch(), []
 
     def see_input(path):
         def hook(_module, args):
             if stop_at in (None, path):
-                seen.inputs[path] = args[0]
+                seen.inputs.setdefault(path, args[0])
             if path == stop_at:
-                raise _Stop
+                raise Stop
 
         return hook
 
     def see_output(path):
         def hook(_module, _args, output):
             # OPT flattens the batch in front of its fc layers.
-            seen.outputs[path] = output.reshape(hidden.shape)
+            if output.numel() == hidden.numel():
+                seen.outputs.setdefault(path, output.reshape(hidden.shape))
 
         return hook
 
@@ -287,26 +236,26 @@ def _watched(
         if path in writers:
             hooks.append(linear.register_forward_hook(see_output(path)))
     try:
-        return seen, calls.run(block, hidden)
-    except _Stop:
-        return seen, None
+        return seen, call.run(block.module, hidden)
+    except Stop:
+        return seen, hidden
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _residual_writers(block: Block, stream: Tensor, calls: _Calls) -> list[str]:
+def _residual_writers(block: Block, hidden: Tensor, call: Call) -> list[str]:
     """Paths of the linears that write into the residual stream: their outputs, added to the input
     of the block, are its output.
 
-    Candidates have an input of their own and as many outputs as the stream is wide. One batch
-    decides: there are no writers if input plus outputs is not the block's output (norms or scales
-    follow them).
+    Candidates have an input of their own and an output of the stream's shape. One batch decides:
+    there are no writers if input plus outputs is not the block's output (norms or scales follow
+    them).
     """
     alone = (group.leader for group in block.groups if len(group.targets) == 1)
-    candidates = [target.path for target in alone if target.shape[0] == stream.shape[-1]]
-    hidden = stream[:BATCH]
-    seen, output = _watched(block, candidates, hidden, calls)
-    rebuilt = hidden + sum(seen.outputs[path] for path in candidates)
+    candidates = [target.path for target in alone if target.shape[0] == hidden.shape[-1]]
+    seen, output = _watched(block, candidates, hidden, call)
+    writers = [path for path in candidates if path in seen.outputs]
+    rebuilt = hidden + sum(seen.outputs[path] for path in writers)
     error = (rebuilt - output).float().norm() / output.float().norm()
-    return candidates if error < 0.02 else []
+    return writers if error < 0.02 else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluateReport(Report):
-    """The result of evaluate(). data: name of the text; speed: None if it was not measured."""
+    """The result of evaluate().
+
+    data:         name of the text.
+    speed:        None if it was not measured.
+    not_measured: what failed -> why. It costs nothing else that was measured.
+    """
 
     data: str
     split: str
     perplexity: Perplexity
     size: ModelSize
     speed: Throughput | None
+    not_measured: dict[str, str] = field(default_factory=dict)
 
     def render(self) -> Table:
         """A rich table."""
@@ -55,6 +61,7 @@ class EvaluateReport(Report):
             how = ", optimized" if self.speed.optimized else ""
             rows.append((f"prefill tokens/s{how}", self.speed.prefill_tok_s))
             rows.append((f"decode tokens/s{how}", self.speed.decode_tok_s))
+        rows += [(name, f"not measured: {why}") for name, why in self.not_measured.items()]
         return table(f"{self.data} ({self.split})", ("", "value"), rows)
 
 
@@ -85,7 +92,7 @@ def evaluate(
               before does not know.
 
     Raises ValueError naming the argument, FloatingPointError naming a block whose loss is not
-    finite.
+    finite. A speed that can't be measured (a model without a cache, say) is noted in the report.
 
     Example:
         report = evaluate(model, "brown", length=512, limit=16)
@@ -95,10 +102,15 @@ def evaluate(
     if tokenizer is None and not isinstance(data, Tensor):
         tokenizer = tokenizer_of(model)
     blocks = token_blocks(data, tokenizer, length, split, limit, progress=progress)
+    size = model_size(model, path)  # It may refuse the path: before the long work.
     quality = perplexity(model, blocks, batch, progress)
-    size = model_size(model, path)
-    measured = _throughput(model, optimize) if speed else None
-    return EvaluateReport(source_name(data), split, quality, size, measured)
+    report = EvaluateReport(source_name(data), split, quality, size, None)
+    if speed:
+        try:
+            report.speed = _throughput(model, optimize)
+        except Exception as error:  # A model's own forward with a cache may fail in any way.
+            report.not_measured["speed"] = f"{type(error).__name__}: {error}"
+    return report
 
 
 def _throughput(model: nn.Module, optimize: bool) -> Throughput:

@@ -73,13 +73,18 @@ def throughput(
     last_only = {"logits_to_keep": 1} if has_last_only else {}
     with eval_mode(model), _optimized(model) if optimize else nullcontext():
         optimized = bool(packed_states(model))
-        _timed(model, ids, None, last_only)
-        prefills = [_timed(model, ids, None, last_only)[0] for _ in range(3)]
-        _, token, cache = _timed(model, ids, None, last_only)
-        _, token, cache = _timed(model, token, cache, last_only)
+        _timed(model, ids, last_only)
+        prefills = [_timed(model, ids, last_only)[0] for _ in range(3)]
+        _, token, state = _timed(model, ids, last_only)
+        if not state:
+            raise ValueError(
+                f"model must keep a state between tokens to be timed, a {type(model).__name__} "
+                "returns none"
+            )
+        _, token, state = _timed(model, token, last_only | state)
         decodes = []
         for _ in range(new_tokens):
-            seconds, token, cache = _timed(model, token, cache, last_only)
+            seconds, token, state = _timed(model, token, last_only | state)
             decodes.append(seconds)
     return Throughput(
         prefill_tok_s=prompt_tokens / statistics.median(prefills),
@@ -107,15 +112,21 @@ def _optimized(model: nn.Module) -> Iterator[None]:
 
 
 def _timed(
-    model: nn.Module, ids: Tensor, cache: Any, options: dict[str, Any]
-) -> tuple[float, Tensor, object]:
-    """One forward on ids [1, n]: (seconds, the likeliest next token [1, 1], the cache)."""
+    model: nn.Module, ids: Tensor, options: dict[str, Any]
+) -> tuple[float, Tensor, dict[str, Any]]:
+    """One forward on ids [1, n]: (seconds, the likeliest next token [1, 1], its state).
+
+    The state is what a forward returns under the name of an argument, to be given to the next one:
+    past_key_values of a transformer, cache_params of Mamba, state of RWKV.
+    """
     _synchronize(ids.device)
     start = time.perf_counter()
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+    output = model(input_ids=ids, use_cache=True, **options)
     token = output.logits[:, -1:].argmax(-1)
     _synchronize(ids.device)
-    return time.perf_counter() - start, token, output.past_key_values
+    seconds = time.perf_counter() - start
+    arguments = inspect.signature(model.forward).parameters
+    return seconds, token, {name: value for name, value in output.items() if name in arguments}
 
 
 def _synchronize(device: torch.device) -> None:

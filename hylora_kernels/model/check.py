@@ -100,7 +100,7 @@ def _check_weights(model: nn.Module, use: str, name: str) -> None:
 
 
 def _codes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The integer matrices that GPTQ, AWQ and others keep as buffers; no other buffers are weights."""
+    """The integer matrices of a quantised model, which GPTQ and AWQ keep as buffers."""
     if getattr(model, "hf_quantizer", None) is not None:
         for path, buffer in model.named_buffers():
             if buffer.dim() > 1 and buffer.dtype in (torch.int32, torch.int8, torch.uint8):

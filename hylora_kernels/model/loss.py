@@ -63,8 +63,8 @@ def body_of(model: nn.Module, ids: Tensor) -> nn.Module | None:
     logits are head(hidden), bit for bit. None if there is no such part.
 
     The candidate is the base model of the module in which the head stands. The first call for a
-    model tries it on four tokens of ids [n, L], which finds logits that are capped or scaled, hidden
-    states that are scaled on the way to the head, and models that are built in another way.
+    model tries it on four tokens of ids [n, L], which finds logits that are capped or scaled,
+    hidden states that are scaled on the way to the head, and models that are built in another way.
     """
     if model not in _bodies:
         _bodies[model] = _verified_body(model, ids[:1, :4])

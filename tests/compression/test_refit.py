@@ -9,13 +9,9 @@ import torch
 from helpers.zoo import NAMES, ZOO, paths_of, tokens, trained, zoo_model
 from transformers.pytorch_utils import Conv1D
 
+from hylora_kernels.compression.chain import BATCH, record
 from hylora_kernels.compression.compress import compress
-from hylora_kernels.compression.refit import (
-    BATCH,
-    _record_calls,
-    _residual_writers,
-    refit_blocks,
-)
+from hylora_kernels.compression.refit import _residual_writers, refit_blocks
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.structure import as_matrix, discover
@@ -194,13 +190,14 @@ def test_finished_blocks_are_taken_as_they_are():
 def test_what_writes_into_the_residual_stream(name, dtype):
     model = zoo_model(name, dtype)
     blocks = discover(model).blocks
-    calls = _record_calls(model, blocks, IDS)
-    assert len(calls.hidden) == len(IDS) > BATCH
-    stream = calls.hidden
+    chain = record(model, blocks, IDS)
+    assert [len(batch) for batch in chain.hidden] == [BATCH, len(IDS) - BATCH]
+    stream = chain.hidden
     for block in blocks:
-        writers = _residual_writers(block, stream, calls)
-        assert writers == [f"{block.path}.{path}" for path in ZOO[name].writers]
-        stream = calls.run_all(block, stream)
+        for hidden, calls in zip(stream, chain.calls, strict=True):
+            writers = _residual_writers(block, hidden, calls[block.path])
+            assert writers == [f"{block.path}.{path}" for path in ZOO[name].writers]
+        stream = chain.run(block, stream)
 
 
 def test_blocks_that_are_no_chain_are_refused():
