@@ -167,7 +167,8 @@ def _dense(w: Weights, _: Layer):
 
 
 def _auto(w: Weights, _: Layer):
-    return lambda x: svd_lora_linear(x, *w), [w.A, w.B]
+    arguments = tuple(w)  # torch.compile (2.11) can't unpack the Weights itself
+    return lambda x: svd_lora_linear(x, *arguments), [w.A, w.B]
 
 
 def _four_products(w: Weights, layer: Layer):

@@ -5,6 +5,11 @@ graph node of a forward names the backend of its backward. Their schema is flat;
 weights are one value, Weights. Shapes are reference.py's, with any leading batch dims on x.
 Gradients exist for x, A, B and bias; SVh and U are frozen. Backward saves x and h_a, no more.
 
+The ops are for everything that looks at a call or transforms it: torch.compile, export, dispatch
+modes, autocast. A plain call goes past them to the same functions, since torch's Python around an
+op takes longer than two small products: at K = N = 32 and M = 1, of 48 us 20 with no gradients,
+and forward and backward take 364 us through the ops.
+
 The C++ and CUDA kernels are ops of their own, defined beside their checks in csrc/*/bindings.cpp.
 Those that a packed layer calls directly, `hylora::cpu_*`, have their fake kernels in
 backends/cpu/panels.py.
@@ -74,8 +79,12 @@ def svd_lora_linear(
     """
     weights = Weights(SVh, U, A, B, bias, alpha, pivots)
     _check(x, weights)
-    backend = backends.choose(x, weights)
-    return _FORWARD_OPS[backend](x, SVh, U, A, B, bias, float(alpha), pivots)[0]
+    name, inputs = backends.choose(x, weights), (x, SVh, U, A, B, bias, float(alpha), pivots)
+    if not _is_plain_call(inputs):
+        return _FORWARD_OPS[name](*inputs)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, bias)):
+        return _PlainCall.apply(*inputs, name)
+    return _kernel_forward(backends.BACKENDS[name], *inputs)[0]
 
 
 # ----------------------------------------------------------------------------- packed for inference
@@ -130,12 +139,13 @@ def _check(x: Tensor, weights: Weights) -> None:
     SVh, U, A, B, bias, alpha, pivots = weights
     tensors = {"x": x, "SVh": SVh, "U": U, "A": A, "B": B, "bias": bias, "pivots": pivots}
     for name, tensor in tensors.items():
-        optional = name in ("A", "B", "bias", "pivots")
-        if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
-            allowed = "a Tensor or None" if optional else "a Tensor"
+        if tensor is None and name in ("A", "B", "bias", "pivots"):
+            continue
+        if not isinstance(tensor, Tensor):
+            allowed = "a Tensor" if name in ("x", "SVh", "U") else "a Tensor or None"
             raise TypeError(f"{name} must be {allowed}, got {type(tensor).__name__}")
         # Before the shapes, since a nested tensor has none.
-        if tensor is not None and (tensor.is_nested or tensor.layout is not torch.strided):
+        if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
             raise TypeError(f"{name} must be a strided tensor, got {kind}")
     check_alpha(alpha)
@@ -150,7 +160,9 @@ def _check(x: Tensor, weights: Weights) -> None:
 def check_alpha(alpha: object) -> None:
     """Raise TypeError or ValueError unless alpha is a real number that float32 holds, the type that
     every kernel takes it in."""
-    if not isinstance(alpha, numbers.Real | torch.SymFloat) or isinstance(alpha, bool):
+    # float first: asking numbers.Real takes 1 us.
+    is_real = isinstance(alpha, (float, numbers.Real, torch.SymFloat))
+    if not is_real or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
     # math.isfinite can't be traced with a symbolic float, and overflows on a large int.
     if not -LARGEST_ALPHA <= alpha <= LARGEST_ALPHA:
@@ -248,6 +260,50 @@ def _refuse_func_transforms(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
+# ------------------------------------------------------------------------------------- plain calls
+
+
+def _is_plain_call(inputs: tuple[Any, ...]) -> bool:
+    """True where nothing looks at the call or transforms it: the op would only add time."""
+    if torch.compiler.is_compiling() or _torch_is_watching():
+        return False
+    x = inputs[0]
+    if not (x.is_cpu or x.is_cuda) or torch.is_autocast_enabled(x.device.type):
+        return False
+    return all(type(t) in _PLAIN for t in inputs)
+
+
+def _torch_is_watching() -> bool:
+    """True inside a dispatch mode, a function transform or a trace."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float))
+
+
+class _PlainCall(torch.autograd.Function):
+    """The op's forward and backward for a plain call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs_and_name: Any) -> Tensor:
+        *inputs, ctx.name = inputs_and_name
+        output = _kernel_forward(backends.BACKENDS[ctx.name], *inputs)
+        _save(ctx, tuple(inputs), output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or _torch_is_watching():  # create_graph=True, or a mode
+            backward_op = getattr(torch.ops.hylora, f"{ctx.name}_backward").default
+        else:
+            backward_op = functools.partial(_gradients, backends.BACKENDS[ctx.name])
+        return (*_differentiate(backward_op, ctx, dy, None), None)
+
+
 # ------------------------------------------------------------------------------------- registration
 
 
@@ -256,7 +312,13 @@ def _kernel_forward(backend: ModuleType, x: Tensor, *weights: Any) -> tuple[Tens
     return _with_lead(y, x.shape[:-1]), h_a
 
 
-def _kernel_backward(
+def _kernel_backward(backend: ModuleType, dy: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """_gradients with an empty tensor for each None, which an op can't return."""
+    grads = _gradients(backend, dy, *others)
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _gradients(
     backend: ModuleType,
     dy: Tensor,
     x: Tensor | None,
@@ -268,21 +330,24 @@ def _kernel_backward(
     alpha: float,
     pivots: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     saved = Saved(x if x is None else _matrix(x), h_a)
     weights = Weights(SVh, U, A, B, None, alpha, pivots)
     dx, *others = backend.backward(_matrix(dy), saved, weights, Needs(*needs))
-    grads = (dx if dx is None else _with_lead(dx, dy.shape[:-1]), *others)
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+    return dx if dx is None else _with_lead(dx, dy.shape[:-1]), *others
 
 
 def _matrix(tensor: Tensor) -> Tensor:
     """[..., n] -> [M, n]; a reshape to (-1, n) would not know M at n = 0."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _with_lead(tensor: Tensor, lead: torch.Size) -> Tensor:
     """[M, n] -> [*lead, n], not as a view: the caller may write into an output in place."""
+    if len(lead) == 1:
+        return tensor
     return torch.ops.aten._unsafe_view.default(tensor, (*lead, tensor.shape[-1]))
 
 

@@ -138,13 +138,31 @@ def test_what_cannot_be_tested_is_named(small, monkeypatch):
 
 
 def test_no_case_is_begun_out_of_time(small, monkeypatch):
-    now = iter(range(1000))
-    monkeypatch.setattr(selftest.time, "perf_counter", lambda: next(now))
-    report = selftest.selftest("cpu", seconds=1.5)  # the second case is begun at 2
-    assert [line.form for line in report.lines] == ["pair"]
-    assert report.skipped == {
-        f"eager float32 {form} on cpu": "1 of 1 cases: out of time" for form in FORMS[1:]
+    a_case_takes_a_second(monkeypatch)
+    report = selftest.selftest("cpu", seconds=1.5)  # the third case would be begun at 2
+    assert [line.form for line in report.lines] == list(FORMS[:2])
+    assert report.skipped == {f"eager float32 {FORMS[2]} on cpu": "1 of 1 cases: out of time"}
+
+
+def test_each_dtype_and_form_has_its_share_of_the_time(monkeypatch):
+    a_case_takes_a_second(monkeypatch)
+    monkeypatch.setattr(selftest.backends, "BACKENDS", {"eager": eager})
+    report = selftest.selftest("cpu", seconds=30)
+    assert {(line.dtype, line.form) for line in report.lines} == {
+        (str(dtype).removeprefix("torch."), form) for dtype in DTYPES for form in FORMS
     }
+    assert any("out of time" in why for why in report.skipped.values())
+
+
+def a_case_takes_a_second(monkeypatch) -> None:
+    now = [0]
+
+    def judge(tally, case, config) -> None:
+        now[0] += 1
+        tally.cases += 1
+
+    monkeypatch.setattr(selftest._Tally, "add", judge)
+    monkeypatch.setattr(selftest.time, "perf_counter", lambda: now[0])
 
 
 def test_deterministic_mode_is_as_it_was(small):

@@ -7,6 +7,8 @@ import threading
 import torch
 from torch import Tensor
 
+from hylora_kernels.backends.shared.kept import outside_graph_pools
+
 # (device, stream, thread) -> counters. Launches of one stream follow one another and each resets
 # them, so they are cleared only once, when they are made.
 _kept: dict[tuple, Tensor] = {}
@@ -31,8 +33,7 @@ def zeros(device: torch.device, count: int) -> Tensor:
             _make_reserve(device)
     kept = _kept.get(key)
     if kept is None or len(kept) < count:
-        kept = torch.zeros(max(count, _LEAST), dtype=torch.int32, device=device)
-        _kept[key] = kept
+        kept = _kept[key] = _lasting_zeros(max(count, _LEAST), device)
     return kept
 
 
@@ -45,7 +46,14 @@ def forget(zeros: Tensor) -> None:
 def _make_reserve(device: torch.device) -> None:
     with _lock:
         if device not in _reserves:
-            _reserves[device] = torch.zeros(_RESERVE, dtype=torch.int32, device=device), 0
+            _reserves[device] = _lasting_zeros(_RESERVE, device), 0
+
+
+def _lasting_zeros(count: int, device: torch.device) -> Tensor:
+    def make() -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+
+    return outside_graph_pools(make, device)
 
 
 def _reserved(device: torch.device, count: int) -> Tensor:

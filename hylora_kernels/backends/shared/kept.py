@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -74,6 +75,25 @@ class KeptWhileUnwritten(Generic[Value]):
         if self._compares_copies:
             return [t if t.is_inference() else None for t in tensors]
         return [self._sample(t) if self._sample else None for t in tensors]
+
+
+def outside_graph_pools(make: Callable[[], Value], device: torch.device) -> Value:
+    """make() for tensors that outlive the call, allocated in a thread of their own on a GPU.
+
+    torch.compile warms up a CUDA graph with all that its thread allocates in the graph's memory
+    pool, and refuses what stays there (torch 2.11: "tensor(s) in the cudagraph pool not tracked as
+    outputs").
+    """
+    if device.type != "cuda":
+        return make()
+    stream = torch.cuda.current_stream(device)
+
+    def on_the_same_stream() -> Value:
+        with torch.no_grad(), torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as one_thread:
+        return one_thread.submit(on_the_same_stream).result()
 
 
 @dataclass(frozen=True, slots=True)

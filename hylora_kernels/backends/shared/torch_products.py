@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.backends.shared import backward as steps
-from hylora_kernels.backends.shared.kept import KeptWhileUnwritten
+from hylora_kernels.backends.shared.kept import KeptWhileUnwritten, outside_graph_pools
 from hylora_kernels.weights import Needs, Saved, Weights
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -135,15 +135,20 @@ def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
     kept = _orders.get_unchecked(pivots) if capturing else _orders.get(pivots)
     if kept is not None and len(kept[0]) == out_features:
         return kept
-    if not capturing:
-        check_pivots(pivots, out_features)
-    is_other = torch.ones(out_features, dtype=torch.uint8, device=pivots.device)
-    is_other[pivots.long()] = 0
-    part_order = torch.argsort(is_other, stable=True)
-    orders = part_order, torch.argsort(part_order)
-    if not capturing:
-        _orders.keep(orders, pivots)
+    if capturing:
+        return _make_orders(pivots, out_features)
+    check_pivots(pivots, out_features)
+    orders = outside_graph_pools(lambda: _make_orders(pivots, out_features), pivots.device)
+    _orders.keep(orders, pivots)
     return orders
+
+
+def _make_orders(pivots: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    """(part order, output order)."""
+    is_other = torch.ones(out_features, dtype=torch.uint8, device=pivots.device)
+    is_other.index_fill_(0, pivots.long(), 0)  # is_other[...] = 0 would copy a 0 to the GPU
+    part_order = torch.argsort(is_other, stable=True)
+    return part_order, torch.argsort(part_order)
 
 
 def check_pivots(pivots: Tensor, out_features: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ from hylora_kernels.backends.triton.config import (
     FORWARD,
     TORCH_PRODUCTS,
     Problem,
-    adapter_gradients_config,
 )
 from hylora_kernels.backends.triton.dispatch import forcing
 from hylora_kernels.weights import Needs, Saved, Weights
@@ -61,11 +61,9 @@ def _interpreted() -> bool:
 def unsupported(x: Tensor, weights: Weights) -> str | None:
     """The reason why this backend can't serve these tensors; None if it can."""
     wanted = "cpu" if _interpreted() else "cuda"
-    if reason := why_not():
-        return reason
-    if x.device.type != wanted:
+    if x.device.type != wanted or not INSTALLED:
         interpreter = ", TRITON_INTERPRET=1 being set" if wanted == "cpu" else ""
-        return f"serves tensors on {wanted}{interpreter}, got {x.device}"
+        return why_not() or f"serves tensors on {wanted}{interpreter}, got {x.device}"
     if x.dtype not in DTYPES:
         return f"serves float32, bfloat16 and float16, got {x.dtype}"
     if wanted == "cpu" and x.dtype not in INTERPRETED_DTYPES:
@@ -101,13 +99,14 @@ def is_faster_than_next(x: Tensor, weights: Weights) -> bool:
 def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha."""
     problem = _problem(x, weights, FORWARD)
-    config = dispatch.config_for(problem, x.device)
+    is_first = dispatch.is_first_call(problem, x.device)
     with on_device(x.device):
-        if x.is_cuda and (captured := dispatch.config_to_warm_up(problem, x.device)):
-            _launch().forward(x, weights, problem, captured)
-        if config is TORCH_PRODUCTS:
-            return torch_products.forward(x, weights, problem)
-        return _launch().forward(x, weights, problem, config)
+        return _by_choice(
+            dispatch.config_for,
+            lambda config: _launch().forward(x, weights, problem, config),
+            lambda: torch_products.forward(x, weights, problem, is_first),
+            *(problem, x.device, is_first),
+        )
 
 
 def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
@@ -115,27 +114,57 @@ def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[
     problem = _problem(dy, weights, BACKWARD)
     if not problem.M or not (problem.lora_rank or needs.dx):
         return shared_products.backward(dy, saved, weights, needs)
-    steps = (functools.partial(step, problem=problem) for step in (_backward_x, _adapter_gradients))
+    call = problem, dy.device, dispatch.is_first_call(problem, dy.device)
     with on_device(dy.device):
-        return shared_backward(dy, saved, weights, needs, *steps)
+        return shared_backward(
+            dy,
+            saved,
+            weights,
+            needs,
+            functools.partial(_backward_x, call=call),
+            functools.partial(_adapter_gradients, call=call),
+        )
 
 
-def _backward_x(dy, weights, problem: Problem) -> tuple[Tensor, Tensor | None]:
+def _backward_x(dy, weights, call) -> tuple[Tensor, Tensor | None]:
     """(dx [M, K], dh_a [M, ra] = alpha dy B)."""
-    config = dispatch.config_for(problem, dy.device)
-    if config is TORCH_PRODUCTS:
-        return torch_products.backward_x(dy, weights)
-    return _launch().backward_x(dy, weights, problem, config)
+    return _by_choice(
+        dispatch.config_for,
+        lambda config: _launch().backward_x(dy, weights, call[0], config),
+        lambda: torch_products.backward_x(dy, weights),
+        *call,
+    )
 
 
-def _adapter_gradients(
-    dh_a, x, h_a, dy, alpha, needs_db, problem: Problem
+def _adapter_gradients(dh_a, x, h_a, dy, alpha, needs_db, call) -> tuple[Tensor | None, ...]:
+    given = (None if dh_a is None else dh_a.contiguous(), x, h_a, dy, alpha, needs_db)
+    return _by_choice(
+        dispatch.adapter_gradients_config_for,
+        lambda config: _launch().adapter_gradients(*given, config, call[0].lora_rank),
+        lambda: shared_products.adapter_gradients(*given),
+        *call,
+    )
+
+
+def _by_choice(
+    choose: Callable,
+    launch: Callable,
+    products: Callable,
+    problem: Problem,
+    device: torch.device,
+    is_first: bool,
 ) -> tuple[Tensor | None, ...]:
-    config = adapter_gradients_config(problem, dispatch.target_of(dy.device))
-    dh_a = None if dh_a is None else dh_a.contiguous()
-    if config is TORCH_PRODUCTS:
-        return shared_products.adapter_gradients(dh_a, x, h_a, dy, alpha, needs_db)
-    return _launch().adapter_gradients(dh_a, x, h_a, dy, alpha, needs_db, config, problem.lora_rank)
+    """The result of launch(config) or of torch's products, as `choose` says for this call.
+
+    A problem's first call also makes the launch that a CUDA graph of it would need: nothing can be
+    compiled while a graph is captured, and the warm-up before is calls from Python.
+    """
+    config = choose(problem, device)
+    if is_first:
+        captured = choose(problem, device, captured=True)
+        if captured not in (TORCH_PRODUCTS, config):
+            launch(captured)
+    return products() if config is TORCH_PRODUCTS else launch(config)
 
 
 def _problem(rows: Tensor, weights: Weights, direction: str) -> Problem:

@@ -180,18 +180,15 @@ def default_config(
 ) -> Config | TorchProducts:
     """The config where nothing near was measured, by an H100's timings (benchmarks/gpu_layers.py).
 
-    captured: the call is part of a CUDA graph. Called one by one, one Triton launch costs the host
-    as much as three of torch's products (70 us against 45 for two), so torch does two products.
+    captured: the call is part of a CUDA graph. Called one by one, a Triton launch costs the host
+    more than four of torch's products do: beside an H200 about 140 us against 100.
     """
     if target.kind == "interpreter":
         return _largest_tiles(problem)
     ieee = problem.dtype == torch.float32
-    if problem.direction == BACKWARD or (ieee and problem.M > 1):
+    if not captured or problem.direction == BACKWARD or (ieee and problem.M > 1):
         return TORCH_PRODUCTS
-    has_two_products = not problem.lora_rank
-    costs_the_host_more = has_two_products and not captured
-    is_faster = one_launch_is_faster(problem.M, problem.factor_bytes, problem.lora_rank)
-    launches = is_faster and not costs_the_host_more
+    launches = one_launch_is_faster(problem.M, problem.factor_bytes, problem.lora_rank)
     return first_candidate(problem, target) if launches else TORCH_PRODUCTS
 
 
@@ -278,11 +275,14 @@ def _fitting(config, problem: Problem, target: Target):
 
 
 def adapter_gradients_config(
-    problem: Problem, target: Target
+    problem: Problem, target: Target, captured: bool = True
 ) -> AdapterGradientsConfig | TorchProducts:
-    """The tiles of the adapter's gradients, or TORCH_PRODUCTS where those are faster."""
+    """The tiles of the adapter's gradients, or TORCH_PRODUCTS where those are faster.
+
+    captured: as for default_config.
+    """
     is_faster = adapter_gradients_launch_is_faster(problem.M, problem.K, problem.N)
-    if target.kind != "interpreter" and not is_faster:
+    if target.kind != "interpreter" and not (captured and is_faster):
         return TORCH_PRODUCTS
     most = 64 if problem.dtype.itemsize == 2 else 32  # float32's sums: 80 were spilled on sm_80
     BA = min(most, _power(problem.lora_rank))

@@ -15,10 +15,12 @@ import torch
 
 from hylora_kernels.backends.triton.config import (
     TORCH_PRODUCTS,
+    AdapterGradientsConfig,
     Config,
     Problem,
     Target,
     TorchProducts,
+    adapter_gradients_config,
     default_config,
     table,
     tuned_config,
@@ -28,30 +30,38 @@ from hylora_kernels.backends.triton.config import (
 INTERPRETED_PROGRAMS = 3
 
 
-def config_for(problem: Problem, device: torch.device) -> Config | TorchProducts:
-    """The config that serves a call on a device now: called from Python, or captured in a graph."""
+def config_for(
+    problem: Problem, device: torch.device, captured: bool | None = None
+) -> Config | TorchProducts:
+    """The config that serves a call on a device: called from Python, or captured in a CUDA graph;
+    None asks which of the two it is now."""
     if problem.M == 0:
         return TORCH_PRODUCTS
     if _forced is not None:
         return _forced
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    captured = is_captured(device) if captured is None else captured
     return _cached(problem, target_of(device), _name(device), captured)
 
 
-def config_to_warm_up(problem: Problem, device: torch.device) -> Config | None:
-    """The launch that a CUDA graph of this problem would need and a call from Python does not
-    compile; None where there is none, or where it was given out before.
+def adapter_gradients_config_for(
+    problem: Problem, device: torch.device, captured: bool | None = None
+) -> AdapterGradientsConfig | TorchProducts:
+    """The same for the adapter's gradients of a backward."""
+    captured = is_captured(device) if captured is None else captured
+    return _cached_gradients(problem, target_of(device), captured)
 
-    Nothing can be compiled while a graph is captured, and the warm-up before is calls from Python.
-    """
-    is_done = problem.M == 0 or problem in _warm
-    if is_done or _forced is not None or torch.cuda.is_current_stream_capturing():
-        return None
+
+def is_captured(device: torch.device) -> bool:
+    """True while a CUDA graph is captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def is_first_call(problem: Problem, device: torch.device) -> bool:
+    """True once for each problem on a GPU, outside of CUDA graphs."""
+    if problem in _warm or device.type != "cuda" or _forced is not None or is_captured(device):
+        return False
     _warm.add(problem)
-    from_python, captured = (
-        _cached(problem, target_of(device), _name(device), captured) for captured in (False, True)
-    )
-    return None if captured in (TORCH_PRODUCTS, from_python) else captured
+    return True
 
 
 _warm: set[Problem] = set()
@@ -66,6 +76,7 @@ def tuned_or_default(
 
 
 _cached = functools.lru_cache(maxsize=4096)(tuned_or_default)
+_cached_gradients = functools.lru_cache(maxsize=4096)(adapter_gradients_config)
 
 
 def read_tables_again() -> None:

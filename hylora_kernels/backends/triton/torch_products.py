@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.backends.shared import torch_products as shared_products
-from hylora_kernels.backends.shared.kept import KeptWhileUnwritten
+from hylora_kernels.backends.shared.kept import KeptWhileUnwritten, outside_graph_pools
 from hylora_kernels.backends.triton.config import Problem
 from hylora_kernels.weights import Weights
 
 
-def forward(x: Tensor, weights: Weights, problem: Problem) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha."""
+def forward(
+    x: Tensor, weights: Weights, problem: Problem, is_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (y [M, N], h_a [M, ra]); h_a before alpha. is_first: as for dispatch."""
     SVh, U, A, B, bias, alpha, pivots = weights
-    if pivots is not None and problem.others and problem.M:
+    has_two_parts = pivots is not None and problem.others > 0 and problem.M > 0
+    if has_two_parts and (is_first or _merging_outweighs_launch(x, problem)):
         from hylora_kernels.backends.triton import launch
 
         h_s = x @ SVh.T
@@ -33,12 +36,23 @@ def forward(x: Tensor, weights: Weights, problem: Problem) -> tuple[Tensor, Tens
         return shared_products.forward(x, weights, _side_by_side)
 
 
+def _merging_outweighs_launch(x: Tensor, problem: Problem) -> bool:
+    """True where one launch that puts y in order is faster than torch's passes over it.
+
+    Called from Python, a launch through Triton costs the host some 40 us more than they do. They
+    pass over y four times more: at 4 TB/s that takes as long from 2^24 numbers on.
+    """
+    is_from_python = x.is_cuda and not _capturing(x)
+    return not is_from_python or problem.M * problem.N >= 2**24
+
+
 def backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """dy [M, N] -> (dx [M, K], dh_a [M, ra] = alpha dy B, None without an adapter)."""
 
     def kept_from_now_on(weights: Weights) -> tuple[Tensor, Tensor]:
         if not _capturing(weights.SVh) and _kept_for(weights) is None:
-            _kept.keep(_SideBySide(weights), weights.SVh, weights.U)
+            made = outside_graph_pools(lambda: _SideBySide(weights), weights.SVh.device)
+            _kept.keep(made, weights.SVh, weights.U)
         return _side_by_side(weights)
 
     with _one_at_a_time:

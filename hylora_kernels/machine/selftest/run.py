@@ -98,8 +98,8 @@ def selftest(
     full:    more sizes, and every launch that tuning may pick in every dtype: many minutes on a
              GPU, most of them compilation.
     repeats: how often each call is repeated; by default 20 times on a GPU and 3 on a CPU.
-    seconds: no case is begun after them; the report's `skipped` counts those that are left. None:
-             no limit.
+    seconds: no case is begun after them; the report's `skipped` counts those that are left. Each
+             backend has its share of them, and each dtype and form of a backend. None: no limit.
 
     Failures are in the report's lines. Raises ValueError for a device that isn't there.
     """
@@ -111,14 +111,20 @@ def selftest(
         found["cpu"] = torch.device("cpu")
     start, lines, skipped = time.perf_counter(), [], {}
     deadline = math.inf if seconds is None else start + seconds
-    for name, backend in backends.BACKENDS.items():
-        if reason := backend.why_not():
-            skipped[name] = reason
-            continue
-        for where in found.values():
-            lines += _test_backend(name, where, full, repeats, seed, skipped, deadline)
+    skipped.update({name: why for name, why in backends.available_backends().items() if why})
+    usable = [name for name in backends.BACKENDS if name not in skipped]
+    tested = list(itertools.product(usable, found.values()))
+    for left, (name, where) in zip(range(len(tested), 0, -1), tested, strict=True):
+        share = _share(deadline, left)
+        lines += _test_backend(name, where, full, repeats, seed, skipped, share)
     models = {str(where): _model_of(where) for where in found.values()}
     return SelftestReport(torch.__version__, models, time.perf_counter() - start, lines, skipped)
+
+
+def _share(deadline: float, left: int) -> float:
+    """The deadline of the first of `left` parts that share the time until `deadline`."""
+    now = time.perf_counter()
+    return now + max(0.0, deadline - now) / left
 
 
 def _model_of(device: torch.device) -> str:
@@ -140,14 +146,16 @@ def _test_backend(name, device, full, repeats, seed, skipped, deadline) -> list[
         _compile(entries, device, seed)
     lines, total = [], sum(len(entry.dtypes) for entry in entries)
     with tqdm(total=total, desc=f"{name} on {device}", unit="case", disable=None) as bar:
-        for dtype, form in itertools.product(DTYPES, FORMS):
+        kinds = list(itertools.product(DTYPES, FORMS))
+        for left, (dtype, form) in zip(range(len(kinds), 0, -1), kinds, strict=True):
+            share = _share(deadline, left)
             chosen = [e for e in entries if e.case.form == form and dtype in e.dtypes]
             if chosen and (reason := _refusal(name, chosen[0], dtype, device)):
                 skipped[f"{name} {_word(dtype)} on {device}"] = reason
                 continue
             tally = _Tally(name, device, dtype, repeats, seed)
             for done, entry in enumerate(chosen):
-                if time.perf_counter() > deadline:
+                if time.perf_counter() >= share:
                     kind = f"{name} {_word(dtype)} {form} on {device}"
                     skipped[kind] = f"{len(chosen) - done} of {len(chosen)} cases: out of time"
                     break

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hylora_kernels.backends.shared.kept import KeptWhileUnwritten
+from hylora_kernels.backends.shared import torch_products
+from hylora_kernels.backends.shared.kept import KeptWhileUnwritten, outside_graph_pools
 
 
 def corner(tensor):
@@ -72,3 +76,34 @@ def test_a_value_goes_with_its_key():
     del a
     gc.collect()
     assert len(kept) == 0
+
+
+def test_lasting_tensors_are_made_in_another_thread_for_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's stream")
+    entered = []
+
+    @contextlib.contextmanager
+    def stream(which):
+        entered.append((which, threading.get_ident()))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    assert outside_graph_pools(threading.get_ident, torch.device("cpu")) == threading.get_ident()
+    other = outside_graph_pools(threading.get_ident, torch.device("cuda"))
+    assert other != threading.get_ident() and entered == [("the caller's stream", other)]
+    assert not outside_graph_pools(torch.is_grad_enabled, torch.device("cuda"))
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails an op that takes a number as a CPU tensor: no graph can capture its copy to a GPU."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        flat = torch.utils._pytree.tree_leaves((arguments, keywords))
+        assert all(t.dim() or t.device.type == "meta" for t in flat if isinstance(t, torch.Tensor))
+        return function(*arguments, **(keywords or {}))
+
+
+def test_the_orders_of_pivots_can_be_made_while_a_graph_is_captured():
+    with OneDevice():
+        orders = torch_products._make_orders(torch.tensor([1, 2], dtype=torch.int32), 4)
+    assert [order.tolist() for order in orders] == [[1, 2, 0, 3], [2, 0, 1, 3]]
