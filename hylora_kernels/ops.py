@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hylora_kernels import backends
+from hylora_kernels import backends, flops
 from hylora_kernels.weights import Needs, Saved, Weights
 
 _LIBRARY = torch.library.Library("hylora", "DEF")
@@ -447,3 +447,4 @@ def _define(name: str, backend: ModuleType) -> Callable[..., Any]:
 
 
 _FORWARD_OPS = {name: _define(name, backend) for name, backend in backends.BACKENDS.items()}
+flops.register(_FORWARD_OPS)

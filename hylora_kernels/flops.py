@@ -1,0 +1,99 @@
+"""What torch.utils.flop_counter.FlopCounterMode counts for a layer: two operations for each number
+of a weight and row of x, as it counts for torch's own products.
+
+    forward    2 M (r K + N r + ra K + N ra); the pivoted form N - r in the place of N for U
+    backward   the same for dx, 2 M ra K for dA, 2 M N ra for dB, 2 M N ra for dh_a without dx
+
+The counter imports Triton, 0.3 s of CPU time, so the formulas wait until a program imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def register(backends: Iterable[str]) -> None:
+    """Have the ops of these backends counted, from the import of the counter on."""
+    formulas = dict(_PACKED)
+    for name in backends:
+        formulas |= {f"{name}_forward": _forward, f"{name}_backward": _backward}
+
+    def add_to(counter: ModuleType) -> None:
+        for name, formula in formulas.items():
+            if hasattr(torch.ops.hylora, name):  # those in C++ are there if it is compiled
+                op = getattr(torch.ops.hylora, name)
+                counter.register_flop_formula(op, get_raw=True)(formula)
+
+    if _COUNTER in sys.modules:
+        add_to(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _AfterImport(add_to))
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls `then` with the counter's module once it has been imported."""
+
+    def __init__(self, then):
+        self._then = then
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None):
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            self._then(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+# ----------------------------------------------------------------------- one formula for each op
+
+
+def _forward(x: Tensor, *weights: Any, out_val: Any = None) -> int:
+    return 2 * _rows(x) * _numbers(*weights[:4])
+
+
+def _backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs, *, out_val: Any = None) -> int:
+    need_dx, need_dA, need_dB, _ = needs
+    numbers = _numbers(SVh, U, A, B) if need_dx else _numbers(B) if need_dA else 0
+    numbers += (_numbers(A) if need_dA else 0) + (_numbers(B) if need_dB else 0)
+    return 2 * _rows(dy) * numbers
+
+
+def _packed_matrix(x, panels, bias, n, limb_products, *, out_val: Any = None) -> int:
+    return 2 * _rows(x) * x.shape[-1] * n
+
+
+def _packed_layer(x, layer, bias, n, limb_products, *, out_val: Any = None) -> int:
+    # P [r + ra, K]; Q [N or N - r, r + ra]; in the pivoted form B's r rows of the pivots
+    P, _, Q, of_pivots = (torch.ops.hylora.cpu_unpack_part(layer, part) for part in range(4))
+    rank = len(of_pivots)
+    return 2 * _rows(x) * (_numbers(P, Q) + rank * (len(P) - rank))
+
+
+_PACKED = {"cpu_linear": _packed_matrix, "cpu_packed_layer": _packed_layer}
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def _numbers(*matrices: Tensor | None) -> int:
+    return sum(matrix.numel() for matrix in matrices if matrix is not None)
