@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import PackedLinear, packed_states
+from hylora_kernels.model.format import INDEX, WEIGHTS, own_files, read_json
 from hylora_kernels.model.structure import linears
 from hylora_kernels.support.report import Report
+from hylora_kernels.support.staging import current
 
 
 @dataclass
@@ -35,7 +37,8 @@ class ModelSize(Report):
     """Numbers of elements, and bytes. A tied weight counts once; pivots are buffers.
 
     resident_bytes: of the whole storages of all parameters and buffers.
-    file_bytes:     of the folder's .safetensors files; None without a folder.
+    file_bytes:     of the .safetensors files that the folder's model is loaded from; None without
+                    a folder.
     linears:        the weights that compression chooses from, without biases; those left dense
                     count too.
     model:          all parameters.
@@ -56,7 +59,7 @@ class ModelSize(Report):
 def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
     """Count the parameters and buffers of a causal language model.
 
-    path: folder whose .safetensors files are counted too.
+    path: folder whose .safetensors files are counted too, each weight once.
 
     A layer packed for inference counts with the number of parameters that it was packed from, and
     with the bytes that it takes now.
@@ -113,7 +116,17 @@ def _storage_bytes(tensors: list[Tensor]) -> int:
 
 
 def _file_bytes(folder: Path) -> int:
-    files = list(folder.glob("*.safetensors"))
-    if not files:
+    """Bytes of the files that the model is loaded from: a folder may hold its weights twice, as in
+    a consolidated.safetensors beside the shards of the index."""
+    folder = current(folder)
+    names = {name for name in own_files(folder) or () if (folder / name).is_file()}
+    if not names and (folder / WEIGHTS).is_file():
+        names = {WEIGHTS}
+    elif not names and (folder / INDEX).is_file():
+        names = set(read_json(folder / INDEX)["weight_map"].values())
+    elif not names:
+        names = {file.name for file in folder.glob("*.safetensors")}
+    sizes = [(folder / name).stat().st_size for name in names if name.endswith(".safetensors")]
+    if not sizes:
         raise ValueError(f"path must be a folder with .safetensors files, got {folder}")
-    return sum(file.stat().st_size for file in files)
+    return sum(sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import weakref
 from collections.abc import Collection
@@ -39,6 +40,7 @@ from hylora_kernels.support.staging import current, discard, exclusive, files_in
 from hylora_kernels.support.storage import require_disk, write_json, write_text
 
 Model = TypeVar("Model", bound=nn.Module)
+_log = logging.getLogger(__name__)
 
 
 def save_pretrained(
@@ -118,17 +120,21 @@ def refuse_foreign_files(
             )
 
 
-def refuse_unsavable(model: nn.Module, paths: Collection[str] = ()) -> None:
+def refuse_unsavable(model: nn.Module, warn_if_modified: bool = False) -> None:
     """Raise TypeError or ValueError if save_pretrained could not save `model`.
 
-    paths: linears that are going to be SVDLoRALinear.
+    warn_if_modified: log a warning only, if a model of this class can be saved, but not one whose
+                      modules were exchanged as in this one.
     """
     model = unwrapped(model)
     config = _saved_config(model)
-    _tensors_to_save(model, config, model.state_dict())
-    layer = {"rank": 1, "lora_rank": 0, "alpha": 1.0, "form": "pair"}
-    config["quantization_config"]["modules"] |= dict.fromkeys(paths, layer)
-    build(decoded(config))
+    empty = _rebuilt(model, config)
+    try:
+        _tensors_to_save(model, config, model.state_dict(), empty)
+    except ValueError as error:
+        if not warn_if_modified:
+            raise
+        _log.warning("this model can be used, but not saved: %s", error)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -154,7 +160,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def _save(model, state_dict, target: Path, tokenizer, max_shard_size, overwrite: bool) -> None:
     config = _saved_config(model)
-    tensors = _tensors_to_save(model, config, state_dict)
+    tensors = _tensors_to_save(model, config, state_dict, _rebuilt(model, config))
     refuse_foreign_files(target, overwrite)
     target.mkdir(parents=True, exist_ok=True)
     with exclusive(target):
@@ -201,15 +207,20 @@ def _describe(layer: SVDLoRALinear) -> dict:
     return {name: getattr(layer, name) for name in names} | {"group": None} | dropout
 
 
-def _tensors_to_save(model, config: dict, state_dict: dict) -> dict[str, Tensor]:
-    """name -> tensor; of tied tensors only one, if the model that `config` builds ties them too.
+def _rebuilt(model: PreTrainedModel, config: dict) -> PreTrainedModel:
+    """The empty model that load_pretrained would fill."""
+    empty = build(decoded(config))
+    if type(empty) is not _class_of(model):
+        raise ValueError(f"model: its class is not the {type(empty).__name__} of transformers")
+    return empty
+
+
+def _tensors_to_save(model, config: dict, state_dict: dict, empty) -> dict[str, Tensor]:
+    """name -> tensor; of tied tensors only one, if the model rebuilt from `config` ties them too.
 
     A buffer that a model makes for itself is saved only if a new model makes another one: after
     model.to(torch.bfloat16), for example, the rotary frequencies are rounded.
     """
-    empty = build(decoded(config))
-    if type(empty) is not _class_of(model):
-        raise ValueError(f"model: its class is not the {type(empty).__name__} of transformers")
     rebuilt = slots_of(empty)
     tensors = dict(state_dict)
     for name, slot in slots_of(model).items():

@@ -6,12 +6,14 @@ import pytest
 import torch
 from helpers import tiny
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from hylora_kernels.backends import cpu
 from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.inference.optimize import optimize_for_inference
 from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.model.adapters import merge_adapters
+from hylora_kernels.model.saving import save_pretrained
 
 
 def test_size_of_a_dense_model():
@@ -100,3 +102,18 @@ def test_file_bytes(tmp_path):
     save_file({"weight": torch.zeros(100)}, tmp_path / "training" / "other.safetensors")
     files = sum(file.stat().st_size for file in tmp_path.glob("model-*"))
     assert model_size(tiny.llama(), tmp_path).file_bytes == files > 800
+
+
+@pytest.mark.parametrize("shard", ["5GB", "10KB"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_file_bytes_count_each_weight_once(ours, shard, tmp_path):
+    """Mistral's repositories hold consolidated.safetensors beside the shards."""
+    model = tiny.adapted(tiny.llama()) if ours else tiny.llama()
+    save = save_pretrained if ours else PreTrainedModel.save_pretrained
+    save(model, tmp_path, max_shard_size=shard)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "10KB")
+    wanted = sum(file.stat().st_size for file in files)
+    for name in ("consolidated.safetensors", "model.fp16.safetensors"):
+        save_file({"weight": torch.zeros(100)}, tmp_path / name)
+    assert model_size(model, tmp_path).file_bytes == wanted

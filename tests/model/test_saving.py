@@ -10,15 +10,19 @@ import shutil
 import sys
 
 import pytest
-from helpers.checkpoints import assert_same, build
+import torch
+from helpers.checkpoints import CONFIGS, assert_same, build
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hylora_kernels.compression import calibration
+from hylora_kernels.compression.compress import compress
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model import saving
 from hylora_kernels.model.checkpoint import load_pretrained
 from hylora_kernels.model.load import load_model
-from hylora_kernels.model.saving import save_pretrained
+from hylora_kernels.model.saving import refuse_unsavable, save_pretrained
 
 ALL = os.environ.get("HYLORA_TEST_ALL") == "1"
 
@@ -109,6 +113,41 @@ def test_names_that_lead_out_of_the_folder_are_left(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     save_pretrained(build(), folder)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+# --------------------------------------------------------------------- refused before the long work
+
+
+def test_compress_refuses_at_its_start_what_could_not_be_saved(monkeypatch):
+    class Mine(LlamaForCausalLM):
+        pass
+
+    def reach(*_):
+        raise AssertionError("the long work has begun")
+
+    monkeypatch.setattr(calibration, "gather", reach)
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    unknown = Mine(CONFIGS["llama"]).eval()
+    odd = build(rank=0)
+    odd.config.function = print
+    for model, message in (
+        (unknown, "transformers knows no model class 'Mine'"),
+        (odd, "not JSON serializable"),
+    ):
+        before = {name: type(module) for name, module in model.named_modules()}
+        with pytest.raises((ValueError, TypeError), match=message):
+            compress(model, keep=0.8, calibration=ids, lora_rank=2, rank_multiple=1, cache=False)
+        assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_compress_warns_of_a_model_that_was_modified(caplog):
+    model = build(rank=0)
+    model.model.layers[0].mlp.down_proj = nn.Linear(48, 32, bias=True)
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    compress(model, 0.9, ids, method="svd", refit=False, lora_rank=2, cache=False)
+    assert "can be used, but not saved: model: 'model.layers.0.mlp.down_proj.bias'" in caplog.text
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.down_proj\.\w+' is"):
+        refuse_unsavable(model)
 
 
 # ----------------------------------------------------------------------- where the folder may stand
