@@ -19,13 +19,15 @@ QUIET_BELOW = 100_000_000  # bytes; require_disk() prints nothing for less
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, mode: int | None = None) -> Iterator[Path]:
     """A temporary path to write a file to; at the end of the block it replaces `path`.
 
     If the block raises, the temporary file is removed and `path` stays as it was. It stands in the
     same folder, which is created, so that the replacement is atomic. It keeps `path`'s ending:
     writers such as matplotlib read the format from it. A link is followed, and a device or a pipe
     is written to directly: replacing it would take it from the system.
+
+    mode: the file's permissions, by default those that the umask leaves.
     """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -35,7 +37,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{os.urandom(6).hex()}.{path.name}"
     try:
-        mode = mode_of_new_files(path.parent)
+        mode = mode_of_new_files(path.parent) if mode is None else mode
         yield temporary
         settle(temporary, mode)
         os.replace(temporary, path)
