@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hylora_kernels.layers.experts import unstack_for
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.files import CheckpointError, reading, shown
 from hylora_kernels.model.limits import MAX_BUFFERS, check_config, few_parameters, unusual_fields
@@ -90,7 +91,8 @@ def check_made_buffers(model: nn.Module, source: str | Path) -> None:
 def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
     """The model of a saved config, its parameters on the meta device, the buffers it makes real."""
     config = dict(config)
-    modules = config.pop("quantization_config")["modules"]
+    ours = config.pop("quantization_config")
+    modules = ours["modules"]
     model_class = model_class_of(config, source)
     what = f"no {model_class.__name__} comes of it"
     # init_empty_weights moves each parameter to the meta device when it is made. Under
@@ -101,6 +103,8 @@ def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
     ):
         model = model_class._from_config(model_class.config_class.from_dict(config))
     model.tie_weights()
+    with reading(source, "modules and linears"):
+        unstack_for(model, {*modules, *ours.get("linears", ())})
     for path, spec in modules.items():
         with reading(source, f"modules[{shown(path)}]"):
             model.set_submodule(path, _empty_layer(model.get_submodule(path), **spec))
