@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hylora_kernels import backends, reference
 from hylora_kernels.layers import factors
+from hylora_kernels.layers.dense_weight import DenseWeight
 from hylora_kernels.layers.factorize import truncated_svd
 from hylora_kernels.ops import FLOATS, check_alpha, check_shapes, svd_lora_linear
 from hylora_kernels.weights import Weights
@@ -110,6 +111,31 @@ class SVDLoRALinear(nn.Module):
         # each value of a float, and not at all from the ninth on.
         with torch.inference_mode(False):
             self._alpha_input = torch.tensor(self._alpha, dtype=torch.float64, device="cpu")
+
+    @property
+    def weight(self) -> Tensor:
+        """W [N, K] = U SVh + alpha B A, computed from float64 products when an operation reads it
+        (DenseWeight), in the base's dtype, with gradients for A and B. It is no parameter, and
+        writing to it or setting it raises."""
+        if torch.compiler.is_compiling():
+            return self._dense_weight()
+        trained = (t for t in (self.A, self.B) if t is not None)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in trained)
+        kind: dict[str, Any] = {"dtype": self.SVh.dtype, "device": self.SVh.device}
+        shape = (self.out_features, self.in_features)
+        return DenseWeight(self._dense_weight, shape, requires_grad=needs_grad, **kind)
+
+    def _dense_weight(self) -> Tensor:
+        exact = reference.dense_weight(factors.in_float64(self._weights()))
+        return exact.to(self.SVh.device, self.SVh.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                "weight of an SVDLoRALinear is computed from SVh, U, A and B, so it can't be set: "
+                "set these, or put an nn.Linear in its place"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         SVh, U = _without_gradient(self.SVh), _without_gradient(self.U)
@@ -313,14 +339,14 @@ class SVDLoRALinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """The nn.Linear that computes the same, adapter included; the bias is shared."""
-        weight = reference.dense_weight(factors.in_float64(self._weights()))
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.to(self.SVh.device, self.SVh.dtype))
+        linear.weight = nn.Parameter(self._dense_weight())
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def _weights(self) -> Weights:
-        return Weights(self.SVh, self.U, self.A, self.B, self.bias, self.alpha, self.pivots)
+        SVh, U = _without_gradient(self.SVh), _without_gradient(self.U)
+        return Weights(SVh, U, self.A, self.B, self.bias, self.alpha, self.pivots)
 
 
 SVD_LoRA_Linear = SVDLoRALinear
