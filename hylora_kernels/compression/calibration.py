@@ -130,6 +130,10 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
+    for group in groups:  # An expert that no token was routed to has seen nothing.
+        _zeros_if_missing(statistics.inputs, group.leader.path, group.leader.shape[1], device)
+        for target in group.targets if with_gradients else ():
+            _zeros_if_missing(statistics.gradients, target.path, target.shape[0], device)
     _require_finite(statistics)
     return statistics
 
@@ -170,6 +174,11 @@ def _add(sums: dict[str, Tensor], key: str, term: Tensor) -> None:
         sums[key] += term
     else:
         sums[key] = term
+
+
+def _zeros_if_missing(sums: dict[str, Tensor], path: str, n: int, device: torch.device) -> None:
+    if path not in sums:
+        sums[path] = torch.zeros(n, n, device=device)
 
 
 def _require_finite(statistics: Statistics) -> None:

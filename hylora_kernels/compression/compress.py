@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hylora_kernels.compression.replace import replace_linear
 from hylora_kernels.compression.report import CompressReport
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import open_workspace
+from hylora_kernels.layers.experts import own_weights, restack, unstack
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import vocabulary_size
 from hylora_kernels.model.load import load_model, tokenizer_of
@@ -77,11 +79,14 @@ class Compression:
     def __init__(self, model_or_id: nn.Module | str | Path, options: CompressOptions):
         self.options = options
         seconds: dict[str, float] = {}
-        with timed(seconds, "load"):
+        with contextlib.ExitStack() as undo, timed(seconds, "load"):
             self.model, tokenizer = _load(model_or_id, options)
             # Now, not after hours of work.
             refuse_unsavable(self.model, warn_if_modified=isinstance(model_or_id, nn.Module))
+            stacks, reasons = unstack(self.model)
+            undo.callback(restack, self.model, stacks)
             self.structure = discover(self.model, options.include, options.exclude)
+            self.structure.skipped.update(reasons)
             if not self.structure.groups:
                 raise ValueError(
                     "model has no linear that can be compressed; left alone:"
@@ -94,6 +99,7 @@ class Compression:
                 assert self.ids is not None, "a refit reads text"
                 record(self.model, self.structure.blocks, self.ids[:2, :64])
             self.workspace = open_workspace(self.model, self.structure, self.ids, options)
+            self._undo, self._stacks = undo.pop_all(), stacks
         self.report = CompressReport(
             options=reported_options(options),
             calibration_tokens=0 if self.ids is None else self.ids.numel(),
@@ -111,6 +117,7 @@ class Compression:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self._undo.close()
         self.workspace.close()
 
     def calibrate(self) -> Iterator[Statistics]:
@@ -171,7 +178,7 @@ class Compression:
 
     def allocate(self) -> dict[str, int]:
         """path -> total rank R = r + ra of each linear, 0 for one left dense."""
-        return self._ranks(self.singular_values)
+        return self._ranks(self._importance().__getitem__)
 
     def refit(self, ranks: dict[str, int]) -> dict[str, Tensor]:
         """path -> refitted U float32 [N, R], or weight [N, K] of a linear left dense; {} with
@@ -216,9 +223,29 @@ class Compression:
                     self.options.seed + index,
                 )
                 self.report.layers.append(layer)
+        self._undo.pop_all()
+        _settle_experts(model, self._stacks, self.structure.paths)
         vars(model)["hylora_linears"] = self.structure.paths
         save_in_hylora_format(freeze_all_but_adapters(model))
         self.report.count(model)
+
+    def _importance(self) -> dict[Target, Tensor]:
+        """The singular values that ranks are chosen by. Calibration says nothing of an expert that
+        no token reached: it gets those of the least of its siblings, and so about its rank."""
+        found = {target: self.singular_values(target) for target in self.structure.targets}
+        if self.options.method == "svd":
+            return found
+        siblings: dict[str, list[Target]] = {}
+        for target in found:
+            if target.routed:
+                siblings.setdefault(target.path.rpartition(".")[0], []).append(target)
+        for targets in siblings.values():
+            unreached = [t for t in targets if not self.workspace.reached(t.path)]
+            reached = [found[t] for t in targets if t not in unreached]
+            for target in unreached if reached else ():
+                found[target] = min(reached, key=torch.linalg.vector_norm)
+            self.report.unreached += [target.path for target in unreached]
+        return found
 
     def _ranks(self, singular_values: Callable[[Target], Tensor]) -> dict[str, int]:
         o = self.options
@@ -263,6 +290,15 @@ def _load(
     model, tokenizer = load_model(model_or_id, options.device or "auto", options.dtype or "auto")
     check_model(model, "replace", "model_or_id")
     return model.eval(), options.tokenizer or tokenizer
+
+
+def _settle_experts(model: nn.Module, stacks: dict[str, nn.Module], selected: list[str]) -> None:
+    """Put back the stacks of which nothing is selected; the others' weights leave their stack."""
+    for path, stock in stacks.items():
+        if any(target.startswith(f"{path}.") for target in selected):
+            own_weights(model.get_submodule(path))
+        else:
+            model.set_submodule(path, stock)
 
 
 def _require_finite(model: nn.Module) -> None:

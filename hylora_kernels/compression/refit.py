@@ -27,7 +27,7 @@ from hylora_kernels.compression.calibration import gram
 from hylora_kernels.compression.chain import Call, Stop, record
 from hylora_kernels.compression.factors import Factors
 from hylora_kernels.layers.factorize import to_float64
-from hylora_kernels.model.structure import Block
+from hylora_kernels.model.structure import Block, Target
 
 RIDGE = 4.0  # Times the mean diagonal, for a factored layer.
 DENSE_RIDGE = 1e-3  # The same for a layer left dense, of which all of W is refitted.
@@ -45,7 +45,9 @@ def refit_blocks(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (path of the block, path of a linear -> its refitted matrix) for each block.
 
-    A refitted matrix is U float32 [N, R], or W [N, K] of a linear left dense.
+    A refitted matrix is U float32 [N, R], or W [N, K] of a linear left dense. Experts are not
+    refitted: the student may route other tokens to one than the dense model does. They are cut to
+    their ranks first, and the other linears are fitted to that.
 
     ids:          int64 [n, L].
     load_factors: path -> Factors.
@@ -67,10 +69,14 @@ def refit_blocks(
     dense_stream = student_stream = chain.hidden
     for block in tqdm(blocks, desc="refitting", unit="block", disable=not progress, leave=False):
         student = copy.deepcopy(block)
+        for target in student.targets:
+            if target.routed:
+                solver.truncate(target)
         if block.path in done:
             fitted = done[block.path]
             for target in student.targets:
-                target.matrix.copy_(solver.product(target.path, fitted[target.path]))
+                if target.path in fitted:
+                    target.matrix.copy_(solver.product(target.path, fitted[target.path]))
             dense_stream = chain.run(block, dense_stream)
         else:
             batches = [
@@ -116,6 +122,8 @@ def _refit_block(
     wanted = [_watched(block, writers, batch.dense, batch.dense_call) for batch in batches]
     fitted: dict[str, Tensor] = {}
     for group, student_group in zip(block.groups, student.groups, strict=True):
+        if group.leader.routed:
+            continue
         leader = group.leader.path
         cross, own, residual = 0, 0, 0
         earlier = writers[: writers.index(leader)] if leader in writers else []
@@ -168,6 +176,13 @@ class _Solver:
         U, V = U[:, :rank] * S, SVh[:rank] / S[:, None]
         inner = V @ own @ V.T
         return (_ridge_solve(T @ V.T, U, inner, RIDGE * inner.diagonal().mean()) / S).float()
+
+    def truncate(self, target: Target) -> None:
+        """Cut a linear that is not refitted to its rank."""
+        if rank := self.ranks[target.path]:
+            target.matrix.copy_(
+                self.product(target.path, self.load_factors(target.path).U[:, :rank])
+            )
 
     def product(self, path: str, matrix: Tensor) -> Tensor:
         """The weight [N, K] that a refitted matrix stands for."""
@@ -231,6 +246,8 @@ def _watched(
         return hook
 
     for group in block.groups:
+        if group.leader.routed:
+            continue
         path, linear = group.leader.path, group.leader.module
         hooks.append(linear.register_forward_pre_hook(see_input(path)))
         if path in writers:
@@ -252,7 +269,7 @@ def _residual_writers(block: Block, hidden: Tensor, call: Call) -> list[str]:
     there are no writers if input plus outputs is not the block's output (norms or scales follow
     them).
     """
-    alone = (group.leader for group in block.groups if len(group.targets) == 1)
+    alone = (g.leader for g in block.groups if len(g.targets) == 1 and not g.leader.routed)
     candidates = [target.path for target in alone if target.shape[0] == hidden.shape[-1]]
     seen, output = _watched(block, candidates, hidden, call)
     writers = [path for path in candidates if path in seen.outputs]

@@ -45,6 +45,8 @@ class CompressReport(Report):
     body_parameters:  of the dense model without embeddings and output head.
     skipped:          name -> size and reason of each parameter of two or more dimensions that was
                       left alone.
+    unreached:        paths of the experts' linears that no calibration token was routed to: they
+                      are cut by a plain SVD, to about the rank of the least of their siblings.
     seconds:          by stage: load, calibrate, factorize, refit, replace.
     peak_rss:         the largest resident memory of the process so far, bytes.
     """
@@ -65,6 +67,7 @@ class CompressReport(Report):
     model_removed: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
     skipped: dict[str, Skipped] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss: int = 0
 

@@ -138,8 +138,9 @@ def analyze_spectrum(
 
 
 def _type_of(path: str) -> str:
-    """The path behind its last number: model.layers.3.mlp.up_proj -> mlp.up_proj."""
-    return re.split(r"(?:^|\.)\d+\.", path)[-1]
+    """The path behind its last number, that of an expert apart: model.layers.3.mlp.up_proj and
+    model.layers.3.mlp.up_proj.0 -> mlp.up_proj."""
+    return re.split(r"(?:^|\.)\d+\.", re.sub(r"\.\d+$", "", path))[-1]
 
 
 def _summary(name: str, N: int, K: int, S: Tensor) -> TypeSpectrum:

@@ -126,8 +126,15 @@ class Workspace:
         )
 
     def singular_values(self, path: str) -> Tensor:
+        return self._read(path, "S")
+
+    def reached(self, path: str) -> bool:
+        """False for a layer whose inputs were all zero, or none, on the calibration text."""
+        return bool(self._read(path, "damping")[0] > 0)
+
+    def _read(self, path: str, name: str) -> Tensor:
         with safe_open(self._files.path(path), "pt") as file:
-            return file.get_tensor("S")
+            return file.get_tensor(name)
 
     def refits(self, key: str) -> Refits:
         """The refitted blocks of one set of ranks and tokens, which `key` stands for."""

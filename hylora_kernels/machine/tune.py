@@ -188,7 +188,7 @@ def _save(report: TuneReport, path: Path) -> None:
     """Write the report and, of the rows in the file, those of other problems: they may come from a
     second `hylora tune` that runs beside this one."""
     before = table_rows(path) if path.is_file() else []
-    sizes = [f.name for f in dataclasses.fields(Problem)]
+    sizes = list(Problem._fields)
     whole = report.to_dict()
     measured = {tuple(row[size] for size in sizes) for row in whole["rows"]}
     kept = [row for row in before if tuple(row[size] for size in sizes) not in measured]
@@ -250,7 +250,7 @@ def measure(problem: Problem, device: torch.device, candidates, rounds: int = 7)
         Timing(_plain(config), *(found[kind][index] for kind in contests))
         for index, config in enumerate(candidates)
     ]
-    fields = dataclasses.asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch.")}
+    fields = problem._asdict() | {"dtype": str(problem.dtype).removeprefix("torch.")}
     winners = {
         kind: min(timings, key=lambda t, k=key: getattr(t, k)).config
         for kind, key in (("graph", "graph_cold"), ("eager", "eager"))

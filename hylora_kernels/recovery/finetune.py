@@ -65,6 +65,9 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     model is in eval() and all but the adapters is frozen. If a loss or gradient is not finite,
     training ends with the last adapters that gave a finite loss, and report.stopped says so.
 
+    Under torchrun or `accelerate launch` each process holds the whole model and takes its share of
+    the blocks; the first one alone prints and writes.
+
     Raises ValueError for a model without adapters, an argument out of its range, or a checkpoint of
     another run (naming the field); RuntimeError if anything frozen changed.
 
@@ -76,7 +79,7 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     adapters = adapter_parameters(model)
     _check_teacher(model, options.teacher)
     accelerator = Accelerator(mixed_precision="no")
-    blocks = _training_blocks(model, options, accelerator.num_processes)
+    blocks = _training_blocks(model, options, accelerator)
     freeze_all_but_adapters(model)
     recipe = Recipe.of(options, model, adapters, blocks, accelerator.num_processes)
     total = sum(p.numel() for p in model.parameters())
@@ -91,6 +94,7 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
             merge_adapters(model)
     if run.folder is not None and run.losses:
         loss_plot({"training": run.losses}, run.folder / "loss.png")
+    accelerator.wait_for_everyone()  # The first process has written the files.
     return _report(run, stopped, total)
 
 
@@ -111,14 +115,17 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return adapters
 
 
-def _training_blocks(model: nn.Module, options: FinetuneOptions, processes: int) -> Tensor:
+def _training_blocks(
+    model: nn.Module, options: FinetuneOptions, accelerator: Accelerator
+) -> Tensor:
     """The token blocks, int64 [n, L]: of a text, no more than the steps take."""
     tokenizer, limit = options.tokenizer, None
     if not isinstance(options.data, Tensor):
         tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
-        limit = options.steps * options.batch * options.accumulate * processes
+        limit = options.steps * options.batch * options.accumulate * accelerator.num_processes
+    shown = options.progress and accelerator.is_main_process
     blocks = token_blocks(
-        options.data, tokenizer, options.length, "train", limit, options.seed, options.progress
+        options.data, tokenizer, options.length, "train", limit, options.seed, shown
     )
     check_blocks(model, blocks)
     return blocks

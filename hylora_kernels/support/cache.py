@@ -181,9 +181,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], name: str) -> None:
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
-        with atomic_path(path) as temporary:
+        if path.exists() and not path.is_file():
+            path.unlink()  # A pipe would be written to, and wait for a reader.
+        with atomic_path(path, mode=0o600) as temporary:
             save_file(tensors, temporary, {CHECKSUM: tensor_hash(sorted(tensors.items()), name)})
-            temporary.chmod(0o600)
     except (OSError, SafetensorError) as error:
         raise _about_cache(error, path) from error
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
+LEFTOVER_SECONDS = 3600  # A temporary file that nobody has written to for so long is nobody's.
 QUIET_BELOW = 100_000_000  # bytes; require_disk() prints nothing for less
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, mode: int | None = None) -> Iterator[Path]:
     """A temporary path to write a file to; at the end of the block it replaces `path`.
 
-    If the block raises, the temporary file is removed and `path` stays as it was. It stands in the
-    same folder, which is created, so that the replacement is atomic. It keeps `path`'s ending:
+    If the block raises, the temporary file is removed and `path` stays as it was. That of a killed
+    process goes at a later write of `path`. It stands in the same folder, which is created, so that
+    the replacement is atomic. It keeps `path`'s ending:
     writers such as matplotlib read the format from it. A link is followed, and a device or a pipe
     is written to directly: replacing it would take it from the system.
+
+    mode: the file's permissions, by default those that the umask leaves.
     """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -33,9 +39,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         return
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{'[0-9a-f]' * 12}.{glob.escape(path.name)}"):
+        with suppress(FileNotFoundError):  # Another process has removed or renamed it.
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
     temporary = path.parent / f".{os.urandom(6).hex()}.{path.name}"
     try:
-        mode = mode_of_new_files(path.parent)
+        mode = mode_of_new_files(path.parent) if mode is None else mode
         yield temporary
         settle(temporary, mode)
         os.replace(temporary, path)

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -82,8 +81,8 @@ def problems(M: int) -> list[tuple[Problem, bool]]:
         {"dtype": torch.float16},
         {"dtype": torch.float32},
     )
-    calls = [(replace(plain, **change), False) for change in changes]
-    return [*calls, (replace(plain, dtype=torch.float32), True)]
+    calls = [(plain._replace(**change), False) for change in changes]
+    return [*calls, (plain._replace(dtype=torch.float32), True)]
 
 
 def shipped(problem: Problem, target: configs.Target) -> list[Config]:
@@ -95,7 +94,7 @@ def shipped(problem: Problem, target: configs.Target) -> list[Config]:
 def tuned(target: configs.Target) -> Iterator[tuple[Problem, Config]]:
     """The winners in the tables that come with the package, where the target can run them, each for
     one layer: the code is the same for all sizes that are multiples of 16."""
-    names = [field.name for field in fields(Problem)]
+    names = Problem._fields
     for path in sorted(configs.SHIPPED_TABLES.glob("*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         if ARCHES[whole["device"]] != target.arch:  # no other device reads this table

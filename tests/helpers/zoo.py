@@ -142,7 +142,12 @@ NAMES = tuple(ZOO)
 
 def zoo_model(name: str, dtype=torch.float32, seed: int = 0):
     """The model `name` of the zoo, in eval()."""
-    model = AutoModelForCausalLM.from_config(ZOO[name].config)
+    return random_model(ZOO[name].config, dtype, seed)
+
+
+def random_model(config, dtype=torch.float32, seed: int = 0):
+    """The model of a config, in eval(), with weights as the zoo's."""
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

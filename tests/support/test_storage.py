@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import stat
 from collections import namedtuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hylora_kernels.support import storage
 
@@ -31,6 +35,68 @@ def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
         raise RuntimeError("halfway")
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_written_files_have_the_permissions_of_the_umask(umask, tmp_path):
+    """safetensors makes its files 0600."""
+    before = os.umask(umask)
+    try:
+        with storage.atomic_path(tmp_path / "a.safetensors") as temporary:
+            save_file({"x": torch.zeros(2)}, temporary)
+        with storage.atomic_folder(tmp_path / "folder") as temporary:
+            save_file({"x": torch.zeros(2)}, temporary / "b.safetensors")
+        storage.write_text(tmp_path / "c.txt", "text")
+    finally:
+        os.umask(before)
+    for name in ("a.safetensors", "folder/b.safetensors", "c.txt"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
+
+
+def test_a_file_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: steps.append("fsync") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda *paths: steps.append("replace") or replace(*paths))
+    storage.write_text(tmp_path / "a.txt", "text")
+    assert steps[:2] == ["fsync", "replace"]
+    del steps[:]
+    with storage.atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "a").write_text("1")
+    assert steps == ["fsync", "fsync", "replace"]  # the file and its folder
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "report.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real/report.json")
+    storage.write_text(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real" / "report.json").read_text() == "new"
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """Replacing /dev/null, which the administrator can, would take it from the whole system."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    storage.write_text(pipe, "text")
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_the_temporary_file_of_a_killed_process_goes_at_a_later_write(tmp_path):
+    dead, alive, other = (
+        tmp_path / name
+        for name in (f".{'0' * 12}.a[1].txt", f".{'1' * 12}.a[1].txt", ".b.a[1].txt")
+    )
+    for path in (dead, alive, other):
+        path.write_text("half")
+    os.utime(dead, (0, 0))
+    os.utime(other, (0, 0))
+    storage.write_text(tmp_path / "a[1].txt", "whole")
+    assert not dead.exists() and alive.exists() and other.exists()
 
 
 def test_atomic_folder(tmp_path):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from hylora_kernels.backends.shared import backward as steps
 from hylora_kernels.backends.shared.kept import KeptWhileUnwritten, outside_graph_pools
@@ -32,7 +33,7 @@ def forward(x: Tensor, weights: Weights, side_by_side=side_by_side) -> tuple[Ten
     SVh, U, A, B, bias, alpha, pivots = weights
     if weights.is_dense:
         part_order(pivots, 0)  # raises if pivots are not all of the outputs
-        return add_adapter(_linear(x, SVh, bias), x, A, B, alpha)
+        return add_adapter(linear(x, SVh, bias), x, A, B, alpha)
     U, pivots = _pair_where_quicker(x, U, pivots)
     if pivots is not None:
         h_s = x @ SVh.T
@@ -43,8 +44,8 @@ def forward(x: Tensor, weights: Weights, side_by_side=side_by_side) -> tuple[Ten
     if A is not None and _saved_pass_outweighs_copy(x.shape[0], SVh, U, A):
         P, Q = side_by_side(Weights(SVh, U, A, B if alpha == 1.0 else alpha * B))
         h = x @ P.T
-        return _linear(h, Q, bias), h[:, weights.rank :].clone()
-    return add_adapter(_linear(x @ SVh.T, U, bias), x, A, B, alpha)
+        return linear(h, Q, bias), h[:, weights.rank :].clone()
+    return add_adapter(linear(linear(x, SVh), U, bias), x, A, B, alpha)
 
 
 def backward(dy: Tensor, saved: Saved, weights: Weights, needs: Needs) -> tuple[Tensor | None, ...]:
@@ -97,10 +98,6 @@ def _pair_where_quicker(rows, U, pivots):
         return U, pivots
     eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
     return torch.cat((eye, U)).index_select(0, output_order(pivots, U.shape[0])), None
-
-
-def _linear(h, weight, bias):
-    return h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
 
 
 def add_adapter(y, x, A, B, alpha) -> tuple[Tensor, Tensor]:

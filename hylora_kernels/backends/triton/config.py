@@ -12,8 +12,9 @@ import json
 import logging
 import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -52,10 +53,12 @@ class Target:
         return 1024 * (table.get(self.arch, 99) if table else LDS if table == {} else 1 << 20)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call. The sizes are the formula's in either direction; `others` is N - r in the pivoted
-    form, N in the pair form."""
+    form, N in the pair form.
+
+    A named tuple, since one is made and looked up for every call: a frozen dataclass takes 6 us.
+    """
 
     M: int
     K: int
@@ -349,7 +352,7 @@ def table_rows(path: Path) -> list[dict]:
 
 def _check_row(row: dict) -> None:
     """Raises KeyError, TypeError or ValueError unless it is a problem and two winners."""
-    problem = {f.name: row[f.name] for f in fields(Problem)}
+    problem = {name: row[name] for name in Problem._fields}
     winners = [w for w in (row["graph"], row["eager"]) if w != TORCH_PRODUCTS_WORD]
     configs = [asdict(Config(**winner)) for winner in winners]
     numbers = [value for config in configs for value in config.values()]

@@ -143,7 +143,7 @@ def _test_backend(name, device, full, repeats, seed, skipped, deadline) -> list[
     if interpreted:
         skipped[f"{name} bfloat16 on {device}"] = "Triton's interpreter gets its products wrong"
     elif name == "triton":
-        _compile(entries, device, seed)
+        _compile(entries, device, seed, _share(deadline, 2))
     lines, total = [], sum(len(entry.dtypes) for entry in entries)
     with tqdm(total=total, desc=f"{name} on {device}", unit="case", disable=None) as bar:
         kinds = list(itertools.product(DTYPES, FORMS))
@@ -197,13 +197,16 @@ def _forced(name: str, config):
     return nullcontext() if config is None else backends.BACKENDS[name].forcing(config)
 
 
-def _compile(entries: list[Entry], device: torch.device, seed: int) -> None:
-    """Compile the launches of these cases on all cores: one takes seconds."""
+def _compile(entries: list[Entry], device: torch.device, seed: int, deadline: float) -> None:
+    """Compile the launches of these cases on all cores until the deadline: one takes seconds, and
+    those that are left are compiled where they are launched."""
     import triton
 
     workers = ThreadPoolExecutor(os.cpu_count())
     with workers, triton.AsyncCompileMode(workers, ignore_errors=True):
         for entry in tqdm(entries, desc="compiling", unit="case", disable=None):
+            if time.perf_counter() >= deadline:
+                break
             for dtype in entry.dtypes:
                 call = entry.case.call(dtype, device, seed)
                 for config in _launches("triton", entry, dtype, device)[1:]:

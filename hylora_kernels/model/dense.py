@@ -1,0 +1,143 @@
+"""Loading a dense model from a folder: transformers does, its report is read and obeyed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hylora_kernels.model.files import CheckpointError, reading, shown
+from hylora_kernels.model.format import CONFIG, open_weights
+from hylora_kernels.model.limits import check_config, few_parameters, unusual_fields
+from hylora_kernels.model.skeleton import check_made_buffers
+from hylora_kernels.model.tensorfile import TensorFile
+
+# Numbers that a config may describe beyond those in the files: what is missing stands in the report
+# of transformers, which comes when all is made. Quantised weights hold up to 8 numbers in a byte.
+MORE_THAN_HELD = 2**26
+NAMES_SHOWN = 5
+
+
+def load_dense(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model of a folder whose config.json is `config`, on the CPU.
+
+    dtype: None is the checkpoint's own. trust_remote_code: run the folder's Python files.
+
+    Raises CheckpointError naming the tensors that the files lack, that have another shape than the
+    model's, or that belong to one of its modules which has no place for them. transformers would
+    fill the gaps with random numbers.
+    """
+    path = folder / CONFIG
+    trust = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if not trust_remote_code:
+        check_config(config, path)
+        _refuse_code(folder, config)
+    with reading(path, "no config comes of it"):
+        loaded = AutoConfig.from_pretrained(folder, **trust)
+    files = open_weights(folder)
+    if not trust_remote_code:
+        _check_size(loaded, config, path, files)
+    with reading(folder, "no model comes of it"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **trust,
+        )
+    _require_complete(model, report, folder)
+    check_made_buffers(model, path)
+    return model
+
+
+def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError for a folder that is no model without code or files from elsewhere."""
+    kind = config.get("model_type")
+    if "auto_map" in config and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise CheckpointError(
+            f"{folder / CONFIG}: model_type {shown(kind)} is defined by code that auto_map names, "
+            f"{shown(config['auto_map'])}; it is run only with trust_remote_code=True "
+            "(--trust-remote-code)"
+        )
+    # With peft installed, transformers would load them as well, and lose its report on the model.
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'}: adapters of PEFT are not loaded; merge them into "
+            "the model first (merge_and_unload), or remove the file"
+        )
+
+
+def _check_size(
+    loaded: Any, config: dict[str, Any], path: Path, files: Sequence[TensorFile]
+) -> None:
+    """Raise CheckpointError if the config describes a much larger model than the files hold."""
+    described = copy.deepcopy(loaded)
+    if hasattr(described, "quantization_config"):
+        del described.quantization_config
+    with (
+        reading(path, "no model comes of it", lambda: unusual_fields(config, type(loaded))),
+        torch.device("meta"),
+        few_parameters(files, path),
+    ):
+        empty = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
+    entries = [entry for file in files for entry in file.entries.values()]
+    held = sum(math.prod(entry.shape) for entry in entries)
+    if config.get("quantization_config"):
+        held = 8 * sum(entry.length for entry in entries)
+    wanted = sum(parameter.numel() for parameter in empty.parameters())
+    if wanted > 2 * held + MORE_THAN_HELD:
+        raise CheckpointError(
+            f"{path}: describes a model of {wanted:,} numbers, but the weights hold {held:,}"
+        )
+
+
+def _require_complete(model: nn.Module, report: dict[str, Any], folder: Path) -> None:
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: {_listed(missing)} missing from the weights")
+    wrong = [
+        f"{name} (it has {list(found)}, the model {list(wanted)})"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if wrong:
+        raise CheckpointError(f"{folder}: {_listed(wrong)} of another shape than {CONFIG} says")
+    homeless = [name for name in sorted(report["unexpected_keys"]) if _belongs(name, model)]
+    if homeless:
+        raise CheckpointError(
+            f"{folder}: {_listed(homeless)} without a place in the {type(model).__name__} of "
+            f"{CONFIG}, so the weights are another model's"
+        )
+
+
+def _belongs(name: str, model: nn.Module) -> bool:
+    """Whether the tensor is part of a module that has weights and no modules in it.
+
+    Such is the bias of a linear that has none here, or the scale of a quantised weight: without it
+    the model computes something else. Tensors of other parts (a vision tower, the heads of another
+    task, the layers that predict more tokens) are left out by design.
+    """
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        try:
+            module = model.get_submodule(".".join(parts[:length]))
+        except AttributeError:
+            return False
+        if not any(True for _ in module.children()):
+            return bool(module._parameters)
+    return False
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "tensor a is", "tensors a, b are"."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    shortened = ", ".join(name[:200] for name in names[:NAMES_SHOWN])
+    return f"tensor{'s' * (len(names) > 1)} {shortened}{more} {'are' if len(names) > 1 else 'is'}"

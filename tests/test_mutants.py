@@ -1,0 +1,292 @@
+"""The tests catch bugs that are put into the package and into the CPU kernels, one at a time.
+
+Each mutant names the test that must fail because of it. HYLORA_TEST_ALL=1 (make test-all) runs
+them; otherwise only that each of them still has its place in the source and its test.
+`pytest -s` prints the table.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.building import ROOT
+from helpers.mutants import TESTS, Mutant, copy_checkout, run_tests
+
+ALL = os.environ.get("HYLORA_TEST_ALL") == "1"
+takes_long = pytest.mark.skipif(not ALL, reason="takes minutes: HYLORA_TEST_ALL=1")
+BATTERY = "helpers/cpu_battery.py::main"
+LEVELS = ("scalar", "avx2")  # that every x86-64 machine of today has
+
+PYTHON = {
+    # ---------------------------------------------------------------- cache: keys, checksums, names
+    "seed left out of the key of randomized factors": Mutant(
+        "hylora_kernels/compression/workspace.py",
+        'seed=options.seed if options.factorizer == "randomized" else 0',
+        "seed=0",
+        "compression/test_workspace_files.py::test_the_seed_is_in_the_key_where_it_draws_the_factors",
+    ),
+    "ranks left out of the key of a refit": Mutant(
+        "hylora_kernels/compression/compress.py",
+        "fingerprint(ids=ids, ranks=ranks)",
+        "fingerprint(ids=ids)",
+        "compression/test_workspace_files.py::test_an_option_changes_the_key_of_what_it_changes",
+    ),
+    "unsaved buffers left out of the key": Mutant(
+        "hylora_kernels/support/hashing.py",
+        "(part.state_dict() | dict(part.named_buffers()))",
+        "part.state_dict()",
+        "support/test_hashing.py::test_a_buffer_that_is_not_saved_counts",
+    ),
+    "checksum not compared": Mutant(
+        "hylora_kernels/support/cache.py",
+        "if checksum == tensor_hash(tensors.items(), name):",
+        "if checksum:",
+        "support/test_cache.py::test_every_flipped_bit_is_seen",
+    ),
+    "a refit's checksum without the weights it belongs to": Mutant(
+        "hylora_kernels/compression/workspace.py",
+        'f"{self._files.name}/{key}"',
+        "key",
+        "compression/test_workspace_files.py::test_damaged_files_are_made_again",
+    ),
+    "temporary names without a random part": Mutant(
+        "hylora_kernels/support/storage.py",
+        'f".{os.urandom(6).hex()}.{path.name}"',
+        'f".{path.name}"',
+        "support/test_cache.py::test_temporary_names_differ",
+    ),
+    "another program's tagged folder cleared": Mutant(
+        "hylora_kernels/support/cache.py",
+        "not folder.is_symlink() and _tag(folder) == TAG_TEXT",
+        "not folder.is_symlink() and _tag(folder) is not None",
+        "support/test_cache.py::test_clearing_leaves_folders_that_others_tagged",
+    ),
+    # ---------------------------------------------------------------------------------- compression
+    "a dead layer that outbids others": Mutant(
+        "hylora_kernels/compression/whiten.py",
+        "S = S * DEAD",
+        "S = S * 1.0",
+        "compression/test_whiten.py::test_a_dead_layer_is_factorized_and_outbid_by_any_other",
+    ),
+    "an adapter that takes the base's last rank": Mutant(
+        "hylora_kernels/compression/ranks.py",
+        "return min(lora_rank, total_rank - 1)",
+        "return min(lora_rank, total_rank)",
+        "compression/test_ranks.py::test_an_adapter_leaves_the_base_a_rank",
+    ),
+    "what earlier writers of a block lost is forgotten": Mutant(
+        "hylora_kernels/compression/refit.py",
+        "lost = lost + dense.outputs[writer] - seen.outputs[writer]",
+        "lost = lost + 0 * dense.outputs[writer]",
+        "compression/test_refit.py::test_each_matrix_is_the_solution_of_its_ridge_regression",
+    ),
+    "a resumed refit whose dense stream is the compressed one": Mutant(
+        "hylora_kernels/compression/refit.py",
+        "            dense_stream = calls.run_all(block, dense_stream)",
+        "            dense_stream = calls.run_all(student, dense_stream)",
+        "compression/test_workspace.py::test_interrupted_while_refitting",
+    ),
+    "one draw for all classic adapters": Mutant(
+        "hylora_kernels/compression/compress.py",
+        "self.options.seed + index",
+        "self.options.seed",
+        "compression/test_compress.py::test_a_classic_adapter_starts_as_nothing",
+    ),
+    "a budget met from above": Mutant(
+        "hylora_kernels/compression/ranks.py",
+        "low, high = (middle, high) if fits(at(middle)) else (low, middle)\n    return at(low)",
+        "low, high = (middle, high) if fits(at(middle)) else (low, middle)\n    return at(high)",
+        "compression/test_ranks.py::test_budget",
+    ),
+    # ------------------------------------------------------------------------------------- recovery
+    "the optimizer's step not restored": Mutant(
+        "hylora_kernels/recovery/run.py",
+        '"step": torch.tensor(float(step), device=device)',
+        '"step": torch.tensor(0.0, device=device)',
+        "recovery/test_run.py::test_resumed_run_ends_with_the_same_bits",
+    ),
+    "alpha left out of the base's hash": Mutant(
+        "hylora_kernels/recovery/recipe.py",
+        'f"{path} {layer.alpha} {layer.lora_dropout}\\n"',
+        'f"{path} {layer.lora_dropout}\\n"',
+        "recovery/test_run.py::test_alpha_and_dropout_are_part_of_the_base",
+    ),
+    "a warm-up that starts a step late": Mutant(
+        "hylora_kernels/recovery/recipe.py",
+        "return self.lr * step / self.warmup",
+        "return self.lr * (step - 1) / self.warmup",
+        "recovery/test_finetune.py::test_learning_rate",
+    ),
+    "bad adapters kept after a loss that is not finite": Mutant(
+        "hylora_kernels/recovery/run.py",
+        "        torch._foreach_copy_(self.parameters, self.good)\n",
+        "",
+        "recovery/test_run.py::test_not_finite_stops_with_the_last_good_adapters",
+    ),
+    # ----------------------------------------------------------------------------------- checkpoint
+    "a tensor's checksum not compared": Mutant(
+        "hylora_kernels/model/tensorfile.py",
+        'if expected is not None and f"{zlib.crc32(data):08x}" != expected:',
+        "if expected is not None and not data:",
+        "model/test_broken_checkpoint.py::test_any_flipped_byte_is_noticed",
+    ),
+    "a dropout that is not restored": Mutant(
+        "hylora_kernels/model/skeleton.py",
+        "bias, alpha, lora_dropout, form, device",
+        "bias, alpha, 0.0, form, device",
+        "model/test_checkpoint.py::test_mixed_dtypes_dropout_and_trainability",
+    ),
+    # ----------------------------------------------------------------------------------- evaluation
+    "resident bytes without the panels": Mutant(
+        "hylora_kernels/evaluation/size.py",
+        "resident_bytes=_storage_bytes(parameters + all_buffers)",
+        "resident_bytes=_storage_bytes(parameters + buffers)",
+        "evaluation/test_size.py::test_resident_bytes_count_the_panels_of_packed_layers",
+    ),
+}
+KERNELS = {
+    "adapter added by every pass of expand": Mutant(
+        "csrc/cpu/kernels/expand.h",
+        "if (last_pass && call.adapter == Adapter::separate) {",
+        "if (call.adapter == Adapter::separate) {",
+        BATTERY,
+    ),
+    "the others of the group before not carried over": Mutant(
+        "csrc/cpu/kernels/merge.h",
+        "if (group_end * 32 < b.call.expand.n)",
+        "if (group_end * 32 < 0)",
+        BATTERY,
+    ),
+    "dx of an adapter without alpha": Mutant(
+        "csrc/cpu/kernels/shrink.h",
+        "sum.v[i] *= scale.v[i];",
+        "sum.v[i] *= b.call.backward ? splat(1.0f) : scale.v[i];",
+        BATTERY,
+    ),
+    "the others' bias taken from the pivots": Mutant(
+        "csrc/cpu/kernels/merge.h",
+        "load_bias(b, b.plan.base_panels + panel);",
+        "load_bias(b, panel);",
+        BATTERY,
+    ),
+    "the last of few rows not merged": Mutant(
+        "csrc/cpu/threads.cpp", "merges ? call.M : 0};", "merges ? call.M - 1 : 0};", BATTERY
+    ),
+    "alpha lost by a packed layer": Mutant(
+        "csrc/cpu/packed_layer.cpp",
+        "call.adapter = header.adapter, call.alpha = header.alpha;",
+        "call.adapter = header.adapter, call.alpha = 1.0f;",
+        BATTERY,
+    ),
+    "the sums of bias gradients scaled": Mutant(
+        "csrc/cpu/kernels/adapter_gradients.h",
+        "      if (i < call.ra)\n",
+        "",
+        BATTERY,
+    ),
+    "one of a tile's separate sums dropped": Mutant(
+        "csrc/cpu/kernels/fma.h",
+        "for (int u = 1; u < U; u++)",
+        "for (int u = 2; u < U; u++)",
+        BATTERY,
+    ),
+}
+MUTANTS = PYTHON | KERNELS
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_has_its_place_and_its_test(name):
+    mutant = MUTANTS[name]
+    assert mutant.mutated() != (ROOT / mutant.file).read_text(encoding="utf-8")
+    file, function = mutant.test.split("::")
+    assert re.search(rf"^def {function}\(", (TESTS / file).read_text(encoding="utf-8"), re.M)
+
+
+# ------------------------------------------------------------------------------------- the package
+
+
+@takes_long
+def test_the_package_as_it_is_passes(tmp_path):
+    done = run_tests(copy_checkout(tmp_path), *{mutant.test for mutant in PYTHON.values()})
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@takes_long
+@pytest.mark.parametrize("name", PYTHON)
+def test_a_mutant_of_the_package_is_caught(name, tmp_path):
+    mutant = PYTHON[name]
+    mutant.write(copy_checkout(tmp_path))
+    begin = time.perf_counter()
+    done = run_tests(tmp_path, mutant.test)
+    print(f"{name:<60} {mutant.test} {time.perf_counter() - begin:.0f} s")
+    assert done.returncode == 1, f"survives: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+# -------------------------------------------------------------------------------------- the kernels
+
+
+class KernelBuild:
+    """A copy of csrc/ with two levels alone, which take a minute to compile."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        shutil.copy(ROOT / "setup.py", folder)
+        spec = importlib.util.spec_from_file_location("setup_of_mutants", folder / "setup.py")
+        self.setup = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.setup)
+        supports = self.setup.compiler_supports
+        self.setup.compiler_supports = lambda cxx, *isa: (
+            isa == self.setup.ISA["avx2"] and supports(cxx, *isa)
+        )
+
+    def failure(self) -> str:
+        """Build, run the battery; the reason why it failed, "" if it passed."""
+        library = self.folder / self.setup.compile_csrc()
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(TESTS / "helpers" / "cpu_battery.py"),
+                library,
+                *LEVELS,
+                "--quick",
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+        return "" if done.returncode == 0 else done.stderr or str(done.returncode)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    if shutil.which("g++") is None or not (ROOT / "csrc").is_dir():
+        pytest.skip("needs g++ and a checkout")
+    build = KernelBuild(tmp_path_factory.mktemp("kernels"))
+    assert build.failure() == ""
+    return build
+
+
+@takes_long
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_mutant_of_the_kernels_is_caught(name, build):
+    mutant = KERNELS[name]
+    mutant.write(build.folder)
+    begin = time.perf_counter()
+    try:
+        reason = build.failure()
+    finally:
+        shutil.copy(ROOT / mutant.file, build.folder / mutant.file)
+    print(f"{name:<60} {reason.strip().splitlines()[-2:-1]} {time.perf_counter() - begin:.0f} s")
+    assert reason, "survives"
