@@ -32,7 +32,7 @@ from hylora_kernels.layers.experts import own_weights, restack, unstack
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import vocabulary_size
 from hylora_kernels.model.load import load_model, tokenizer_of
-from hylora_kernels.model.modules import freeze_all_but_adapters
+from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import refuse_unsavable, save_in_hylora_format
 from hylora_kernels.model.structure import Target, discover
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
@@ -81,6 +81,7 @@ class Compression:
         seconds: dict[str, float] = {}
         with contextlib.ExitStack() as undo, timed(seconds, "load"):
             self.model, tokenizer = _load(model_or_id, options)
+            keep_unscaled(self.model)
             # Now, not after hours of work.
             refuse_unsavable(self.model, warn_if_modified=isinstance(model_or_id, nn.Module))
             stacks, reasons = unstack(self.model)

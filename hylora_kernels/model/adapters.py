@@ -6,7 +6,7 @@ from torch import nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.modules import freeze_all_but_adapters
+from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.structure import as_matrix, linears
 
@@ -35,6 +35,7 @@ def add_adapters(
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
     check_model(model, "replace")
+    keep_unscaled(model)
     targets = linears(model, include, exclude)
     for path, linear in targets.items():
         if isinstance(linear, SVDLoRALinear):

@@ -22,6 +22,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def keep_unscaled(model: nn.Module) -> None:
+    """Have an RWKV compute with its weights as they were loaded.
+
+    Its first forward in eval() divides some by powers of two, against overflow in float16, and
+    notes it in an attribute, not in the checkpoint. A saved model divided them once more, silently,
+    and the weight of an SVDLoRALinear can't be divided.
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):
+            if module.layers_are_rescaled:
+                training, module.training = module.training, True
+                module._rescale_layers()  # multiplies them again
+                module.training = training
+            module.config.rescale_every = 0
+
+
 def freeze_all_but_adapters(model: nn.Module) -> nn.Module:
     """Let only A and B of the SVDLoRALinears require gradients; returns the model."""
     model.requires_grad_(False)
