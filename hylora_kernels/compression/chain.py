@@ -181,20 +181,24 @@ class _Recorder:
 
 
 def _check_with_noise(model: nn.Module, blocks: list[Block], ids: Tensor, chain: Chain) -> None:
-    """Compare the model on the first batch, with noise on the first block's input, with a replay.
+    """Compare the model on the first batch, with and without noise on the first block's input, with
+    replays of both, block by block.
 
-    The replay's other arguments were recorded without the noise. So a second tensor that blocks
-    hand on, or an argument computed from the hidden states, makes a difference.
+    The replays' other arguments were recorded without the noise. So a second tensor that blocks
+    hand on, an argument computed from the hidden states, or anything that a block keeps for a later
+    one, makes a difference.
     """
     hidden = chain.hidden[0]
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden)
     noisy = hidden + 0.3 * hidden.float().std().to(hidden.dtype) * noise
     own = _Recorder(blocks, lambda _: noisy.clone())
     own.forward(model, ids)
-    calls, stream = chain.apart().calls[0], noisy
+    calls, calls_apart = chain.calls[0], chain.apart().calls[0]
     for block in blocks:
-        stream = calls[block.path].run(block.module, stream)
-        _compare(block.path, stream, own.prints[block.path], "the first batch with noise")
+        hidden = calls[block.path].run(block.module, hidden)
+        noisy = calls_apart[block.path].run(block.module, noisy)
+        _compare(block.path, hidden, chain.prints[0][block.path], "the first batch")
+        _compare(block.path, noisy, own.prints[block.path], "the first batch with noise")
 
 
 def _compare(path: str, output: Tensor, own: Tensor, what: str) -> None:

@@ -54,8 +54,8 @@ def refit_blocks(
     ranks:        path -> total rank R, 0 for a linear left dense.
     done:         results of an interrupted run, which are taken as they are.
 
-    A linear that doesn't read every token, such as one of a routed expert, keeps its U: the two
-    models route other tokens to it.
+    Linears in front of the blocks are taken as dense. A linear that doesn't read every token, such
+    as one of a routed expert, keeps its U: the two models route other tokens to it.
 
     The model is not changed. Memory: two streams of hidden states and the inputs of one block, over
     all n L tokens. Raises ValueError if there are no blocks, if they do not form a chain, or if the

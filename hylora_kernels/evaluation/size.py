@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import PackedLinear, packed_states
@@ -109,10 +112,19 @@ def _kept(dense: int, as_is: int, merged: int) -> Kept:
 def _storage_bytes(tensors: list[Tensor]) -> int:
     """Bytes of the distinct storages. Meta tensors have none: they count with their own size."""
     storages = {}
-    for tensor in tensors:
+    for tensor in chain.from_iterable(map(_plain_parts, tensors)):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr() or id(tensor)] = storage.nbytes()
     return sum(storages.values())
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a subclass such as torchao's keeps its codes and scales in, or itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain_parts(getattr(tensor, name))
 
 
 def _file_bytes(folder: Path) -> int:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+import sys
 
+import pytest
 import torch
 from helpers import tiny
 from safetensors.torch import save_file
+from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, RwkvConfig
+from transformers.modeling_outputs import CausalLMOutput
 
 from hylora_kernels.evaluation.evaluate import evaluate
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.evaluation.size import model_size
 
 QUIET = {"progress": False}
+MAMBA = {"vocab_size": tiny.WORDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+STATES = [
+    MambaConfig(**MAMBA, time_step_rank=4),
+    FalconMambaConfig(**MAMBA, time_step_rank=4),
+    Mamba2Config(**MAMBA, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+    RwkvConfig(
+        vocab_size=tiny.WORDS, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32,
+        intermediate_size=48, context_length=64,
+    ),
+]  # fmt: skip
 
 
 def test_evaluate(tmp_path):
@@ -35,6 +49,43 @@ def test_evaluate(tmp_path):
     assert f"keep {report.size.linears.keep_merged:.3f} (removed" in text
     assert "60 in 4 blocks of 16" in text and "adapters separate" in text
     assert evaluate(model, blocks, speed=False, **QUIET).speed is None
+
+
+@pytest.mark.parametrize("config", STATES, ids=lambda config: config.model_type)
+def test_models_with_a_state_of_another_kind(config):
+    """Mamba hands on cache_params, RWKV state, no past_key_values."""
+    report = evaluate(tiny.causal_lm(config), tiny.tokens(2, 16), **QUIET)
+    assert not report.not_measured
+    assert report.perplexity.tokens == 30 and report.speed.decode_tok_s > 0
+
+
+def test_what_was_measured_is_kept(monkeypatch, tmp_path):
+    """A model whose forward fails with a cache, and one that returns none."""
+    model, blocks = tiny.llama(), tiny.tokens(2, 16)
+    want, forward = perplexity(model, blocks, **QUIET), model.forward
+
+    def no_cache(use_cache, **arguments):
+        if use_cache:
+            raise AttributeError("no cache here")
+        return forward(use_cache=False, **arguments)
+
+    def no_state(use_cache, **arguments):
+        return CausalLMOutput(logits=forward(use_cache=False, **arguments).logits)
+
+    for broken, why in ((no_cache, "no cache here"), (no_state, "must keep a state between token")):
+        monkeypatch.setattr(model, "forward", broken)
+        report = evaluate(model, blocks, **QUIET)
+        assert report.perplexity == want and report.speed is None
+        assert why in report.not_measured["speed"]
+        assert why in json.loads(report.to_json())["not_measured"]["speed"]
+        rows = zip(*(column.cells for column in report.render().columns), strict=True)
+        assert any(str(name) == "speed" and why in str(value) for name, value in rows)
+
+
+def test_a_wrong_path_is_refused_before_the_long_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules["hylora_kernels.evaluation.evaluate"], "perplexity", None)
+    with pytest.raises(ValueError, match="path must be a folder"):
+        evaluate(tiny.llama(), tiny.tokens(2, 16), path=tmp_path, **QUIET)
 
 
 def test_evaluate_text():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tiny
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from hylora_kernels.backends import cpu
@@ -81,6 +82,15 @@ def test_resident_bytes_are_whole_storages():
 
 
 @pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
+def test_resident_bytes_are_those_of_the_parts_of_a_quantized_tensor():
+    """torchao's weights are tensors of codes and scales, without a storage of their own."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    layer = nn.Linear(4, 3, bias=False)
+    layer.weight = nn.Parameter(TwoTensor(torch.zeros(3, 4), torch.zeros(3, 4)))
+    assert model_size(layer).resident_bytes == 2 * 3 * 4 * 4
+
+
 def test_resident_bytes_count_the_panels_of_packed_layers():
     model = tiny.llama(torch.bfloat16).eval()
     before = model_size(model)

@@ -147,7 +147,7 @@ def zoo_model(name: str, dtype=torch.float32, seed: int = 0):
 
 def random_model(config, dtype=torch.float32, seed: int = 0):
     """The model of a config, in eval(), with weights as the zoo's."""
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
