@@ -234,7 +234,7 @@ MAY_IMPORT = {
     "__init__.py": "backends ops layers model compression recovery inference evaluation",
     "machine": "support weights reference backends ops",
     "experiments": "support layers model text compression recovery inference evaluation machine",
-    "cli": "support model compression recovery inference evaluation machine experiments",
+    "cli": "support model text compression recovery inference evaluation machine experiments",
     "__main__.py": "cli",
 }
 

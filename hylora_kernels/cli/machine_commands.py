@@ -12,8 +12,8 @@ from hylora_kernels.cli.options import (
     Seed,
     read_numbers,
     read_shapes,
-    write_report,
 )
+from hylora_kernels.cli.output import write_report
 from hylora_kernels.support.console import format_bytes, format_seconds, show
 
 
@@ -33,11 +33,11 @@ def selftest(
         bool, Option("--full", help="All sizes and launches; takes many minutes on a GPU.")
     ] = False,
     repeats: Annotated[
-        int | None, Option(help="Runs of each call, to find races. By default 20 on a GPU.")
+        int | None, Option(min=1, help="Runs of each call, to find races. By default 20 on a GPU.")
     ] = None,
     seed: Seed = 0,
     seconds: Annotated[
-        float | None, Option(help="No case is begun after them; those left are counted.")
+        float | None, Option(min=0, help="No case is begun after them; those left are counted.")
     ] = None,
     json_path: Json = None,
 ) -> None:

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: typer reads the annotations themselves.
 
 import functools
+import importlib.metadata
 import inspect
 import os
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from hylora_kernels.cli import machine_commands, model_commands
+from hylora_kernels.cli.errors import EXPECTED, one_line
 from hylora_kernels.cli.options import with_parameters
+from hylora_kernels.cli.output import check_output_files, report_on_stdout
 
 # verb -> (its function, the sentence that Ctrl-C prints: what is kept, and how to continue)
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
@@ -40,40 +43,55 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "cache": (machine_commands.cache, "Files not yet deleted are still there."),
 }
 
-# Errors with a cause outside this program: bad arguments and files, a full disk, a missing package,
-# numbers that are not finite, or a machine that computes wrongly. They are printed in one line. Any
-# other error is a bug and shows its traceback.
-EXPECTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
-
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def guarded(command: Callable[..., None], kept: str) -> Callable[..., None]:
-    """`command` with a --debug option.
+    """`command` with a --debug option, its output files checked before its work.
 
-    Exit code 2 and one red line for an expected error, exit code 130 and `kept` for Ctrl-C.
+    Exit code 2 and one red line for an expected error, exit code 130 and `kept` for Ctrl-C. With
+    --json - stdout gets the report alone; what is else printed goes to stderr.
     """
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command).parameters.values()
+    ]
 
     @functools.wraps(command)
-    def run(*, debug: bool, **given: Any) -> None:
+    def run(context: typer.Context, *, debug: bool, **given: Any) -> None:
         try:
-            command(**given)
+            check_output_files(given)
+            with report_on_stdout(given.get("json_path")):
+                command(**given)
         except KeyboardInterrupt:
-            typer.secho(f"\ninterrupted. {kept.format(**given)}", fg="yellow", err=True)
+            say(f"\ninterrupted. {kept.format(**given)}", "yellow")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of stdout has ended, as in `hylora info | head`
             raise
         except EXPECTED as error:
             if debug or os.environ.get("HYLORA_DEBUG", "0") not in ("", "0"):
                 raise
-            words = " ".join(str(error).split()) or type(error).__name__
-            typer.secho(f"error: {words}", fg="red", err=True)
+            say(f"error: {one_line(error, context.command.params)}", "red")
             raise typer.Exit(2) from None
 
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
     option = inspect.Parameter(
         "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
     )
-    return with_parameters(run, [*inspect.signature(command).parameters.values(), option])
+    return with_parameters(run, [context, *own, option])
+
+
+def say(text: str, color: str) -> None:
+    """A line to stderr, coloured on a terminal unless NO_COLOR is set (https://no-color.org)."""
+    typer.secho(text, fg=None if os.environ.get("NO_COLOR") else color, err=True)
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hylora {importlib.metadata.version('hylora-kernels')}")
+        raise typer.Exit
 
 
 app = typer.Typer(
@@ -84,6 +102,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=print_version),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
 for _verb, (_function, _kept) in VERBS.items():
     app.command(_verb)(guarded(_function, _kept))
 

@@ -24,15 +24,14 @@ from hylora_kernels.cli.options import (
     Text,
     library_options,
     refuse_foreign_folder,
-    write_report,
 )
+from hylora_kernels.cli.output import write_report
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.experiments.options import SweepOptions
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.console import (
     format_bytes,
     format_seconds,
-    kept_table,
     report_lines,
     show,
 )
@@ -64,17 +63,11 @@ def compress(
     require_disk(out, _parameter_bytes(loaded), f"the compressed model in {out}")
     loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
     save_pretrained(loaded, out, tokenizer)
-    counts = {
-        "linears": (report.dense_parameters, report.parameters, report.parameters_as_is),
-        "whole model": (
-            report.model_dense_parameters,
-            report.model_parameters,
-            report.model_parameters_as_is,
-        ),
-    }
-    show(kept_table(counts))
+    show(report.render())
     show(skipped_table(report.skipped))
     show(report_lines(loaded))
+    if report.calibration:
+        show(report.text_line())
     seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
     show(f"time: {seconds}; peak memory {format_bytes(report.peak_rss)}")
     write_report(report, out / "compress.json", json_path)
@@ -111,8 +104,7 @@ def finetune(
         **options,
     )
     save_pretrained(loaded, out, tokenizer)
-    show(f"trained {report.trainable:,} / total {report.total:,} parameters")
-    show(report_lines(loaded))
+    show(f"trained {report.trainable:,} / total {report.total:,} parameters on {report.data}")
     if report.losses:
         show(
             f"{report.steps} steps, {report.tokens:,} tokens in {format_seconds(report.seconds)} "
@@ -128,10 +120,25 @@ def finetune(
 def evaluate(
     model: Model,
     data: Text = "brown",
-    split: Annotated[str, Option(help="Part of the text: test or train.")] = "test",
-    length: Annotated[int, Option(help="Tokens in a block.")] = 2048,
-    limit: Annotated[int | None, Option(help="Most blocks to measure on. By default all.")] = None,
-    batch: Annotated[int, Option(help="Blocks in one forward.")] = 4,
+    test: Annotated[
+        str | None, Option(help="Another text, measured whole in place of a part of --data.")
+    ] = None,
+    split: Annotated[
+        str,
+        Option(
+            help="Part of the text: test (of a file its last tenth), train, all, or a split of a "
+            "hub data set."
+        ),
+    ] = "test",
+    column: Annotated[str | None, Option(help="Column of a table to read.")] = None,
+    length: Annotated[
+        int | None,
+        Option(min=2, help="Tokens in a block. By default 2048, or what model and text allow."),
+    ] = None,
+    limit: Annotated[
+        int | None, Option(min=1, help="Most blocks to measure on. By default all.")
+    ] = None,
+    batch: Annotated[int, Option(min=1, help="Blocks in one forward.")] = 4,
     speed: Annotated[
         bool, Option("--speed/--no-speed", help="Also measure tokens per second.")
     ] = True,
@@ -155,6 +162,8 @@ def evaluate(
         speed=speed,
         path=model if Path(model).is_dir() else None,
         optimize=optimize and loaded.device.type == "cpu",
+        column=column,
+        test=test,
     )
     show(report.render())
     show(report_lines(loaded))
@@ -167,7 +176,7 @@ def generate(
     chat: Annotated[
         bool, Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
-    max_new_tokens: Annotated[int, Option(help="Most tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[
         float, Option(help="Temperature of sampling; 0: always the likeliest token.")
     ] = 0.0,
@@ -204,7 +213,11 @@ def generate(
 
 
 @library_options(
-    CompressOptions, only=("include", "exclude", "calibration", "samples", "length", "seed")
+    CompressOptions,
+    only=(
+        *("include", "exclude", "calibration", "split", "column"),
+        *("samples", "length", "seed"),
+    ),
 )
 def analyze(
     model: Model,
@@ -264,11 +277,12 @@ def demo(
     out: Annotated[Path, Option(help="Folder of the report and the recovered models.")] = Path(
         "runs/demo"
     ),
-    samples: Annotated[int, Option(help="Blocks of calibration text.")] = 48,
+    samples: Annotated[int, Option(min=1, help="Blocks of calibration text.")] = 48,
     steps: Annotated[
-        int, Option(help="Recovery steps at keep 0.8, and of the control without compression.")
+        int,
+        Option(min=1, help="Recovery steps at keep 0.8, and of the control without compression."),
     ] = 30,
-    deep_steps: Annotated[int, Option(help="Recovery steps at keep 0.6.")] = 50,
+    deep_steps: Annotated[int, Option(min=1, help="Recovery steps at keep 0.6.")] = 50,
     fresh: Annotated[
         bool, Option("--fresh", help="Repeat the stages that are already measured.")
     ] = False,

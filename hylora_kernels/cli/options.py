@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hylora_kernels.support.options import check_option, describe_option
+from hylora_kernels.text.sources import KINDS
 
 Argument, Option = typer.Argument, typer.Option
 
@@ -36,14 +37,11 @@ Dtype = Annotated[
     str, Option(help="auto, bfloat16, float16 or float32; auto: the checkpoint's own.")
 ]
 Seed = Annotated[int, Option(help="Seed of every random choice.")]
-Json = Annotated[Path | None, Option("--json", help="Also write the report to this file, as JSON.")]
-Text = Annotated[
-    str,
-    Option(
-        help="Text to measure on: brown, python-docs, a .txt, .jsonl or .parquet file, or a hub "
-        "data set."
-    ),
+Json = Annotated[
+    Path | None,
+    Option("--json", help="Also write the report to this file, as JSON; - is stdout, alone there."),
 ]
+Text = Annotated[str, Option(help=f"Text to measure on: {KINDS}.")]
 Optimize = Annotated[
     bool,
     Option(
@@ -53,10 +51,11 @@ Optimize = Annotated[
 ]
 
 
-# Flags with another spelling than --name/--no-name.
+# Flags with another spelling than --name/--no-name, and second names.
 FLAGS = {
-    "gradient_checkpointing": "--gradient-checkpointing",
-    "resume": "--resume/--restart",
+    "gradient_checkpointing": ["--gradient-checkpointing"],
+    "resume": ["--resume/--restart"],
+    "calibration": ["--calibration", "--data"],
 }
 
 
@@ -107,7 +106,7 @@ def library_options(
         parameters = []
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name == "options":
-                parameters += [_parameter(fields[name], syntax[name]) for name in fields]
+                parameters += [_parameter(fields, name, syntax[name]) for name in fields]
             else:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
         return with_parameters(run, parameters)
@@ -125,12 +124,15 @@ def with_parameters(
     return typed
 
 
-def _parameter(field: dataclasses.Field, syntax: Syntax) -> inspect.Parameter:
-    """The field as a parameter that typer reads."""
+def _parameter(
+    fields: dict[str, dataclasses.Field], name: str, syntax: Syntax
+) -> inspect.Parameter:
+    """The field `name` as a parameter that typer reads."""
+    field = fields[name]
     default = field.default
     if isinstance(default, tuple):
         default = ",".join(f"{value:g}" for value in default)
-    words = [FLAGS[field.name]] if field.name in FLAGS else []
+    words = [flag for flag in FLAGS.get(name, []) if flag[2:] not in fields.keys() - {name}]
     text = f"{describe_option(field)} {syntax.hint}".strip()
     return inspect.Parameter(
         field.name,
@@ -235,13 +237,3 @@ def refuse_foreign_folder(out: Path, source: str, mark: str = "config.json") -> 
     ours = any((out / name).exists() for name in ("config.json", mark))
     if not ours and any(out.iterdir()):
         raise ValueError(f"--out {out} has files in it that are no model's; give another folder")
-
-
-def write_report(report: object, *paths: Path | None) -> None:
-    """Write a report (a dataclass or a dict) as JSON to each path that is not None."""
-    from hylora_kernels.support.report import plain
-    from hylora_kernels.support.storage import write_json
-
-    for path in paths:
-        if path is not None:
-            write_json(path, plain(report))

@@ -30,7 +30,7 @@ from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import open_workspace
 from hylora_kernels.layers.experts import own_weights, restack, unstack
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.context import vocabulary_size
+from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import refuse_unsavable, save_in_hylora_format
@@ -41,6 +41,7 @@ from hylora_kernels.support.options import reported_options, takes_options
 from hylora_kernels.support.storage import require_disk
 from hylora_kernels.support.timing import timed
 from hylora_kernels.text.blocks import token_blocks
+from hylora_kernels.text.sources import source_name
 
 
 @takes_options(CompressOptions)
@@ -109,6 +110,8 @@ class Compression:
             body_parameters=body_parameters(self.model),
             skipped=skipped_parameters(self.model, self.structure),
             seconds=seconds,
+            calibration="" if self.ids is None else source_name(options.calibration, options.split),
+            calibration_blocks=0 if self.ids is None else len(self.ids),
         )
         warn_if_little(
             self.report.dense_parameters, self.report.body_parameters, self.report.skipped
@@ -269,13 +272,9 @@ class Compression:
         if not isinstance(o.calibration, Tensor):
             tokenizer = tokenizer or tokenizer_of(self.model)
         ids = token_blocks(
-            o.calibration, tokenizer, o.length, split="train", limit=o.samples, seed=o.seed
+            o.calibration, tokenizer, o.length, o.split, o.samples, o.seed, o.progress, o.column
         )
-        words, largest = vocabulary_size(self.model), int(ids.max())
-        if largest >= words:
-            raise ValueError(
-                f"calibration must be token ids below {words}, the model's, got {largest}"
-            )
+        check_blocks(self.model, ids)
         return ids
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.layers.factors import FORMS
-from hylora_kernels.support.options import check_options, option
+from hylora_kernels.support.options import check_options, option, option_of
+from hylora_kernels.text.options import TextOptions
 
 METHODS = ("two_sided", "whitened", "svd")
 POLICIES = ("global", "uniform", "energy")
@@ -26,6 +27,7 @@ class CompressOptions:
                  from below.
     calibration: int64 token ids [n, L]; or texts, a file, a data set, of which `samples` blocks of
                  `length` tokens are drawn by `seed`. Method "svd" does not read it.
+                 text.blocks.token_blocks says what it, split and column may be.
     method:      "two_sided" whitens by inputs and output gradients (GFWSVD, arXiv:2505.17974, here
                  with one budget for all layers), "whitened" by inputs (SVD-LLM, arXiv:2403.07378),
                  "svd" not at all.
@@ -42,12 +44,9 @@ class CompressOptions:
     """
 
     keep: float = option(0.8, "Fraction of the linears' parameters that stays.")
-    calibration: Tensor | list[str] | str | Path = option(
-        "brown",
-        "Text to calibrate on: brown, python-docs, a .txt, .jsonl or .parquet file, or a hub data "
-        "set.",
-        reported=False,
-    )
+    calibration: Tensor | list[str] | str | Path = option_of(TextOptions, "calibration")
+    split: str = option_of(TextOptions, "split")
+    column: str | None = option_of(TextOptions, "column")
     method: str = option(
         "two_sided",
         "Norm of the truncation: by inputs and output gradients, by inputs, or plain.",

@@ -5,11 +5,16 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from hylora_kernels.compression.coverage import Skipped
+from hylora_kernels.support.console import kept_table
 from hylora_kernels.support.report import Report
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -47,6 +52,7 @@ class CompressReport(Report):
                       left alone.
     unreached:        paths of the experts' linears that no calibration token was routed to: they
                       are cut by a plain SVD, to about the rank of the least of their siblings.
+    calibration:      the text, and the part of it that was read; "" for method "svd".
     seconds:          by stage: load, calibrate, factorize, refit, replace.
     peak_rss:         the largest resident memory of the process so far, bytes.
     """
@@ -70,6 +76,31 @@ class CompressReport(Report):
     unreached: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss: int = 0
+    calibration: str = ""
+    calibration_blocks: int = 0
+
+    def render(self) -> Table:
+        """A rich table: parameters kept and removed."""
+        counts = {
+            "linears": (self.dense_parameters, self.parameters, self.parameters_as_is),
+            "whole model": (
+                self.model_dense_parameters,
+                self.model_parameters,
+                self.model_parameters_as_is,
+            ),
+        }
+        return kept_table(counts)
+
+    def text_line(self) -> str:
+        """The text that was read; "" for method "svd"."""
+        if not self.calibration:
+            return ""
+        blocks, asked = self.calibration_blocks, self.options["samples"]
+        of = f" of {asked} asked for" if blocks < asked else ""
+        return (
+            f"calibrated on {self.calibration}: {self.calibration_tokens:,} tokens in {blocks} "
+            f"blocks{of}"
+        )
 
     def count(self, model: nn.Module) -> None:
         """Fill in the totals, from `layers` and the compressed model."""

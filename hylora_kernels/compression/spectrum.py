@@ -99,6 +99,8 @@ def analyze_spectrum(
     cache: bool | str | Path = True,
     seed: int = 0,
     progress: bool = True,
+    split: str = "train",
+    column: str | None = None,
 ) -> SpectrumReport:
     """Singular values of the linears that compress() would replace, by layer type and shape.
 
@@ -124,6 +126,8 @@ def analyze_spectrum(
         cache=cache,
         seed=seed,
         progress=progress,
+        split=split,
+        column=column,
     )
     check_model(model, "replace")
     by_type: dict[tuple[str, int, int], list[Tensor]] = {}

@@ -13,12 +13,12 @@ from hylora_kernels.evaluation.perplexity import Perplexity, perplexity
 from hylora_kernels.evaluation.size import ModelSize, model_size
 from hylora_kernels.evaluation.speed import Throughput, throughput
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.context import context_length
+from hylora_kernels.model.context import check_blocks, context_length
 from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.support.console import format_bytes, format_ppl, kept_removed, table
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
-from hylora_kernels.text.sources import source_name
+from hylora_kernels.text.sources import held_out, source_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class EvaluateReport(Report):
     """The result of evaluate().
 
-    data:         name of the text.
+    data:         name of the text, and the part of it that was read. split: that part's name.
     speed:        None if it was not measured.
     not_measured: what failed -> why. It costs nothing else that was measured.
     """
@@ -62,14 +62,14 @@ class EvaluateReport(Report):
             rows.append((f"prefill tokens/s{how}", self.speed.prefill_tok_s))
             rows.append((f"decode tokens/s{how}", self.speed.decode_tok_s))
         rows += [(name, f"not measured: {why}") for name, why in self.not_measured.items()]
-        return table(f"{self.data} ({self.split})", ("", "value"), rows)
+        return table(self.data, ("", "value"), rows)
 
 
 def evaluate(
     model: nn.Module,
     data: Tensor | list[str] | str | Path = "brown",
     tokenizer: PreTrainedTokenizerBase | None = None,
-    length: int = 2048,
+    length: int | None = None,
     limit: int | None = None,
     split: str = "test",
     batch: int = 4,
@@ -77,12 +77,17 @@ def evaluate(
     path: str | Path | None = None,
     progress: bool = True,
     optimize: bool = False,
+    column: str | None = None,
+    test: Tensor | list[str] | str | Path | None = None,
 ) -> EvaluateReport:
-    """Perplexity on `data`, size and speed of a causal language model on its device.
+    """Perplexity on the held-out part of `data`, size and speed of a causal language model, on its
+    device.
 
-    data, tokenizer: as for text.blocks.token_blocks, the tokenizer by default the model's own; a
-              LongTensor [n, L] brings its own length L.
-    length:   tokens in a block.
+    data, tokenizer, split, column: as for text.blocks.token_blocks, the tokenizer by default the
+              model's own; a LongTensor [n, L] brings its own length L. Of a file the last tenth is
+              measured, which compress() and finetune() do not read.
+    test:     another text, which is measured whole in place of a part of `data`.
+    length:   tokens in a block; None: 2048, or what the model's context and the text allow.
     limit:    most blocks to measure on; None: all.
     batch:    blocks in one forward.
     speed:    also measure tokens per second.
@@ -99,12 +104,16 @@ def evaluate(
         report.perplexity.ppl, report.size.linears.keep_merged, report.speed.decode_tok_s
     """
     check_model(model, "evaluate")
+    if test is not None:
+        data, split = held_out(data, test)
     if tokenizer is None and not isinstance(data, Tensor):
         tokenizer = tokenizer_of(model)
-    blocks = token_blocks(data, tokenizer, length, split, limit, progress=progress)
+    longest = min(2048, context_length(model) or 2048)
+    blocks = token_blocks(data, tokenizer, length, split, limit, None, progress, column, longest)
+    check_blocks(model, blocks)
     size = model_size(model, path)  # It may refuse the path: before the long work.
     quality = perplexity(model, blocks, batch, progress)
-    report = EvaluateReport(source_name(data), split, quality, size, None)
+    report = EvaluateReport(source_name(data, split), split, quality, size, None)
     if speed:
         try:
             report.speed = _throughput(model, optimize)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.support.options import check_options, option, option_of
+from hylora_kernels.text.options import TextOptions
+from hylora_kernels.text.sources import KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,9 @@ class SweepOptions(CellOptions):
                 everything that decides it is the same: weights, tokens, options, the package's
                 version.
     rank:       total ranks r + ra of every layer; replaces `keep`.
-    data:       the cells are evaluated on its test split and trained on its train split.
+    data:       the cells are trained on its train split and evaluated on its test split. Of a list
+                or token ids the last tenth of the blocks is held out if there are steps to train.
+    test:       a text to evaluate on in place of that part.
 
     Raises ValueError naming the argument, what was given and what is allowed.
     """
@@ -61,12 +65,11 @@ class SweepOptions(CellOptions):
     rank: Sequence[int] | None = option(
         None, "Total ranks of all linears, in place of keep.", reported=False
     )
-    data: Tensor | list[str] | str | Path = option(
-        "brown",
-        "Text to evaluate and train on: brown, python-docs, a .txt, .jsonl or .parquet file, or a "
-        "hub data set.",
-        reported=False,
+    data: Tensor | list[str] | str | Path = option_of(
+        TextOptions, "data", help=f"Text to train and, on a part held out, to test on: {KINDS}."
     )
+    test: Tensor | list[str] | str | Path | None = option_of(TextOptions, "test")
+    column: str | None = option_of(TextOptions, "column")
     calibration: Tensor | list[str] | str | Path = option_of(CompressOptions, "calibration")
     tokenizer: object = option_of(CompressOptions, "tokenizer")
     length: int = option_of(CompressOptions, "length", reported=False)

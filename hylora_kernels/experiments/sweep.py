@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.metadata
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.experiments.options import SweepOptions
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters
+from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.recovery.finetune import finetune
 from hylora_kernels.support.console import format_bytes, format_ppl, table
@@ -29,8 +29,8 @@ from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.options import reported_options, takes_options
 from hylora_kernels.support.plots import sweep_plot
 from hylora_kernels.support.report import Report
-from hylora_kernels.text.blocks import token_blocks
-from hylora_kernels.text.sources import source_name
+from hylora_kernels.text.blocks import hold_out, token_blocks
+from hylora_kernels.text.sources import held_out, may_have_columns, source_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,7 +119,7 @@ def sweep(model: nn.Module | str | Path, options: SweepOptions) -> SweepReport:
         cells.append(Cell(**json.loads(file.read_text(encoding="utf-8"))))
     report = SweepReport(
         model=str(model) if isinstance(model, str | Path) else type(model).__name__,
-        data=source_name(options.data),
+        data=source_name(*held_out(options.data, options.test)),
         length=texts["test"].shape[1],
         tokens=texts["test"][:, 1:].numel(),
         options=reported_options(options),
@@ -149,13 +149,25 @@ def _token_blocks(
         tokenizer = options.tokenizer
     elif isinstance(model, nn.Module) and not isinstance(options.data, Tensor):
         tokenizer = tokenizer_of(dense)
-    read = functools.partial(token_blocks, tokenizer=tokenizer, length=options.length)
+    o = options
+
+    def read(data: Any, split: str, limit: int | None, seed: int | None) -> Tensor:
+        column = o.column if may_have_columns(data) else None
+        return token_blocks(data, tokenizer, o.length, split, limit, seed, o.progress, column)
+
+    test, part = held_out(o.data, o.test)
+    data, rest = o.data, None
+    if o.test is None and o.steps and not isinstance(data, str | Path):
+        data, rest = hold_out(read(data, "all", None, None))
     texts: dict[str, Tensor | None] = dict.fromkeys(("test", "calibration", "training"))
-    texts["test"] = read(options.data, split="test", limit=options.limit)
-    if options.method != "svd":
-        texts["calibration"] = read(options.calibration, limit=options.samples, seed=options.seed)
-    if options.steps:
-        texts["training"] = read(options.data, limit=options.steps, seed=options.seed)
+    texts["test"] = read(test if rest is None else rest, part, o.limit, None)
+    if o.method != "svd":
+        texts["calibration"] = read(o.calibration, "train", o.samples, o.seed)
+    if o.steps:
+        texts["training"] = read(data, "train", o.steps, o.seed)
+    for blocks in texts.values():
+        if blocks is not None:
+            check_blocks(dense, blocks)
     return texts
 
 

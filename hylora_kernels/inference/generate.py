@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jinja2
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.context import context_length
+from hylora_kernels.model.context import check_ids, context_length
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.seeding import forked_rng, seed_rng
 
@@ -35,8 +36,8 @@ def generate(
     stream:      called with each piece of text as soon as no later token can change it; the pieces
                  together are the result.
 
-    Of the model's own generation settings only its end-of-text tokens count. The caller's random
-    state is left unchanged.
+    Of the model's own generation settings only its end-of-text tokens count, and the tokenizer's is
+    one too. The caller's random state is left unchanged.
 
     Raises ValueError for an empty prompt, a prompt beyond the model's context, an argument out of
     its range, a missing tokenizer or one without a chat template.
@@ -47,6 +48,9 @@ def generate(
     check_model(model, "generate")
     _check(tokenizer, prompt, max_new_tokens, temperature, top_p, chat)
     ids = _encode(tokenizer, prompt, chat)
+    if not ids.numel():
+        raise ValueError(f"prompt must have at least one token, got none of {prompt!r}")
+    check_ids(model, ids, "prompt")
     context = context_length(model)
     if context is not None and ids.shape[1] + max_new_tokens > context:
         raise ValueError(
@@ -55,6 +59,7 @@ def generate(
         )
     device = input_device(model)
     ids = ids.to(device)
+    ends, padding = end_tokens(model, tokenizer), _ids(tokenizer.pad_token_id)
     pieces = _Pieces(tokenizer, stream)
     was_training = model.training
     model.eval()
@@ -72,7 +77,9 @@ def generate(
                 top_k=0 if temperature else None,
                 num_beams=1,
                 repetition_penalty=1.0,
-                pad_token_id=_pad_token(model, tokenizer),
+                eos_token_id=ends or None,
+                # One prompt needs no padding, but without a token for it transformers warns.
+                pad_token_id=next(iter([*padding, *ends]), None),
             )
     finally:
         model.train(was_training)
@@ -128,17 +135,32 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torc
     """Token ids int64 [1, n]."""
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
         return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     return tokenizer(prompt, return_tensors="pt").input_ids
 
 
-def _pad_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A padding token. One prompt needs none, but without one transformers prints a warning."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    end: Any = model.generation_config.eos_token_id
-    return end[0] if isinstance(end, list) else end
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, else of its config, and
+    the tokenizer's own."""
+    settings: Any = getattr(model, "generation_config", None)
+    config: Any = model.config.get_text_config()
+    own = _ids(getattr(settings, "eos_token_id", None)) or _ids(
+        getattr(config, "eos_token_id", None)
+    )
+    return list(dict.fromkeys([*own, *_ids(tokenizer.eos_token_id)]))
+
+
+def _ids(found: Any) -> list[int]:
+    """A token, several or None as a list."""
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list | tuple) else [int(found)]
 
 
 def _check(
@@ -162,6 +184,4 @@ def _check(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if chat and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "chat needs a tokenizer with a chat template, which this one lacks: leave chat=False"
-        )
+        raise ValueError("chat needs a tokenizer with a chat template, which this one lacks")

@@ -107,6 +107,15 @@ def pivoted(U: Tensor, SVh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return coefficients, to_float64(U)[pivots] @ to_float64(SVh), pivots
 
 
+def components(weights: Weights) -> tuple[Tensor, Tensor]:
+    """U [N, r], SVh [r, K] of the same base, float64: its components by falling singular value."""
+    exact = in_float64(weights)
+    Q, left = torch.linalg.qr(reference.full_U(exact.U, exact.pivots))
+    P, right = torch.linalg.qr(exact.SVh.T)
+    U, S, Vh = torch.linalg.svd(left @ right.T, full_matrices=False)
+    return Q @ U, S[:, None] * (Vh @ P.T)
+
+
 def merged(weights: Weights) -> Weights:
     """The same matrix without an adapter, at rank r + ra, in float64.
 

@@ -1,14 +1,18 @@
-"""Adapters on a whole model: added to dense linears, folded into compressed ones."""
+"""Adapters on a whole model: added to dense linears, folded into compressed ones and renewed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from hylora_kernels.layers import factors
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.structure import as_matrix, linears
+from hylora_kernels.weights import Weights
 
 
 def add_adapters(
@@ -53,6 +57,46 @@ def add_adapters(
         )
         model.set_submodule(path, layer.train(linear.training))
     return save_in_hylora_format(freeze_all_but_adapters(model))
+
+
+def renew_adapters(model: nn.Module, lora_rank: int = 64, seed: int = 0) -> nn.Module:
+    """Give the merged layers of a compressed model a trainable adapter again, in place; returns it.
+
+    lora_rank: rank ra of A and B. They are made of the layer's last ra singular components (of all
+               but the first, if it has no more), as compress() makes them of the next ones: the
+               model has as many parameters when they are merged, and computes the same up to
+               rounding. A layer that is its dense matrix gets A random by `seed` and B zero.
+
+    All else is frozen. Raises ValueError for a lora_rank below 1 or a layer that has an adapter.
+    """
+    if lora_rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
+    check_model(model, "train")
+    named = list(model.named_modules(remove_duplicate=False))
+    layers = {path: layer for path, layer in named if isinstance(layer, SVDLoRALinear)}
+    for path, layer in layers.items():
+        if layer.lora_rank:
+            raise ValueError(f"model must be merged to get new adapters, but {path} has one")
+    renewed: dict[int, SVDLoRALinear] = {}
+    for index, (path, layer) in enumerate(layers.items()):
+        if id(layer) not in renewed:
+            renewed[id(layer)] = _with_adapter(layer, lora_rank, seed + index)
+        model.set_submodule(path, renewed[id(layer)])
+    return save_in_hylora_format(freeze_all_but_adapters(model))
+
+
+def _with_adapter(layer: SVDLoRALinear, lora_rank: int, seed: int) -> SVDLoRALinear:
+    """A layer that computes the same, with an adapter; the bias is shared."""
+    shared: dict[str, Any] = {"bias": layer.bias, "lora_dropout": layer.lora_dropout, "seed": seed}
+    if layer.form == "pivoted" and layer.rank >= min(layer.in_features, layer.out_features):
+        made = SVDLoRALinear.from_dense(layer.SVh, lora_rank, **shared)
+    else:
+        U, SVh = factors.components(Weights(layer.SVh, layer.U, pivots=layer.pivots))
+        adapter = min(lora_rank, layer.rank - 1)
+        made = SVDLoRALinear.from_product(
+            U, SVh, layer.rank - adapter, adapter, form=layer.form, dtype=layer.SVh.dtype, **shared
+        ).to(layer.SVh.device)
+    return made.train(layer.training)
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:

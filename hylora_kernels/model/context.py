@@ -40,7 +40,17 @@ def check_blocks(model: nn.Module, blocks: Tensor) -> None:
     if blocks.shape[1] < 2:
         raise ValueError(f"blocks must be at least 2 tokens long, got {list(blocks.shape)}")
     check_context(model, blocks.shape[1])
+    check_ids(model, blocks, "blocks")
+
+
+def check_ids(model: nn.Module, ids: Tensor, name: str) -> None:
+    """Raise ValueError unless `ids`, at least one, are token ids of the model's vocabulary."""
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be token ids, int64, got {ids.dtype}")
     words = vocabulary_size(model)
-    low, high = int(blocks.min()), int(blocks.max())
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= words:
-        raise ValueError(f"blocks must hold token ids in [0, {words}), got {low} to {high}")
+        raise ValueError(
+            f"{name} must hold token ids in [0, {words}), got {low} to {high}: is the tokenizer "
+            "that of another model?"
+        )

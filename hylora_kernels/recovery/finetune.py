@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model.adapters import merge_adapters
+from hylora_kernels.model.adapters import merge_adapters, renew_adapters
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import tokenizer_of
@@ -17,11 +18,17 @@ from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.recovery.recipe import Recipe, frozen_hash
 from hylora_kernels.recovery.run import Run, training_mode
+from hylora_kernels.support.console import format_seconds, table
 from hylora_kernels.support.options import takes_options
 from hylora_kernels.support.plots import loss_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
 from hylora_kernels.text.sources import source_name
+
+LORA_RANK = 64  # Of a merged model's new adapters; that of compress().
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
@@ -55,6 +62,21 @@ class FinetuneReport(Report):
     options: dict[str, object]
     losses: list[float]
 
+    def render(self) -> Table:
+        """A rich table."""
+        rows: list[tuple[str, object]] = [
+            ("trained", f"{self.trainable:,} of {self.total:,} parameters"),
+            ("steps", self.steps),
+            ("tokens", self.tokens),
+            ("time", format_seconds(self.seconds)),
+            ("tokens/s", round(self.tokens_per_second)),
+            ("learning rate", self.lr),
+            ("loss", f"{self.first_loss:.3f} to {self.last_loss:.3f}"),
+        ]
+        if self.stopped:
+            rows.append(("stopped", self.stopped))
+        return table(f"trained on {self.data}", ("", "value"), rows)
+
 
 @takes_options(FinetuneOptions)
 def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
@@ -68,18 +90,26 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     Under torchrun or `accelerate launch` each process holds the whole model and takes its share of
     the blocks; the first one alone prints and writes.
 
-    Raises ValueError for a model without adapters, an argument out of its range, or a checkpoint of
-    another run (naming the field); RuntimeError if anything frozen changed.
+    A merged model gets new adapters first, of its last singular components, lora_rank of them
+    (model.adapters.renew_adapters): it has as many parameters when they are merged.
+
+    Raises ValueError for a dense model without adapters, an argument out of its range, or a
+    checkpoint of another run (naming the field); RuntimeError if anything frozen changed.
 
     Example:
         model, _ = compress("smollm2-135m", keep=0.8)
         report = finetune(model, "my.txt", steps=60)
     """
     check_model(model, "train")
-    adapters = adapter_parameters(model)
+    is_merged = _is_merged(model, options.lora_rank)
+    if not is_merged:
+        adapter_parameters(model)  # raises if there are none
     _check_teacher(model, options.teacher)
     accelerator = Accelerator(mixed_precision="no")
     blocks = _training_blocks(model, options, accelerator)
+    if is_merged:
+        renew_adapters(model, options.lora_rank or LORA_RANK, options.seed)
+    adapters = adapter_parameters(model)
     freeze_all_but_adapters(model)
     recipe = Recipe.of(options, model, adapters, blocks, accelerator.num_processes)
     total = sum(p.numel() for p in model.parameters())
@@ -98,6 +128,21 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     return _report(run, stopped, total)
 
 
+def _is_merged(model: nn.Module, lora_rank: int | None) -> bool:
+    """True if the model is compressed and none of its layers has an adapter. Raises ValueError for
+    a lora_rank that another model would ignore."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SVDLoRALinear)]
+    if layers and not any(layer.lora_rank for layer in layers):
+        return True
+    if layers and lora_rank is not None:
+        rank = max(layer.lora_rank for layer in layers)
+        raise ValueError(
+            f"lora_rank={lora_rank} is for a merged model, and this one has adapters of rank "
+            f"{rank}: they are trained as they are"
+        )
+    return False
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """path.A and path.B -> the parameter, of every SVDLoRALinear that has an adapter.
 
@@ -109,8 +154,8 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             adapters |= {f"{path}.A": layer.A, f"{path}.B": layer.B}
     if not adapters:
         raise ValueError(
-            "model has no adapters to train: compress it with compress(..., lora_rank=64), or give "
-            "a dense model some with add_adapters(model, lora_rank=64)"
+            "model is dense and has no adapters to train: compress() it first, or give it some "
+            "with add_adapters(model, lora_rank=64)"
         )
     return adapters
 
@@ -123,10 +168,8 @@ def _training_blocks(
     if not isinstance(options.data, Tensor):
         tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
         limit = options.steps * options.batch * options.accumulate * accelerator.num_processes
-    shown = options.progress and accelerator.is_main_process
-    blocks = token_blocks(
-        options.data, tokenizer, options.length, "train", limit, options.seed, shown
-    )
+    o, shown = options, options.progress and accelerator.is_main_process
+    blocks = token_blocks(o.data, tokenizer, o.length, o.split, limit, o.seed, shown, o.column)
     check_blocks(model, blocks)
     return blocks
 
@@ -159,7 +202,7 @@ def _report(run: Run, stopped: str, total: int) -> FinetuneReport:
         total=total,
         base_hash=run.recipe.base,
         stopped=stopped,
-        data=source_name(run.options.data),
+        data=source_name(run.options.data, run.options.split),
         options=asdict(run.recipe),
         losses=run.losses,
     )

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hylora_kernels.support.options import check_options, option
+from hylora_kernels.support.options import check_options, option, option_of
+from hylora_kernels.text.options import TextOptions
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
     """All arguments of finetune() but the model, checked; lr and warmup are filled in.
 
-    data, tokenizer: as for text.blocks.token_blocks; a LongTensor [n, L] brings its own length L.
+    data, tokenizer, split, column: as for text.blocks.token_blocks; a LongTensor [n, L] brings its
+                 own length L.
     lr, warmup:  after the warm-up the rate falls on a cosine to lr / 10 at the last step.
     chunk:       see model.loss.token_loss.
     distill:     0 is next-token cross-entropy alone, 1 cross-entropy with the teacher's
@@ -31,11 +33,7 @@ class FinetuneOptions:
     Raises ValueError naming the argument, what was given and what is allowed.
     """
 
-    data: Tensor | list[str] | str | Path = option(
-        "brown",
-        "Text to train on: brown, python-docs, a .txt, .jsonl or .parquet file, or a hub data set.",
-        reported=False,
-    )
+    data: Tensor | list[str] | str | Path = option_of(TextOptions, "data")
     tokenizer: object = option(None, "By default the model's own.", reported=False)
     steps: int = option(60, "Updates of the adapters.", least=1)
     lr: float | None = option(
@@ -71,6 +69,14 @@ class FinetuneOptions:
     on_step: Callable[[int], object] | None = option(
         None, "Called with the number of steps done.", reported=False
     )
+    lora_rank: int | None = option(
+        None,
+        "Rank of the new adapters that a merged model gets. By default 64.",
+        least=1,
+        reported=False,
+    )
+    split: str = option_of(TextOptions, "split")
+    column: str | None = option_of(TextOptions, "column")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+WIDTH = 160  # Columns of a table that goes to no terminal.
 
 
 def format_bytes(count: float) -> str:
@@ -42,9 +48,12 @@ def kept_removed(keep: float) -> str:
 
 
 def report_lines(model: nn.Module) -> str:
-    """The line that every model command prints: trainable and all parameters, a tied one once."""
+    """The line that every model command prints: trainable and all parameters, a tied one once. A
+    model that has nothing to train, a merged one, says so without a share."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        return f"trainable none / total {total:,} parameters"
     share = 100 * trainable / max(total, 1)
     return f"trainable {trainable:,} / total {total:,} parameters ({share:.2f} %)"
 
@@ -59,9 +68,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
     result = Table(title=Text(title), title_justify="left", header_style="bold")
     for index, heading in enumerate(columns):
-        result.add_column(Text(heading), justify="right" if index else "left")
+        # On a narrow terminal a number goes on in the next line; none of its digits is dropped.
+        justify: Literal["left", "right"] = "right" if index else "left"
+        result.add_column(Text(heading, overflow="fold"), justify=justify, overflow="fold")
     for row in rows:
-        result.add_row(*(Text(_cell(value)) for value in row))
+        result.add_row(*(Text(_cell(value), overflow="fold") for value in row))
     return result
 
 
@@ -78,6 +89,16 @@ def kept_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
     return table("merged: adapters folded in; as is: separate", headings, rows)
 
 
+def as_text(renderable: object) -> str:
+    """A table as plain text, 160 columns wide."""
+    from rich.console import Console
+
+    console = Console(width=WIDTH, file=io.StringIO(), color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
 def show(renderable: object) -> None:
     """Print a table or a line to stdout; a table is 160 columns wide if stdout is no terminal."""
     from rich.console import Console
@@ -87,8 +108,13 @@ def show(renderable: object) -> None:
         return
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=WIDTH)
     console.print(renderable)
+
+
+def note(text: str) -> None:
+    """Print a line to stderr, above any progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def _cell(value: object) -> str:

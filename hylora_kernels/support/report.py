@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,21 @@ from hylora_kernels.support.storage import write_text
 
 
 class Report:
-    """A mixin for dataclasses that may hold other Reports: to_dict(), to_json() and save()."""
+    """A mixin for dataclasses that may hold other Reports: to_dict(), to_json() and save().
+
+    str() and print() give render(), a rich table; by default of the fields that are one value.
+    """
+
+    def render(self) -> Any:
+        """A rich table."""
+        from hylora_kernels.support.console import table
+
+        return table(type(self).__name__, ("", "value"), list(_values(plain(self))))
+
+    def __str__(self) -> str:
+        from hylora_kernels.support.console import as_text
+
+        return as_text(self.render())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields in JSON's own types, converted as plain() does."""
@@ -63,6 +77,15 @@ def plain(value: object) -> Any:
     if hasattr(value, "tolist"):  # tensors, and numpy's arrays and numbers
         return plain(value.tolist())
     raise TypeError(f"a report can't hold a {type(value).__name__}: {value!r}")
+
+
+def _values(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(name, value) of all fields that are one value, those of reports inside too."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _values(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            yield prefix + name, value
 
 
 def _word_of(value: float) -> str:

@@ -18,7 +18,8 @@ from hylora_kernels.support.cache import (
     load_tensors,
     save_tensors,
 )
-from hylora_kernels.text.sources import read_text
+from hylora_kernels.support.console import note
+from hylora_kernels.text.sources import HELD_OUT, check_split, read_text, source_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,21 +31,27 @@ CACHED_FROM = 1_000_000  # Characters: the tokens of longer texts, over a second
 def token_blocks(
     data: Tensor | list[str] | str | os.PathLike,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    length: int = 512,
+    length: int | None = 512,
     split: str = "train",
     limit: int | None = None,
     seed: int | None = None,
     progress: bool = True,
+    column: str | None = None,
+    longest: int = 2048,
 ) -> Tensor:
     """Contiguous blocks of tokens [n, length], int64, on the CPU.
 
     data:      token ids [n, L], which are the blocks, of any L; or a list of texts, "brown",
-               "python-docs", a .txt, .jsonl or .parquet file, or a hub id "name" or "name:config".
-               Of a table the column "text" is read, or the only one with strings.
+               "python-docs", a file (text.files.LISTED), or a hub id "name" or "name:config". A
+               path is taken literally. text.rows.texts_of says what is read of a table.
     tokenizer: needed unless `data` is token ids. No BOS or other special token is added.
-    length:    tokens of a block.
-    split:     "train" or "test" of "brown", any split of a hub id; other data have no splits.
-    limit:     the largest number of blocks: the first ones or, with a `seed`, a random choice.
+    length:    tokens of a block; None: `longest`, or fewer if the text has fewer.
+    split:     "train" or "test" of "brown", any split of a hub id. Of a file and of "python-docs"
+               "train" is all but the last tenth, "test" the last tenth, "all" both. A list of
+               texts and token ids are read whole.
+    limit:     the largest number of blocks: the first ones or, with a `seed`, a random choice. If
+               there are fewer, a line on stderr says so, if `progress`.
+    column:    of a table.
 
     The texts are joined by blank lines, tokenized and cut; a remainder shorter than `length` is
     dropped. Raises ValueError or TypeError naming the argument, and the number of tokens if they
@@ -57,16 +64,26 @@ def token_blocks(
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     if seed is not None and not isinstance(seed, int):
         raise ValueError(f"seed must be an int or None, got {seed!r}")
+    if isinstance(data, Tensor | list | tuple):
+        check_split(split, data)
     if isinstance(data, Tensor):
         blocks = _checked_ids(data, tokenizer)
     else:
         if tokenizer is None:
             raise ValueError("tokenizer must be given unless data is a tensor of token ids")
-        wanted = limit * length if limit is not None and seed is None else None
-        ids = _tokenize(read_text(data, split), tokenizer, wanted, progress)
+        wanted = limit * length if limit is not None and length and seed is None else None
+        ids = _tokenize(read_text(data, split, column, tokenizer), tokenizer, wanted, progress)
+        length = max(2, min(longest, len(ids))) if length is None else length
         if len(ids) < length:
-            raise ValueError(f"data has {len(ids)} tokens, less than one block of {length}")
+            shorter = f"take length={len(ids)} or " if len(ids) > 1 else "take "
+            raise ValueError(
+                f"data has {len(ids)} tokens, less than one block of {length}, in "
+                f"{source_name(data, split)}: {shorter}a longer text"
+            )
         blocks = ids[: len(ids) // length * length].view(-1, length)
+    if progress and limit is not None and limit > len(blocks):
+        n, L = blocks.shape
+        note(f"{source_name(data, split)}: {n} blocks of {L} tokens, where {limit} were asked for")
     if limit is None or limit >= len(blocks):
         return blocks
     if seed is None:
@@ -74,6 +91,21 @@ def token_blocks(
     generator = torch.Generator("cpu").manual_seed(seed)
     chosen = torch.randperm(len(blocks), generator=generator, device="cpu")
     return blocks[chosen[:limit]]
+
+
+def hold_out(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """blocks [n >= 2, L] -> (all but the last tenth, the last tenth: at least one block).
+
+    For a list of texts and token ids, which have no part for tests. Raises ValueError for n < 2.
+    """
+    n = len(blocks)
+    if n < 2:
+        raise ValueError(
+            f"data has {n} block of {blocks.shape[1]} tokens, of which none can be held out: give "
+            "test, or a longer text"
+        )
+    cut = n - max(1, round(n * HELD_OUT))
+    return blocks[:cut], blocks[cut:]
 
 
 def _checked_ids(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:

@@ -32,6 +32,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     text = "\n\n".join(LINES)
     (folder / "text.txt").write_text(text)
+    (folder / "empty.jsonl").write_text("")
     model = tiny.llama(vocab_size=tiny.WORDS + 256, max_position_embeddings=256)
     model.save_pretrained(folder / "dense")
     tiny.tokenizer(text, "{{ messages[0]['content'] }}").save_pretrained(folder / "dense")
@@ -107,6 +108,39 @@ def test_evaluate_counts_what_is_there(home, compressed, recovered, tmp_path):
         assert parameters in result.output
 
 
+def test_every_report_says_which_part_of_the_text_was_read(home, compressed, recovered, tmp_path):
+    """Of a file compress and finetune read the first 90 %, evaluate measures the rest."""
+    assert "text.txt, first 90%" in compressed[1].output
+    assert "text.txt, first 90%" in recovered[1].output
+    words = ("evaluate", home / "dense", "--data", home / "text.txt", "--no-speed")
+    assert "text.txt, last 10%" in run(*words, "--length", 24).output
+    other = tmp_path / "other[1].txt"
+    other.write_text("\n".join(LINES))
+    shown = run(*words, "--length", 24, "--limit", 2, "--test", other).output
+    assert "other[1].txt, whole" in shown and "last 10%" not in shown
+
+
+def test_fewer_blocks_than_asked_for_are_said(home, tmp_path):
+    words = ("--length", 200, "--limit", 1000, "--no-speed")
+    result = run("evaluate", home / "dense", "--data", home / "text.txt", *words)
+    assert "blocks of 200 tokens, where 1000 were asked for" in result.stderr
+
+
+def test_json_on_stdout_is_alone_there(home):
+    words = ("--data", home / "text.txt", "--length", 24, "--limit", 1, "--no-speed", "--json", "-")
+    result = run("evaluate", home / "dense", *words)
+    assert json.loads(result.stdout)["perplexity"]["tokens"] == 23
+    assert "perplexity" in result.stderr and "trainable" in result.stderr
+    result = run("generate", home / "dense", "The old", "--max-new-tokens", 3, "--json", "-")
+    assert json.loads(result.stdout)["prompt"] == "The old"
+
+
+def test_a_merged_model_is_trained_again(home, recovered, tmp_path):
+    words = ("--data", home / "text.txt", "--steps", 2, "--length", 24, "--lora-rank", 2)
+    result = run("finetune", recovered[0], "--out", tmp_path / "again", *words)
+    assert "2 steps" in result.output and "trainable 0 " not in result.output
+
+
 def test_generate_streams_the_text_alone_to_stdout(recovered, tmp_path):
     words = ("The old", "--max-new-tokens", 5, "--json", tmp_path / "g.json")
     result = run("generate", recovered[0], *words)
@@ -170,12 +204,35 @@ def test_cache_is_shown_and_cleared(monkeypatch, tmp_path):
         (("compress", "{home}/dense", "--out", "{home}/text.txt"), "is a file"),
         (("finetune", "{home}/dense", "--out", "{home}/x"), "adapters"),
         (("sweep", "{home}/dense", "--out", "{home}/x", "--keep", "0.8,low"), "keep"),
+        (("evaluate", "{home}/dense", "--data", "{home}/empty.jsonl"), "--data has 0 tokens"),
+        (
+            ("evaluate", "{home}/dense", "--data", "{home}/text.txt", "--split", "dev"),
+            "--split must",
+        ),
+        (
+            ("evaluate", "{home}/dense", "--data", "{home}/text.txt", "--column", "a"),
+            "--column 'a'",
+        ),
+        (
+            ("compress", "{home}/dense", "--out", "{home}/x", "--data", "{home}/none.txt"),
+            "--calibration '{home}/none.txt' does not exist",
+        ),
+        (
+            ("compress", "{home}/dense", "--out", "{home}/x", "--data", "{home}/text.txt"),
+            "--length must be at most 256, the model's context, got 512",
+        ),
+        (("generate", "{home}/dense", "The", "--max-new-tokens", 999), "--max-new-tokens 999"),
+        (("analyze", "{home}/dense", "--png", "{home}/a.doc"), "--png {home}/a.doc must end with"),
+        (
+            ("finetune", "{home}/small", "--out", "{home}/x", "--lora-rank", 2),
+            "--lora-rank 2 is for",
+        ),
     ],
 )
-def test_an_expected_error_is_one_line_and_exit_code_2(home, words, says):
+def test_an_expected_error_is_one_line_and_exit_code_2(home, compressed, words, says):
     result = run(*(str(word).replace("{home}", str(home)) for word in words), code=2)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and says in lines[0]
+    assert len(lines) == 1 and says.replace("{home}", str(home)) in lines[0]
     assert "Traceback" not in result.output
     assert not (home / "x").exists()
 

@@ -59,7 +59,7 @@ def test_a_command_has_the_librarys_options_with_its_defaults_and_help(verb):
 def test_analyze_has_the_options_of_compress_that_it_needs():
     shown = {param.name: param for param in COMMANDS["analyze"].params}
     fields = {field.name: field for field in dataclasses.fields(CompressOptions)}
-    common = {"include", "exclude", "calibration", "samples", "length", "seed"}
+    common = {"include", "exclude", "calibration", "split", "column", "samples", "length", "seed"}
     assert shown.keys() == common | EVERY | {"method", "png"}
     assert all(shown[name].default == fields[name].default for name in common)
 

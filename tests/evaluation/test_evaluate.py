@@ -96,3 +96,41 @@ def test_evaluate_text():
     ids = tokenizer(text + "\n\n" + text)["input_ids"]
     assert report.perplexity.blocks == len(ids) // 32
     assert report.data == "list" and report.size.file_bytes is None
+
+
+def test_a_files_last_tenth_is_measured_or_another_file_whole(tmp_path):
+    text = "a rose is a rose is a rose and so is a nose. " * 40
+    tokenizer = tiny.tokenizer(text)
+    model = tiny.llama(vocab_size=len(tokenizer))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(text)
+    count = len(tokenizer(text)["input_ids"])
+
+    def measured(**options):
+        report = evaluate(
+            model, tmp_path / "a.txt", tokenizer, length=8, speed=False, **options, **QUIET
+        )
+        return report.perplexity.blocks, report.data.removeprefix(f"{tmp_path}/")
+
+    assert measured() == (pytest.approx(count / 80, abs=1), "a.txt, last 10%")
+    assert measured(split="train") == (pytest.approx(0.9 * count / 8, abs=1), "a.txt, first 90%")
+    assert measured(split="all") == (count // 8, "a.txt, whole")
+    assert measured(test=tmp_path / "b.txt") == (count // 8, "b.txt, whole")
+    with pytest.raises(ValueError, match="split must be 'train', 'test', 'all'"):
+        measured(split="validation")
+
+
+def test_the_default_length_fits_the_models_context_and_the_text(tmp_path):
+    text = "a rose is a rose is a rose and so is a nose. " * 40
+    tokenizer = tiny.tokenizer(text)
+    model = tiny.llama(vocab_size=len(tokenizer))
+    assert evaluate(model, [text], tokenizer, speed=False, **QUIET).perplexity.length == 64
+    short = evaluate(model, ["a rose is a rose"], tokenizer, speed=False, **QUIET)
+    assert short.perplexity.length == len(tokenizer("a rose is a rose")["input_ids"])
+    with pytest.raises(ValueError, match="length must be at most 64, the model's context, got 65"):
+        evaluate(model, [text], tokenizer, length=65, speed=False, **QUIET)
+
+
+def test_blocks_are_checked_before_they_are_measured():
+    with pytest.raises(ValueError, match=r"token ids in \[0, 96\)"):
+        evaluate(tiny.llama(), tiny.tokens(2, 8) + 90, **QUIET)

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from helpers import tiny
+from helpers.words import word_tokenizer
 
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.evaluation.perplexity import perplexity
@@ -41,6 +42,7 @@ def test_sweep_takes_a_model_and_its_options():
 def test_a_cell_passes_on_all_options_of_compress_that_a_sweep_has():
     names = {field.name for field in dataclasses.fields(CompressOptions)}
     own = {"keep", "lora_rank", "calibration", "samples", "length", "tokenizer", "device", "dtype"}
+    own |= {"split", "column"}
     assert SweepOptions("out").for_compress().keys() == names - own
 
 
@@ -129,3 +131,51 @@ def test_a_model_by_its_name_and_without_calibration(model, tmp_path):
         data=IDS, method="svd", rank_multiple=4, dtype="float32", progress=False,
     )  # fmt: skip
     assert report.cells[0].ppl > 1 and torch.isfinite(torch.tensor(report.cells[0].ppl))
+
+
+# --------------------------------------------------------------------- text to train and to test on
+
+WORDS = " ".join(f"w{i}" for i in range(1, 41))
+
+
+def texts_of(model, data, **options):
+    """The blocks that a sweep with training reads: "test", "calibration" and "training"."""
+    options = {**OPTIONS, "length": 3, "steps": 9, "tokenizer": word_tokenizer(), **options}
+    return sweeping._token_blocks(
+        model, model, None, SweepOptions("out", **options | {"data": data})
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "list", "ids"])
+def test_no_token_is_trained_and_tested_on(kind, model, tmp_path):
+    """Each token stands once in the text."""
+    (tmp_path / "a[1].txt").write_text(WORDS)
+    ids = torch.arange(1, 41).view(-1, 4)
+    data = {"file": tmp_path / "a[1].txt", "list": [WORDS], "ids": ids}[kind]
+    read = texts_of(model, data, calibration=data if kind == "file" else IDS % 40)
+    trained, tested = (set(read[name].flatten().tolist()) for name in ("training", "test"))
+    assert trained and tested and not trained & tested
+    if kind == "file":
+        assert not set(read["calibration"].flatten().tolist()) & tested
+
+
+def test_another_text_to_test_on_is_read_whole(model, tmp_path):
+    (tmp_path / "a.txt").write_text(WORDS)
+    (tmp_path / "b.txt").write_text(WORDS)
+    options = {"calibration": IDS % 40, "limit": 99}
+    read = texts_of(model, tmp_path / "a.txt", test=tmp_path / "b.txt", **options)
+    assert read["test"].shape == (13, 3)
+    ids = IDS % 40
+    assert texts_of(model, ids, test=ids + 1, **options)["test"].tolist() == (ids + 1).tolist()
+
+
+def test_one_block_can_not_be_trained_and_tested_on(model):
+    with pytest.raises(ValueError, match=r"1 block .* of which none can be held out: give test"):
+        texts_of(model, IDS[:1] % 40)
+
+
+def test_every_text_is_checked_before_the_first_cell(model):
+    with pytest.raises(ValueError, match=r"token ids in \[0, 96\)"):
+        texts_of(model, IDS, calibration=IDS + 90, tokenizer=None)
+    with pytest.raises(ValueError, match="at most 64, the model's context, got 65"):
+        texts_of(model, IDS, calibration=tiny.tokens(2, 65), tokenizer=None)

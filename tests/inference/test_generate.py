@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny
 
-from hylora_kernels.inference.generate import _Pieces, generate
+from hylora_kernels.inference.generate import _Pieces, end_tokens, generate
 
 TEXT = "the quick brown fox jumps over the lazy dog and naïve 🦊 café owners say “hello”. " * 3
 TEMPLATE = (
@@ -209,3 +209,58 @@ def test_refusals(model, tokenizer, options, message):
     arguments = {"tokenizer": tokenizer, "prompt": "fox"} | options
     with pytest.raises(ValueError, match=message):
         generate(model, **arguments)
+
+
+# ------------------------------------------------------------------------------ the end of a text
+
+
+def first_greedy(model, tokenizer, prompt, count):
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    return greedy_by_hand(model, ids, count)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("own", [None, 7, [7, 8]])
+def test_the_tokenizers_end_of_text_ends_it(model, own):
+    """Also where the model's generation config lacks that token, or has others."""
+    tokenizer = tiny.tokenizer(TEXT)
+    third = first_greedy(model, tokenizer, "the quick brown", 3)[2]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(third)
+    settings = model.generation_config
+    before, settings.eos_token_id = settings.eos_token_id, own
+    try:
+        tokens = []
+        generate(model, tokenizer, "the quick brown", 20, stream=tokens.append)
+        want = decoded(tokenizer, first_greedy(model, tokenizer, "the quick brown", 3))
+        assert "".join(tokens) == want
+        assert end_tokens(model, tokenizer) == [
+            *([own] if isinstance(own, int) else own or [model.config.eos_token_id]), third
+        ]  # fmt: skip
+        assert settings.eos_token_id == own
+    finally:
+        settings.eos_token_id = before
+
+
+def test_the_models_own_end_of_text_still_ends_it(model):
+    tokenizer = tiny.tokenizer(TEXT)
+    tokens = first_greedy(model, tokenizer, "the quick brown", 3)
+    settings = model.generation_config
+    before, settings.eos_token_id = settings.eos_token_id, tokens[1]
+    try:
+        want = decoded(tokenizer, tokens[:2])
+        assert generate(model, tokenizer, "the quick brown", 20) == want
+    finally:
+        settings.eos_token_id = before
+
+
+def test_a_prompt_beyond_the_vocabulary_is_refused(tokenizer):
+    small = tiny.llama(vocab_size=20)
+    with pytest.raises(
+        ValueError, match=r"prompt must hold token ids in \[0, 20\), got .*another m"
+    ):
+        generate(small, tokenizer, "the quick brown")
+
+
+def test_a_template_that_refuses_the_prompt_is_named(model):
+    strict = tiny.tokenizer(TEXT, "{{ raise_exception('no system prompt') }}")
+    with pytest.raises(ValueError, match="chat template refuses it: no system prompt"):
+        generate(model, strict, "hello", chat=True)

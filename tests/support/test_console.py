@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 from torch import nn
 
 from hylora_kernels.support import console
@@ -35,6 +37,21 @@ def test_the_parameter_line_counts_a_tied_weight_once():
     model[0].weight.requires_grad_(False)
     line = console.report_lines(model)
     assert line == "trainable 22 / total 62 parameters (35.48 %)"
+    model.requires_grad_(False)
+    assert console.report_lines(model) == "trainable none / total 62 parameters"
+
+
+def test_a_narrow_terminal_drops_no_digit():
+    from rich.console import Console
+
+    made = console.table("a title", ["parameters", "dense", "merged"], [["linears", 10**9, 10**8]])
+    narrow = Console(width=24, record=True, file=io.StringIO())
+    narrow.print(made)
+    lines = narrow.export_text().splitlines()
+    assert "…" not in "".join(lines)
+    for column, number in ((2, "1,000,000,000"), (3, "100,000,000")):
+        cells = [line.split("│")[column].strip() for line in lines if line.count("│") == 4]
+        assert "".join(cells).endswith(number)
 
 
 def test_a_table_shows_every_cell_and_takes_brackets_literally(capsys):

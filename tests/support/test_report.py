@@ -71,3 +71,20 @@ def test_single_values_stay_single(value):
 def test_what_is_no_data_is_refused():
     with pytest.raises(TypeError, match=r"a report can't hold a Linear"):
         report.plain({"layer": nn.Linear(2, 2)})
+
+
+def test_a_printed_report_is_a_table(capsys):
+    print(Outer(Inner((1, 2)), {"a": Inner((3,), torch.float32)}))
+    shown = capsys.readouterr().out
+    for text in (
+        "Outer",
+        "inner.dtype",
+        "bfloat16",
+        "layers.a.dtype",
+        "worst",
+        "Infinity",
+        "count",
+    ):
+        assert text in shown
+    assert "\x1b" not in shown and "Inner(" not in shown
+    assert repr(Outer(Inner((1,)))).startswith("Outer(inner=Inner(ranks=(1,)")

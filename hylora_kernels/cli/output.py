@@ -1,0 +1,62 @@
+"""The files that a command writes beside its folder: checked before its work, JSON after it."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TextIO
+
+from hylora_kernels.support.report import plain
+from hylora_kernels.support.storage import write_json
+
+STDOUT = Path("-")
+PICTURES = (".png", ".svg", ".pdf")
+_stdout: ContextVar[TextIO | None] = ContextVar("_stdout", default=None)
+
+
+@contextlib.contextmanager
+def report_on_stdout(path: Path | None) -> Iterator[None]:
+    """With the path - all that is printed in the block goes to stderr but the report."""
+    if path != STDOUT:
+        yield
+        return
+    token = _stdout.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout.reset(token)
+
+
+def write_report(report: object, *paths: Path | None) -> None:
+    """Write a report (a dataclass or a dict) as JSON to each path that is not None; - is stdout."""
+    for path in paths:
+        if path == STDOUT:
+            print(json.dumps(plain(report), indent=2, allow_nan=False), file=_stdout.get())
+        elif path is not None:
+            write_json(path, plain(report))
+
+
+def check_output_files(given: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the option if the file of --json or --png can't be written.
+
+    given: the command's arguments. A file may stand in the folder that the command makes (--out).
+    """
+    out = given.get("out")
+    for name, flag in (("json_path", "--json"), ("png", "--png")):
+        path = given.get(name)
+        if path is None or (name == "json_path" and path == STDOUT):
+            continue
+        folder = path.parent
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise ValueError(f"{flag} {path} is {what}; give a file")
+        if not folder.is_dir() and not (out is not None and out in (folder, *folder.parents)):
+            raise ValueError(f"{flag} {path}: its folder {folder} does not exist")
+        if folder.is_dir() and not os.access(folder, os.W_OK):
+            raise ValueError(f"{flag} {path}: its folder {folder} can't be written to")
+        if name == "png" and path.suffix.lower() not in PICTURES:
+            raise ValueError(f"{flag} {path} must end with one of {', '.join(PICTURES)}")
