@@ -50,8 +50,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         locked = _lock(descriptor, folder)
         if (folder / DECIDED).is_dir():
             _complete(folder)
-        for leftover in folder.glob(f"{UNDECIDED}*/") if locked else ():
-            if not leftover.is_symlink():
+        for leftover in folder.glob(f"{UNDECIDED}*") if locked else ():
+            if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
         yield
     finally:
