@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import PackedLinear, packed_states
-from hylora_kernels.model.format import INDEX, WEIGHTS, own_files, read_json
+from hylora_kernels.model.format import WEIGHTS, own_files, read_index
 from hylora_kernels.model.structure import linears
 from hylora_kernels.support.report import Report
 from hylora_kernels.support.staging import current
@@ -132,12 +132,10 @@ def _file_bytes(folder: Path) -> int:
     a consolidated.safetensors beside the shards of the index."""
     folder = current(folder)
     names = {name for name in own_files(folder) or () if (folder / name).is_file()}
-    if not names and (folder / WEIGHTS).is_file():
-        names = {WEIGHTS}
-    elif not names and (folder / INDEX).is_file():
-        names = set(read_json(folder / INDEX)["weight_map"].values())
-    elif not names:
-        names = {file.name for file in folder.glob("*.safetensors")}
+    names = names or set(read_index(folder).values())
+    if not names:
+        whole = folder / WEIGHTS
+        names = {file.name for file in ([whole] if whole.is_file() else folder.glob("*"))}
     sizes = [(folder / name).stat().st_size for name in names if name.endswith(".safetensors")]
     if not sizes:
         raise ValueError(f"path must be a folder with .safetensors files, got {folder}")

@@ -12,8 +12,9 @@ config.json is the one that transformers writes, plus
     }
 
 and the weights are named as in model.state_dict(): <path>.SVh, .U, .A, .B, .bias, .pivots. There is
-one tensor more, of shape [0], named <the first of modules>.weight: a loader that doesn't know the
-format would make up the weights of such linears, and stops at the shape of this one. Format 1 has
+one tensor more, of shape [0], named <the first of modules>.weight (for an expert, also by its
+stack): a loader that doesn't know the format would make up the weights of such linears, and stops
+at the shape of this one. Format 1 has
 neither it nor "files".
 """
 
@@ -53,9 +54,14 @@ FORMAT_1_FILES = {
 }
 
 
-def guard_of(modules: dict) -> str | None:
-    """The name of the tensor of shape [0]; None for a model without compressed linears."""
-    return f"{next(iter(modules))}.weight" if modules else None
+def guards_of(modules: dict) -> list[str]:
+    """The names of the tensors of shape [0]: none for a model without compressed linears, two where
+    the first is numbered, since an expert's weight is a part of its stack's."""
+    if not modules:
+        return []
+    path = next(iter(modules))
+    stack, _, number = path.rpartition(".")
+    return [f"{path}.weight", *([stack] if number.isdigit() else [])]
 
 
 def decoded(config: dict) -> dict:
