@@ -164,6 +164,8 @@ def check_alpha(alpha: object) -> None:
     is_real = isinstance(alpha, (float, numbers.Real, torch.SymFloat))
     if not is_real or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
+    if hasattr(alpha, "item"):  # NumPy would cast the limits to its own type, float16 for one
+        alpha = alpha.item()
     # math.isfinite can't be traced with a symbolic float, and overflows on a large int.
     if not -LARGEST_ALPHA <= alpha <= LARGEST_ALPHA:
         raise ValueError(f"alpha must be finite in float32, got {alpha}")

@@ -353,9 +353,11 @@ SVD_LoRA_Linear = SVDLoRALinear
 
 
 def _without_gradient(factor: Tensor) -> Tensor:
-    """SVh or U as the op wants it. A parameter that requires grad goes on to the op, which refuses
-    it; a view of one goes without: FSDP1 keeps all parameters in one that does."""
-    return factor if factor.is_leaf else factor.detach()
+    """SVh or U as the op wants it: a slice of a larger parameter, which requires grad as a whole,
+    goes without. FSDP1 keeps all parameters of a model in one. All else that requires grad goes on
+    to the op, which refuses it."""
+    is_slice = not factor.is_leaf and factor._is_view() and isinstance(factor._base, nn.Parameter)
+    return factor.detach() if is_slice else factor
 
 
 def _check_dense(name: str, weight: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from helpers.numerics import dense_weight, every_form, make_layer
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn.utils import parametrize
 
 from hylora_kernels import SVDLoRALinear
 
@@ -200,6 +201,34 @@ def test_fully_sharded(world_of_one):
         assert torch.equal(model(x), alone(x))
         frozen = model[0].SVh.full_tensor()
         assert torch.equal(frozen, alone[0].SVh) and model[0].SVh.grad is None
+
+
+class Scaled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1).double())
+
+    def forward(self, factor):
+        return self.scale * factor
+
+
+@every_form
+def test_a_gradient_through_frozen_factors_is_refused_not_dropped(form):
+    x = torch.randn(2, 14, dtype=torch.float64)
+    for name in ("SVh", "U"):
+        layer = make_layer(form)
+        state = {name: getattr(layer, name) * torch.ones(1).double().requires_grad_()}
+        with pytest.raises(ValueError, match=rf"^{name} must not require grad"):
+            torch.func.functional_call(layer, state, (x,))
+        parametrize.register_parametrization(layer, name, Scaled())
+        with pytest.raises(ValueError, match=rf"^{name} must not require grad"):
+            layer(x)
+    layer = make_layer(form)
+    parametrize.register_parametrization(layer, "B", Scaled())
+    layer(x).sum().backward()
+    assert layer.parametrizations.B[0].scale.grad.any()
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.4])
