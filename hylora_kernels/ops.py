@@ -42,6 +42,7 @@ _BACKWARD = (
 )
 # Asked once here, since torch.compile (2.11) can't trace the question.
 _AUTOCASTING = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
+_CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST_ALPHA = torch.finfo(torch.float32).max
 
@@ -90,17 +91,29 @@ def svd_lora_linear(
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def packed_linear(x: Tensor, packed: Any) -> Tensor:
+def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
     """x [..., K] -> y [..., N]: svd_lora_linear without gradients, by what backends.pack made.
 
-    A decoded token waits for this call, so the checks are few. Under torch.autocast x is cast to
-    the packed dtype. Raises TypeError or ValueError naming x, RuntimeError if x needs a gradient.
+    bias: [N] of the packed dtype, or None.
+
+    A decoded token waits for this call, so the checks are few. Under torch.autocast the products
+    are the packed dtype's, x is cast to it and y to the autocast dtype, which is that of any linear
+    there. Raises TypeError or ValueError naming x or bias, RuntimeError if one needs a gradient.
     """
+    if bias is not None:
+        if bias.requires_grad:
+            _refuse_gradient("bias")
+        if bias.dtype != packed.dtype or bias.shape != packed.bias_shape:
+            _check_packed_bias(bias, packed)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in _CASTABLE:
+        with torch.autocast(x.device.type, enabled=False):
+            y = packed_linear(x.to(packed.dtype), packed, bias)
+        return y.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype != packed.dtype or x.requires_grad or x.shape[-1:] != packed.shape:
         x = _as_packed(x, packed)
     if forward_ad._current_level >= 0:
         _refuse_forward_mode({"x": x})
-    return backends.forward_packed(x, packed)
+    return backends.forward_packed(x, packed, bias)
 
 
 def packed_embedding(ids: Tensor, packed: Any) -> Tensor:
@@ -115,20 +128,29 @@ def packed_embedding(ids: Tensor, packed: Any) -> Tensor:
     return backends.rows_packed(ids, packed)
 
 
-def _as_packed(x: Tensor, packed: Any) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
+def _refuse_gradient(name: str) -> None:
+    if torch.is_grad_enabled():
         raise RuntimeError(
-            "x requires grad, but a layer packed for inference has no backward: "
+            f"{name} requires grad, but a layer packed for inference has no backward: "
             "restore_from_inference(model) first, or run it under torch.no_grad()"
         )
+
+
+def _check_packed_bias(bias: Tensor, packed: Any) -> None:
+    if bias.dtype != packed.dtype:
+        raise TypeError(f"bias must have the packed layer's dtype {packed.dtype}, got {bias.dtype}")
+    N = packed.out_features
+    raise ValueError(f"bias must be [N] = [{N}] (N from U), got {list(bias.shape)}")
+
+
+def _as_packed(x: Tensor, packed: Any) -> Tensor:
+    if x.requires_grad:
+        _refuse_gradient("x")
     if x.shape[-1:] != packed.shape:
         K = packed.shape[0]
         raise ValueError(f"x must be [..., K] = [..., {K}] (K from SVh), got {list(x.shape)}")
-    castable = (torch.float32, torch.bfloat16, torch.float16)
     if x.dtype == packed.dtype:
         return x
-    if x.dtype in castable and torch.is_autocast_enabled(x.device.type):
-        return x.to(packed.dtype)
     raise TypeError(f"x must have the packed layer's dtype {packed.dtype}, got {x.dtype}")
 
 
@@ -417,8 +439,7 @@ def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
 
 def _autocast(op: Callable[..., Any], device_type: str, *args: Any) -> Any:
     dtype = torch.get_autocast_dtype(device_type)
-    castable = (torch.float32, torch.bfloat16, torch.float16)
-    cast = [a.to(dtype) if isinstance(a, Tensor) and a.dtype in castable else a for a in args]
+    cast = [a.to(dtype) if isinstance(a, Tensor) and a.dtype in _CASTABLE else a for a in args]
     with torch.autocast(device_type, enabled=False):
         return op(*cast)
 

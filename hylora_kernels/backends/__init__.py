@@ -89,6 +89,7 @@ def forget(SVh: Tensor) -> None:
 
 def pack(weights: Weights) -> Any:
     """The weights in the layout that their backend reads fastest, None where packing gains nothing.
+    The bias stays outside.
 
     Raises ValueError with the backend's own reason where the user has forced one that can't serve
     them.
@@ -114,8 +115,8 @@ def why_not_packed(weights: Weights) -> dict[str, str]:
     }
 
 
-def forward_packed(x: Tensor, packed: Any) -> Tensor:
-    """x [..., K] -> y [..., N] by the backend that packed it.
+def forward_packed(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
+    """x [..., K], bias [N] -> y [..., N] by the backend that packed it.
 
     Raises ValueError where the user has forced another one.
     """
@@ -124,7 +125,7 @@ def forward_packed(x: Tensor, packed: Any) -> Tensor:
             f"backend {_forced!r} can't serve this call: the layer is packed for backend "
             f"{packed.backend!r}: restore_from_inference(model) first"
         )
-    return BACKENDS[packed.backend].forward_packed(x, packed)
+    return BACKENDS[packed.backend].forward_packed(x, packed, bias)
 
 
 def rows_packed(ids: Tensor, packed: Any) -> Tensor:
@@ -133,7 +134,7 @@ def rows_packed(ids: Tensor, packed: Any) -> Tensor:
 
 
 def unpack(packed: Any) -> Weights:
-    """The weights as they went into pack, bit for bit."""
+    """The weights as they went into pack, bit for bit, but for the bias, which stays outside."""
     return BACKENDS[packed.backend].unpack(packed)
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import PackedLinear, packed_states
+from hylora_kernels.layers.packed_parameter import PackedParameter
 from hylora_kernels.model.format import WEIGHTS, own_files, read_index
 from hylora_kernels.model.structure import linears
 from hylora_kernels.support.report import Report
@@ -71,7 +72,8 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
     """
     packed = packed_states(model)
     panels = {id(tensor) for state in packed for tensor in state.tensors}
-    parameters, all_buffers = list(model.parameters()), list(model.buffers())
+    parameters = [p for p in model.parameters() if not isinstance(p, PackedParameter)]
+    all_buffers = list(model.buffers())
     buffers = [b for b in all_buffers if id(b) not in panels]
     trainable = [p for p in parameters if p.requires_grad]
     total = sum(p.numel() for p in parameters) + sum(state.count for state in packed)

@@ -1,8 +1,9 @@
 """optimize_for_inference and its undo: a model's weights in the layout that its backend reads best.
 
-A packed layer keeps its place, its name and its hooks; its class changes (SVDLoRALinear to
-PackedSVDLoRALinear), its weights lie in panels and the plain ones are freed. `layer.U`,
-`layer.weight` and `state_dict()` still give plain weights, as copies made when asked for.
+A packed layer keeps its place, its name, its hooks and its Parameter objects; its class changes
+(SVDLoRALinear to PackedSVDLoRALinear), its weights lie in panels and the plain ones are freed.
+`layer.U`, `layer.weight` and `state_dict()` still read as plain weights, by copies made when asked
+for.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from tqdm import tqdm
 
 from hylora_kernels import backends
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.packed import PackedModule, PackedState, convert_layer, packed_class
+from hylora_kernels.layers.packed import PackedModule, PackedState, convert_layers, packed_class
+from hylora_kernels.layers.packed_parameter import PackedParameter
 from hylora_kernels.weights import Weights
 
 _log = logging.getLogger(__name__)
-_FROZEN = "hylora_frozen"  # on an optimised model: names of parameters that required grad
+_FROZEN = "hylora_frozen"  # on a module: names of its parameters that required grad
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
@@ -28,59 +30,99 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 
     SVDLoRALinear and nn.Linear layers, the output head among them, are packed where a backend is
     faster so (the CPU's, in bfloat16, float16 and float32); an embedding that is tied to the head
-    reads the head's panels. Everything else stays as it is, and one line of the log says so. The
+    reads the head's panels. Everything else stays as it is, and one line of the log says why. The
     plain weights are freed layer by layer; state_dict() and save_pretrained give them as before.
+
     There is no backward until restore_from_inference(model): all parameters stop requiring grad.
-    model.to(...) to another dtype or device restores first.
+    The Parameter objects stay, emptied: they read as copies, their gradients and what an optimizer
+    knows of them are kept, and a write to one raises RuntimeError. So does setting alpha or pivots;
+    the bias can be changed. model.to(...) to another dtype or device restores first.
+    Not seen, and without effect on a packed layer: a write to a tensor that shares the memory of a
+    weight (a NumPy array, a view taken before packing). Such memory is the parameter's again once
+    it is restored.
     Raises ValueError for a model in training mode or one that accelerate has spread over devices.
+    After a failure the model is as it was.
 
         optimize_for_inference(model.eval())
         tokens = model.generate(ids)
     """
     _check(model)
-    packed, layers = set(), _layers_to_pack(model)
-    # Made under inference_mode, panels and all restored from them would be inference tensors.
-    with torch.inference_mode(False), torch.no_grad():
+    layers, left = _layers_to_pack(model)
+    packed: list[PackedState] = []
+    try:
         for modules in tqdm(layers, desc="packing", unit="layer", delay=2):
-            state = _pack(modules[0])
-            if state is not None:
-                packed.add(state)
-                for module in modules:
-                    convert_layer(module, state)
+            # Made under inference_mode, panels and all restored from them would be inference
+            # tensors.
+            with torch.inference_mode(False), torch.no_grad():
+                state = _pack(modules[0])
+                if state is None:
+                    left.append(("", _why_not_faster(modules[0])))
+                else:
+                    packed.append(state)
+                    convert_layers(modules, state)
+    except BaseException:
+        for state in packed:
+            state.restore()
+        raise
     if packed:
-        frozen = [n for n, p in model.named_parameters() if p.requires_grad]
-        vars(model)[_FROZEN] = (*vars(model).get(_FROZEN, ()), *frozen)
-        model.requires_grad_(False)
-    _log_summary(packed, layers)
+        _freeze(model)
+    _log_summary(packed, left)
     return model
 
 
 def restore_from_inference(model: nn.Module) -> nn.Module:
-    """Undo optimize_for_inference: the same parameters, bit for bit, requires_grad as before; in
-    place, the same model. A model that isn't optimised stays as it is."""
+    """Undo optimize_for_inference: the same Parameter objects with the same bits, gradients and
+    requires_grad; in place, the same model.
+
+    The model may be a part of the optimised one, a wrapper around it or a copy: every module under
+    it is restored, and every layer that shares a packed weight with one of them. A model that isn't
+    optimised stays as it is. A failure leaves each layer either packed or plain.
+    """
     for module in list(model.modules()):
         if isinstance(module, PackedModule):
             module.restore()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in vars(model).pop(_FROZEN, ()):
-        if name in parameters:
-            parameters[name].requires_grad_(True)
+        for parameter in module._parameters.values():
+            if isinstance(parameter, PackedParameter):  # the weight of a packed layer elsewhere
+                parameter.packed.state.restore()
+    for module in model.modules():
+        for name in vars(module).pop(_FROZEN, ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
     return model
 
 
-def _log_summary(packed: set[PackedState], layers: list[list[nn.Module]]) -> None:
-    """One line of the log: what was packed, and why the first of the others was not."""
-    left = [group[0] for group in layers if not isinstance(group[0], PackedModule)]
-    why = ""
-    if left:
-        reasons = backends.why_not_packed(_weights_of(left[0])).items()
-        why = f" ({'; '.join(f'{name}: {reason}' for name, reason in reasons)})"
+def _freeze(model: nn.Module) -> None:
+    """Note on each module which of its parameters required grad, so that restoring a part of the
+    model, a wrapper or a copy finds the notes."""
+    for module in model.modules():
+        own = module._parameters.items()
+        frozen = [name for name, p in own if p is not None and p.requires_grad]
+        if frozen:
+            vars(module)[_FROZEN] = (*vars(module).get(_FROZEN, ()), *frozen)
+    model.requires_grad_(False)
+
+
+def _log_summary(packed: list[PackedState], left: list[tuple[str, str]]) -> None:
+    """One line of the log: what was packed, and why the others were not."""
+    paths = defaultdict(list)
+    for path, reason in left:
+        paths[reason].append(path)
+    reasons = [_located(reason, *where) for reason, where in paths.items()]
+    why = f" ({'; '.join(reasons)})" if left else ""
     plain, panels = sum(h.plain_bytes for h in packed), sum(h.nbytes for h in packed)
     _log.log(
         logging.WARNING if left and not packed else logging.INFO,
         "optimize_for_inference: packed %d layers, %.1f MB in %.1f MB; left %d as they are%s",
         *(len(packed), plain / 1e6, panels / 1e6, len(left), why),
     )
+
+
+def _located(reason: str, path: str, *others: str) -> str:
+    """The reason with the first path that it holds for; "" is a reason of all."""
+    if not path:
+        return reason
+    return f"{path}{f' and {len(others)} others' if others else ''}: {reason}"
 
 
 # ----------------------------------------------------------------------------------- what is packed
@@ -101,48 +143,78 @@ def _check(model: nn.Module) -> None:
             )
 
 
-def _layers_to_pack(model: nn.Module) -> list[list[nn.Module]]:
-    """The layers to pack, each in a group with the embeddings and layers that share its weight.
-
-    Left out: subclasses, weights that other modules read, and tensors that are not plain ones on
-    the CPU, since no packed layer can replace these.
-    """
+def _layers_to_pack(model: nn.Module) -> tuple[list[list[nn.Module]], list[tuple[str, str]]]:
+    """(the layers to pack, each in a group with the embeddings and layers that share its weight;
+    path of each other one and why it is left, in words)."""
     holders = defaultdict(list)
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders[id(parameter)].append(module)
-    layers, seen = [], set()
-    for module in model.modules():
-        if type(module) not in (SVDLoRALinear, nn.Linear) or id(module) in seen:
+    layers, left, seen = [], [], set()
+    for path, module in model.named_modules():
+        if not isinstance(module, SVDLoRALinear | nn.Linear) or isinstance(module, PackedModule):
             continue
-        weights = [module._parameters.get(name) for name in packed_class(module).names]
-        weights = [weight for weight in weights if weight is not None]
-        sharing = {id(m): m for weight in weights for m in holders[id(weight)]}
-        group = [module, *(m for key, m in sharing.items() if key != id(module))]
-        if weights and all(_is_plain(weight) for weight in weights) and _can_share(group):
+        if id(module) in seen:
+            continue
+        group, why = [module], _why_not_plain(module)
+        if not why:
+            weights = [module._parameters.get(name) for name in packed_class(module).names]
+            sharing = {id(m): m for weight in weights for m in holders[id(weight)]}
+            group += [m for key, m in sharing.items() if key != id(module)]
+            why = _why_not_shared(group)
+        seen.update(map(id, group))
+        if why:
+            left.append((path or "the layer", why))
+        else:
             layers.append(group)
-            seen.update(map(id, group))
-    return layers
+    return layers, left
 
 
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
+def _why_not_plain(layer: nn.Module) -> str:
+    """The reason why no packed layer can replace this one, "" if there is none.
+
+    Pruning, parametrizations, weight_norm, sharding and quantisation put other things in the place
+    of a parameter, or make the class another.
+    """
+    if type(layer) not in (SVDLoRALinear, nn.Linear):
+        return f"its class is {type(layer).__name__}"
+    for name in (*packed_class(layer).names, "bias"):
+        parameter = layer._parameters.get(name)
+        if parameter is not getattr(layer, name, "nothing"):
+            return f"its {name} is no parameter"
+        if parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter or not parameter.is_leaf:
+            return f"its {name} is no plain parameter but a {type(parameter).__name__}"
+        if parameter.layout is not torch.strided or parameter.device.type != "cpu":
+            return f"its {name} is on {parameter.device} with layout {parameter.layout}"
+        if parameter.is_shared():
+            return f"its {name} is shared with other processes"
+    return ""
 
 
-def _can_share(group: list[nn.Module]) -> bool:
-    """True where one set of panels serves the group: a layer alone, or a linear and embeddings."""
+def _why_not_shared(group: list[nn.Module]) -> str:
+    """The reason why no one set of panels serves the group; they serve a layer alone, or a linear
+    and embeddings."""
     if any("forward" in vars(module) for module in group):  # another library has replaced it
-        return False
+        return "its forward has been replaced"
     others = all(type(module) is nn.Embedding and module.max_norm is None for module in group[1:])
-    return len(group) == 1 or (type(group[0]) is nn.Linear and others)
+    if len(group) == 1 or (type(group[0]) is nn.Linear and others):
+        return ""
+    return f"it shares a parameter with a {type(group[1]).__name__}"
+
+
+def _why_not_faster(layer: nn.Module) -> str:
+    reasons = backends.why_not_packed(_weights_of(layer)).items()
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons)
 
 
 def _pack(layer: nn.Module) -> PackedState | None:
     """The layer's packed weights, None where no backend is faster with them."""
     packed = backends.pack(_weights_of(layer))
-    names = packed_class(layer).names
-    return packed and PackedState(packed, {name: layer._parameters.get(name) for name in names})
+    named = ((name, layer._parameters.get(name)) for name in packed_class(layer).names)
+    return packed and PackedState(packed, {name: p for name, p in named if p is not None})
 
 
 def _weights_of(layer: nn.Module) -> Weights:
@@ -150,6 +222,7 @@ def _weights_of(layer: nn.Module) -> Weights:
     if isinstance(layer, SVDLoRALinear):
         A, B = (None if t is None else t.to(layer.SVh.dtype) for t in (layer.A, layer.B))
         return Weights(layer.SVh, layer.U, A, B, layer.bias, layer.alpha, layer.pivots)
-    weight = layer.weight
-    U, pivots = weight.new_empty(0, len(weight)), torch.arange(len(weight), dtype=torch.int32)
+    weight: Tensor = layer.weight
+    pivots = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
+    U = weight.new_empty(0, len(weight))
     return Weights(weight, U, bias=layer.bias, pivots=pivots)

@@ -1,62 +1,66 @@
 """The modules whose weights are packed for inference, and the way there and back.
 
-A packed layer keeps its place, its name and its hooks; its class changes and its parameters give
-way to the packed weights.
+A packed layer keeps its place, its name, its hooks and its parameter objects; its class changes and
+its parameters give their memory up (packed_parameter.py).
 """
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary, ref
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from hylora_kernels import backends
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.packed_parameter import RESTORE_HINT, PackedParameter
 from hylora_kernels.ops import packed_embedding, packed_linear
-
-RESTORE_HINT = "restore_from_inference(model) first"
 
 
 class PackedState:
     """The packed weights of one layer, or of several that share them.
 
-    wider: parameters of a wider dtype than the packed one (float32 masters of an adapter). They
-           stay, since panels would not hold them exactly.
+    wider:      numbers of parameters of a wider dtype than the packed one (float32 masters of an
+                adapter), since panels would not hold them exactly.
+    tensors:    all tensors that hold numbers.
+    parameters: the emptied parameters; modules: the layers. Both live elsewhere.
     """
 
-    def __init__(self, packed, parameters: dict[str, nn.Parameter | None]):
+    def __init__(self, packed, parameters: dict[str, nn.Parameter]):
         self.packed = packed
-        there = {name: p for name, p in parameters.items() if p is not None}
-        self.needed_grad = {name: p.requires_grad for name, p in there.items()}
-        self.wider = {name: p for name, p in there.items() if p.dtype != packed.dtype}
-        self.count = sum(p.numel() for p in there.values())
-        self.plain_bytes = sum(p.nbytes for p in there.values())
-        self.tensors = [*packed.tensors, *(p.detach() for p in self.wider.values())]
-        self.restored: dict[str, nn.Parameter | None] | None = None
+        self.wider = {n: p.detach() for n, p in parameters.items() if p.dtype != packed.dtype}
+        self.count = sum(p.numel() for p in parameters.values())
+        self.plain_bytes = sum(p.nbytes for p in parameters.values())
+        self.tensors = [*packed.tensors, *self.wider.values()]
+        self.parameters: WeakValueDictionary[str, PackedParameter] = WeakValueDictionary()
+        self.modules: WeakSet[PackedModule] = WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose parameters and modules enter themselves."""
+        return vars(self) | {"parameters": WeakValueDictionary(), "modules": WeakSet()}
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
-    def plain(self) -> dict[str, Tensor | None]:
-        """SVh, U, A, B of an SVDLoRALinear or weight of a dense layer, as they were."""
-        if self.restored is not None:
-            return self.restored
-        if "weight" in self.needed_grad:
-            return {"weight": backends.unpack(self.packed).SVh}
+    def plain(self) -> dict[str, Tensor]:
+        """Parameter name -> its numbers, bit for bit as they were packed, in new memory."""
         weights = backends.unpack(self.packed)
-        return {name: getattr(weights, name) for name in ("SVh", "U", "A", "B")} | self.wider
+        plain = {name: getattr(weights, name) for name in ("SVh", "U", "A", "B")}
+        plain["weight"] = weights.SVh
+        return plain | {name: values.clone() for name, values in self.wider.items()}
 
-    def parameters(self) -> dict[str, nn.Parameter | None]:
-        """plain() as parameters, made once, so that tied layers get the same one back."""
-        if self.restored is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self.restored = {
-                    name: None if t is None else nn.Parameter(t, self.needed_grad[name])
-                    for name, t in self.plain().items()
-                }
-        return self.restored
+    def restore(self) -> None:
+        """Turn all layers that read it back into their plain classes, with the parameters that they
+        had, of the same bits. A failure leaves all of them packed."""
+        with torch.inference_mode(False), torch.no_grad():
+            plain = self.plain()
+            refilled = [(p, p.packed.refilled(plain[name])) for name, p in self.parameters.items()]
+            for parameter, values in refilled:
+                parameter.restore(values)
+        for module in self.modules:
+            module._become_plain()
 
 
 # state of layers that share a weight -> the copy that the last state_dict() call got of it, so that
@@ -65,58 +69,99 @@ _last_export: WeakKeyDictionary[PackedState, ref] = WeakKeyDictionary()
 
 
 class PackedModule(nn.Module):
-    """A layer whose parameters `names` are packed in `packed_state`."""
+    """A layer whose parameters `names` are packed in `packed_state`.
+
+    packed_parameters: these parameters, emptied. They are outside of _parameters, so that tools
+                       that sum, move or replace parameters never meet them.
+    order:             the names of all its parameters, in the order that optimizers count by.
+    """
 
     names: tuple[str, ...]
+    fixed: tuple[str, ...] = ()  # other attributes that are packed as well
     plain_class: type[nn.Module]
     packed_state: PackedState
+    packed_parameters: dict[str, PackedParameter]
+    order: tuple[str, ...]
 
     def restore(self) -> None:
-        """Turn the layer back into its plain class, with parameters of the same bits."""
-        state = self.packed_state
-        own, buffers = self._parameters.copy(), len(state.tensors)
-        self.__class__ = self.plain_class
+        """Turn the layer, and all that share its weights, back into their plain classes."""
+        self.packed_state.restore()
+
+    def _become_plain(self) -> None:
+        there = self.packed_parameters | self._parameters
+        in_order = {name: there[name] for name in self.order if name in there}
         self._parameters.clear()
-        self._parameters.update({**state.parameters(), **own})
-        del self.packed_state
-        for index in range(buffers):
-            delattr(self, f"packed_{index}")
+        self._parameters.update(in_order | there)
+        if "packed_pivots" in self._buffers:
+            self._buffers["pivots"] = self._buffers["packed_pivots"]
+        for name in [name for name in self._buffers if name.startswith("packed_")]:
+            delattr(self, name)
+        del self.packed_state, self.packed_parameters, self.order
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.packed_state.modules.add(self)
 
     def train(self, mode: bool = True):
         if mode:
             raise RuntimeError(f"a layer packed for inference can't be trained: {RESTORE_HINT}")
         return nn.Module.train(self, False)
 
+    def requires_grad_(self, requires_grad: bool = True):
+        if requires_grad:
+            raise RuntimeError(f"a layer packed for inference has no gradients: {RESTORE_HINT}")
+        return super().requires_grad_(False)
+
     def __setattr__(self, name, value):
-        if name in self.names:
+        if name in self.names or name in self.fixed:
+            if value is getattr(self, name):  # weights that are tied already are tied again
+                return
             raise RuntimeError(f"{name} is packed for inference and can't be set: {RESTORE_HINT}")
         super().__setattr__(name, value)
 
+    def __delattr__(self, name):
+        if name in self.names or name in self.fixed:
+            raise RuntimeError(
+                f"{name} is packed for inference and can't be deleted: {RESTORE_HINT}"
+            )
+        super().__delattr__(name)
+
+    def register_parameter(self, name, param):
+        if isinstance(param, PackedParameter):  # torch.nn.utils.prune would give it another name
+            raise RuntimeError(
+                f"{param.packed.name} is packed for inference and can't become {name}:"
+                f" {RESTORE_HINT}"
+            )
+        super().register_parameter(name, param)
+
     def _apply(self, fn, recurse=True):
-        """No-op if dtype and device stay the same; otherwise restore the plain layer, and with it
-        everything tied to it, and move that."""
-        probe = torch.empty(0, dtype=self.packed_state.packed.dtype)
-        moved = fn(probe)
-        if (moved.dtype, moved.device) == (probe.dtype, probe.device):
-            return self
+        """No-op if dtypes and device stay the same, share_memory() included; otherwise restore the
+        plain layer, and with it everything tied to it, and move that."""
+        mine = [*self.packed_state.tensors, *self._parameters.values()]
+        probes = [tensor.new_empty(0) for tensor in mine if tensor is not None]
+        if all(fn(probe) is probe and not probe._version for probe in probes):
+            return super()._apply(fn, recurse)
         self.restore()
         return self._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name, values in self._exported(destination, keep_vars).items():
+            destination[prefix + name] = values
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if "packed_pivots" in self._buffers:
+            destination[prefix + "pivots"] = self._buffers["packed_pivots"].clone()
+
+    def _exported(self, destination, keep_vars) -> dict[str, Tensor]:
+        if keep_vars:
+            return dict(self.packed_parameters)
         last_export = _last_export.get(self.packed_state, lambda: None)()
         if last_export is not None and any(value is last_export for value in destination.values()):
-            plain = {"weight": last_export.detach()}  # tied, and already there
-        else:
-            plain = self.packed_state.plain()
-            if "weight" in plain:
-                _last_export[self.packed_state] = ref(plain["weight"])
-        for name, tensor in plain.items():
-            if tensor is not None:
-                is_parameter = isinstance(tensor, nn.Parameter)
-                destination[prefix + name] = (
-                    tensor.detach() if is_parameter and not keep_vars else tensor
-                )
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+            return {"weight": last_export.detach()}  # tied, and already there
+        plain = self.packed_state.plain()
+        if "weight" in self.packed_parameters:
+            _last_export[self.packed_state] = ref(plain["weight"])
+        return {name: plain[name] for name in self.packed_parameters}
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -124,80 +169,78 @@ class PackedModule(nn.Module):
         error_msgs.append(f"{prefix[:-1] or 'the layer'} is packed for inference: {RESTORE_HINT}")
 
 
-def _copy_of(name: str) -> property:
-    """A plain copy on every access, as an inference tensor: a write to it raises instead of being
-    lost."""
-
-    def read(self: PackedModule) -> Tensor | None:
-        with torch.inference_mode():
-            return self.packed_state.plain()[name]
-
-    return property(read, doc=f"A copy of the packed {name}, to read.")
+def _packed_parameter(name: str) -> property:
+    return property(
+        lambda self: self.packed_parameters.get(name), doc=f"The emptied {name}; reads as a copy."
+    )
 
 
 class PackedSVDLoRALinear(PackedModule, SVDLoRALinear):
     """An SVDLoRALinear that optimize_for_inference has packed."""
 
     names, plain_class = ("SVh", "U", "A", "B"), SVDLoRALinear
-    SVh, U, A, B = (_copy_of(name) for name in names)
+    fixed = ("alpha", "pivots")
+    SVh, U, A, B = (_packed_parameter(name) for name in names)
+
+    @property
+    def pivots(self) -> Tensor | None:  # type: ignore[override]
+        """A copy, as an inference tensor: a write to it raises instead of being lost."""
+        with torch.inference_mode():
+            pivots = self._buffers.get("packed_pivots")
+            return None if pivots is None else pivots.clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed_state.packed)
-
-    @property
-    def rank(self) -> int:
-        return self.packed_state.packed.rank
-
-    @property
-    def lora_rank(self) -> int:
-        return self.packed_state.packed.lora_rank
-
-    def parameter_count(self, merged: bool = True) -> int:
-        return super().parameter_count(True) if merged else self.packed_state.count
+        return packed_linear(x, self.packed_state.packed, self.bias)
 
     def merge(self) -> SVDLoRALinear:
         if self.lora_rank:
             raise RuntimeError(f"a layer packed for inference can't be merged: {RESTORE_HINT}")
         return self
 
-    def to_linear(self) -> nn.Linear:
-        plain = SVDLoRALinear.from_factors(
-            **self.packed_state.plain(), bias=self.bias, alpha=self.alpha, pivots=self.pivots
-        )
-        return plain.eval().to_linear()
-
 
 class PackedLinear(PackedModule, nn.Linear):
     """An nn.Linear that optimize_for_inference has packed."""
 
     names, plain_class = ("weight",), nn.Linear
-    weight = _copy_of("weight")
+    weight = _packed_parameter("weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed_state.packed)
+        return packed_linear(x, self.packed_state.packed, self.bias)
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
     """An nn.Embedding that reads the panels of the linear it is tied to."""
 
     names, plain_class = ("weight",), nn.Embedding
-    weight = _copy_of("weight")
+    weight = _packed_parameter("weight")
 
     def forward(self, ids: Tensor) -> Tensor:
         return packed_embedding(ids, self.packed_state.packed)
 
 
-def convert_layer(layer: nn.Module, state: PackedState) -> None:
-    """Make the layer one that reads the packed weights, and drop its own."""
-    new_class = packed_class(layer)
-    if isinstance(layer, SVDLoRALinear):
-        backends.forget(layer.SVh)
-    for name in new_class.names:
-        layer._parameters.pop(name, None)
-    layer.packed_state = state
-    for index, tensor in enumerate(state.tensors):  # buffers, so that sums of memory count them
-        layer.register_buffer(f"packed_{index}", tensor, persistent=False)
-    layer.__class__ = new_class
+def convert_layers(modules: list[nn.Module], state: PackedState) -> None:
+    """Make the layers ones that read the packed weights, and take the memory of their own."""
+    classes = [packed_class(module) for module in modules]
+    first = modules[0]
+    if isinstance(first, SVDLoRALinear):
+        backends.forget(first.SVh)
+    plain = {name: first._parameters.get(name) for name in classes[0].names}
+    parameters = {
+        name: PackedParameter.of(p, state, name) for name, p in plain.items() if p is not None
+    }
+    for module, new_class in zip(modules, classes, strict=True):
+        vars(module).update(
+            packed_state=state, packed_parameters=parameters, order=tuple(module._parameters)
+        )
+        for name in new_class.names:
+            module._parameters.pop(name, None)
+        # Buffers, so that sums of memory count them.
+        for index, tensor in enumerate(state.tensors):
+            module.register_buffer(f"packed_{index}", tensor, persistent=False)
+        if module._buffers.get("pivots") is not None:
+            module.register_buffer("packed_pivots", module._buffers.pop("pivots"), persistent=False)
+        module.__class__ = new_class
+        state.modules.add(module)  # type: ignore[arg-type]
 
 
 def packed_class(module: nn.Module) -> type[PackedModule]:
@@ -207,7 +250,7 @@ def packed_class(module: nn.Module) -> type[PackedModule]:
 
 def refuse_packed(model: nn.Module) -> None:
     """Raise ValueError if a layer is packed for inference: it can't be trained or replaced."""
-    if packed_states(model):
+    if packed_states(model) or any(isinstance(p, PackedParameter) for p in model.parameters()):
         raise ValueError(f"model must not be packed for inference: {RESTORE_HINT}")
 
 

@@ -25,7 +25,7 @@ INTERFACE = {
     "is_faster_than_next": "x, weights",
     "forget": "SVh",
     "pack": "weights",
-    "forward_packed": "x, packed",
+    "forward_packed": "x, packed, bias",
     "rows_packed": "ids, packed",
     "unpack": "packed",
 }

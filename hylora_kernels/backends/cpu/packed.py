@@ -32,23 +32,25 @@ _LINEAR, _PACKED_LAYER = (None, None) if REFUSAL else (op("linear"), op("packed_
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """The part that all packed layers have in common. Immutable, so that modules can share one."""
+    """The part that all packed layers have in common. Immutable, so that modules can share one.
+
+    The bias is no part of it: a call brings its own, so that a bias that changes is followed.
+    """
 
     backend: ClassVar[str] = "cpu"
 
     dtype: torch.dtype
     shape: tuple[int]  # of x's last dim: (K,)
+    bias_shape: tuple[int]  # (N,)
     out_features: int
     rank: int
     lora_rank: int
     alpha: float
     has_adapter: bool  # A and B were given, maybe of rank 0
-    bias: Tensor | None  # as it was given; data_of_bias without its gradient
-    data_of_bias: Tensor | None
     pivots: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] of dtype -> y [..., N]."""
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] and bias [N] of dtype -> y [..., N]."""
         raise NotImplementedError
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -56,8 +58,7 @@ class Packed:
         raise NotImplementedError
 
     def unpack(self) -> Weights:
-        """The weights as they were packed, bit for bit, in new memory. Bias and pivots are the ones
-        that were given (at rank N in the pivoted form, equal pivots)."""
+        """The weights as they were packed, bit for bit, in new memory, without the bias."""
         raise NotImplementedError
 
     @property
@@ -68,7 +69,7 @@ class Packed:
     def _weights(self, SVh: Tensor, U: Tensor, A=None, B=None, pivots=None) -> Weights:
         if self.has_adapter and not self.lora_rank:
             A, B = SVh.new_empty(0, self.shape[0]), SVh.new_empty(self.out_features, 0)
-        return Weights(SVh, U, A, B, self.bias, self.alpha, pivots)
+        return Weights(SVh, U, A, B, None, self.alpha, pivots)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,11 +113,11 @@ class PackedLayer(_Panels):
         )
         return cls(**_common(weights), **_limbs(weights), layer=layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         products = self.limb_products
         if self.follows_settings:
             products = limb_products_of_packed(products)
-        return _PACKED_LAYER(x, self.layer, self.data_of_bias, self.out_features, products)
+        return _PACKED_LAYER(x, self.layer, bias, self.out_features, products)
 
     def unpack(self) -> Weights:
         rank, lora_rank, N, pivots = self.rank, self.lora_rank, self.out_features, self.pivots
@@ -147,11 +148,11 @@ class PackedMatrix(_Panels):
         panels = pack_matrix(weights.SVh.detach())
         return cls(**_common(weights), **_limbs(weights), panels=panels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         products = self.limb_products
         if self.follows_settings:
             products = limb_products_of_packed(products)
-        return _LINEAR(x, self.panels, self.data_of_bias, self.out_features, products)
+        return _LINEAR(x, self.panels, bias, self.out_features, products)
 
     def rows(self, ids: Tensor) -> Tensor:
         N = self.out_features
@@ -190,10 +191,10 @@ class TorchProducts(Packed):
         P, Q = torch.cat((SVh, A)), torch.cat((U, alpha * B), 1)
         return cls(**_common(weights), P=P, Q=Q, B=B.clone())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.Q is None:
-            return F.linear(x, self.P, self.data_of_bias)
-        return F.linear(F.linear(x, self.P), self.Q, self.data_of_bias)
+            return F.linear(x, self.P, bias)
+        return F.linear(F.linear(x, self.P), self.Q, bias)
 
     def rows(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.P)
@@ -214,7 +215,7 @@ class TorchProducts(Packed):
 
 
 def pack(weights: Weights) -> Packed | None:
-    """Weights that this backend supports, packed. Bias and pivots are shared, not copied."""
+    """Weights that this backend supports, packed, without the bias."""
     if torch_products_are_faster(weights):
         return TorchProducts.of(weights)
     if not _is_matrix(weights):
@@ -223,9 +224,10 @@ def pack(weights: Weights) -> Packed | None:
     return PackedMatrix.of(weights)
 
 
-def forward_packed(x: Tensor, packed: Packed) -> Tensor:
-    """x [..., K] of packed.dtype -> y [..., N]. A decoded token waits for it: keep it short."""
-    return packed.forward(x)
+def forward_packed(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x [..., K] and bias [N] of packed.dtype -> y [..., N]. A decoded token waits for it: keep it
+    short."""
+    return packed.forward(x, bias)
 
 
 def rows_packed(ids: Tensor, packed: Packed) -> Tensor:
@@ -272,14 +274,13 @@ def _common(weights: Weights) -> dict:
     values = (
         weights.SVh.dtype,
         (weights.in_features,),
+        (weights.out_features,),
         weights.out_features,
         weights.rank,
         weights.lora_rank,
         weights.alpha,
         weights.A is not None,
-        weights.bias,
-        _detached(weights.bias),
-        None if _is_matrix(weights) else weights.pivots,
+        None if weights.pivots is None or _is_matrix(weights) else weights.pivots.clone(),
     )
     return dict(zip((field.name for field in fields(Packed)), values, strict=True))
 
@@ -299,5 +300,5 @@ def _limbs(weights: Weights) -> dict:
 def _dense(packed: Packed, SVh: Tensor) -> Weights:
     """The weights of a dense matrix: the pivoted form at rank N."""
     N = packed.out_features
-    pivots = torch.arange(N, dtype=torch.int32)
+    pivots = torch.arange(N, dtype=torch.int32, device=SVh.device)
     return packed._weights(SVh, SVh.new_empty(0, N), pivots=pivots)

@@ -109,9 +109,9 @@ def pivot_table(pivots: Tensor, out_features: int) -> PivotTable:
         table = op("pivot_table")(pivots, out_features)
     except RuntimeError as error:
         raise ValueError(_pivots_error(pivots, out_features)) from error
-    is_other = torch.ones(out_features, dtype=torch.bool)
+    is_other = torch.ones(out_features, dtype=torch.bool, device=pivots.device)
     is_other[pivots.long()] = False
-    padding = torch.full((-len(pivots) % 32,), out_features)
+    padding = pivots.new_full((-len(pivots) % 32,), out_features, dtype=torch.int64)
     outputs = torch.cat((pivots.long(), padding, is_other.nonzero().squeeze(1)))
     result = PivotTable(table, outputs)
     _tables.keep((out_features, result), pivots)

@@ -13,7 +13,7 @@ def pack(weights: Weights) -> None:
     """None: packing would gain nothing."""
 
 
-def forward_packed(x: Tensor, packed: object) -> NoReturn:
+def forward_packed(x: Tensor, packed: object, bias: Tensor | None) -> NoReturn:
     raise AssertionError("this backend packs nothing")
 
 

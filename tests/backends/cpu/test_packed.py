@@ -57,11 +57,13 @@ def test_packed_computes_the_formula_and_unpacks_bit_for_bit(case, dtype, layout
     inputs = make_inputs(case, dtype)
     packed = packed_of(inputs)
     dy = make_dy(inputs)
-    got = by_reference(inputs, dy) | {"y": cpu.forward_packed(inputs.x, packed)}
+    got = by_reference(inputs, dy) | {"y": cpu.forward_packed(inputs.x, packed, inputs.bias)}
     assert_as_exact_as_formula(got, inputs, dy)
     for name, plain in zip(inputs._fields[1:], cpu.unpack(packed), strict=True):
         given = getattr(inputs, name)
-        if isinstance(given, Tensor):
+        if name == "bias":
+            assert plain is None, "a call brings its own"
+        elif isinstance(given, Tensor):
             assert plain.dtype == given.dtype and torch.equal(plain, given), name
             assert plain.is_contiguous() and plain.untyped_storage().nbytes() == plain.nbytes
         else:
@@ -76,11 +78,13 @@ def test_packed_special_numbers_keep_their_bits(form):
     assert torch.equal(plain.view(torch.int32), inputs.SVh.view(torch.int32))
 
 
-def test_packed_shares_bias_and_pivots_and_needs_no_more():
+def test_packed_needs_no_more_than_factors_and_table():
     inputs = make_inputs(Case(sizes=(64, 96, 32), lora_rank=32, form="pivoted"), torch.bfloat16)
     packed = packed_of(inputs)
-    *_, bias, _alpha, pivots = cpu.unpack(packed)
-    assert bias is inputs.bias and pivots is inputs.pivots
+    pivots = inputs.pivots.clone()
+    inputs.pivots.zero_()
+    assert torch.equal(cpu.unpack(packed).pivots, pivots), "its own"
+    inputs.pivots.copy_(pivots)
     factors = sum(t.nbytes for t in (inputs.SVh, inputs.U, inputs.A, inputs.B))
     table = torch.ops.hylora.cpu_pivot_table(inputs.pivots, 96).nbytes
     header_and_gaps = 1024
@@ -97,7 +101,7 @@ def test_an_infinite_pivot_stays_alone_beside_an_adapter(M, dtype):
     inputs.x[:, 0] = 1
     inputs.SVh[7] = 0
     inputs.SVh[7, 0] = torch.inf
-    pivots = cpu.forward_packed(inputs.x, packed_of(inputs))[:, inputs.pivots.long()]
+    pivots = cpu.forward_packed(inputs.x, packed_of(inputs), inputs.bias)[:, inputs.pivots.long()]
     assert pivots[:, 7].isinf().all()
     assert torch.cat((pivots[:, :7], pivots[:, 8:]), 1).isfinite().all()
 
@@ -158,7 +162,7 @@ def test_vmap_of_a_packed_layer_is_refused():
     inputs = make_inputs(Case(), torch.float32)
     packed = packed_of(inputs)
     with pytest.raises(NotImplementedError, match="no vmap rule"):
-        torch.vmap(lambda x: cpu.forward_packed(x, packed))(inputs.x)
+        torch.vmap(lambda x: cpu.forward_packed(x, packed, inputs.bias))(inputs.x)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 8])
@@ -174,12 +178,14 @@ def test_many_rows_of_float32_go_through_torch(rows, lora_rank, form, monkeypatc
     for bias in (inputs.bias, None):
         few = inputs._replace(x=inputs.x[:1000], bias=bias)
         packed = packed_of(few)
-        y = cpu.forward_packed(inputs.x, packed)
-        one = cpu.forward_packed(few.x, packed)
+        y = cpu.forward_packed(inputs.x, packed, bias)
+        one = cpu.forward_packed(few.x, packed, bias)
         torch.testing.assert_close(y[:1000], one, rtol=1e-5, atol=1e-5)
-        assert torch.equal(cpu.forward_packed(inputs.x, packed), y)
+        assert torch.equal(cpu.forward_packed(inputs.x, packed, bias), y)
         wide = torch.cat((inputs.x, inputs.x), 1)[:, : inputs.x.shape[1]]
-        assert torch.equal(cpu.forward_packed(wide, packed), y), "rows need not be side by side"
+        assert torch.equal(cpu.forward_packed(wide, packed, bias), y), (
+            "rows need not be side by side"
+        )
 
 
 def test_few_ranks_or_padded_float32_takes_torch_products():
