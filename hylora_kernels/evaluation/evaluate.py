@@ -93,8 +93,7 @@ def evaluate(
     speed:    also measure tokens per second.
     path:     folder that the model was loaded from or saved to, for its bytes on disk.
     optimize: measure the speed of the model as optimize_for_inference packs it. This is undone:
-              the parameters get their bits back in new Parameter objects, which an optimizer made
-              before does not know.
+              the same Parameter objects have their bits again, and an optimizer goes on with them.
 
     Raises ValueError naming the argument, FloatingPointError naming a block whose loss is not
     finite. A speed that can't be measured (a model without a cache, say) is noted in the report.

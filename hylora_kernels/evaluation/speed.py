@@ -54,8 +54,8 @@ def throughput(
     Three whole prompts are timed, then `new_tokens` greedy tokens, one at a time with a cache; each
     kind is warmed up once. Logits are made for the prompt's last token only, as generate() does.
 
-    optimize: time the model as optimize_for_inference packs it. This is undone: the parameters get
-              their bits back in new Parameter objects.
+    optimize: time the model as optimize_for_inference packs it. This is undone: the same Parameter
+              objects have their bits again.
 
     Raises ValueError for a number of tokens below 1 or beyond the model's context.
     """
