@@ -22,6 +22,7 @@ from hylora_kernels.cli.options import (
     Out,
     Seed,
     Text,
+    TrustRemoteCode,
     library_options,
     refuse_foreign_folder,
 )
@@ -59,7 +60,7 @@ def compress(
     from hylora_kernels.model.saving import save_pretrained
 
     refuse_foreign_folder(out, model)
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = _load(model, device, dtype, options["trust_remote_code"])
     require_disk(out, _parameter_bytes(loaded), f"the compressed model in {out}")
     loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
     save_pretrained(loaded, out, tokenizer)
@@ -87,6 +88,7 @@ def finetune(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
     """Train the adapters of a compressed model and write the recovered model to a folder."""
@@ -94,12 +96,12 @@ def finetune(
     from hylora_kernels.recovery.finetune import finetune as train
 
     refuse_foreign_folder(out, model, mark="training")
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
     require_disk(out, _parameter_bytes(loaded), f"the recovered model in {out}")
     report = train(
         loaded,
         tokenizer=tokenizer,
-        teacher=_load(teacher, device, dtype)[0] if teacher else None,
+        teacher=_load(teacher, device, dtype, trust_remote_code)[0] if teacher else None,
         output_dir=out / "training",
         **options,
     )
@@ -145,12 +147,13 @@ def evaluate(
     optimize: Optimize = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
     """Perplexity on a text, true size, and speed of a model, dense or compressed."""
     from hylora_kernels.evaluation.evaluate import evaluate as measure
 
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
     report = measure(
         loaded,
         data,
@@ -187,13 +190,14 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
     """Continue a prompt; the text is printed as it is generated."""
     from hylora_kernels.inference.generate import generate as continue_text
     from hylora_kernels.inference.optimize import optimize_for_inference
 
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
     typer.echo(report_lines(loaded), err=True)
     if optimize and loaded.device.type == "cpu":
         optimize_for_inference(loaded)
@@ -233,12 +237,13 @@ def analyze(
     png: Annotated[Path | None, Option(help="Draw the spectra to this file.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
     """Singular spectra of a model's linears: which rank keeps how much energy, and its cost."""
     from hylora_kernels.compression.spectrum import analyze_spectrum
 
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
     report = analyze_spectrum(loaded, method, tokenizer=tokenizer, **options)
     show(report.render())
     show(report_lines(loaded))
@@ -319,11 +324,11 @@ def demo(
 
 
 def _load(
-    model: str, device: str, dtype: str
+    model: str, device: str, dtype: str, trust_remote_code: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | None"]:
     from hylora_kernels.model.load import load_model
 
-    return load_model(model, device, dtype)
+    return load_model(model, device, dtype, trust_remote_code=trust_remote_code)
 
 
 def _parameter_bytes(model: "PreTrainedModel") -> int:

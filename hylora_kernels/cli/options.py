@@ -36,6 +36,13 @@ Device = Annotated[str, Option(help="auto, cpu, cuda or mps; auto: cuda, else mp
 Dtype = Annotated[
     str, Option(help="auto, bfloat16, float16 or float32; auto: the checkpoint's own.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    Option(
+        "--trust-remote-code",
+        help="Run the Python files that come with the model, which may do anything.",
+    ),
+]
 Seed = Annotated[int, Option(help="Seed of every random choice.")]
 Json = Annotated[
     Path | None,
@@ -56,6 +63,7 @@ FLAGS = {
     "gradient_checkpointing": ["--gradient-checkpointing"],
     "resume": ["--resume/--restart"],
     "calibration": ["--calibration", "--data"],
+    "trust_remote_code": ["--trust-remote-code"],
 }
 
 

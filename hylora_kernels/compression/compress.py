@@ -287,7 +287,12 @@ def _load(
         device = None if options.device is None else resolve_device(options.device)
         model = model_or_id.to(device=device, dtype=resolve_dtype(options.dtype))
         return model.eval(), options.tokenizer
-    model, tokenizer = load_model(model_or_id, options.device or "auto", options.dtype or "auto")
+    model, tokenizer = load_model(
+        model_or_id,
+        options.device or "auto",
+        options.dtype or "auto",
+        trust_remote_code=options.trust_remote_code,
+    )
     check_model(model, "replace", "model_or_id")
     return model.eval(), options.tokenizer or tokenizer
 

@@ -76,6 +76,12 @@ class CompressOptions:
     count: str = option(
         "merged", "The budget counts the adapters merged, or as they are.", choices=COUNTS
     )
+    trust_remote_code: bool = option(
+        False,
+        "Run the Python files that come with a model whose classes transformers lacks. They may do "
+        "anything.",
+        reported=False,
+    )
     samples: int = option(128, "Blocks of calibration text.", least=1)
     length: int = option(512, "Tokens in a block.", least=2)
     refit_samples: int = option(32, "Blocks of calibration text that the refit reads.", least=1)

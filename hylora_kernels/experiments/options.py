@@ -71,6 +71,7 @@ class SweepOptions(CellOptions):
     test: Tensor | list[str] | str | Path | None = option_of(TextOptions, "test")
     column: str | None = option_of(TextOptions, "column")
     calibration: Tensor | list[str] | str | Path = option_of(CompressOptions, "calibration")
+    trust_remote_code: bool = option_of(CompressOptions, "trust_remote_code")
     tokenizer: object = option_of(CompressOptions, "tokenizer")
     length: int = option_of(CompressOptions, "length", reported=False)
     samples: int = option_of(CompressOptions, "samples")

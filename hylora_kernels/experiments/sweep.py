@@ -135,7 +135,9 @@ def _loader(model: nn.Module | str | Path, options: SweepOptions) -> Callable[[]
     """A function that returns the dense model anew, and its tokenizer or None."""
     if isinstance(model, nn.Module):
         return lambda: (copy.deepcopy(model), None)
-    return lambda: load_model(model, options.device, options.dtype)
+    return lambda: load_model(
+        model, options.device, options.dtype, trust_remote_code=options.trust_remote_code
+    )
 
 
 def _token_blocks(
