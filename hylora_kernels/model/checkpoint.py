@@ -81,7 +81,7 @@ def load_pretrained(
     if (folder / GENERATION_CONFIG).is_file():
         with reading(folder / GENERATION_CONFIG, "no GenerationConfig comes of it"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config._name_or_path = str(dir)
+    model.config.name_or_path = model.name_or_path = str(dir)
     if "linears" in config["quantization_config"]:
         model.hylora_linears = config["quantization_config"]["linears"]
         unknown = set(model.hylora_linears) - {path for path, _ in model.named_modules()}

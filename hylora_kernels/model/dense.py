@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from hylora_kernels.model.tensorfile import TensorFile
 # of transformers, which comes when all is made. Quantised weights hold up to 8 numbers in a byte.
 MORE_THAN_HELD = 2**26
 NAMES_SHOWN = 5
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m|[-+|]{2,}")  # colours, and the lines of tables
 
 
 def load_dense(
@@ -40,12 +44,18 @@ def load_dense(
     if not trust_remote_code:
         check_config(config, path)
         _refuse_code(folder, config)
-    with reading(path, "no config comes of it"):
+    kind = str(config.get("model_type"))
+    # The mapping is lazy: its get() finds nothing.
+    usual = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401
+    with reading(path, "no config comes of it", lambda: unusual_fields(config, usual)):
         loaded = AutoConfig.from_pretrained(folder, **trust)
     files = open_weights(folder)
     if not trust_remote_code:
         _check_size(loaded, config, path, files)
-    with reading(folder, "no model comes of it"):
+    with (
+        _logged() as words,
+        reading(folder, "no model comes of it", lambda: " ".join(words)[:2000]),
+    ):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
@@ -57,6 +67,34 @@ def load_dense(
     _require_complete(model, report, folder)
     check_made_buffers(model, path)
     return model
+
+
+class _Words(logging.Handler):
+    """Keeps the words of what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.words += ESCAPES.sub(" ", record.getMessage()).split()
+
+
+@contextmanager
+def _logged() -> Iterator[list[str]]:
+    """The warnings of transformers while it loads: its errors refer to "the above report"."""
+    handler = _Words()
+    logger = logging.getLogger("transformers.modeling_utils")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield handler.words
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+        logger.setLevel(level)
 
 
 def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
@@ -119,21 +157,20 @@ def _require_complete(model: nn.Module, report: dict[str, Any], folder: Path) ->
 
 
 def _belongs(name: str, model: nn.Module) -> bool:
-    """Whether the tensor is part of a module that has weights and no modules in it.
+    """Whether the tensor is part of a module that has weights and no modules in it, or of a layer
+    beyond those in a list.
 
-    Such is the bias of a linear that has none here, or the scale of a quantised weight: without it
-    the model computes something else. Tensors of other parts (a vision tower, the heads of another
-    task, the layers that predict more tokens) are left out by design.
+    Such is the bias of a linear that has none here, the scale of a quantised weight, or the second
+    half of the layers: without it the model computes something else. Tensors of other parts (a
+    vision tower, the heads of another task) are left out by design.
     """
-    parts = name.split(".")
-    for length in range(1, len(parts)):
-        try:
-            module = model.get_submodule(".".join(parts[:length]))
-        except AttributeError:
-            return False
-        if not any(True for _ in module.children()):
-            return bool(module._parameters)
-    return False
+    module = model
+    for part in name.split(".")[:-1]:
+        child = module._modules.get(part)
+        if child is None:
+            break
+        module = child
+    return isinstance(module, nn.ModuleList) or bool(module._parameters and not module._modules)
 
 
 def _listed(names: Sequence[str]) -> str:

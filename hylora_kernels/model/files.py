@@ -126,7 +126,8 @@ def shown(value: object) -> str:
 
 def is_plain(name: object) -> bool:
     """Whether `name` is that of a file in the same folder, not a path."""
-    return isinstance(name, str) and name != "" and name == Path(name).name and "\0" not in name
+    plain = isinstance(name, str) and name not in ("", "..") and "\0" not in name
+    return plain and Path(str(name)).name == name
 
 
 def plain_name(name: object, path: Path, field: str) -> str:

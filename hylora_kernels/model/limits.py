@@ -83,7 +83,7 @@ def few_parameters(files: Sequence[TensorFile], source: str | Path) -> Iterator[
         handle.remove()
 
 
-def unusual_fields(config: dict[str, Any], config_class: type) -> str:
+def unusual_fields(config: dict[str, Any], config_class: Any) -> str:
     """For the end of an error: the fields that are no positive number, unlike the class's default.
 
     A library's own error ("integer division or modulo by zero") often names no field.

@@ -88,7 +88,7 @@ def load_model(
         raise CheckpointError(
             f"name_or_path {str(name_or_path)!r} could not be loaded: {error}"
         ) from error
-    model.config._name_or_path = str(name_or_path)
+    model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, tokenizer
 
 
