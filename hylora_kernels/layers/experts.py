@@ -159,13 +159,23 @@ def unstack_for(model: nn.Module, linears: Iterable[str]) -> None:
 
     The model may be on the meta device. Raises ValueError as ExpertLinears does.
     """
-    for path in {name.rsplit(".", 2)[0] for name in linears if name.count(".") > 1}:
+    stacks = filter(None, map(stack_of, linears))
+    for path in {name.rpartition(".")[0] for name in stacks}:
         try:
             stock = model.get_submodule(path)
         except AttributeError:
             continue
         if _is_stack(stock):
             model.set_submodule(path, ExpertLinears(stock))
+
+
+def stack_of(path: str) -> str | None:
+    """The name of the stack that an expert's linear was taken from, by its path; None for others'.
+
+    model.layers.0.mlp.experts.down_proj.3 -> model.layers.0.mlp.experts.down_proj
+    """
+    stack, _, expert = path.rpartition(".")
+    return stack if expert.isdecimal() and stack.rpartition(".")[2] in (*UP, DOWN) else None
 
 
 def own_weights(experts: ExpertLinears) -> None:
@@ -216,17 +226,17 @@ def _linears(stock: nn.Module, name: str, bias: str | None, transposed: bool) ->
 def _same_outputs(stock: nn.Module, experts: ExpertLinears) -> bool:
     up = getattr(experts, experts.up_name)
     E, weight = experts.num_experts, up[0].weight
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     tokens, k = 2 * E, min(2, E)
 
     def rows(scale):
-        x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight)
+        x = torch.randn(tokens, weight.shape[1], generator=generator, device="cpu").to(weight)
         return x * (scale / (x @ weight.T).std().clamp_min(1e-20))
 
     arguments = []
     if len(inspect.signature(stock.forward).parameters) > 1:  # Else its rows come in order.
-        index = (torch.arange(tokens * k) % E).view(tokens, k).to(weight.device)
-        arguments = [index, torch.rand(tokens, k, generator=generator).to(weight)]
+        index = (torch.arange(tokens * k, device=weight.device) % E).view(tokens, k)
+        arguments = [index, torch.rand(tokens, k, generator=generator, device="cpu").to(weight)]
     training, tolerance = stock.training, TOLERANCE.get(weight.dtype, 0.03)
     stock.eval(), experts.eval()
     try:

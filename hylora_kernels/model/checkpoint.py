@@ -14,7 +14,7 @@ from hylora_kernels.model.files import CheckpointError, reading, shown
 from hylora_kernels.model.format import (
     CONFIG,
     GENERATION_CONFIG,
-    guards_of,
+    guard_of,
     open_weights,
     read_config,
 )
@@ -57,8 +57,8 @@ def load_pretrained(
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
     files = open_weights(folder, config["quantization_config"]["checksums"])
-    guards = guards_of(config["quantization_config"]["modules"])
-    _check_weights(files, blueprint(config, folder / CONFIG, files), guards)
+    guard = guard_of(config["quantization_config"])
+    _check_weights(files, blueprint(config, folder / CONFIG, files), guard)
     model = build(config, folder / CONFIG)
     check_made_buffers(model, folder / CONFIG)
     slots = slots_of(model)
@@ -116,16 +116,16 @@ def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list
     return list(found), sorted(set(found.values()))
 
 
-def _check_weights(files: list[TensorFile], model: PreTrainedModel, guards: list[str]) -> None:
+def _check_weights(files: list[TensorFile], model: PreTrainedModel, guard: str | None) -> None:
     """Raise CheckpointError unless the files hold the tensors that the model needs and no more.
 
-    guards: the names of the tensors that stop other loaders.
+    guard: the name of the tensor that stops other loaders.
     """
     slots = slots_of(model)
     found: list[str] = []
     for file in files:
         for name, entry in file.entries.items():
-            if name in guards and name not in slots and entry.shape == (0,):
+            if name == guard and name not in slots and entry.shape == (0,):
                 continue
             _check_entry(name, entry, slots.get(name), file.path)
             found.append(name)

@@ -12,10 +12,9 @@ config.json is the one that transformers writes, plus
     }
 
 and the weights are named as in model.state_dict(): <path>.SVh, .U, .A, .B, .bias, .pivots. There is
-one tensor more, of shape [0], named <the first of modules>.weight (for an expert, also by its
-stack): a loader that doesn't know the format would make up the weights of such linears, and stops
-at the shape of this one. Format 1 has
-neither it nor "files".
+one tensor more, of shape [0], named <the first of modules>.weight, or as the stack if all are
+experts: a loader that doesn't know the format would make up the weights of such linears, and stops
+at the shape of this one. Format 1 has neither it nor "files".
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from hylora_kernels.layers.experts import stack_of
 from hylora_kernels.model.files import (
     CheckpointError,
     check_folder,
@@ -54,14 +54,13 @@ FORMAT_1_FILES = {
 }
 
 
-def guards_of(modules: dict) -> list[str]:
-    """The names of the tensors of shape [0]: none for a model without compressed linears, two where
-    the first is numbered, since an expert's weight is a part of its stack's."""
-    if not modules:
-        return []
-    path = next(iter(modules))
-    stack, _, number = path.rpartition(".")
-    return [f"{path}.weight", *([stack] if number.isdigit() else [])]
+def guard_of(ours: dict) -> str | None:
+    """The name of the tensor of shape [0] for an entry `ours` of config.json; None where a loader
+    that doesn't know the format finds every weight."""
+    replaced = [f"{path}.weight" for path in ours["modules"] if stack_of(path) is None]
+    # An expert that stayed dense has left its stack, too.
+    stacks = [stack_of(path) for path in (*ours["modules"], *ours.get("linears", ()))]
+    return next(filter(None, (*replaced, *stacks)), None)
 
 
 def decoded(config: dict) -> dict:

@@ -31,7 +31,7 @@ from hylora_kernels.model.format import (
     METHOD,
     WEIGHT_FILES,
     decoded,
-    guards_of,
+    guard_of,
     own_files,
 )
 from hylora_kernels.model.skeleton import build, missing_from, slots_of
@@ -243,8 +243,8 @@ def _tensors_to_save(model, config: dict, state_dict: dict, empty) -> dict[str, 
     missing = missing_from(rebuilt, tensors)
     if missing:
         raise ValueError(f"model: {missing[0]!r} is missing from it, though its config asks for it")
-    for name in guards_of(config["quantization_config"]["modules"]):
-        tensors[name] = torch.empty(0)
+    guard = guard_of(config["quantization_config"])
+    tensors |= {guard: torch.empty(0)} if guard else {}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 

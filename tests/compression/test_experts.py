@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers.compressing import IDS, SMALL, close, compressed, counted, logits, parts
 from helpers.mixtures import NAMES, E, mixture, stacks
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from hylora_kernels import (
     analyze_spectrum,
@@ -192,3 +194,16 @@ def test_finished_factors_are_read_again(tmp_path):
     first, _ = compress(mixture("mixtral"), 0.8, IDS, cache=tmp_path, **SMALL)
     again, report = compress(mixture("mixtral"), 0.8, IDS, cache=tmp_path, **SMALL)
     assert "calibrate" not in report.seconds and torch.equal(logits(first), logits(again))
+
+
+@pytest.mark.parametrize("choice", [{}, {"include": ["experts"]}, {"keep": 1.0}])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_loader_that_does_not_know_the_format_stops(name, choice, tmp_path):
+    model, _ = compressed(mixture(name), **{"refit": False} | choice)
+    save_pretrained(model, tmp_path)
+    assert torch.equal(logits(load_pretrained(tmp_path)), logits(model))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
