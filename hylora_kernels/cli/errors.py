@@ -15,7 +15,7 @@ NAMED = (SafetensorError, RuntimeError, MemoryError, OverflowError, EOFError, In
 EXPECTED = (*SPOKEN, *NAMED, StopIteration)
 
 # The library's arguments that have another name on the command line.
-OTHER_NAMES = {"name_or_path": "model", "blocks": "data", "output_dir": "out"}
+OTHER_NAMES = {"name_or_path": "model", "blocks": "data", "output_dir": "out", "dir": "out"}
 
 
 def one_line(error: BaseException, parameters: Iterable[Any]) -> str:

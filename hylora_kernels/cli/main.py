@@ -14,7 +14,7 @@ import typer
 from hylora_kernels.cli import machine_commands, model_commands
 from hylora_kernels.cli.errors import EXPECTED, one_line
 from hylora_kernels.cli.options import with_parameters
-from hylora_kernels.cli.output import check_output_files, report_on_stdout
+from hylora_kernels.cli.output import check_output_files, first_process_prints, report_on_stdout
 
 # verb -> (its function, the sentence that Ctrl-C prints: what is kept, and how to continue)
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
@@ -61,7 +61,7 @@ def guarded(command: Callable[..., None], kept: str) -> Callable[..., None]:
     def run(context: typer.Context, *, debug: bool, **given: Any) -> None:
         try:
             check_output_files(given)
-            with report_on_stdout(given.get("json_path")):
+            with report_on_stdout(given.get("json_path")), first_process_prints(context.info_name):
                 command(**given)
         except KeyboardInterrupt:
             say(f"\ninterrupted. {kept.format(**given)}", "yellow")

@@ -20,6 +20,7 @@ from hylora_kernels.cli.options import (
     Optimize,
     Option,
     Out,
+    Overwrite,
     Seed,
     Text,
     TrustRemoteCode,
@@ -50,6 +51,7 @@ def compress(
     out: Out,
     *,
     options: dict[str, Any],
+    overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json_path: Json = None,
@@ -57,13 +59,14 @@ def compress(
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
     from hylora_kernels.compression.compress import compress as compress_model
     from hylora_kernels.compression.coverage import skipped_table
-    from hylora_kernels.model.saving import save_pretrained
+    from hylora_kernels.model.saving import refuse_unsavable, save_pretrained
 
-    refuse_foreign_folder(out, model)
+    refuse_foreign_folder(out, model, overwrite=overwrite)
     loaded, tokenizer = _load(model, device, dtype, options["trust_remote_code"])
+    refuse_unsavable(loaded)
     require_disk(out, _parameter_bytes(loaded), f"the compressed model in {out}")
     loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
-    save_pretrained(loaded, out, tokenizer)
+    save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
     show(report.render())
     show(skipped_table(report.skipped))
     show(report_lines(loaded))
@@ -86,16 +89,21 @@ def finetune(
     teacher: Annotated[
         str | None, Option(help="Dense model to distil from, given as MODEL is elsewhere.")
     ] = None,
+    overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
     """Train the adapters of a compressed model and write the recovered model to a folder."""
+    from accelerate import PartialState
+
     from hylora_kernels.model.saving import save_pretrained
     from hylora_kernels.recovery.finetune import finetune as train
 
-    refuse_foreign_folder(out, model, mark="training")
+    process = PartialState(cpu=device == "cpu")  # Each process of torchrun gets a GPU of its own.
+    if process.is_main_process:
+        refuse_foreign_folder(out, model, mark="training", overwrite=overwrite)
     loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
     require_disk(out, _parameter_bytes(loaded), f"the recovered model in {out}")
     report = train(
@@ -105,7 +113,9 @@ def finetune(
         output_dir=out / "training",
         **options,
     )
-    save_pretrained(loaded, out, tokenizer)
+    if not process.is_main_process:
+        return
+    save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
     show(f"trained {report.trainable:,} / total {report.total:,} parameters on {report.data}")
     if report.losses:
         show(

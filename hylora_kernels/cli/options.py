@@ -30,7 +30,15 @@ CompressedModel = Annotated[
     str, Argument(metavar="DIR", help="Folder of a model that `hylora compress` wrote.")
 ]
 Out = Annotated[
-    Path, Option(help="Folder to write to. It must be new, empty, or the folder of a model.")
+    Path,
+    Option(help="Folder to write to. It must be new, empty, or of a model that hylora wrote."),
+]
+Overwrite = Annotated[
+    bool,
+    Option(
+        "--overwrite",
+        help="Write to --out even if other files are there. Another program's model stays.",
+    ),
 ]
 Device = Annotated[str, Option(help="auto, cpu, cuda or mps; auto: cuda, else mps, else cpu.")]
 Dtype = Annotated[
@@ -230,18 +238,30 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def refuse_foreign_folder(out: Path, source: str, mark: str = "config.json") -> None:
+def refuse_foreign_folder(
+    out: Path, source: str, mark: str | None = None, overwrite: bool | None = None
+) -> None:
     """Raise ValueError if writing to `out` could damage something that no `hylora` command wrote.
 
-    `out` must be new, an empty folder, or a folder with config.json (a model's) or with the file
-    `mark`. It must not be `source`, the folder of the model that is read.
+    `out` must be new, an empty folder, that of a model which this package saved, or one with the
+    file `mark`. It must not be `source`, the folder of the model that is read.
+    overwrite: other files are no objection, unless they are another program's model; None in a
+               command without --overwrite.
     """
+    from hylora_kernels.model.format import own_files
+    from hylora_kernels.model.saving import refuse_foreign_files
+    from hylora_kernels.support.staging import current, is_leftover
+
     if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
     if source and Path(source).exists() and out.samefile(source):
         raise ValueError(f"--out {out} is the folder of the model that is read; give another")
-    ours = any((out / name).exists() for name in ("config.json", mark))
-    if not ours and any(out.iterdir()):
-        raise ValueError(f"--out {out} has files in it that are no model's; give another folder")
+    refuse_foreign_files(out, bool(overwrite))
+    ours = own_files(current(out)) or (mark is not None and (out / mark).exists())
+    if not (ours or overwrite) and not all(is_leftover(path.name) for path in out.iterdir()):
+        way_out = "" if overwrite is None else ", or --overwrite"
+        raise ValueError(
+            f"--out {out} has files in it that are no model's; give another folder{way_out}"
+        )

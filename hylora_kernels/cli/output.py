@@ -31,6 +31,28 @@ def report_on_stdout(path: Path | None) -> Iterator[None]:
         _stdout.reset(token)
 
 
+@contextlib.contextmanager
+def first_process_prints(command: str) -> Iterator[None]:
+    """Under torchrun, or `accelerate launch`, only the first process prints in the block.
+
+    Raises ValueError for a command that doesn't share its work: each process would do all of it and
+    write the same files.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
+        yield
+    elif command != "finetune":
+        raise ValueError(f"{command} runs in one process, without torchrun: only finetune shares")
+    elif os.environ.get("RANK") == "0":
+        yield
+    else:
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            yield
+
+
 def write_report(report: object, *paths: Path | None) -> None:
     """Write a report (a dataclass or a dict) as JSON to each path that is not None; - is stdout."""
     for path in paths:

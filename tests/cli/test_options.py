@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +26,12 @@ LIBRARY = {
     "compress": (
         CompressOptions,
         {"tokenizer", "device", "dtype", "refit_samples", "progress"},
-        EVERY | {"out"},
+        EVERY | {"out", "overwrite"},
     ),
     "finetune": (
         FinetuneOptions,
         {"tokenizer", "teacher", "output_dir", "progress", "on_step"},
-        EVERY | {"out", "teacher", "trust_remote_code"},
+        EVERY | {"out", "overwrite", "teacher", "trust_remote_code"},
     ),
     "sweep": (
         SweepOptions,
@@ -168,5 +169,19 @@ def test_a_models_folder_may_be_written_again_and_another_may_not(tmp_path: Path
     with pytest.raises(ValueError, match="files in it that are no model's"):
         options.refuse_foreign_folder(tmp_path, "model")
     options.refuse_foreign_folder(tmp_path, "model", mark="letter.txt")
-    (tmp_path / "config.json").write_text("{}")
+    options.refuse_foreign_folder(tmp_path, "model", overwrite=True)
+    with pytest.raises(ValueError, match="give another folder, or --overwrite"):
+        options.refuse_foreign_folder(tmp_path, "model", overwrite=False)
+    ours = {"quant_method": "hylora", "files": ["config.json"]}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"quantization_config": ours}))
+    options.refuse_foreign_folder(tmp_path, "model")
+    config.write_text("{}")  # another program's model
+    for arguments in ({}, {"mark": "letter.txt"}, {"overwrite": True}):
+        with pytest.raises(ValueError, match="holds a model that hylora_kernels didn't save"):
+            options.refuse_foreign_folder(tmp_path, "model", **arguments)
+
+
+def test_what_a_killed_save_left_is_no_objection(tmp_path: Path):
+    (tmp_path / ".saving-0123456789ab").mkdir()
     options.refuse_foreign_folder(tmp_path, "model")

@@ -23,7 +23,7 @@ def run_together(code: str, *arguments: object, processes: int = 2) -> list[tupl
     shared = {
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)},
         **{"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONWARNINGS": "ignore"},
-        "PYTHONPATH": os.pathsep.join(paths),
+        **{"PYTHONPATH": os.pathsep.join(paths), "TORCHELASTIC_RUN_ID": "test"},
     }
     started = [
         subprocess.Popen(
