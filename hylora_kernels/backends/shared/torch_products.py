@@ -23,12 +23,12 @@ from hylora_kernels.weights import Needs, Saved, Weights
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def side_by_side(weights: Weights) -> tuple[Tensor, Tensor]:
-    """[SVh; A] and [U, B]; callers give alpha B as B."""
-    return torch.cat((weights.SVh, weights.A)), torch.cat((weights.U, weights.B), 1)
+def _side_by_side(SVh, U, A, B, alpha) -> tuple[Tensor, Tensor]:
+    """P = [SVh; A] and Q = [U, alpha B]."""
+    return torch.cat((SVh, A)), torch.cat((U, B if alpha == 1.0 else alpha * B), 1)
 
 
-def forward(x: Tensor, weights: Weights, side_by_side=side_by_side) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra] before alpha)."""
     SVh, U, A, B, bias, alpha, pivots = weights
     if weights.is_dense:
@@ -42,7 +42,7 @@ def forward(x: Tensor, weights: Weights, side_by_side=side_by_side) -> tuple[Ten
             y += bias
         return add_adapter(y, x, A, B, alpha)
     if A is not None and _saved_pass_outweighs_copy(x.shape[0], SVh, U, A):
-        P, Q = side_by_side(Weights(SVh, U, A, B if alpha == 1.0 else alpha * B))
+        P, Q = _side_by_side(SVh, U, A, B, alpha)
         h = x @ P.T
         return linear(h, Q, bias), h[:, weights.rank :].clone()
     return add_adapter(linear(linear(x, SVh), U, bias), x, A, B, alpha)
@@ -59,14 +59,12 @@ def adapter_gradients(dh_a, x, h_a, dy, alpha, need_db) -> tuple[Tensor | None, 
     return dA, None if h_a is None else alpha * (dy.T @ h_a), None
 
 
-def backward_x(
-    dy: Tensor, weights: Weights, side_by_side=side_by_side
-) -> tuple[Tensor, Tensor | None]:
+def backward_x(dy: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """dy [M, N] -> (dx [M, K], dh_a [M, ra] = alpha dy B, None without an adapter)."""
     SVh, U, A, B, _, alpha, pivots = weights
     U, pivots = _pair_where_quicker(dy, U, pivots)
     if A is not None and pivots is None and _saved_pass_outweighs_copy(len(dy), SVh, U, A):
-        P, Q = side_by_side(Weights(SVh, U, A, B if alpha == 1.0 else alpha * B))
+        P, Q = _side_by_side(SVh, U, A, B, alpha)
         g = dy @ Q
         return g @ P, g[:, SVh.shape[0] :]
     if pivots is None:

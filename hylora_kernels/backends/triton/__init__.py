@@ -131,7 +131,7 @@ def _backward_x(dy, weights, call) -> tuple[Tensor, Tensor | None]:
     return _by_choice(
         dispatch.config_for,
         lambda config: _launch().backward_x(dy, weights, call[0], config),
-        lambda: torch_products.backward_x(dy, weights),
+        lambda: shared_products.backward_x(dy, weights),
         *call,
     )
 
@@ -189,5 +189,4 @@ def _launch():
 
 
 def forget(SVh: Tensor) -> None:
-    """Drop what is kept for a layer with this SVh."""
-    torch_products.forget(SVh)
+    """Nothing: this backend keeps nothing of a layer's factors."""

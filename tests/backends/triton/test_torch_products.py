@@ -1,9 +1,8 @@
-"""The Triton backend's use of torch's own products: factors kept side by side in training, and the
-pivoted form's one pass."""
+"""The Triton backend's use of torch's own products."""
 
 from __future__ import annotations
 
-import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from helpers.numerics import Case, assert_as_exact_as_formula, by_op, make_dy, m
 
 from hylora_kernels import svd_lora_linear, use_backend
 from hylora_kernels.backends import triton as backend
-from hylora_kernels.backends.triton import torch_products
 from hylora_kernels.backends.triton.config import TORCH_PRODUCTS
 
 pytestmark = pytest.mark.skipif(
@@ -26,79 +24,20 @@ def _by_torch_products():
         yield
 
 
-def kept_for(inputs):
-    return torch_products._kept.get_unchecked(inputs.SVh)
-
-
 def trained(inputs) -> None:
     """Forward and backward, judged."""
     dy = make_dy(inputs)
     assert_as_exact_as_formula(by_op(svd_lora_linear, inputs, dy), inputs, dy)
 
 
+@pytest.mark.parametrize("written", ["SVh", "U", "A", "B"])
+@pytest.mark.parametrize("form", ["pair", "pivoted", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_factors_are_kept_side_by_side_from_the_first_backward(dtype):
-    inputs = make_inputs(CASE, dtype)
-    assert kept_for(inputs) is None
-    svd_lora_linear(*inputs)
-    assert kept_for(inputs) is None, "inference keeps nothing"
+def test_a_write_that_no_version_tells_is_seen(dtype, form, written):
+    inputs = make_inputs(replace(CASE, form=form), dtype)
     trained(inputs)
-    kept = kept_for(inputs)
-    assert kept.P.shape == (15, 37) and kept.Q.shape == (53, 15)
+    getattr(inputs, written).data.mul_(-1)
     trained(inputs)
-    assert kept_for(inputs) is kept
-
-
-def test_the_adapter_is_written_anew_for_every_call():
-    inputs = make_inputs(CASE, torch.float32)
-    trained(inputs)
-    trained(inputs._replace(A=inputs.A + 1, B=-2 * inputs.B, alpha=3.0))
-    inputs.A.mul_(2)
-    trained(inputs)
-
-
-@pytest.mark.parametrize("changed", ["SVh", "U"])
-def test_factors_that_were_written_to_are_laid_out_again(changed):
-    inputs = make_inputs(CASE, torch.float32)
-    trained(inputs)
-    kept = kept_for(inputs)
-    getattr(inputs, changed).add_(0.5)
-    trained(inputs)
-    assert kept_for(inputs) is not kept
-    trained(inputs._replace(U=inputs.U + 0.25))
-
-
-def test_another_stream_lays_out_its_own(monkeypatch):
-    inputs = make_inputs(CASE, torch.float32)
-    trained(inputs)
-    kept = kept_for(inputs)
-    kept.P.fill_(float("nan"))
-    kept.refreshed = None
-    monkeypatch.setattr(torch_products, "_stream", lambda tensor: 7)
-    svd_lora_linear(*inputs)
-    trained(inputs)
-    assert kept_for(inputs) is not kept
-
-
-def test_what_is_kept_goes_with_forget_and_with_the_factors():
-    inputs = make_inputs(CASE, torch.float32)
-    trained(inputs)
-    backend.forget(inputs.SVh)
-    assert kept_for(inputs) is None
-    trained(inputs)
-    gc.collect()  # what other tests have left
-    before = len(torch_products._kept)
-    del inputs
-    assert len(torch_products._kept) == before - 1
-
-
-@pytest.mark.parametrize("lora_rank", [0, 8])
-@pytest.mark.parametrize("form", ["pivoted", "dense"])
-def test_other_forms_keep_nothing(form, lora_rank):
-    inputs = make_inputs(Case(M=17, form=form, lora_rank=lora_rank), torch.float32)
-    trained(inputs)
-    trained(inputs)
-    assert kept_for(inputs) is None
 
 
 def test_pivots_at_rank_n_must_be_all_outputs():
