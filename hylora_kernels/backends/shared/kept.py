@@ -17,20 +17,21 @@ Value = TypeVar("Value")
 class KeptWhileUnwritten(Generic[Value]):
     """Values kept while the tensors that they were made of live and nobody writes to them.
 
-    The first of the tensors is the key. The version counter tells a write. An inference tensor has
-    none, so its value is kept only where `compares_copies` is set: the tensor is then compared with
-    a copy, which waits for a GPU. `sample` picks numbers to compare as well, since a write through
-    `.data` leaves the version as it was.
+    The first of the tensors is the key. The version counter tells a write, but not one through
+    `.data`, a NumPy array or another process, and an inference tensor has none. `fingerprint` is
+    therefore compared at each use: a function of all of a tensor's numbers. `compares_copies`
+    compares the tensor itself with a copy: any tensor on the CPU, elsewhere inference tensors only,
+    since a GPU has to be waited for. Without it inference tensors keep nothing.
 
     Single operations are atomic: two threads that find nothing both make the value, and either one
     stays.
     """
 
     def __init__(
-        self, compares_copies: bool = False, sample: Callable[[Tensor], Tensor] | None = None
+        self, compares_copies: bool = False, fingerprint: Callable[[Tensor], Tensor] | None = None
     ):
         self._entries = WeakTensorKeyDictionary()
-        self._compares_copies, self._sample = compares_copies, sample
+        self._compares_copies, self._fingerprint = compares_copies, fingerprint
 
     def get(self, *tensors: Tensor) -> Value | None:
         """The value made of these very tensors, None where it is missing or out of date."""
@@ -49,7 +50,7 @@ class KeptWhileUnwritten(Generic[Value]):
             value,
             tuple(TensorWeakRef(t) for t in tensors[1:]),
             tuple(map(_stamp, tensors)),
-            tuple(None if view is None else view.clone() for view in self._compared(tensors)),
+            tuple(None if t is None else t.clone() for t in self._compared(tensors)),
         )
 
     def forget(self, tensor: Tensor) -> None:
@@ -67,14 +68,14 @@ class KeptWhileUnwritten(Generic[Value]):
         same_tensors = all(ref() is t for ref, t in zip(entry.others, tensors[1:], strict=True))
         if not same_tensors or entry.stamps != tuple(map(_stamp, tensors)):
             return False
-        views = zip(self._compared(tensors), entry.copies, strict=True)
-        return all(view is None or torch.equal(view, copy) for view, copy in views)
+        compared = zip(self._compared(tensors), entry.copies, strict=True)
+        return all(t is None or torch.equal(t, copy) for t, copy in compared)
 
     def _compared(self, tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
-        """The part of each tensor that is compared with a copy."""
+        """For each tensor, itself or its fingerprint, to be compared with a copy of the same."""
         if self._compares_copies:
-            return [t if t.is_inference() else None for t in tensors]
-        return [self._sample(t) if self._sample else None for t in tensors]
+            return [t if t.is_cpu or t.is_inference() else None for t in tensors]
+        return [self._fingerprint(t) if self._fingerprint else None for t in tensors]
 
 
 def outside_graph_pools(make: Callable[[], Value], device: torch.device) -> Value:

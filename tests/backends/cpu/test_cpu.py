@@ -3,9 +3,11 @@ test_ops.py shows that it computes the formula, for every backend."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import itertools
+import os
 import threading
 
 import pytest
@@ -372,6 +374,47 @@ def write_through_data(layer):
     layer.U.data.mul_(3)
 
 
+def write_one_number(layer):
+    layer.U.data[5, 3] += 1
+
+
+def write_a_narrow_part(layer):
+    layer.SVh.data.narrow(0, 3, 2).copy_(torch.ones(2, 50))
+
+
+def write_through_numpy(layer):
+    layer.U.detach().numpy()[7] = 3
+
+
+def write_through_an_alias(layer):
+    memory = (ctypes.c_char * layer.SVh.nbytes).from_address(layer.SVh.data_ptr())
+    torch.frombuffer(memory, dtype=torch.float32)[-1] = 9
+
+
+def write_in_another_process(layer):
+    layer.U.share_memory_()
+    step(layer)
+    step(layer)
+    pid = os.fork()
+    if not pid:
+        layer.U.detach().numpy()[4] = 5
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def exchange_rows(layer):
+    layer.U.data[[1, 2]] = layer.U.data[[2, 1]]
+
+
+def flip_signs(layer):
+    layer.U.data[:, 1::2] *= -1
+
+
+def write_pivots(layer):
+    if layer.pivots is not None:
+        layer.pivots.data.copy_(torch.arange(20))
+
+
 def exchange_data(layer):
     layer.SVh.data = layer.SVh.data * 3
 
@@ -395,6 +438,14 @@ def to_another_dtype(layer):
         write_in_place,
         write_in_inference_mode,
         write_through_data,
+        write_one_number,
+        write_a_narrow_part,
+        write_through_numpy,
+        write_through_an_alias,
+        write_in_another_process,
+        exchange_rows,
+        flip_signs,
+        write_pivots,
         exchange_data,
         exchange_U,
         load_state,
@@ -409,6 +460,35 @@ def test_a_change_of_the_factors_is_seen(change, form):
     change(layer)
     step(layer)
     step(layer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 5), (64, 100), (64, 128), (300, 256)])
+def test_a_fingerprint_differs_after_any_write(sizes, dtype):
+    def exchange(matrix, dim):
+        matrix.copy_(matrix.index_select(dim, torch.tensor([2, 1, 0, *range(3, sizes[dim])])))
+
+    writes = (
+        *(torch.Tensor.zero_, torch.Tensor.neg_, lambda m: m.copy_(m.roll(1, 0))),
+        *(lambda m: m[:, 1::2].neg_(), lambda m: m[:, 3::4].neg_(), lambda m: m[:, 3].neg_()),
+        *(lambda m: m[:, 1::2].mul_(2), lambda m: m[:, 3::4].mul_(2), lambda m: m[:, 3].mul_(2)),
+        *(lambda m: exchange(m, 0), lambda m: exchange(m, 1)),
+        *(lambda m: m[0, 0].add_(1), lambda m: m[-1, -1].add_(1), lambda m: m[2, 3].neg_()),
+    )
+    plain = torch.randn(sizes).to(dtype)
+    layouts = (
+        plain,
+        plain.T.contiguous().T,
+        torch.cat((plain, plain), 1)[:, : sizes[1]],
+        torch.cat((plain.new_zeros(1), plain.view(-1)))[1:].view(sizes),
+    )
+    for matrix in layouts:
+        before, numbers = panels.fingerprint(matrix), matrix.clone()
+        for write in writes:
+            write(matrix)
+            assert not torch.equal(panels.fingerprint(matrix), before)
+            matrix.copy_(numbers)
+            assert torch.equal(panels.fingerprint(matrix), before)
 
 
 def test_one_SVh_with_two_U():

@@ -44,10 +44,11 @@ def test_other_memory_under_the_same_tensor_ends_it():
     assert kept.get(a) is None
 
 
-def test_a_write_through_data_is_seen_in_the_sample():
+def test_a_write_through_data_is_seen_in_the_fingerprint():
     for kept, expected in (
         (KeptWhileUnwritten(), "value"),
-        (KeptWhileUnwritten(sample=corner), None),
+        (KeptWhileUnwritten(fingerprint=corner), None),
+        (KeptWhileUnwritten(compares_copies=True), None),
     ):
         a = torch.ones(3)
         kept.keep("value", a)
@@ -58,7 +59,7 @@ def test_a_write_through_data_is_seen_in_the_sample():
 def test_inference_tensors_are_compared_with_a_copy_or_not_kept():
     with torch.inference_mode():
         a = torch.ones(3)
-    for kept in (KeptWhileUnwritten(), KeptWhileUnwritten(sample=corner)):
+    for kept in (KeptWhileUnwritten(), KeptWhileUnwritten(fingerprint=corner)):
         kept.keep("value", a)
         assert kept.get(a) is None
     kept = KeptWhileUnwritten(compares_copies=True)
