@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from hylora_kernels.model.files import CheckpointError, reading, shown
 from hylora_kernels.model.format import CONFIG, open_weights
@@ -56,7 +63,7 @@ def load_dense(
         _logged() as words,
         reading(folder, "no model comes of it", lambda: " ".join(words)[:2000]),
     ):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(loaded).from_pretrained(
             folder,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -97,6 +104,16 @@ def _logged() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
+def _auto_class(config: PretrainedConfig) -> type:
+    """The class of transformers that makes the model: most vision-language models, whose text tower
+    is a causal language model, are no AutoModelForCausalLM."""
+    kind = type(config)
+    if kind in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    in_pictures = kind in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if in_pictures else AutoModelForCausalLM
+
+
 def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     """Raise CheckpointError for a folder that is no model without code or files from elsewhere."""
     kind = config.get("model_type")
@@ -126,7 +143,7 @@ def _check_size(
         torch.device("meta"),
         few_parameters(files, path),
     ):
-        empty = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
+        empty = _auto_class(described).from_config(described, trust_remote_code=False)
     entries = [entry for file in files for entry in file.entries.values()]
     held = sum(math.prod(entry.shape) for entry in entries)
     if config.get("quantization_config"):

@@ -62,8 +62,8 @@ def body_of(model: nn.Module, ids: Tensor) -> nn.Module | None:
     """The part of the model below its output head: body(ids)[0] are hidden states, and the model's
     logits are head(hidden), bit for bit. None if there is no such part.
 
-    The candidate is the base model of the module in which the head stands. The first call for a
-    model tries it on four tokens of ids [n, L], which finds logits that are capped or scaled,
+    The candidate stands beside the head and holds the input embedding. The first call for a model
+    tries it on four tokens of ids [n, L], which finds logits that are capped or scaled,
     hidden states that are scaled on the way to the head, and models that are built in another way.
     """
     if model not in _bodies:
@@ -74,10 +74,10 @@ def body_of(model: nn.Module, ids: Tensor) -> nn.Module | None:
 
 @torch.no_grad()
 def _verified_body(model: nn.Module, ids: Tensor) -> str | None:
-    head = model.get_output_embeddings()
-    owner = next((m for m in model.modules() if any(c is head for c in m.children())), None)
-    candidate = getattr(owner, "base_model", owner)
-    if head is None or candidate is owner:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    owner = next((m for m in model.modules() if any(c is head for c in m.children())), nn.Module())
+    candidate = next((c for c in owner.children() if embedding in c.modules()), embedding)
+    if head is None or candidate is embedding:
         return None
     with eval_mode(model):
         logits = model(input_ids=ids, use_cache=False).logits

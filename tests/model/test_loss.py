@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny
+from helpers import architectures, tiny
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, OPTConfig
 
 from hylora_kernels.model.loss import body_of, token_loss
@@ -175,6 +175,30 @@ def test_other_architectures(config):
         want = formula(copy.deepcopy(model).double(), ids)
     assert body_of(model, ids) is model.base_model
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("gemma3", "model"),
+        ("llama4", "language_model.model"),  # The base model of the whole is the whole.
+        ("granite", None),  # Divides its logits.
+        ("cohere", None),  # Multiplies them.
+        ("minicpm3", None),  # Divides the hidden states on the way to the head.
+    ],
+)
+def test_the_body_is_found_or_done_without(kind, body):
+    model, ids = architectures.tiny(kind).requires_grad_(False), tiny.tokens(2, 9)
+    for name, value in (("logits_scaling", 3.0), ("logit_scale", 0.5), ("dim_model_base", 16)):
+        for owner in (model, model.config):
+            if name in vars(owner):
+                setattr(owner, name, value)
+    found = body_of(model, ids)
+    assert found is (None if body is None else model.get_submodule(body))
+    with torch.no_grad():
+        got, want = token_loss(model, ids, chunk=5)[0], formula(model, ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("distill", [0.25, 0.7, 1.0])

@@ -1,0 +1,97 @@
+"""Tiny models of many architectures through compress, save, load, evaluate and generate.
+
+A few stand for the others; HYLORA_TEST_ALL=1 tries all of transformers'.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.architectures import KINDS, tiny
+
+from hylora_kernels import compress, evaluate, load_model, load_pretrained, save_pretrained
+from hylora_kernels.model.check import check_model
+
+IDS = torch.randint(2, 100, (6, 16), generator=torch.Generator().manual_seed(1))
+QUIET = {"cache": False, "progress": False}
+SMALL = QUIET | {"samples": 6, "refit_samples": 6, "rank_multiple": 2, "lora_rank": 2}
+# A dense one, experts, one with two kinds of layers, a state space, and two text towers of
+# vision-language models: one whose config has no vocab_size, one whose base model is itself.
+FEW = ("qwen3_next", "jamba", "mamba2", "gemma3", "llama4", "llava")
+everything = pytest.mark.skipif(
+    os.environ.get("HYLORA_TEST_ALL") != "1", reason="HYLORA_TEST_ALL=1 tries every architecture"
+)
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def by_greedy_search(model, ids, new):
+    """`new` tokens more, each from a forward over all that there is; no end of text."""
+    end = model.generation_config.eos_token_id
+    for _ in range(new):
+        last = logits(model, ids)[:, -1:]
+        last[..., [] if end is None else end] = -torch.inf
+        ids = torch.cat([ids, last.argmax(-1)], 1)
+    return ids
+
+
+def whole_way(kind, folder):
+    """Compress with a refit, save, load, evaluate, generate; each result held to its definition."""
+    dense = tiny(kind)
+    same = copy.deepcopy(dense)
+    compress(same, 1.0, IDS, **SMALL | {"rank_multiple": 1, "lora_rank": 0})
+    want = logits(dense)
+    assert (logits(same) - want).norm() < 1e-3 * want.norm(), "another model at full rank"
+    model, report = compress(dense, 0.8, IDS, **SMALL)
+    assert report.layers and all("vision" not in layer.path for layer in report.layers)
+    save_pretrained(model, folder)
+    got = logits(model)
+    assert torch.equal(logits(load_pretrained(folder)), got), "another model after loading"
+    found = evaluate(model, IDS, progress=False)
+    nll = F.cross_entropy(got[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten())
+    assert found.perplexity.ppl == pytest.approx(float(nll.exp()), rel=1e-4)
+    assert found.speed is not None, found.not_measured
+    generated = model.generate(
+        input_ids=IDS[:1],
+        attention_mask=torch.ones_like(IDS[:1]),
+        max_new_tokens=3,
+        min_new_tokens=3,
+        do_sample=False,
+    )
+    assert torch.equal(generated, by_greedy_search(model, IDS[:1], 3)), "other tokens with a cache"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", FEW)
+def test_the_whole_way_of(kind, tmp_path):
+    whole_way(kind, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_load_model_reads_a_vision_language_model(tmp_path):
+    model = tiny("llava")
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, device="cpu")
+    assert type(loaded) is type(model) and torch.equal(logits(loaded), logits(model))
+
+
+@everything
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in FEW])
+def test_the_whole_way_of_every(kind, tmp_path):
+    """Skipped: a model that the rules of helpers/architectures.py don't make tiny, or that the
+    check of models refuses in words."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            check_model(tiny(kind), "replace")
+        except Exception as error:
+            pytest.skip(f"{type(error).__name__}: {error}")
+    whole_way(kind, tmp_path)
