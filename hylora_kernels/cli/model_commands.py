@@ -21,8 +21,10 @@ from hylora_kernels.cli.options import (
     Option,
     Out,
     Overwrite,
+    Revision,
     Seed,
     Text,
+    Tokenizer,
     TrustRemoteCode,
     library_options,
     refuse_foreign_folder,
@@ -54,6 +56,8 @@ def compress(
     overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     json_path: Json = None,
 ) -> None:
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
@@ -62,7 +66,8 @@ def compress(
     from hylora_kernels.model.saving import refuse_unsavable, save_pretrained
 
     refuse_foreign_folder(out, model, overwrite=overwrite)
-    loaded, tokenizer = _load(model, device, dtype, options["trust_remote_code"])
+    trusted = options["trust_remote_code"]
+    loaded, tokenizer = _load(model, device, dtype, trusted, revision, tokenizer)
     refuse_unsavable(loaded)
     require_disk(out, _parameter_bytes(loaded), f"the compressed model in {out}")
     loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
@@ -92,6 +97,8 @@ def finetune(
     overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
@@ -104,7 +111,7 @@ def finetune(
     process = PartialState(cpu=device == "cpu")  # Each process of torchrun gets a GPU of its own.
     if process.is_main_process:
         refuse_foreign_folder(out, model, mark="training", overwrite=overwrite)
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
     require_disk(out, _parameter_bytes(loaded), f"the recovered model in {out}")
     report = train(
         loaded,
@@ -157,13 +164,15 @@ def evaluate(
     optimize: Optimize = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
     """Perplexity on a text, true size, and speed of a model, dense or compressed."""
     from hylora_kernels.evaluation.evaluate import evaluate as measure
 
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
     report = measure(
         loaded,
         data,
@@ -199,6 +208,8 @@ def generate(
     optimize: Optimize = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
@@ -207,7 +218,7 @@ def generate(
     from hylora_kernels.inference.generate import generate as continue_text
     from hylora_kernels.inference.optimize import optimize_for_inference
 
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
     typer.echo(report_lines(loaded), err=True)
     if optimize and loaded.device.type == "cpu":
         optimize_for_inference(loaded)
@@ -247,13 +258,15 @@ def analyze(
     png: Annotated[Path | None, Option(help="Draw the spectra to this file.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
     """Singular spectra of a model's linears: which rank keeps how much energy, and its cost."""
     from hylora_kernels.compression.spectrum import analyze_spectrum
 
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
+    loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
     report = analyze_spectrum(loaded, method, tokenizer=tokenizer, **options)
     show(report.render())
     show(report_lines(loaded))
@@ -266,7 +279,7 @@ def analyze(
 @library_options(
     SweepOptions,
     without=(
-        *("output_dir", "tokenizer", "device", "dtype", "progress"),
+        *("output_dir", "tokenizer", "device", "dtype", "revision", "progress"),
         *("init", "count", "refit_samples", "cache"),
     ),
 )
@@ -277,12 +290,23 @@ def sweep(
     options: dict[str, Any],
     device: Device = "auto",
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
     json_path: Json = None,
 ) -> None:
     """A table of perplexity and size over keeps (or ranks) and adapter ranks; resumable."""
     from hylora_kernels.experiments.sweep import sweep as run
+    from hylora_kernels.model.load import load_tokenizer
 
-    report = run(model, out, device=device, dtype=dtype, **options)
+    report = run(
+        model,
+        out,
+        tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        **options,
+    )
     show(report.render())
     write_report(report, json_path)
     show(f"written to {out}: sweep.json, sweep.png")
@@ -334,11 +358,20 @@ def demo(
 
 
 def _load(
-    model: str, device: str, dtype: str, trust_remote_code: bool
+    model: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    tokenizer: str | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | None"]:
-    from hylora_kernels.model.load import load_model
+    from hylora_kernels.model.load import load_model, load_tokenizer
 
-    return load_model(model, device, dtype, trust_remote_code=trust_remote_code)
+    other = load_tokenizer(tokenizer) if tokenizer else None
+    loaded, own = load_model(
+        model, device, dtype, trust_remote_code=trust_remote_code, revision=revision
+    )
+    return loaded, own if other is None else other
 
 
 def _parameter_bytes(model: "PreTrainedModel") -> int:

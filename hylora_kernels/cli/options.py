@@ -44,6 +44,12 @@ Device = Annotated[str, Option(help="auto, cpu, cuda or mps; auto: cuda, else mp
 Dtype = Annotated[
     str, Option(help="auto, bfloat16, float16 or float32; auto: the checkpoint's own.")
 ]
+Revision = Annotated[
+    str | None, Option(help="Branch, tag or commit of MODEL, if that is a hub id.")
+]
+Tokenizer = Annotated[
+    str | None, Option(help="Hub id or folder of another tokenizer than the model's own.")
+]
 TrustRemoteCode = Annotated[
     bool,
     Option(

@@ -79,6 +79,7 @@ class SweepOptions(CellOptions):
     steps: int = option(0, "Recovery steps of a cell with adapters; 0: none.", least=0)
     device: str | torch.device = option("auto", "Device to load the model to.", reported=False)
     dtype: str | torch.dtype = option("auto", "Dtype to load the model in.", reported=False)
+    revision: str | None = option(None, "Revision of a hub id.", reported=False)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -136,7 +136,11 @@ def _loader(model: nn.Module | str | Path, options: SweepOptions) -> Callable[[]
     if isinstance(model, nn.Module):
         return lambda: (copy.deepcopy(model), None)
     return lambda: load_model(
-        model, options.device, options.dtype, trust_remote_code=options.trust_remote_code
+        model,
+        options.device,
+        options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        revision=options.revision,
     )
 
 

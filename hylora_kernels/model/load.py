@@ -56,6 +56,7 @@ def load_model(
     dtype: str | torch.dtype | None = "auto",
     *,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Loaded:
     """(a causal language model in eval(), its tokenizer or None).
 
@@ -66,6 +67,7 @@ def load_model(
     dtype:        "auto" keeps the checkpoint's own, and makes bfloat16 of a .gguf file.
     trust_remote_code: run the Python files that a dense model's folder or repository brings along
                   where transformers has no such classes. They may do anything.
+    revision:     branch, tag or commit of a hub id; by default its main branch.
 
     Raises ValueError naming the argument for a path that does not exist or an id that can't be had,
     CheckpointError naming the file, and the field or tensor, for what is wrong in a folder. Every
@@ -73,6 +75,8 @@ def load_model(
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     path = demo_model_dir() if name_or_path == DEMO_MODEL else Path(name_or_path).expanduser()
+    if revision is not None and (path.exists() or _looks_local(name_or_path)):
+        raise ValueError(f"revision={revision!r} goes with a hub id, got {str(name_or_path)!r}")
     try:
         if path.suffix == ".gguf" and path.is_file():
             model, tokenizer = _load_gguf(path)
@@ -82,7 +86,7 @@ def load_model(
         if path.exists() or _looks_local(name_or_path):
             found = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
             raise ValueError(f"name_or_path {str(name_or_path)!r} {found}")
-        folder = _hub_folder(str(name_or_path), trust_remote_code)
+        folder = _hub_folder(str(name_or_path), trust_remote_code, revision)
         model, tokenizer = _load_folder(folder, device, dtype, trust_remote_code)
     except CheckpointError as error:
         raise CheckpointError(
@@ -90,6 +94,24 @@ def load_model(
         ) from error
     model.config.name_or_path = model.name_or_path = str(name_or_path)
     return model, tokenizer
+
+
+def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of "smollm2-135m", a folder or a hub id, of which no weights are read.
+
+    Raises ValueError naming `tokenizer` if there is none.
+    """
+    name = str(name_or_path)
+    path = demo_model_dir() if name == DEMO_MODEL else Path(name).expanduser()
+    if not path.is_dir() and (path.exists() or _looks_local(name_or_path)):
+        found = "is no folder" if path.exists() else "does not exist"
+        raise ValueError(f"tokenizer {name!r} {found}")
+    folder = current(path) if path.is_dir() else _hub_folder(name, argument="tokenizer")
+    check_folder(folder)
+    tokenizer = _load_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"tokenizer {name!r} has none of {', '.join(TOKENIZER_FILES)}")
+    return tokenizer
 
 
 def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
@@ -137,22 +159,35 @@ def demo_model_dir() -> Path:
     return folder
 
 
-def _hub_folder(name: str, trust_remote_code: bool = False) -> Path:
-    """The model's folder in the hub's cache, with the files that are read; code only if trusted."""
+def _hub_folder(
+    name: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    argument: str = "name_or_path",
+) -> Path:
+    """The model's folder in the hub's cache, with the files that are read; code only if trusted,
+    no weights if it is the argument `tokenizer`."""
     code = ["*.py"] if trust_remote_code else []
 
     def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns="*/*"))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[*patterns], ignore_patterns="*/*"
+            )
+        )
 
     try:
-        folder = fetch("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", WEIGHTS, *code)
+        small = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", *code)
+        if argument == "tokenizer":
+            return fetch(*small)
+        folder = fetch(*small, WEIGHTS)
         shards = set(read_index(folder).values())
         return fetch(*shards) if shards else folder
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"name_or_path {name!r} is neither a folder here, nor {DEMO_MODEL!r}, nor a hub id "
+            f"{argument} {name!r} is neither a folder here, nor {DEMO_MODEL!r}, nor a hub id "
             f"that could be had: {error}"
         ) from error
 

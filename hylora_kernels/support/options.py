@@ -50,7 +50,8 @@ def check_options(options: Any) -> None:
 
 
 def check_option(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise ValueError naming the field if the value is none of its choices or below its least.
+    """Raise ValueError naming the field if the value is none of its choices, below its least or
+    beyond 64 bits.
 
     None is allowed if it is the default.
     """
@@ -60,6 +61,8 @@ def check_option(field: dataclasses.Field[Any], value: Any) -> None:
     if choices is not None and value not in choices:
         raise ValueError(f"{field.name} must be one of {choices}, got {value!r}")
     is_int = isinstance(value, int) and not isinstance(value, bool)
+    if is_int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{field.name} must be an int of 64 bits, got {value}")
     if least is not None and not (is_int and value >= least):
         raise ValueError(f"{field.name} must be an int of at least {least}, got {value!r}")
 

@@ -135,6 +135,20 @@ def test_json_on_stdout_is_alone_there(home):
     assert json.loads(result.stdout)["prompt"] == "The old"
 
 
+def test_another_tokenizer_and_a_revision(home, tmp_path):
+    text = (home / "text.txt").read_text()
+    tiny.tokenizer(text[:200]).save_pretrained(tmp_path / "words")
+    words = ("--data", home / "text.txt", "--length", 24, "--no-speed")
+    own = run("evaluate", home / "dense", *words, "--json", "-")
+    other = run(
+        "evaluate", home / "dense", *words, "--tokenizer", tmp_path / "words", "--json", "-"
+    )
+    counts = [json.loads(result.stdout)["perplexity"]["blocks"] for result in (own, other)]
+    assert counts[0] < counts[1]
+    result = run("evaluate", home / "dense", *words, "--revision", "v2", code=2)
+    assert "--revision 'v2' goes with a hub id" in result.stderr
+
+
 def test_a_merged_model_is_trained_again(home, recovered, tmp_path):
     words = ("--data", home / "text.txt", "--steps", 2, "--length", 24, "--lora-rank", 2)
     result = run("finetune", recovered[0], "--out", tmp_path / "again", *words)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from helpers import tiny
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -173,3 +174,42 @@ def test_the_demos_model():
     chat = [{"role": "user", "content": "Hello"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert prompt.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+
+
+# ----------------------------------------------------------------- another revision or tokenizer
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub whose repositories are empty folders; the requests for them."""
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(load, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_revision_goes_to_the_hub(hub):
+    with pytest.raises(ValueError):
+        load.load_model("org/name", revision="v2")
+    assert {options["revision"] for _, options in hub} == {"v2"}
+
+
+def test_a_revision_of_a_local_model_is_refused(tmp_path):
+    for path in (tmp_path, "./nowhere"):
+        with pytest.raises(ValueError, match="revision='v2' goes with a hub id, got"):
+            load.load_model(path, revision="v2")
+
+
+def test_another_tokenizer(hub, tmp_path):
+    tiny.tokenizer("a b c").save_pretrained(tmp_path / "words")
+    assert load.load_tokenizer(tmp_path / "words")("a")["input_ids"]
+    with pytest.raises(ValueError, match=r"tokenizer '\./nowhere' does not exist"):
+        load.load_tokenizer("./nowhere")
+    with pytest.raises(ValueError, match=r"tokenizer 'org/name' has none of tokenizer\.json"):
+        load.load_tokenizer("org/name")
+    ((_, options),) = hub
+    assert "model.safetensors" not in options["allow_patterns"]
