@@ -70,6 +70,7 @@ def test_a_field_of_another_dataclass_has_its_default_and_its_rules():
         ({"edges": 2.0}, ValueError, "edges must be an int of at least 1, got 2.0"),
         ({"edges": None}, ValueError, "edges must be an int of at least 1, got None"),
         ({"corners": -1}, ValueError, "corners must be an int of at least 0, got -1"),
+        ({"corners": 2**70}, ValueError, "corners must be an int of 64 bits, got 1180591620717411"),
     ],
 )
 def test_what_a_field_may_not_be(arguments, error, message):
