@@ -104,7 +104,7 @@ def evaluate(
     """
     check_model(model, "evaluate")
     if test is not None:
-        data, split = held_out(data, test)
+        data, split = held_out(test, data)
     if tokenizer is None and not isinstance(data, Tensor):
         tokenizer = tokenizer_of(model)
     longest = min(2048, context_length(model) or 2048)

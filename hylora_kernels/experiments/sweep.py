@@ -119,7 +119,7 @@ def sweep(model: nn.Module | str | Path, options: SweepOptions) -> SweepReport:
         cells.append(Cell(**json.loads(file.read_text(encoding="utf-8"))))
     report = SweepReport(
         model=str(model) if isinstance(model, str | Path) else type(model).__name__,
-        data=source_name(*held_out(options.data, options.test)),
+        data=source_name(*held_out(options.test, options.data, options.calibration)),
         length=texts["test"].shape[1],
         tokens=texts["test"][:, 1:].numel(),
         options=reported_options(options),
@@ -161,9 +161,9 @@ def _token_blocks(
         column = o.column if may_have_columns(data) else None
         return token_blocks(data, tokenizer, o.length, split, limit, seed, o.progress, column)
 
-    test, part = held_out(o.data, o.test)
+    test, part = held_out(o.test, o.data, o.calibration)
     data, rest = o.data, None
-    if o.test is None and o.steps and not isinstance(data, str | Path):
+    if test is data and o.steps and not isinstance(data, str | Path):
         data, rest = hold_out(read(data, "all", None, None))
     texts: dict[str, Tensor | None] = dict.fromkeys(("test", "calibration", "training"))
     texts["test"] = read(test if rest is None else rest, part, o.limit, None)

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from hylora_kernels.text.brown import brown_text
 from hylora_kernels.text.files import LISTED, TEXTS, find_file, kind_of, read_file
 from hylora_kernels.text.rows import Table, texts_of
@@ -99,12 +97,28 @@ def source_name(data: object, split: str) -> str:
     return f"{data}, {split if has_splits(data) else PARTS.get(split, split)}"
 
 
-def held_out(data: object, test: object) -> tuple[Any, str]:
-    """(text, split) to test on: without `test` the part of `data` that is held out; `test` itself
-    whole, unless it is the same text or has a part for tests."""
-    if test is None or test is data or (not isinstance(test, Tensor | list) and test == data):
+def held_out(test: object, data: object, *others: object) -> tuple[Any, str]:
+    """(text, split) to test a model on that reads `data` and `others`.
+
+    Without `test` that is the part of `data` that is held out; else `test` whole, or the part of it
+    that is for tests if it has one or is read.
+    """
+    if test is None:
         return data, "test"
-    return test, "test" if has_splits(test) else "all"
+    is_read = any(_is_same(test, text) for text in (data, *others))
+    return test, "test" if is_read or has_splits(test) else "all"
+
+
+def _is_same(text: object, other: object) -> bool:
+    """True for the same object, name or file, however its path is spelled."""
+    if text is other:
+        return True
+    if not all(isinstance(one, str | os.PathLike) for one in (text, other)):
+        return False
+    paths = [None if one in NAMED else find_file(one) for one in (text, other)]  # type: ignore
+    if all(path is not None and path.exists() for path in paths):
+        return os.path.samefile(*paths)  # type: ignore[arg-type]
+    return text == other
 
 
 def may_have_columns(data: object) -> bool:

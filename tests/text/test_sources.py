@@ -160,14 +160,27 @@ def test_the_part_stands_in_the_name(tmp_path):
 
 
 def test_what_is_tested_on(tmp_path):
-    path = tmp_path / "a.txt"
-    assert sources.held_out("a.txt", None) == ("a.txt", "test")
+    assert sources.held_out(None, "a.txt") == ("a.txt", "test")
     assert sources.held_out("a.txt", "a.txt") == ("a.txt", "test")
-    assert sources.held_out("a.txt", "b.txt") == ("b.txt", "all")
-    assert sources.held_out("a.txt", path) == (path, "all")
-    assert sources.held_out("a.txt", "brown") == ("brown", "test")
-    assert sources.held_out("a.txt", "org/name") == ("org/name", "test")
-    assert sources.held_out("brown", "python-docs") == ("python-docs", "all")
+    assert sources.held_out("b.txt", "a.txt") == ("b.txt", "all")
+    assert sources.held_out("b.txt", "a.txt", "b.txt") == ("b.txt", "test")
+    assert sources.held_out("brown", "a.txt") == ("brown", "test")
+    assert sources.held_out("org/name", "a.txt") == ("org/name", "test")
+    assert sources.held_out("python-docs", "brown") == ("python-docs", "all")
+    assert sources.held_out("python-docs", "python-docs") == ("python-docs", "test")
+    assert sources.held_out(["b"], ["a"]) == (["b"], "all")
+    ids = torch.ones(2, 4)
+    assert sources.held_out(ids, ids)[1] == sources.held_out(None, ids)[1] == "test"
+    assert sources.held_out(ids, ids + 1)[1] == sources.held_out(ids, "brown")[1] == "all"
+
+
+def test_a_file_under_another_name_is_not_tested_on_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    for name in ("./a.txt", str(tmp_path / "a.txt"), tmp_path / "a.txt", "b.txt"):
+        assert sources.held_out(name, "a.txt") == (name, "test")
+        assert sources.held_out(name, "brown", "a.txt") == (name, "test")
 
 
 def test_fewer_blocks_than_asked_for_are_said_in_a_line(tokenizer, capsys):

@@ -55,7 +55,7 @@ class Setup:
 
     def _blocks(self, text: str | list[str], limit: int) -> Tensor:
         """Blocks to measure on, of a part that is not trained on."""
-        data, split = held_out(self.settings.train, text)
+        data, split = held_out(text, self.settings.train)
         return token_blocks(data, self.tokenizer, self.settings.length, split, limit)
 
     def saved(self, target: float) -> Path:
