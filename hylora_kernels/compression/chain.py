@@ -107,7 +107,7 @@ def first(output: Any) -> Any:
 def fingerprint(output: Tensor) -> Tensor:
     """[..., d] -> float32 [...], flat: each row's product with one random direction."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(output.shape[-1], generator=generator).to(output.device)
+    direction = torch.randn(output.shape[-1], generator=generator, device="cpu").to(output.device)
     return output.float().flatten(0, -2) @ direction
 
 
@@ -119,7 +119,7 @@ class _Recorder:
         self.calls: dict[str, Call] = {}
         self.prints: dict[str, Tensor] = {}
         self.output: Tensor | None = None
-        self.hidden = torch.empty(0)
+        self.hidden = torch.empty(0, device="cpu")
 
     def forward(self, model: nn.Module, ids: Tensor) -> None:
         with self._hooks():
@@ -189,7 +189,8 @@ def _check_with_noise(model: nn.Module, blocks: list[Block], ids: Tensor, chain:
     one, makes a difference.
     """
     hidden = chain.hidden[0]
-    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden)
+    generator = torch.Generator("cpu").manual_seed(1)
+    noise = torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden)
     noisy = hidden + 0.3 * hidden.float().std().to(hidden.dtype) * noise
     own = _Recorder(blocks, lambda _: noisy.clone())
     own.forward(model, ids)

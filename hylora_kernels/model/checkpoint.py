@@ -59,7 +59,8 @@ def load_pretrained(
     files = open_weights(folder, config["quantization_config"]["checksums"])
     guard = guard_of(config["quantization_config"])
     _check_weights(files, blueprint(config, folder / CONFIG, files), guard)
-    model = build(config, folder / CONFIG)
+    with torch.device("cpu"):  # whatever the default device is
+        model = build(config, folder / CONFIG)
     check_made_buffers(model, folder / CONFIG)
     slots = slots_of(model)
     known = config["quantization_config"]["checksums"] if verify else {}

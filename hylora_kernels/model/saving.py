@@ -209,7 +209,8 @@ def _describe(layer: SVDLoRALinear) -> dict:
 
 def _rebuilt(model: PreTrainedModel, config: dict) -> PreTrainedModel:
     """The empty model that load_pretrained would fill."""
-    empty = build(decoded(config))
+    with torch.device("cpu"):  # whatever the default device is
+        empty = build(decoded(config))
     if type(empty) is not _class_of(model):
         raise ValueError(f"model: its class is not the {type(empty).__name__} of transformers")
     return empty
@@ -244,7 +245,7 @@ def _tensors_to_save(model, config: dict, state_dict: dict, empty) -> dict[str, 
     if missing:
         raise ValueError(f"model: {missing[0]!r} is missing from it, though its config asks for it")
     guard = guard_of(config["quantization_config"])
-    tensors |= {guard: torch.empty(0)} if guard else {}
+    tensors |= {guard: torch.empty(0, device="cpu")} if guard else {}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
