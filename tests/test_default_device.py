@@ -1,4 +1,4 @@
-"""Everything works whatever torch's default device is, which "meta" plays here, for want of a GPU."""
+"""Everything works whatever torch's default device is; "meta" stands for a GPU here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hylora_kernels import (
     analyze_spectrum,
     evaluate,
     finetune,
-    generate,
     load_pretrained,
     merge_adapters,
     optimize_for_inference,
@@ -52,15 +51,14 @@ def test_compress(name, options, tmp_path):
 def test_adapters_training_and_inference(tmp_path):
     results = []
     for device in ("cpu", "meta"):
-        model = tiny.llama()
+        model, dense = tiny.llama(), tiny.llama()
         with torch.device(device):
             add_adapters(model, 4, seed=1)
             finetune(model, IDS, steps=2, batch=2, length=12, merge=False, progress=False)
             merge_adapters(model)
             optimize_for_inference(model.eval())
             restore_from_inference(model)
-            analyze_spectrum(tiny.llama(), calibration=IDS, progress=False)
+            analyze_spectrum(dense, calibration=IDS, progress=False)
             report = evaluate(model, IDS, length=12, progress=False)
-            text = generate(model, IDS[:1, :4], new_tokens=3)
-        results.append((report.perplexity, text))
-    assert str(results[0]) == str(results[1])
+        results.append(report.perplexity)
+    assert results[0] == results[1]

@@ -232,7 +232,7 @@ def convert_layers(modules: list[nn.Module], state: PackedState) -> None:
         vars(module).update(
             packed_state=state, packed_parameters=parameters, order=tuple(module._parameters)
         )
-        for name in new_class.names:
+        for name in parameters:  # A and B stay None where a merged layer has them so
             module._parameters.pop(name, None)
         # Buffers, so that sums of memory count them.
         for index, tensor in enumerate(state.tensors):

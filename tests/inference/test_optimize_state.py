@@ -248,3 +248,16 @@ def test_wrong_x_is_named():
         torch.vmap(layer)(torch.ones(3, 14))
     with pytest.raises(NotImplementedError, match="no forward-mode derivative, got a tangent on x"):
         torch.func.jvp(layer, (torch.ones(3, 14),), (torch.ones(3, 14),))
+
+
+@pytest.mark.parametrize("form", ["pair", "pivoted", "dense"])
+def test_a_merged_layer_is_packed_and_restored(form):
+    """merge() leaves A and B as parameters that are None."""
+    layer = make_layer(form, 64, 96, 40, 8, dtype=torch.float32).eval().merge()
+    x = torch.randn(2, 96)
+    with torch.no_grad():
+        y = layer(x)
+        model = restore_from_inference(optimize_for_inference(nn.Sequential(layer).eval()))
+        assert model[0] is layer and layer.A is None and layer.B is None
+        assert torch.equal(layer(x), y)
+    assert layer.parameter_count(merged=False) == layer.parameter_count() and repr(layer)
