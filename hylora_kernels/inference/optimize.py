@@ -38,8 +38,8 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     knows of them are kept, and a write to one raises RuntimeError. So does setting alpha or pivots;
     the bias can be changed. model.to(...) to another dtype or device restores first.
     Not seen, and without effect on a packed layer: a write to a tensor that shares the memory of a
-    weight (a NumPy array, a view taken before packing). Such memory is the parameter's again once
-    it is restored.
+    weight (a NumPy array, a view taken before packing), which is the parameter's memory again once
+    it is restored; and, inside torch.inference_mode, a write to a view of a copy.
     Raises ValueError for a model in training mode or one that accelerate has spread over devices.
     After a failure the model is as it was.
 

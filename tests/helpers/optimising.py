@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny
+from helpers.numerics import make_layer
+from torch import nn
 
-from hylora_kernels import available_backends
+from hylora_kernels import available_backends, optimize_for_inference, restore_from_inference
 from hylora_kernels.model.modules import freeze_all_but_adapters
 
 WHY = available_backends()["cpu"]
 packs = pytest.mark.skipif(bool(WHY), reason=f"cpu: {WHY}")
+FLOAT32 = {"dtype": torch.float32}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 HINT = r"restore_from_inference\(model\) first"
@@ -36,3 +39,12 @@ def same_state(a: dict, b: dict) -> bool:
 def logits(model, seed=0):
     with torch.no_grad():
         return model(input_ids=tiny.tokens(2, 12, seed=seed), use_cache=False).logits
+
+
+def net() -> nn.Sequential:
+    layers = nn.LayerNorm(14), make_layer("pair", 14, 14, **FLOAT32), nn.Linear(14, 14)
+    return nn.Sequential(*layers, make_layer("pivoted", 14, 14, **FLOAT32)).eval()
+
+
+def there_and_back(model: nn.Module) -> nn.Module:
+    return restore_from_inference(optimize_for_inference(model.eval())).train()
