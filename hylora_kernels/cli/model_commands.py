@@ -62,7 +62,6 @@ def compress(
 ) -> None:
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
     from hylora_kernels.compression.compress import compress as compress_model
-    from hylora_kernels.compression.coverage import skipped_table
     from hylora_kernels.model.saving import refuse_unsavable, save_pretrained
 
     refuse_foreign_folder(out, model, overwrite=overwrite)
@@ -73,7 +72,6 @@ def compress(
     loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
     save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
     show(report.render())
-    show(skipped_table(report.skipped))
     show(report_lines(loaded))
     if report.calibration:
         show(report.text_line())

@@ -179,10 +179,8 @@ class _Solver:
 
     def truncate(self, target: Target) -> None:
         """Cut a linear that is not refitted to its rank."""
-        if rank := self.ranks[target.path]:
-            target.matrix.copy_(
-                self.product(target.path, self.load_factors(target.path).U[:, :rank])
-            )
+        prior = self.prior(target.path, target.matrix)
+        target.matrix.copy_(self.product(target.path, prior))
 
     def product(self, path: str, matrix: Tensor) -> Tensor:
         """The weight [N, K] that a refitted matrix stands for."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hylora_kernels.compression.coverage import Skipped
+from hylora_kernels.compression.coverage import Skipped, skipped_table
 from hylora_kernels.support.console import kept_table
 from hylora_kernels.support.report import Report
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 
 @dataclass
@@ -79,8 +79,10 @@ class CompressReport(Report):
     calibration: str = ""
     calibration_blocks: int = 0
 
-    def render(self) -> Table:
-        """A rich table: parameters kept and removed."""
+    def render(self) -> Group:
+        """Rich tables: parameters kept and removed, and what was left alone."""
+        from rich.console import Group
+
         counts = {
             "linears": (self.dense_parameters, self.parameters, self.parameters_as_is),
             "whole model": (
@@ -89,7 +91,11 @@ class CompressReport(Report):
                 self.model_parameters_as_is,
             ),
         }
-        return kept_table(counts)
+        parts: list[Any] = [kept_table(counts), skipped_table(self.skipped)]
+        if self.unreached:
+            some = ", ".join(self.unreached[:4]) + (", ..." if len(self.unreached) > 4 else "")
+            parts.append(f"no calibration token reached {len(self.unreached)} linears: {some}")
+        return Group(*parts)
 
     def text_line(self) -> str:
         """The text that was read; "" for method "svd"."""

@@ -178,7 +178,7 @@ def stack_of(path: str) -> str | None:
     return stack if expert.isdecimal() and stack.rpartition(".")[2] in (*UP, DOWN) else None
 
 
-def own_weights(experts: ExpertLinears) -> None:
+def own_weights(experts: nn.Module) -> None:
     """Copy each weight and bias that is a view of a stack, so that the stack is freed."""
     for p in experts.parameters():
         if p.untyped_storage().nbytes() != p.nbytes:

@@ -82,5 +82,6 @@ def test_summary_joins_the_layers():
     rows = {name: tuple(rest) for name, *rest in summary(report.skipped)}
     assert rows["model.layers.*.mlp.down_proj"] == (3, 3 * 32 * 56, "excluded")
     assert rows["model.layers.*.self_attn.q_proj"] == (3, 3 * 32 * 32, "not included")
+    assert "model.layers.*.mlp.down_proj" in str(report) and "excluded" in str(report)
     sizes = [parameters for _, _, parameters, _ in summary(report.skipped)]
     assert sizes == sorted(sizes, reverse=True)

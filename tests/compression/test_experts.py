@@ -106,6 +106,7 @@ def test_an_expert_that_no_token_reaches(method):
     weight = model.model.layers[0].mlp.experts.gate_up_proj[3].detach().clone()
     _, report = compressed(model, 0.7, method=method, lora_rank=0)
     assert report.unreached == [EXPERTS.format(0, kind, 3) for kind in ("gate_up", "down")]
+    assert f"reached 2 linears: {report.unreached[0]}" in str(report)
     layers = {layer.path: layer for layer in report.layers}
     for kind in ("gate_up", "down"):
         one = layers[EXPERTS.format(0, kind, 3)]
