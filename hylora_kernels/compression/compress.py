@@ -15,11 +15,6 @@ from tqdm import tqdm
 from hylora_kernels.compression import calibration
 from hylora_kernels.compression.calibration import Statistics
 from hylora_kernels.compression.chain import record
-from hylora_kernels.compression.coverage import (
-    body_parameters,
-    skipped_parameters,
-    warn_if_little,
-)
 from hylora_kernels.compression.factors import factor_bytes
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.ranks import adapter_rank, allocate, curve
@@ -31,6 +26,11 @@ from hylora_kernels.compression.workspace import open_workspace
 from hylora_kernels.layers.experts import own_weights, restack, unstack
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
+from hylora_kernels.model.coverage import (
+    body_parameters,
+    skipped_parameters,
+    warn_if_little,
+)
 from hylora_kernels.model.load import load_model, tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import refuse_unsavable, save_in_hylora_format
@@ -108,7 +108,7 @@ class Compression:
             dense_parameters=sum(target.matrix.numel() for target in self.structure.targets),
             model_dense_parameters=sum(p.numel() for p in self.model.parameters()),
             body_parameters=body_parameters(self.model),
-            skipped=skipped_parameters(self.model, self.structure),
+            skipped=skipped_parameters(self.model, self.structure.paths, self.structure.skipped),
             seconds=seconds,
             calibration="" if self.ids is None else source_name(options.calibration, options.split),
             calibration_blocks=0 if self.ids is None else len(self.ids),

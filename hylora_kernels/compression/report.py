@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hylora_kernels.compression.coverage import Skipped, skipped_table
+from hylora_kernels.model.coverage import Skipped, skipped_table
 from hylora_kernels.support.console import kept_table
 from hylora_kernels.support.report import Report
 

@@ -9,9 +9,10 @@ from torch import nn
 from hylora_kernels.layers import factors
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.check import check_model
+from hylora_kernels.model.coverage import body_parameters, skipped_parameters, warn_if_little
 from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import save_in_hylora_format
-from hylora_kernels.model.structure import as_matrix, linears
+from hylora_kernels.model.structure import as_matrix, select
 from hylora_kernels.weights import Weights
 
 
@@ -33,19 +34,25 @@ def add_adapters(
                       output head.
 
     The dense weight, which is shared and not copied, becomes a pivoted base of rank N, so the
-    adapter runs through the same op as after compress(). All else is frozen. Raises ValueError for
+    adapter runs through the same op as after compress(). All else is frozen. Stacks of experts get
+    no adapter; a warning comes where the linears are under half of the body. Raises ValueError for
     a lora_rank below 1 or a model that has been compressed already.
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
     check_model(model, "replace")
     keep_unscaled(model)
-    targets = linears(model, include, exclude)
+    targets, reasons = select(model, include, exclude)
     for path, linear in targets.items():
         if isinstance(linear, SVDLoRALinear):
             raise ValueError(
                 f"model must be dense to take adapters, but its layer {path} is an SVDLoRALinear"
             )
+    warn_if_little(
+        sum(as_matrix(linear).numel() for linear in targets.values()),
+        body_parameters(model),
+        skipped_parameters(model, targets, reasons),
+    )
     for index, (path, linear) in enumerate(targets.items()):
         layer = SVDLoRALinear.from_dense(
             as_matrix(linear),

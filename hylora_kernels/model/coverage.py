@@ -1,4 +1,4 @@
-"""What of a model compression reaches: the parameters that it leaves alone, and how much they are.
+"""What of a model a selection of linears reaches: the parameters left alone, and how much they are.
 
 A model may hold most of its parameters outside of linears: transformers 5 stacks the experts of a
 layer into tensors of three dimensions, so that the linears of Mixtral-8x7B are 3 % of it.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from hylora_kernels.model.structure import Structure, is_linear
+from hylora_kernels.model.structure import is_linear
 from hylora_kernels.support.console import table
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ BY_WISH = ("excluded", "not included")
 
 @dataclass
 class Skipped:
-    """A parameter of two or more dimensions that compression leaves alone: its shape, the number of
+    """A parameter of two or more dimensions that is left alone: its shape, the number of
     its elements (0 for one that is listed under another name too), and the reason."""
 
     shape: tuple[int, ...]
@@ -35,16 +35,21 @@ class Skipped:
     reason: str
 
 
-def skipped_parameters(model: nn.Module, structure: Structure) -> dict[str, Skipped]:
+def skipped_parameters(
+    model: nn.Module, selected: Iterable[str], reasons: Mapping[str, str]
+) -> dict[str, Skipped]:
     """name -> what is left alone of a dense model: each parameter of two or more dimensions that
-    belongs to no target. The name is that of the parameter, without ".weight" at its end."""
-    targets, found, first = set(structure.paths), {}, {}
+    belongs to no selected linear. The name is that of the parameter, without ".weight" at its end.
+
+    selected: paths of linears. reasons: name -> why it is left alone, where that is known.
+    """
+    targets, found, first = set(selected), {}, {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2 or path in targets:
                 continue
             full = f"{path}.{name}".removesuffix(".weight").removeprefix(".")
-            reason = structure.skipped.get(full) or _reason(module, name)
+            reason = reasons.get(full) or _reason(module, name)
             twin = first.setdefault(id(parameter), full)
             count = parameter.numel() if twin is full else 0
             if twin is not full:
@@ -101,8 +106,9 @@ def warn_if_little(selected: int, body: int, skipped: Mapping[str, Skipped]) -> 
         if not reason.startswith((*BY_WISH, "embedding", "output head"))
     ]
     _log.warning(
-        "the linears to compress hold %s of the %s parameters of the model's body, which is all"
-        " but embeddings and output head (%.0f %%); keep counts these linears only. Left alone: %s",
+        "the selected linears hold %s of the %s parameters of the model's body, which is all but"
+        " embeddings and output head (%.0f %%): keep and adapters concern these only. Left alone:"
+        " %s",
         f"{selected:,}",
         f"{body:,}",
         100 * selected / max(body, 1),

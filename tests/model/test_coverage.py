@@ -7,10 +7,12 @@ import logging
 import pytest
 import torch
 from helpers.compressing import compressed
+from helpers.mixtures import mixture
 from helpers.zoo import zoo_model
 from torch import nn
 
-from hylora_kernels.compression.coverage import summary
+from hylora_kernels.model.adapters import add_adapters
+from hylora_kernels.model.coverage import summary
 
 
 class Stack(nn.Module):
@@ -30,7 +32,7 @@ def with_stacks(name="qwen2"):
 
 
 def warnings(caplog):
-    return [r.getMessage() for r in caplog.records if r.name.startswith("hylora_kernels")]
+    return [r.getMessage() for r in caplog.records if r.name == "hylora_kernels.model.coverage"]
 
 
 def test_every_parameter_is_selected_or_listed_or_a_vector():
@@ -85,3 +87,11 @@ def test_summary_joins_the_layers():
     assert "model.layers.*.mlp.down_proj" in str(report) and "excluded" in str(report)
     sizes = [parameters for _, _, parameters, _ in summary(report.skipped)]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_plain_adapters_on_a_mixture_are_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, "hylora_kernels"):
+        add_adapters(mixture("mixtral"), lora_rank=2)
+        add_adapters(zoo_model("qwen2"), lora_rank=2)
+    (message,) = warnings(caplog)
+    assert "model.layers.*.mlp.experts.gate_up_proj (43,008: " in message
