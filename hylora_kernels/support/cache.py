@@ -7,11 +7,13 @@ tables hold private texts.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
+import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,7 +36,7 @@ TAG_TEXT = (
 # deleted: HYLORA_CACHE may point at a folder with other things in it.
 FOLDERS = ("compress", "data", "datasets", "models", "temporary", "tokens")
 TUNED = "tuned"  # Tables of `hylora tune`: they take a GPU and minutes, so clearing keeps them.
-CHECKSUM = "sha256"
+CHECKSUM, SUMS = "sha256", "SHA256SUMS"
 
 
 def cache_root() -> Path:
@@ -169,7 +171,36 @@ def _delete(file: Path) -> int:
     return size
 
 
-# -------------------------------------------------------------------------------- files of tensors
+# ---------------------------------------------------------------------------- what may be damaged
+
+
+def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """`folder` in the cache, filled by fill(new folder) if it is missing or damaged.
+
+    The checksums of its files stand in it, as sha256sum writes and checks them.
+    """
+    sums = folder / SUMS
+    if folder.is_dir():
+        if sums.is_file() and sums.read_bytes() == _sums_of(folder):
+            return folder
+        say_damaged(folder, "its checksums are others")
+        shutil.rmtree(folder)
+    with atomic_folder(folder) as new:
+        fill(new)
+        (new / SUMS).write_bytes(_sums_of(new))
+    return folder
+
+
+def _sums_of(folder: Path) -> bytes:
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SUMS:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+            lines.append(f"{digest.hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+    return "".join(lines).encode()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], name: str) -> None:

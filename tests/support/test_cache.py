@@ -315,3 +315,46 @@ def test_temporary_names_differ(root):
         one.write_text("1")
         other.write_text("2")
     assert (root / "a").read_text() == "1"
+
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+def a_missing_file(folder):
+    (folder / "weights").unlink()
+
+
+def a_strangers_file(folder):
+    (folder / "code.py").write_text("")
+
+
+def a_flipped_bit(folder):
+    (folder / "inner" / "config").write_bytes(b"{!")
+
+
+def an_older_version(folder):
+    (folder / cache.SUMS).unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [a_missing_file, a_strangers_file, a_flipped_bit, an_older_version]
+)
+def test_a_damaged_folder_is_said_and_made_again(root, damage, capsys):
+    made = []
+
+    def fill(folder):
+        made.append(folder)
+        (folder / "weights").write_bytes(b"x" * 3_000_000)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "config").write_bytes(b"{}")
+
+    folder = cache.cache_dir("models") / "one"
+    assert cache.cached_folder(folder, fill) == cache.cached_folder(folder, fill) == folder
+    assert len(made) == 1 and capsys.readouterr().err == ""
+    damage(folder)
+    cache.cached_folder(folder, fill)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folder} in the cache is damaged and made again: ")
+    cache.cached_folder(folder, fill)
+    assert len(made) == 2 and names(folder) == [cache.SUMS, "inner", "weights"]
+    assert capsys.readouterr().err == ""
