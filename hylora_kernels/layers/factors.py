@@ -89,6 +89,9 @@ def ranged_pair(U: Tensor, SVh: Tensor) -> tuple[Tensor, Tensor]:
     |h_i| = |u_i . y| / |u_i|^2 <= |y| / sqrt(N), the root mean square of y. With all singular
     values in SVh it is up to sqrt(N) times larger; split evenly, up to sqrt(N / S). A column and
     its row are scaled by a power of two, which is exact, so other dtypes give the same bits.
+
+    The price: dh = dy U is up to sqrt(N) times larger than with orthonormal columns, so a
+    GradScaler settles on a smaller scale for dx in float16.
     """
     size = U.norm(dim=0).float() / U.shape[0] ** 0.5
     mantissa, _ = torch.frexp(size)  # in [1/2, 1), so that size / mantissa is a power of two
