@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,9 @@ class SweepOptions(CellOptions):
         check_options(self)
         if not self.lora_rank or not (self.keep if self.rank is None else self.rank):
             raise ValueError("keep (or rank) and lora_rank must each have at least one value")
+        # Each cell's options are checked before the first cell's work.
+        for keep, lora_rank in product(self.keep if self.rank is None else (1.0,), self.lora_rank):
+            CompressOptions(**self.for_compress(), keep=keep, lora_rank=lora_rank)
+        for rank in self.rank or ():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank must be ints of at least 1, got {rank!r}")

@@ -17,7 +17,12 @@ def forked_rng(device: torch.device) -> Iterator[None]:
 
 
 def seed_rng(device: torch.device, seed: int) -> None:
-    """Seed the CPU's random state and that of every device of `device`'s type."""
+    """Seed the CPU's random state and that of every device of `device`'s type.
+
+    Raises ValueError for a seed beyond 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an int of 64 bits, got {seed}")
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)

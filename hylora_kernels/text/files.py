@@ -69,7 +69,7 @@ def read_file(path: Path) -> str | Table:
     if ending in TEXTS:
         return text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        return Table(where, [], {}.__getitem__)
+        return Table(where, [], lambda name: [])
     if ending in SEPARATED:
         return _separated(text, SEPARATED[ending], where)
     return _json(text, where)

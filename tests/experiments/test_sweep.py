@@ -42,13 +42,28 @@ def test_sweep_takes_a_model_and_its_options():
 def test_a_cell_passes_on_all_options_of_compress_that_a_sweep_has():
     names = {field.name for field in dataclasses.fields(CompressOptions)}
     own = {"keep", "lora_rank", "calibration", "samples", "length", "tokenizer", "device", "dtype"}
-    own |= {"split", "column"}
+    own |= {"split", "column", "trust_remote_code"}
     assert SweepOptions("out").for_compress().keys() == names - own
 
 
 @pytest.mark.parametrize("grid", [{"keep": ()}, {"lora_rank": ()}, {"rank": ()}])
 def test_an_empty_grid_is_refused(grid):
     with pytest.raises(ValueError, match=r"keep \(or rank\) and lora_rank must each have"):
+        SweepOptions("out", **grid)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"keep": (0.8, 2.0)}, r"keep must be in \(0, 1\], got 2.0"),
+        ({"keep": (0.8, float("nan"))}, r"keep must be in \(0, 1\], got nan"),
+        ({"lora_rank": (4, -1)}, "lora_rank must be an int of at least 0, got -1"),
+        ({"rank": (4, 0)}, "rank must be ints of at least 1, got 0"),
+        ({"method": "svd", "refit": True}, "refit needs method"),
+    ],
+)
+def test_a_cell_that_can_not_be_is_refused_before_the_first(grid, message):
+    with pytest.raises(ValueError, match=message):
         SweepOptions("out", **grid)
 
 

@@ -203,6 +203,10 @@ def test_nothing_is_warned_about(model, tokenizer, caplog, recwarn):
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
         ({"tokenizer": None}, "tokenizer must be given to generate text"),
+        (
+            {"max_new_tokens": 4, "seed": 2**70},
+            "seed must be an int of 64 bits, got 1180591620717411303424",
+        ),
     ],
 )
 def test_refusals(model, tokenizer, options, message):
