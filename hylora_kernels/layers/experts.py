@@ -199,13 +199,14 @@ def _layout(stock: nn.Module) -> tuple[str, bool]:
     for name, stack in ((up_name, up), (DOWN, down)):
         if type(stack) is not nn.Parameter or not stack.is_floating_point():
             raise ValueError(f"{name} is no plain floating parameter")
-    (E, *first), (E_down, *second) = up.shape, down.shape
+    (E, *shape), (E_down, a, b) = up.shape, down.shape
     gate = 2 if up_name == UP[0] else 1
-    straight = [gate * second[1], second[0]], [gate * second[0], second[1]][::-1]
-    fits = [first == straight[0], first == straight[1]]
-    if E_down != E or not any(fits):
+    straight, transposed = shape == [gate * b, a], shape == [b, gate * a]
+    if E_down != E or not (straight or transposed):
         raise ValueError(f"{up_name} {list(up.shape)} and {DOWN} {list(down.shape)} don't fit")
-    return up_name, getattr(stock, "is_transposed", False) if all(fits) else fits[1]
+    if straight and transposed:  # Squares: the module says it, and the outputs show if that's true.
+        transposed = getattr(stock, "is_transposed", False)
+    return up_name, transposed
 
 
 def _linears(stock: nn.Module, name: str, bias: str | None, transposed: bool) -> nn.ModuleList:

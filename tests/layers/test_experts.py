@@ -113,6 +113,46 @@ def test_copies_and_pickles_compute_the_same():
     assert torch.equal(torch.load(file, weights_only=False)(*arguments), want)
 
 
+class Ungated(nn.Module):
+    """Experts without a gate; square, so that only outputs tell how they are stored."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.is_transposed, self.act_fn = transposed, nn.functional.gelu
+        self.up_proj = nn.Parameter(torch.randn(E, 8, 8))
+        self.down_proj = nn.Parameter(torch.randn(E, 8, 8))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        out = torch.zeros_like(hidden_states)
+        for t, j in torch.cartesian_prod(*map(torch.arange, top_k_index.shape)):
+            up, down = self.up_proj[top_k_index[t, j]], self.down_proj[top_k_index[t, j]]
+            up, down = (up, down) if self.is_transposed else (up.T, down.T)
+            out[t] += top_k_weights[t, j] * (self.act_fn(hidden_states[t] @ up) @ down)
+        return out
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_without_a_gate(transposed):
+    stock, arguments = Ungated(transposed), call(E, wide=8)
+    torch.testing.assert_close(unstacked(stock)(*arguments), stock(*arguments))
+
+
+class Mislabelled(Ungated):
+    """Says the contrary of how it is stored."""
+
+    def forward(self, *arguments):
+        self.is_transposed = not self.is_transposed
+        try:
+            return super().forward(*arguments)
+        finally:
+            self.is_transposed = not self.is_transposed
+
+
+def test_a_stack_stored_otherwise_than_it_says_is_left_alone():
+    with pytest.raises(ValueError, match="Mislabelled doesn't compute"):
+        unstacked(Mislabelled(True))
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
