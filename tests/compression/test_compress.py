@@ -25,6 +25,7 @@ from helpers.zoo import NAMES, ZOO, tokens, trained, zoo_model
 from torch import nn
 
 from hylora_kernels.compression.compress import Compression, compress
+from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters
 from hylora_kernels.model.structure import as_matrix, linears
@@ -373,3 +374,12 @@ def test_device_and_dtype_of_a_model_may_be_given_by_name():
     model = zoo_model(NAMES[0])
     compressed(model, method="svd", device="cpu", dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_part_compressed_after_another_counts_with_it():
+    model = zoo_model("llama")
+    dense = {path: target.weight.numel() for path, target in linears(model).items()}
+    for part in ("self_attn", "mlp"):
+        compressed(model, 0.8, include=[part])
+    assert set(linears(model)) == set(dense)
+    assert model_size(model).linears.dense == sum(dense.values())
