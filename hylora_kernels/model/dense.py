@@ -26,11 +26,11 @@ from hylora_kernels.model.files import CheckpointError, reading, shown
 from hylora_kernels.model.format import CONFIG, open_weights
 from hylora_kernels.model.limits import check_config, few_parameters, unusual_fields
 from hylora_kernels.model.skeleton import check_made_buffers
-from hylora_kernels.model.tensorfile import TensorFile
 
 # Numbers that a config may describe beyond those in the files: what is missing stands in the report
-# of transformers, which comes when all is made. Quantised weights hold up to 8 numbers in a byte.
+# of transformers, which comes when all is made.
 MORE_THAN_HELD = 2**26
+NUMBERS_IN_A_BYTE = 8
 NAMES_SHOWN = 5
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m|[-+|]{2,}")  # colours, and the lines of tables
 
@@ -56,9 +56,12 @@ def load_dense(
     usual = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401
     with reading(path, "no config comes of it", lambda: unusual_fields(config, usual)):
         loaded = AutoConfig.from_pretrained(folder, **trust)
-    files = open_weights(folder)
+    entries = [entry for file in open_weights(folder) for entry in file.entries.values()]
     if not trust_remote_code:
-        _check_size(loaded, config, path, files)
+        held = sum(math.prod(entry.shape) for entry in entries)
+        if config.get("quantization_config"):
+            held = NUMBERS_IN_A_BYTE * sum(entry.length for entry in entries)
+        check_size(loaded, path, len(entries), held)
     with (
         _logged() as words,
         reading(folder, "no model comes of it", lambda: " ".join(words)[:2000]),
@@ -71,7 +74,7 @@ def load_dense(
             ignore_mismatched_sizes=True,
             **trust,
         )
-    _require_complete(model, report, folder)
+    require_complete(model, report, folder)
     check_made_buffers(model, path)
     return model
 
@@ -131,23 +134,19 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _check_size(
-    loaded: Any, config: dict[str, Any], path: Path, files: Sequence[TensorFile]
-) -> None:
-    """Raise CheckpointError if the config describes a much larger model than the files hold."""
-    described = copy.deepcopy(loaded)
+def check_size(config: Any, path: Path, tensors: int, held: int) -> None:
+    """Raise CheckpointError if a config of transformers describes a much larger model than the
+    weights, which are so many tensors of `held` numbers. path: where the config comes from.
+    """
+    described = copy.deepcopy(config)
     if hasattr(described, "quantization_config"):
         del described.quantization_config
     with (
-        reading(path, "no model comes of it", lambda: unusual_fields(config, type(loaded))),
+        reading(path, "no model comes of it", lambda: unusual_fields(vars(config), type(config))),
         torch.device("meta"),
-        few_parameters(files, path),
+        few_parameters(tensors, path),
     ):
         empty = _auto_class(described).from_config(described, trust_remote_code=False)
-    entries = [entry for file in files for entry in file.entries.values()]
-    held = sum(math.prod(entry.shape) for entry in entries)
-    if config.get("quantization_config"):
-        held = 8 * sum(entry.length for entry in entries)
     wanted = sum(parameter.numel() for parameter in empty.parameters())
     if wanted > 2 * held + MORE_THAN_HELD:
         raise CheckpointError(
@@ -155,7 +154,8 @@ def _check_size(
         )
 
 
-def _require_complete(model: nn.Module, report: dict[str, Any], folder: Path) -> None:
+def require_complete(model: nn.Module, report: dict[str, Any], folder: Path) -> None:
+    """Raise CheckpointError for what transformers' report calls missing, mismatched, unexpected."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {_listed(missing)} missing from the weights")

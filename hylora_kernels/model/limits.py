@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hylora_kernels.model.files import CheckpointError, shown
-from hylora_kernels.model.tensorfile import TensorFile
 
 # What the values of such fields count, at most: transformers makes lists of that length from them
 # before it makes a module. Llama 3.1 405B has 126 layers, Kimi K2 384 experts.
@@ -43,7 +42,8 @@ def check_config(config: dict[str, Any], source: str | Path) -> None:
         if not isinstance(value, dict):
             continue
         pending += value.values()
-        for name, given in value.items():
+        for key, given in value.items():
+            name = str(key)  # id2label has numbers
             limit = next((most for field, most in COUNTS.items() if field.search(name)), None)
             if limit and isinstance(given, int | float) and given > limit:
                 raise CheckpointError(
@@ -59,12 +59,11 @@ def check_config(config: dict[str, Any], source: str | Path) -> None:
 
 
 @contextmanager
-def few_parameters(files: Sequence[TensorFile], source: str | Path) -> Iterator[None]:
-    """Stop a construction of a model that has many more parameters than the files have tensors.
+def few_parameters(tensors: int, source: str | Path) -> Iterator[None]:
+    """Stop a construction of a model that has many more parameters than the weights have tensors.
 
     Without it 4,000 layers of a config took 46 s before they were compared with the files.
     """
-    tensors = sum(len(file.entries) for file in files)
     limit, made, thread = SHARED * tensors + FEW, 0, threading.get_ident()
 
     def count(module: object, name: str, parameter: object) -> None:

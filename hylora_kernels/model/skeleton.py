@@ -68,7 +68,7 @@ def blueprint(config: dict, source: str | Path, files: Sequence[TensorFile]) -> 
     files of weights show that it can't be theirs, before it takes time or memory.
     """
     check_config(config, source)
-    with torch.device("meta"), few_parameters(files, source):
+    with torch.device("meta"), few_parameters(sum(len(file.entries) for file in files), source):
         model = build(config, source)
     made = sum(slot.tensor.nbytes for slot in slots_of(model).values() if slot.kind == "made")
     if made > MAX_BUFFERS:
