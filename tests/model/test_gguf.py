@@ -48,7 +48,7 @@ def write(path, layers=1, hidden=32, **changes):
 def test_a_whole_file(changes, tmp_path):
     write(tmp_path / "m.gguf", **changes)
     model, tokenizer = load_model(tmp_path / "m.gguf", "cpu")
-    assert len(model.model.layers) == 1 and 2 in tokenizer("t0")["input_ids"]
+    assert len(model.model.layers) == 1 and tokenizer.convert_tokens_to_ids("t0") == 2
 
 
 @pytest.mark.parametrize(
