@@ -67,7 +67,7 @@ def compress(
     refuse_foreign_folder(out, model, overwrite=overwrite)
     trusted = options["trust_remote_code"]
     loaded, tokenizer = _load(model, device, dtype, trusted, revision, tokenizer)
-    refuse_unsavable(loaded)
+    refuse_unsavable(loaded, tokenizer)
     require_disk(out, _parameter_bytes(loaded), f"the compressed model in {out}")
     loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
     save_pretrained(loaded, out, tokenizer, overwrite=overwrite)

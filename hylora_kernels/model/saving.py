@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import tempfile
 import weakref
 from collections.abc import Collection
 from pathlib import Path
@@ -120,8 +121,13 @@ def refuse_foreign_files(
             )
 
 
-def refuse_unsavable(model: nn.Module, warn_if_modified: bool = False) -> None:
-    """Raise TypeError or ValueError if save_pretrained could not save `model`.
+def refuse_unsavable(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    warn_if_modified: bool = False,
+) -> None:
+    """Raise TypeError or ValueError if save_pretrained could not save `model` and `tokenizer`.
 
     warn_if_modified: log a warning only, if a model of this class can be saved, but not one whose
                       modules were exchanged as in this one.
@@ -129,6 +135,8 @@ def refuse_unsavable(model: nn.Module, warn_if_modified: bool = False) -> None:
     model = unwrapped(model)
     config = _saved_config(model)
     empty = _rebuilt(model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_other_files(model, tokenizer, Path(folder))
     try:
         _tensors_to_save(model, config, model.state_dict(), empty)
     except ValueError as error:
@@ -161,17 +169,16 @@ def is_sharded(model: nn.Module) -> bool:
 def _save(model, state_dict, target: Path, tokenizer, max_shard_size, overwrite: bool) -> None:
     config = _saved_config(model)
     tensors = _tensors_to_save(model, config, state_dict, _rebuilt(model, config))
-    refuse_foreign_files(target, overwrite)
-    target.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir():
+        refuse_foreign_files(target)
+        target.mkdir(parents=True, exist_ok=True)
     with exclusive(target):
+        refuse_foreign_files(target, overwrite)
         require_disk(target, sum(t.nbytes for t in tensors.values()), f"saving to {target}")
         with replacement(target, last=CONFIG) as new:
             ours = config["quantization_config"]
             ours["checksums"] = _write_weights(tensors, new, max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(new)
-            if model.can_generate():
-                model.generation_config.to_json_file(new / GENERATION_CONFIG)
+            _write_other_files(model, tokenizer, new)
             ours["files"] = sorted([*files_in(new), CONFIG])
             write_text(new / CONFIG, json.dumps(config, indent=2) + "\n")
             refuse_foreign_files(target, overwrite, ours["files"])
@@ -247,6 +254,14 @@ def _tensors_to_save(model, config: dict, state_dict: dict, empty) -> dict[str, 
     guard = guard_of(config["quantization_config"])
     tensors |= {guard: torch.empty(0, device="cpu")} if guard else {}
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _write_other_files(model: PreTrainedModel, tokenizer, folder: Path) -> None:
+    """Write the tokenizer and the generation config to `folder`."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.to_json_file(folder / GENERATION_CONFIG)
 
 
 def _kind(tensor: Tensor) -> str:

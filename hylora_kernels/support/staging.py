@@ -1,9 +1,9 @@
 """The files of a folder, replaced all at once: a killed process leaves the old ones or the new.
 
-The new files are written to FOLDER/.saving-<random>. Renaming that to FOLDER/.saved decides: from
-then on a reader takes the files there (current()). They are linked into FOLDER, the files that
-they make obsolete are removed, and .saved goes. The next replacement completes one that was cut off
-after the decision, and removes what is left of one that was cut off before.
+The new files are written to FOLDER/.saving-<random>. Renaming that to FOLDER/.hylora-saved decides:
+from then on a reader takes the files there (current()). They are linked into FOLDER, the files that
+they make obsolete are removed, and that folder goes. The next replacement completes one that was
+cut off after the decision, and removes what is left of one that was cut off before.
 
 Everything stands inside FOLDER, so that FOLDER may be a link, a mount point or the working folder.
 """
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from hylora_kernels.support.storage import settle, settle_folder, sync_folder, write_json
 
-UNDECIDED, DECIDED = ".saving-", ".saved"
+UNDECIDED, DECIDED = ".saving-", ".hylora-saved"
 OBSOLETE = ".obsolete.json"  # in the new folder: names of the files to remove
 
 

@@ -23,6 +23,7 @@ from hylora_kernels.model import saving
 from hylora_kernels.model.checkpoint import load_pretrained
 from hylora_kernels.model.load import load_model
 from hylora_kernels.model.saving import refuse_unsavable, save_pretrained
+from hylora_kernels.support import staging
 
 ALL = os.environ.get("HYLORA_TEST_ALL") == "1"
 
@@ -138,6 +139,17 @@ def test_compress_refuses_at_its_start_what_could_not_be_saved(monkeypatch):
         with pytest.raises((ValueError, TypeError), match=message):
             compress(model, keep=0.8, calibration=ids, lora_rank=2, rank_multiple=1, cache=False)
         assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_tokenizer_that_can_not_be_saved_is_refused_as_well():
+    class Broken(PreTrainedTokenizerFast):
+        def save_pretrained(self, *_, **__):
+            raise ValueError("this tokenizer has no file of words")
+
+    model, made = build(), tokenizer()
+    refuse_unsavable(model, made)
+    with pytest.raises(ValueError, match="no file of words"):
+        refuse_unsavable(model, Broken(tokenizer_object=made.backend_tokenizer))
 
 
 def test_compress_warns_of_a_model_that_was_modified(caplog):
@@ -257,7 +269,7 @@ def stops_at(stop_at, how, action):
 
 def state_of(folder):
     """The tensors and the tokenizer of a saved model; None if there is none."""
-    if not folder.exists() or not {"config.json", ".saved"} & set(os.listdir(folder)):
+    if not folder.exists() or not {"config.json", staging.DECIDED} & set(os.listdir(folder)):
         return None
     model, found = load_model(folder, "cpu")
     tensors = {name: tensor.sum().item() for name, tensor in model.state_dict().items()}

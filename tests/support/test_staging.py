@@ -82,7 +82,7 @@ def test_what_killed_processes_left_goes(tmp_path):
 
 def test_a_strangers_names_do_not_lead_out_of_the_folder(tmp_path):
     folder, outside = tmp_path / "folder", tmp_path / "outside"
-    decided = folder / ".saved"
+    decided = folder / staging.DECIDED
     (decided / "link").mkdir(parents=True)
     outside.mkdir()
     (folder / "link").symlink_to(outside)
