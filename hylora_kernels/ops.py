@@ -105,10 +105,11 @@ def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
             _refuse_gradient("bias")
         if bias.dtype != packed.dtype or bias.shape != packed.bias_shape:
             _check_packed_bias(bias, packed)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in _CASTABLE:
-        with torch.autocast(x.device.type, enabled=False):
+    # Packed layers are on the CPU; asking for x.device.type takes three times as long.
+    if torch.is_autocast_enabled("cpu") and x.dtype in _CASTABLE:
+        with torch.autocast("cpu", enabled=False):
             y = packed_linear(x.to(packed.dtype), packed, bias)
-        return y.to(torch.get_autocast_dtype(x.device.type))
+        return y.to(torch.get_autocast_dtype("cpu"))
     if x.dtype != packed.dtype or x.requires_grad or x.shape[-1:] != packed.shape:
         x = _as_packed(x, packed)
     if forward_ad._current_level >= 0:
@@ -186,7 +187,9 @@ def check_alpha(alpha: object) -> None:
     is_real = isinstance(alpha, (float, numbers.Real, torch.SymFloat))
     if not is_real or isinstance(alpha, bool):
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
-    if hasattr(alpha, "item"):  # NumPy would cast the limits to its own type, float16 for one
+    # NumPy would cast the limits to its own type, float16 for one. A float is not asked, since
+    # torch.compile can't trace the question where it makes it symbolic.
+    if not isinstance(alpha, int | float) and hasattr(alpha, "item"):
         alpha = alpha.item()
     # math.isfinite can't be traced with a symbolic float, and overflows on a large int.
     if not -LARGEST_ALPHA <= alpha <= LARGEST_ALPHA:

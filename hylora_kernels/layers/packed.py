@@ -38,7 +38,10 @@ class PackedState:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, whose parameters and modules enter themselves."""
-        return vars(self) | {"parameters": WeakValueDictionary(), "modules": WeakSet()}
+        return {n: value for n, value in vars(self).items() if n not in ("parameters", "modules")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, parameters=WeakValueDictionary(), modules=WeakSet())
 
     @property
     def nbytes(self) -> int:

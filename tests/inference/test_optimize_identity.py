@@ -22,7 +22,7 @@ from helpers.optimising import (
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from hylora_kernels import optimize_for_inference, restore_from_inference
+from hylora_kernels import SVDLoRALinear, optimize_for_inference, restore_from_inference
 from hylora_kernels.evaluation.evaluate import evaluate
 from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.evaluation.speed import throughput
@@ -136,6 +136,34 @@ def test_memory_that_nobody_holds_is_freed():
     with torch._C.DisableTorchFunctionSubclass():
         assert layer.weight.untyped_storage().nbytes() == 0
     assert layer.weight.packed.memory.expired()
+
+
+def test_a_default_device_is_not_asked():
+    model, x = net(), torch.randn(3, 14)
+    y, state = model(x), state_of(model)
+    with torch.device("meta"):
+        optimize_for_inference(model)
+        twin = copy.deepcopy(model)
+        assert same_state(model.state_dict(), state)
+        assert model[1].A.sum().device.type == "cpu"
+        restore_from_inference(twin)
+        model.to("cpu")
+        assert len(packed_states(model)) == 3
+        model.to("meta")
+        assert not packed_states(model) and model[1].A.device.type == "meta"
+    assert torch.equal(twin(x), y)
+
+
+def test_shallow_copies_go_together():
+    layer, x = make_layer("pivoted", **FLOAT32).eval(), torch.randn(3, 14)
+    y = layer(x)
+    optimize_for_inference(layer)
+    twin, replica = copy.copy(layer), layer._replicate_for_data_parallel()
+    replica.bias = layer.bias.detach()
+    assert torch.equal(twin(x), layer(x)) and torch.equal(replica(x), layer(x))
+    restore_from_inference(twin)
+    assert type(twin) is type(layer) is SVDLoRALinear
+    assert torch.equal(layer(x), y) and torch.equal(twin(x), y)
 
 
 # ------------------------------------------------------------------------ bookkeeping from any root
