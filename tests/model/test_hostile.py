@@ -335,7 +335,8 @@ def test_a_model_of_the_hub_is_a_folder_of_its_cache(copy_of, tmp_path, monkeypa
     """The same checks, no Python and no pickles; its name stays the hub's."""
     asked = []
 
-    def fetch(name, allow_patterns, ignore_patterns):
+    def fetch(name, allow_patterns, ignore_patterns, revision):
+        assert revision is None
         asked.append((name, set(allow_patterns), ignore_patterns))
         return str(folder)
 
