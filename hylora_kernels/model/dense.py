@@ -123,8 +123,7 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
     if "auto_map" in config and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise CheckpointError(
             f"{folder / CONFIG}: model_type {shown(kind)} is defined by code that auto_map names, "
-            f"{shown(config['auto_map'])}; it is run only with trust_remote_code=True "
-            "(--trust-remote-code)"
+            f"{shown(config['auto_map'])}; it is run only with trust_remote_code=True"
         )
     # With peft installed, transformers would load them as well, and lose its report on the model.
     if (folder / "adapter_config.json").exists():

@@ -415,7 +415,7 @@ def test_a_model_of_its_own_code_is_refused(with_code):
     make, ran = with_code
     message = refused(folder := make("dense", model_type="of-its-own"))
     assert f"{folder / 'config.json'}: model_type 'of-its-own' is defined by code" in message
-    assert "only with trust_remote_code=True (--trust-remote-code)" in message
+    assert "it is run only with trust_remote_code=True" in message
     assert not ran.exists()
 
 
