@@ -106,10 +106,11 @@ def gather(
             hook = _see_output(statistics.gradients, target.path)
             hooks.append(target.module.register_forward_hook(hook))
     if with_gradients:  # Gradients flow only if something below the linears asks for one.
-        embeddings = model.get_input_embeddings()
-        hooks.append(
-            embeddings.register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
-        )
+        # The clone is no leaf, so that a model may scale it in place (CTRL).
+        def embedded(_module, _args, output):
+            return output.detach().requires_grad_().clone()
+
+        hooks.append(model.get_input_embeddings().register_forward_hook(embedded))
     within_body = set() if body is None else set(body.modules())
     all_within = all(group.leader.module in within_body for group in groups)
     forward = body if body is not None and all_within else model

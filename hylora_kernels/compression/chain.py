@@ -101,7 +101,7 @@ def record(model: nn.Module, blocks: list[Block], ids: Tensor) -> Chain:
 
 def first(output: Any) -> Any:
     """The hidden states among a block's outputs."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def fingerprint(output: Tensor) -> Tensor:

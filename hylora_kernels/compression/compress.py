@@ -229,9 +229,7 @@ class Compression:
                 self.report.layers.append(layer)
         self._undo.pop_all()
         _settle_experts(model, self._stacks, self.structure.paths)
-        earlier = (
-            getattr(model, "hylora_linears", None) or []
-        )  # Of another part.
+        earlier = getattr(model, "hylora_linears", None) or []  # Of another part.
         vars(model)["hylora_linears"] = list(dict.fromkeys([*earlier, *self.structure.paths]))
         save_in_hylora_format(freeze_all_but_adapters(model))
         self.report.count(model)

@@ -58,6 +58,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "llama4": {"pad_token_id": 0},
     "qwen2_vl": {"text_config.rope_parameters": ROPE},
     "qwen2_5_vl": {"text_config.rope_parameters": ROPE},

@@ -58,7 +58,8 @@ def whole_way(kind, folder):
     found = evaluate(model, IDS, progress=False)
     nll = F.cross_entropy(got[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten())
     assert found.perplexity.ppl == pytest.approx(float(nll.exp()), rel=1e-4)
-    assert found.speed is not None, found.not_measured
+    if found.speed is None:  # OpenAI GPT and its like have no cache.
+        assert "must keep a state between tokens" in found.not_measured["speed"]
     generated = model.generate(
         input_ids=IDS[:1],
         attention_mask=torch.ones_like(IDS[:1]),
