@@ -9,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "fingerprint.h"
 #include "kernels/isa.h"
 #include "kernels/panels.h"
 #include "packed_layer.h"
@@ -121,6 +122,16 @@ Tensor pack(const Tensor& W) {
   return panels;
 }
 
+int64_t fingerprint(const Tensor& W) {
+  STD_TORCH_CHECK(W.dim() == 2, "W must be [n, k]");
+  const bool in_order = W.stride(0) == 1 || W.stride(1) == 1;
+  const Tensor dense = in_order ? W : torch::stable::contiguous(W);
+  const int along = dense.stride(1) == 1 ? 1 : 0;  // numbers side by side
+  const int64_t size = W.element_size();
+  return fingerprint_of(dense.data_ptr(), W.size(1 - along), W.size(along) * size,
+                        dense.stride(1 - along) * size);
+}
+
 // W [n, k] out of its panels; `like` gives the dtype.
 Tensor unpacked(const Tensor& like, Type type, const Panels& panels) {
   Tensor W = new_tensor(like, {panels.n, panels.k});
@@ -195,6 +206,7 @@ std::string isa_reason(const std::string& name) {
 STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
   // W [n, k] -> its panels, one dim; back; and W[ids].
   m.def("cpu_pack(Tensor W) -> Tensor");
+  m.def("cpu_fingerprint(Tensor W) -> int");
   m.def("cpu_unpack(Tensor panels, int n, int k) -> Tensor");
   m.def("cpu_rows(Tensor panels, int n, int k, Tensor ids) -> Tensor");
   // x [..., k] -> y [..., n] = x W^T + bias.
@@ -223,6 +235,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
   m.impl("cpu_pack", TORCH_BOX(&hylora::pack));
+  m.impl("cpu_fingerprint", TORCH_BOX(&hylora::fingerprint));
   m.impl("cpu_unpack", TORCH_BOX(&hylora::unpack));
   m.impl("cpu_rows", TORCH_BOX(&hylora::rows));
   m.impl("cpu_linear", TORCH_BOX(&hylora::linear));

@@ -45,8 +45,6 @@ class CompressOptions:
 
     keep: float = option(0.8, "Fraction of the linears' parameters that stays.")
     calibration: Tensor | list[str] | str | Path = option_of(TextOptions, "calibration")
-    split: str = option_of(TextOptions, "split")
-    column: str | None = option_of(TextOptions, "column")
     method: str = option(
         "two_sided",
         "Norm of the truncation: by inputs and output gradients, by inputs, or plain.",
@@ -82,6 +80,8 @@ class CompressOptions:
         "anything.",
         reported=False,
     )
+    split: str = option_of(TextOptions, "split")
+    column: str | None = option_of(TextOptions, "column")
     samples: int = option(128, "Blocks of calibration text.", least=1)
     length: int = option(512, "Tokens in a block.", least=2)
     refit_samples: int = option(32, "Blocks of calibration text that the refit reads.", least=1)

@@ -15,7 +15,7 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 OPS = (
     *("cpu_isa", "cpu_isa_reason", "cpu_pack", "cpu_unpack", "cpu_rows", "cpu_linear", "cpu_layer"),
     *("cpu_pack_layer", "cpu_packed_layer", "cpu_unpack_part", "cpu_pivot_table"),
-    "cpu_adapter_gradients",
+    *("cpu_adapter_gradients", "cpu_fingerprint"),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,30 +37,9 @@ class KeptPanels:
     forward: FactorPanels | None = None
 
 
-# Odd, so that no change of one word is lost.
-_random = random.Random(0)
-_KEYS = torch.tensor(
-    [_random.getrandbits(64) - 2**63 | 1 for _ in range(512)], dtype=torch.int64, device="cpu"
-)
-_CHUNK = 1 << 17  # words, 1 MB: what is made of them stays in the processor's cache
-
-
-def fingerprint(matrix: Tensor) -> Tensor:
-    """int64 numbers that differ after any write to the matrix, but for a chance of about 2^-32.
-
-    The matrix is read as words of 8 bytes. Each 512 words are multiplied by random keys and summed
-    modulo 2^64. There a word's top bits count for little, so its upper half is summed once more.
-    """
-    flat = (matrix if matrix.stride(-1) == 1 else matrix.T).reshape(-1)
-    if flat.storage_offset() * flat.element_size() % 8:
-        flat = flat.clone()
-    per_row = 8 * len(_KEYS) // flat.element_size()
-    whole = len(flat) // per_row * per_row
-    sums = [flat[whole:].view(torch.uint8).long()]
-    for words in flat[:whole].view(torch.int64).split(_CHUNK):
-        rows = words.view(-1, len(_KEYS))
-        sums += [torch.mv(rows, _KEYS), torch.mv(rows >> 32, _KEYS)]
-    return torch.cat(sums)
+def fingerprint(matrix: Tensor) -> int:
+    """A number that differs after any write to the matrix, but for a chance of 2^-64."""
+    return op("fingerprint")(matrix)
 
 
 kept_panels: KeptWhileUnwritten[KeptPanels] = KeptWhileUnwritten(fingerprint=fingerprint)

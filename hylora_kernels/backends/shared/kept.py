@@ -28,7 +28,7 @@ class KeptWhileUnwritten(Generic[Value]):
     """
 
     def __init__(
-        self, compares_copies: bool = False, fingerprint: Callable[[Tensor], Tensor] | None = None
+        self, compares_copies: bool = False, fingerprint: Callable[[Tensor], int] | None = None
     ):
         self._entries = WeakTensorKeyDictionary()
         self._compares_copies, self._fingerprint = compares_copies, fingerprint
@@ -50,7 +50,7 @@ class KeptWhileUnwritten(Generic[Value]):
             value,
             tuple(TensorWeakRef(t) for t in tensors[1:]),
             tuple(map(_stamp, tensors)),
-            tuple(None if t is None else t.clone() for t in self._compared(tensors)),
+            tuple(t.clone() if isinstance(t, Tensor) else t for t in self._compared(tensors)),
         )
 
     def forget(self, tensor: Tensor) -> None:
@@ -68,11 +68,14 @@ class KeptWhileUnwritten(Generic[Value]):
         same_tensors = all(ref() is t for ref, t in zip(entry.others, tensors[1:], strict=True))
         if not same_tensors or entry.stamps != tuple(map(_stamp, tensors)):
             return False
-        compared = zip(self._compared(tensors), entry.copies, strict=True)
-        return all(t is None or torch.equal(t, copy) for t, copy in compared)
+        compared = zip(self._compared(tensors), entry.compared, strict=True)
+        return all(
+            torch.equal(now, then) if isinstance(now, Tensor) else now == then
+            for now, then in compared
+        )
 
-    def _compared(self, tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
-        """For each tensor, itself or its fingerprint, to be compared with a copy of the same."""
+    def _compared(self, tensors: tuple[Tensor, ...]) -> list[Tensor | int | None]:
+        """For each tensor, itself or its fingerprint, to be compared with what it was."""
         if self._compares_copies:
             return [t if t.is_cpu or t.is_inference() else None for t in tensors]
         return [self._fingerprint(t) if self._fingerprint else None for t in tensors]
@@ -102,7 +105,7 @@ class _Entry(Generic[Value]):
     value: Value
     others: tuple[TensorWeakRef, ...]
     stamps: tuple[tuple, ...]
-    copies: tuple[Tensor | None, ...]
+    compared: tuple[Tensor | int | None, ...]
 
 
 def _stamp(tensor: Tensor) -> tuple:
