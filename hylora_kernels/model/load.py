@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import nn
@@ -40,6 +39,7 @@ from hylora_kernels.model.files import (
 )
 from hylora_kernels.model.format import CONFIG, METHOD, WEIGHTS, read_index
 from hylora_kernels.model.limits import check_config
+from hylora_kernels.model.modules import empty_weights
 from hylora_kernels.support.cache import cache_dir, cached_folder
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.staging import current
@@ -260,7 +260,7 @@ def _load_gguf(path: Path) -> Loaded:
     config = copy.deepcopy(marked.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         model = type(marked)(config)
     model.load_state_dict(marked.state_dict(), assign=True)
     model.tie_weights()

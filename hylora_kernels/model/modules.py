@@ -1,13 +1,28 @@
-"""Modes of a model's modules: eval() for a while, all but the adapters frozen."""
+"""Modes of a model's modules: made empty, eval() for a while, all but the adapters frozen."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from accelerate import init_empty_weights
 from torch import nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
+
+_empty = threading.RLock()
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Parameters that are made inside are on the meta device; buffers hold what the model made.
+
+    One thread at a time: accelerate changes nn.Module for the whole process, and two threads that
+    end in another order than they began would leave it changed.
+    """
+    with _empty, init_empty_weights(include_buffers=False):
+        yield
 
 
 @contextmanager

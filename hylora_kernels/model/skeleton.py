@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +16,7 @@ from hylora_kernels.layers.experts import unstack_for
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.files import CheckpointError, reading, shown
 from hylora_kernels.model.limits import MAX_BUFFERS, check_config, few_parameters, unusual_fields
+from hylora_kernels.model.modules import empty_weights
 from hylora_kernels.model.tensorfile import TensorFile
 
 
@@ -95,11 +95,10 @@ def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
     modules = ours["modules"]
     model_class = model_class_of(config, source)
     what = f"no {model_class.__name__} comes of it"
-    # init_empty_weights moves each parameter to the meta device when it is made. Under
-    # torch.device("meta") the rotary frequencies and masks, which are in no file, would be lost.
+    # Under torch.device("meta") the rotary frequencies and masks would be lost: no file has them.
     with (
         reading(source, what, lambda: unusual_fields(config, model_class.config_class)),
-        init_empty_weights(include_buffers=False),
+        empty_weights(),
     ):
         model = model_class._from_config(model_class.config_class.from_dict(config))
     model.tie_weights()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.backends.shared import counters, torch_products
-from hylora_kernels.backends.shared.gpu import on_device
+from hylora_kernels.backends.shared.gpu import alpha_in_B_of_float16, on_device
 from hylora_kernels.weights import Weights
 
 _ops = torch.ops.hylora
@@ -16,7 +16,7 @@ _ops = torch.ops.hylora
 
 def forward(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]), h_a before alpha, in one launch."""
-    SVh, U, A, B, bias, alpha, pivots = weights
+    SVh, U, A, B, bias, alpha, pivots = alpha_in_B_of_float16(weights)
     y, h_a = layer(x, SVh, A, U, B, bias, alpha, pivots, weights.out_features, transposed=False)
     return y, x.new_empty(len(x), 0) if h_a is None else h_a
 

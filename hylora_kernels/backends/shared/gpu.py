@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
+
+from hylora_kernels.weights import Weights
 
 
 def one_launch_is_faster(rows: int, factor_bytes: int, lora_rank: int) -> bool:
@@ -28,6 +31,14 @@ def adapter_gradients_launch_is_faster(rows: int, in_features: int, out_features
     N = 5632 26 against 30; 4096 x 11008, M = 8192 196 against 174.
     """
     return rows * (in_features + out_features) <= 2**26
+
+
+def alpha_in_B_of_float16(weights: Weights) -> Weights:
+    """The weights that a launch's forward takes: it stores alpha x A^T in their dtype, and a large
+    alpha takes that beyond float16's range where y is inside."""
+    if weights.B is None or weights.B.dtype != torch.float16 or abs(weights.alpha) <= 1:
+        return weights
+    return replace(weights, B=weights.alpha * weights.B, alpha=1.0)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.backends.shared import counters, torch_products
+from hylora_kernels.backends.shared.gpu import alpha_in_B_of_float16
 from hylora_kernels.backends.triton import dispatch, kernels
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
@@ -27,7 +28,7 @@ FUSION = {"enable_fp_fusion": True}
 
 def forward(x: Tensor, weights: Weights, problem: Problem, config: Config) -> tuple[Tensor, Tensor]:
     """x [M, K] -> (y [M, N], h_a [M, ra]), h_a before alpha, in one launch."""
-    SVh, U, A, B, bias, alpha, pivots = weights
+    SVh, U, A, B, bias, alpha, pivots = alpha_in_B_of_float16(weights)
     if not problem.lora_rank:
         A = B = None
     others, target = _others(pivots, problem), dispatch.target_of(x.device)
