@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import replace
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton.jit decorates
 
@@ -66,12 +65,12 @@ def faults_of(target: str, case: Case, judged_as: Case | None = None) -> list[st
 
 
 def main() -> None:
-    few_rows = replace(PLAIN, M=16)
+    few_rows = PLAIN._replace(M=16)
     fair = Case(few_rows, Config(16, 16, 128, 16, 128, split=2, swap=True))
     exact = Case(
-        replace(few_rows, dtype=torch.float32), Config(16, 16, 64, 16, 64, split=2, swap=True)
+        few_rows._replace(dtype=torch.float32), Config(16, 16, 64, 16, 64, split=2, swap=True)
     )
-    odd = Case(replace(few_rows, K=2049, rank=767), fair.config)
+    odd = Case(few_rows._replace(K=2049, rank=767), fair.config)
     too_many_stages = Case(few_rows, Config(16, 128, 256, 16, 256, swap=True, stages=4))
     found = {
         "sums beyond the registers, sm_80": faults_of_two_branches("sm_80", 128, warps=2),

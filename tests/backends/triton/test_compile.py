@@ -139,11 +139,11 @@ def test_each_fault_is_named(target, change, fault):
 
 def test_what_a_call_excuses():
     code, sm_80 = GOOD["sm_80"], MACHINES["sm_80"]
-    exact = Case(replace(PROBLEM, dtype=torch.float32), TILES)
+    exact = Case(PROBLEM._replace(dtype=torch.float32), TILES)
     assert faults(replace(code, waiting=2, opcodes=Counter(LDGSTS=9)), exact, sm_80) == []
-    odd = Case(replace(PROBLEM, K=2049), TILES)
+    odd = Case(PROBLEM._replace(K=2049), TILES)
     assert faults(replace(code, waiting=9, opcodes=Counter(HMMA=9)), odd, sm_80) == []
-    pivoted = Case(replace(PROBLEM, pivoted=True, direction=BACKWARD), TILES)
+    pivoted = Case(PROBLEM._replace(pivoted=True, direction=BACKWARD), TILES)
     assert faults(replace(code, waiting=2), pivoted, sm_80) == []
     assert faults(replace(code, waiting=3), pivoted, sm_80) != []
     without_atomics = replace(code, orders=frozenset())
