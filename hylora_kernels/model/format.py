@@ -72,8 +72,11 @@ def decoded(config: dict) -> dict:
 def own_files(folder: Path) -> set[str] | None:
     """The files that save_pretrained wrote to `folder`, empty where there is no model.
 
-    None if the folder's config.json is that of another program's model.
+    None if the folder's config.json is that of another program's model. Raises CheckpointError for
+    one that the system can't read: it may be anybody's.
     """
+    if not (folder / CONFIG).exists():
+        return set()
     try:
         config = read_json(folder / CONFIG, unique=False)
         ours = config.get("quantization_config") or {}
@@ -86,8 +89,10 @@ def own_files(folder: Path) -> set[str] | None:
         # The list may be a stranger's, and the next save removes what stands in it.
         home = folder.resolve()
         return {name for name in names if (folder / name).parent.resolve().is_relative_to(home)}
-    except (ValueError, AttributeError, TypeError):
-        return set()  # no config.json, or one that describes no model
+    except (ValueError, AttributeError, TypeError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return set()  # it describes no model
 
 
 def read_config(folder: Path) -> dict:
