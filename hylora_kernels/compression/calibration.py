@@ -9,6 +9,7 @@ fit in memory.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from hylora_kernels.model.loss import body_of, token_loss
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.model.structure import Group
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -131,6 +134,8 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
+    if with_gradients:
+        _warn_of_missing_gradients(statistics)
     for group in groups:  # An expert that no token was routed to has seen nothing.
         _zeros_if_missing(statistics.inputs, group.leader.path, group.leader.shape[1], device)
         for target in group.targets if with_gradients else ():
@@ -165,7 +170,8 @@ def _see_output(sums: dict[str, Tensor], path: str):
         _add(sums, path, gram(gradient, gradient))
 
     def hook(_module, _args, output):
-        output.register_hook(on_gradient)
+        if output.requires_grad:  # Else the model calls the linear under no_grad.
+            output.register_hook(on_gradient)
 
     return hook
 
@@ -175,6 +181,24 @@ def _add(sums: dict[str, Tensor], key: str, term: Tensor) -> None:
         sums[key] += term
     else:
         sums[key] = term
+
+
+def _warn_of_missing_gradients(statistics: Statistics) -> None:
+    """Name the linears that have seen inputs and no gradient, as the indexer of a sparse attention,
+    which the loss does not depend on smoothly."""
+    missing = [
+        path
+        for group in statistics.groups
+        for path in group.paths
+        if group.leader.path in statistics.inputs and path not in statistics.gradients
+    ]
+    if missing:
+        _log.warning(
+            "no gradient of the loss reaches %d linears (%s): the budget leaves them the least "
+            "rank; exclude= keeps them dense",
+            len(missing),
+            ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else ""),
+        )
 
 
 def _zeros_if_missing(sums: dict[str, Tensor], path: str, n: int, device: torch.device) -> None:

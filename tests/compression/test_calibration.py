@@ -252,3 +252,14 @@ def test_the_first_layer_that_gets_a_bad_gradient_is_named(tmp_path):
     ):
         factorized(model, "two_sided", tmp_path)
     factorized(model, "whitened", tmp_path)
+
+
+def test_linears_without_a_gradient_are_named(caplog):
+    model = zoo_model("llama")
+    attention = model.model.layers[1].self_attn
+    forward = attention.q_proj.forward
+    attention.q_proj.forward = torch.no_grad()(forward)
+    found = statistics_of(model)
+    path = "model.layers.1.self_attn.q_proj"
+    assert not found.gradients[path].any() and found.gradients[path.replace("q", "v", 1)].any()
+    assert "no gradient of the loss reaches 1 linears" in caplog.text and path in caplog.text
