@@ -17,6 +17,7 @@ from helpers.architectures import KINDS, tiny
 from hylora_kernels import compress, evaluate, load_model, load_pretrained, save_pretrained
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import vocabulary_size
+from hylora_kernels.model.saving import refuse_unsavable
 
 IDS = torch.randint(2, 100, (6, 16), generator=torch.Generator().manual_seed(1))
 QUIET = {"cache": False, "progress": False}
@@ -45,14 +46,28 @@ def by_greedy_search(model, ids, new):
     return ids
 
 
-def whole_way(kind, folder):
-    """Compress with a refit, save, load, evaluate, generate; each result held to its definition."""
+def by_generate(model, new):
+    model.generation_config.forced_eos_token_id = None  # BART's last token
+    return model.generate(
+        input_ids=IDS[:1],
+        attention_mask=torch.ones_like(IDS[:1]),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+    )
+
+
+def whole_way(kind, folder, **options):
+    """Compress with a refit, save, load, evaluate, generate; each result held to its definition.
+
+    options: other ones of compress.
+    """
     dense = tiny(kind)
     same = copy.deepcopy(dense)
-    compress(same, 1.0, IDS, **SMALL | {"rank_multiple": 1, "lora_rank": 0})
+    compress(same, 1.0, IDS, **SMALL | {"rank_multiple": 1, "lora_rank": 0} | options)
     want = logits(dense)
     assert (logits(same) - want).norm() < 1e-3 * want.norm(), "another model at full rank"
-    model, report = compress(dense, 0.8, IDS, **SMALL)
+    model, report = compress(dense, 0.8, IDS, **SMALL | options)
     assert report.layers and all("vision" not in layer.path for layer in report.layers)
     save_pretrained(model, folder)
     got = logits(model)
@@ -62,15 +77,8 @@ def whole_way(kind, folder):
     assert found.perplexity.ppl == pytest.approx(float(nll.exp()), rel=1e-4)
     # Some have no cache (OpenAI GPT), or one of another kind (HRM).
     assert found.speed is not None or found.not_measured["speed"]
-    model.generation_config.forced_eos_token_id = None  # BART's last token
-    generated = model.generate(
-        input_ids=IDS[:1],
-        attention_mask=torch.ones_like(IDS[:1]),
-        max_new_tokens=3,
-        min_new_tokens=3,
-        do_sample=False,
-    )
-    assert torch.equal(generated, by_greedy_search(model, IDS[:1], 3)), "other tokens with a cache"
+    generated, wanted = by_generate(model, 3), by_greedy_search(model, IDS[:1], 3)
+    assert torch.equal(generated, wanted), "other tokens with a cache"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -98,7 +106,10 @@ def test_the_whole_way_of_every(kind, tmp_path):
             model = tiny(kind)
             type(model.config).from_dict(model.config.to_dict())  # Its sizes must fit one another.
             check_model(model, "replace")
-            model.generate(input_ids=IDS[:1], max_new_tokens=2, do_sample=False)
+            refuse_unsavable(model)
+            if not torch.equal(by_generate(model, 3), by_greedy_search(model, IDS[:1], 3)):
+                raise ValueError("the dense model gives other tokens with a cache")
         except Exception as error:
             pytest.skip(f"{type(error).__name__}: {error}")
-    whole_way(kind, tmp_path)
+    # XLM keeps its feed-forward layers in a list of their own, so its blocks can't be run.
+    whole_way(kind, tmp_path, **{"refit": False} if kind == "xlm" else {})
