@@ -46,7 +46,7 @@ def in_words_of(verb: str, text: str) -> str:
         ("compress", "model has no linear", "MODEL has no linear"),
         ("compress", "layer x: seed of data", "layer x: seed of data"),
         ("finetune", "the file lora_rank/save_every.txt", "the file lora_rank/save_every.txt"),
-        ("finetune", "no /tmp/lora_rank here", "no /tmp/lora_rank here"),
+        ("finetune", "no /data/lora_rank here", "no /data/lora_rank here"),
     ],
 )  # fmt: skip
 def test_the_librarys_arguments_are_said_as_flags(verb, library, command_line):
