@@ -24,19 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hylora_kernels import backends, reference, svd_lora_linear, use_backend
 from hylora_kernels.backends import cpu
-from hylora_kernels.backends.cpu import limbs, panels
+from hylora_kernels.backends.cpu import limbs
 from hylora_kernels.machine.selftest.grid import LONG_SUMS
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    panels.kept_panels._entries.clear()
-    yield
-    torch.compiler.reset()
 
 
 # ----------------------------------------------------------------------------- which calls it takes

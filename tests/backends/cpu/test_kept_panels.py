@@ -29,13 +29,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    panels.kept_panels._entries.clear()
-    yield
-    torch.compiler.reset()
-
-
 def kept(layer: SVDLoRALinear) -> panels.KeptPanels | None:
     return panels.kept_panels.get_unchecked(layer.SVh)
 
