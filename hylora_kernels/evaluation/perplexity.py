@@ -18,7 +18,7 @@ from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.report import Report
 
 
-@dataclass
+@dataclass(frozen=True)
 class Perplexity(Report):
     """ppl = exp(nll); nll is the mean loss in nats a token.
 
@@ -34,12 +34,12 @@ class Perplexity(Report):
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, blocks: Tensor, batch: int = 4, progress: bool = True
+    model: nn.Module, blocks: Tensor, batch: int = 4, progress: bool = True, text: str = ""
 ) -> Perplexity:
     """Perplexity of a causal language model on blocks, token ids int64 [n, L].
 
     Each block is a text of its own: its first token is given, the other L - 1 are predicted, and
-    every prediction counts. batch: blocks in one forward.
+    every prediction counts. batch: blocks in one forward. text: its name, for the bar and an error.
 
     Raises FloatingPointError naming the block whose loss is not finite, ValueError for batch < 1
     and for blocks that are no token ids or longer than the model's context.
@@ -49,22 +49,20 @@ def perplexity(
     check_model(model, "evaluate")
     check_blocks(model, blocks)
     device = input_device(model)
-    nll, tokens = 0.0, 0
-    bar = tqdm(total=len(blocks), desc="perplexity", unit="block", disable=not progress)
+    nll, tokens, label = 0.0, 0, f"perplexity, {text}" if text else "perplexity"
+    bar = tqdm(total=len(blocks), desc=label, unit="block", disable=not progress)
     with eval_mode(model), bar:
         for start in range(0, len(blocks), batch):
             ids = blocks[start : start + batch].to(device)
             loss, count = token_loss(model, ids)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"perplexity: {_not_finite(model, ids, start)}")
+                raise FloatingPointError(f"{label}: {_not_finite(model, ids, start)}")
             nll, tokens = nll + float(loss), tokens + count
             bar.set_postfix(ppl=format_ppl(math.exp(min(nll / tokens, 700))), refresh=False)
             bar.update(len(ids))
     mean = nll / tokens
     if mean > 700:  # exp(709.8) is the largest float64
-        raise FloatingPointError(
-            f"perplexity: exp of a mean loss of {mean:.1f} nats is beyond float64"
-        )
+        raise FloatingPointError(f"{label}: exp of a mean loss of {mean:.1f} is beyond float64")
     return Perplexity(math.exp(mean), mean, tokens, *blocks.shape)
 
 

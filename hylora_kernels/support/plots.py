@@ -29,6 +29,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, ROSE, GREY, OCHRE, TEAL)
 # A path may hold them, but neither the font engine (surrogates) nor XML (control characters) does.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
+LONGEST_RATIO = 4.0  # A ratio of perplexities beyond it is a broken bar.
 FONT_SIZE = (
     10.5  # points, of every letter: a picture 4.8 inches wide shows them 10 px high at 340 px
 )
@@ -117,6 +118,22 @@ def sweep_plot(
         axes.set(title=title, xlabel=xlabel, ylabel="perplexity")
         scale_log(axes)
         draw_legend(axes)
+
+
+def ratio_plot(
+    texts: Mapping[str, tuple[float, float]], mean: float, path: str | Path, title: str = ""
+) -> None:
+    """texts: name -> (ratio to the dense model's perplexity, perplexity), a bar each, and a bar of
+    their geometric mean; the dense model, 1, is marked."""
+    bars = [
+        Bar(name, ratio, f"{ratio:.2f} ({format_ppl(ppl)})", BLUE)
+        for name, (ratio, ppl) in texts.items()
+    ]
+    bars.append(Bar("geometric mean", mean, f"{mean:.2f}", ORANGE))
+    with figure(path, 6.4, 0.44 * len(bars) + 0.9) as drawing:
+        axes = drawing.add_subplot()
+        draw_bars(axes, bars, reference=1.0, limit=LONGEST_RATIO)
+        axes.set_title(title, loc="left")
 
 
 # ------------------------------------------------------------------------------- parts of a picture
