@@ -173,8 +173,9 @@ def _syntax(name: str, hint: Any) -> Syntax:
     def maybe(kind: Any) -> Any:
         return kind | None if optional else kind
 
-    if name == "max_memory":
-        return Syntax(str | None, "For example 4GB.", functools.partial(read_size, option=name))
+    if name in QUANTITIES:
+        hint, read = QUANTITIES[name]
+        return Syntax(str | None, hint, functools.partial(read, option=name))
     if any(kind is dict or typing.get_origin(kind) is dict for kind in kinds):
         return Syntax(str, 'Patterns as JSON: {"mlp": 0.5, "q_proj": 64}.', read_ranks)
     if numbers:
@@ -226,18 +227,43 @@ def read_shapes(text: str, option: str) -> list[tuple[int, int, int, int]]:
     return shapes
 
 
+BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
 def read_size(text: str, option: str) -> int:
     """ "4GB" -> 4_000_000_000; "4GiB" -> 2**32 bytes."""
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-    number = text.strip().lower().rstrip("bikmgt ")
-    unit = text.strip().lower()[len(number) :].strip()
+    return int(_in_units(text, option, BYTES, "a size such as 4GB or 512MB"))
+
+
+def read_megabytes(text: str, option: str) -> float:
+    """ "80MB" or "80" -> 80.0; "0.5GB" -> 500.0."""
+    units = {unit: size / 10**6 for unit, size in BYTES.items()} | {"": 1}
+    return _in_units(text, option, units, "a size such as 80MB or 0.5GB")
+
+
+def read_count(text: str, option: str) -> int:
+    """ "100M" -> 100_000_000; "1.5B" -> 1_500_000_000."""
+    return int(_in_units(text, option, COUNTS, "a number such as 100M or 1.5B"))
+
+
+def _in_units(text: str, option: str, units: dict[str, float], allowed: str) -> float:
+    """The number that `text` begins with, times the unit that it ends with."""
+    lower = text.strip().lower()
+    number = lower.rstrip("bikmgt ")
     try:
-        return int(float(number) * units[unit])
+        return float(number) * units[lower[len(number) :].strip()]
     except (ValueError, KeyError):
-        raise ValueError(
-            f"{_flag(option)} must be a size such as 4GB or 512MB, got {text!r}"
-        ) from None
+        raise ValueError(f"{_flag(option)} must be {allowed}, got {text!r}") from None
+
+
+# Options that may be written with a unit: a sentence for their help, and what reads them.
+QUANTITIES: dict[str, tuple[str, Callable[..., float]]] = {
+    "max_memory": ("For example 4GB.", read_size),
+    "target_mb": ("For example 80MB.", read_megabytes),
+    "target_params": ("For example 100M.", read_count),
+}
 
 
 def _flag(option: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression import calibration
+from hylora_kernels.compression.budget import Budget
 from hylora_kernels.compression.calibration import Statistics
 from hylora_kernels.compression.chain import record
 from hylora_kernels.compression.factors import factor_bytes
 from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.compression.ranks import adapter_rank, allocate, curve
+from hylora_kernels.compression.ranks import Curve, adapter_rank, allocate, curve
 from hylora_kernels.compression.refit import refit_blocks, refit_bytes
 from hylora_kernels.compression.replace import replace_linear
 from hylora_kernels.compression.report import CompressReport
@@ -94,8 +96,10 @@ class Compression:
                     "model has no linear that can be compressed; left alone:"
                     f" {self.structure.skipped}"
                 )
+            self.budget = Budget(self.model, self.structure.targets, options.form)
             # Fail early: feasibility depends on costs only, so any singular values will do here.
-            self._ranks(lambda target: torch.ones(min(target.shape), device="cpu"))
+            any_values = {t: torch.ones(min(t.shape), device="cpu") for t in self.structure.targets}
+            self.keep = self.budget.keep(options, partial(self._ranks, any_values))
             self.ids = None if options.method == "svd" else self._token_ids(tokenizer)
             if options.refit:  # A chain that can't be run is refused before the long work, too.
                 assert self.ids is not None, "a refit reads text"
@@ -103,7 +107,7 @@ class Compression:
             self.workspace = open_workspace(self.model, self.structure, self.ids, options)
             self._undo, self._stacks = undo.pop_all(), stacks
         self.report = CompressReport(
-            options=reported_options(options),
+            options=reported_options(options) | {"keep": self.keep},
             calibration_tokens=0 if self.ids is None else self.ids.numel(),
             dense_parameters=sum(target.matrix.numel() for target in self.structure.targets),
             model_dense_parameters=sum(p.numel() for p in self.model.parameters()),
@@ -133,7 +137,7 @@ class Compression:
             return
         needed = sum(factor_bytes(target.shape) for g in missing for target in g.targets)
         if options.refit:  # What is refitted is a part of what is kept, in float32.
-            needed += int(4 * options.keep * self.report.dense_parameters)
+            needed += int(4 * self.keep * self.report.dense_parameters)
         require_disk(self.workspace.folder, needed, "factors")
         _require_finite(self.model)
         if options.method == "svd":
@@ -182,7 +186,7 @@ class Compression:
 
     def allocate(self) -> dict[str, int]:
         """path -> total rank R = r + ra of each linear, 0 for one left dense."""
-        return self._ranks(self._importance().__getitem__)
+        return self._ranks(self._importance(), self.keep)
 
     def refit(self, ranks: dict[str, int]) -> dict[str, Tensor]:
         """path -> refitted U float32 [N, R], or weight [N, K] of a linear left dense; {} with
@@ -252,21 +256,13 @@ class Compression:
             self.report.unreached += [target.path for target in unreached]
         return found
 
-    def _ranks(self, singular_values: Callable[[Target], Tensor]) -> dict[str, int]:
+    def _ranks(self, singular_values: dict[Target, Tensor], keep: float) -> dict[str, int]:
+        return allocate(self._curves(singular_values), keep, self.options.ranks)
+
+    def _curves(self, singular_values: dict[Target, Tensor]) -> list[Curve]:
         o = self.options
-        curves = [
-            curve(
-                target.path,
-                target.shape,
-                singular_values(target),
-                o.form,
-                o.rank_multiple,
-                o.lora_rank,
-                o.count,
-            )
-            for target in self.structure.targets
-        ]
-        return allocate(curves, o.keep, o.ranks)
+        shared = o.form, o.rank_multiple, o.lora_rank, o.count
+        return [curve(t.path, t.shape, S, *shared) for t, S in singular_values.items()]
 
     def _token_ids(self, tokenizer: Any) -> Tensor:
         o = self.options

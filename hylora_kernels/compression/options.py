@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ POLICIES = ("global", "uniform", "energy")
 INITS = ("next", "classic")
 FACTORIZERS = ("gram", "exact", "randomized")
 COUNTS = ("merged", "as_is")
+BUDGETS = ("keep", "target_params", "target_mb")
+KEEP = 0.8
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,10 @@ class CompressOptions:
     """All arguments of compress() but the model, checked.
 
     keep:        counts the selected linears' parameters without biases, adapters included; met
-                 from below.
+                 from below. One of it, target_params and target_mb may be given.
+    target_params: parameters of the whole model, embeddings included, a tied one once.
+    target_mb:   bytes of the whole model's file of weights in the dtype that it has, in units of
+                 1e6. Both targets are met from below and count adapters as `count` says.
     calibration: int64 token ids [n, L]; or texts, a file, a data set, of which `samples` blocks of
                  `length` tokens are drawn by `seed`. Method "svd" does not read it.
                  text.blocks.token_blocks says what it, split and column may be.
@@ -43,7 +49,15 @@ class CompressOptions:
     Raises ValueError or TypeError naming the argument, what was given and what is allowed.
     """
 
-    keep: float = option(0.8, "Fraction of the linears' parameters that stays.")
+    keep: float | None = option(
+        None, "Fraction of the linears' parameters that stays. 0.8 unless a target is given."
+    )
+    target_params: float | None = option(
+        None, "In place of keep: parameters of the whole model, at most.", keyword=True
+    )
+    target_mb: float | None = option(
+        None, "In place of keep: size of the whole model's file in MB, at most.", keyword=True
+    )
     calibration: Tensor | list[str] | str | Path = option_of(TextOptions, "calibration")
     method: str = option(
         "two_sided",
@@ -101,11 +115,29 @@ class CompressOptions:
         if self.refit is None:
             object.__setattr__(self, "refit", self.method != "svd")
         check_options(self)
-        if not isinstance(self.keep, int | float) or isinstance(self.keep, bool):
-            raise TypeError(f"keep must be a number, got {type(self.keep).__name__}")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be in (0, 1], got {self.keep}")
+        self._check_budget()
         if self.refit and self.method == "svd":
             raise ValueError(
                 "refit needs method 'two_sided' or 'whitened', got 'svd': set refit=False"
             )
+
+    def _check_budget(self) -> None:
+        """Exactly one of keep and the targets is set after this; keep is 0.8 where none was."""
+        given = {n: v for n in BUDGETS if (v := getattr(self, n)) is not None}
+        if len(given) > 1:
+            words = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"only one of {', '.join(BUDGETS)} may be given, got {words}")
+        if not given:
+            object.__setattr__(self, "keep", KEEP)
+        for name, value in given.items():
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if name == "keep" and not 0 < value <= 1:
+                raise ValueError(f"keep must be in (0, 1], got {value}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+            if name != "keep" and isinstance(self.ranks, dict):
+                raise ValueError(
+                    f"{name} needs a policy for all linears, one of {POLICIES}, got ranks="
+                    f"{self.ranks}, whose patterns have budgets of their own: give keep"
+                )

@@ -23,6 +23,14 @@ from hylora_kernels.model.structure import check_pattern
 DENSE = 0  # The rank of a layer that is left dense, without an adapter.
 
 
+class Infeasible(ValueError):
+    """A keep below `smallest`, the least that the cheapest ranks of all layers need."""
+
+    def __init__(self, message: str, smallest: float):
+        super().__init__(message)
+        self.smallest = smallest
+
+
 @dataclass(frozen=True)
 class Curve:
     """The candidates of a layer, cheapest first; the last is always DENSE.
@@ -105,7 +113,7 @@ def allocate(
                    layers that nothing matches share a budget of `keep`.
 
     Raises ValueError for a keep outside (0, 1], an unknown policy, a pattern that matches nothing,
-    or a budget below the cheapest ranks, naming the smallest feasible keep.
+    and Infeasible for a budget below the cheapest ranks, naming the smallest feasible keep.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
@@ -224,8 +232,9 @@ def _explicit(c: Curve, pattern: str, rank: int) -> int:
 def _infeasible(keep: float, smallest: float) -> None:
     # Rounded up, and past a tie, where keep * parameters may come out slightly below the need.
     named = min(1.0, math.ceil(smallest * 1e4 * (1 + 1e-12)) / 1e4)
-    raise ValueError(
+    raise Infeasible(
         f"keep={keep:g} can't be met: the smallest feasible keep with this form and rank_multiple"
         f" is {named:.4f}"
-        " (a smaller rank_multiple allows less)"
+        " (a smaller rank_multiple allows less)",
+        smallest,
     )

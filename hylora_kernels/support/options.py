@@ -25,6 +25,7 @@ def option(
     choices: tuple[str, ...] | None = None,
     least: int | None = None,
     reported: bool = True,
+    keyword: bool = False,
 ) -> Any:
     """A field of an options dataclass.
 
@@ -32,9 +33,10 @@ def option(
     choices:  the values it may have. least: the smallest int it may be. `check_options` holds both.
     reported: False leaves it out of `reported_options`: it does not decide the result, or has no
               JSON form.
+    keyword:  it is given by name only, so that it can stand between fields given by place.
     """
     metadata = {"help": help, "choices": choices, "least": least, "reported": reported}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, kw_only=keyword)
 
 
 def option_of(options: type, name: str, **changes: Any) -> Any:

@@ -133,6 +133,40 @@ def test_a_command_gets_the_librarys_types():
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "number"),
+    [
+        ("target_mb", "80", 80),
+        ("target_mb", "80MB", 80),
+        ("target_mb", "0.5 GB", 500),
+        ("target_mb", "1MiB", 1.048576),
+        ("target_params", "100M", 10**8),
+        ("target_params", "1.5b", 15 * 10**8),
+        ("target_params", "1234", 1234),
+        ("max_memory", "4GB", 4 * 10**9),
+        ("max_memory", "512 MiB", 2**29),
+        ("max_memory", "1.5gb", 15 * 10**8),
+        ("max_memory", "100", 100),
+    ],
+)
+def test_quantities_may_have_a_unit(name, text, number):
+    _, read = options.QUANTITIES[name]
+    assert read(text, name) == number
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("target_mb", "80 apples", "--target-mb must be a size such as 80MB .*got '80 apples'"),
+        ("target_mb", "MB", "--target-mb must be a size .*got 'MB'"),
+        ("target_params", "100MB", "--target-params must be a number such as 100M .*got '100MB'"),
+    ],
+)
+def test_a_quantity_that_can_not_be_read_is_named(name, text, message):
+    with pytest.raises(ValueError, match=message):
+        options.QUANTITIES[name][1](text, name)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (
@@ -148,13 +182,6 @@ def test_a_command_gets_the_librarys_types():
 def test_an_option_that_is_not_allowed_is_named(words, message):
     with pytest.raises(ValueError, match=message):
         given(*words)
-
-
-@pytest.mark.parametrize(
-    "text, size", [("4GB", 4 * 10**9), ("512 MiB", 2**29), ("1.5gb", 15 * 10**8), ("100", 100)]
-)
-def test_sizes(text, size):
-    assert options.read_size(text, "max_memory") == size
 
 
 def test_ranks_are_a_name_or_json():
