@@ -226,7 +226,7 @@ MAY_IMPORT = {
     "ops.py": "weights reference backends flops",
     "layers": "weights reference backends ops",
     "model": "support weights layers",
-    "text": "support",
+    "text": "support model",
     "compression": "support weights layers model text",
     "recovery": "support weights layers model text",
     "inference": "support weights layers model backends",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jinja2
 import torch
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.context import check_ids, context_length
+from hylora_kernels.model.context import check_ids, context_length, end_tokens
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.seeding import forked_rng, seed_rng
 
@@ -59,7 +58,8 @@ def generate(
         )
     device = input_device(model)
     ids = ids.to(device)
-    ends, padding = end_tokens(model, tokenizer), _ids(tokenizer.pad_token_id)
+    ends = end_tokens(model, tokenizer)
+    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
     pieces = _Pieces(tokenizer, stream)
     was_training = model.training
     model.eval()
@@ -143,24 +143,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torc
             raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
         return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     return tokenizer(prompt, return_tensors="pt").input_ids
-
-
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: those of the model's generation config, else of its config, and
-    the tokenizer's own."""
-    settings: Any = getattr(model, "generation_config", None)
-    config: Any = model.config.get_text_config()
-    own = _ids(getattr(settings, "eos_token_id", None)) or _ids(
-        getattr(config, "eos_token_id", None)
-    )
-    return list(dict.fromkeys([*own, *_ids(tokenizer.eos_token_id)]))
-
-
-def _ids(found: Any) -> list[int]:
-    """A token, several or None as a list."""
-    if found is None:
-        return []
-    return list(found) if isinstance(found, list | tuple) else [int(found)]
 
 
 def _check(

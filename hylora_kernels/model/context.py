@@ -1,11 +1,17 @@
-"""The words and the context of a model, and checks that token ids fit them."""
+"""The words and the context of a model, the tokens that end its texts, and checks that token ids
+fit."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hylora_kernels.support.devices import input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -54,3 +60,21 @@ def check_ids(model: nn.Module, ids: Tensor, name: str) -> None:
             f"{name} must hold token ids in [0, {words}), got {low} to {high}: is the tokenizer "
             "that of another model?"
         )
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, else of its config, and
+    the tokenizer's own."""
+    settings: Any = getattr(model, "generation_config", None)
+    config: Any = model.config.get_text_config()
+    own = _ids(getattr(settings, "eos_token_id", None)) or _ids(
+        getattr(config, "eos_token_id", None)
+    )
+    return list(dict.fromkeys([*own, *_ids(tokenizer.eos_token_id)]))
+
+
+def _ids(found: Any) -> list[int]:
+    """A token, several or None as a list."""
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list | tuple) else [int(found)]

@@ -160,13 +160,18 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that the tokens of a text depend on, as text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     # A slow tokenizer's rules stand in its arguments; a fast one is told to split special tokens
     # (or not) at each call.
     options = tokenizer.init_kwargs | {"split": tokenizer.split_special_tokens}
-    rules += json.dumps(options, sort_keys=True, default=str)
+    return rules + json.dumps(options, sort_keys=True, default=str)
+
+
+def _fingerprint(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    rules = tokenizer_rules(tokenizer)
     digest = hashlib.sha256(f"{type(tokenizer).__name__} {PIECE} {rules}".encode())
     digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]

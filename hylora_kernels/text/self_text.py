@@ -1,0 +1,172 @@
+"""Text that a model writes itself: half of it raw, half as conversations.
+
+For a model whose training data nobody has, its own text says what it was trained on. The method is
+that of data-free quantization (LLM-QAT, arXiv:2305.17888) for raw text, and Magpie's
+(arXiv:2406.08464) for conversations: behind the header of the user's turn the model writes the
+question, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from hylora_kernels.model.check import check_model
+from hylora_kernels.model.context import context_length, end_tokens
+from hylora_kernels.model.modules import eval_mode
+from hylora_kernels.support.cache import (
+    cache_dir,
+    cache_root,
+    kept_if_possible,
+    load_tensors,
+    save_tensors,
+)
+from hylora_kernels.support.console import note
+from hylora_kernels.support.devices import input_device
+from hylora_kernels.support.hashing import fingerprint
+from hylora_kernels.text.blocks import tokenizer_rules
+from hylora_kernels.text.writer import Writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PARTS = ("calibration", "recovery", "test")
+BATCH = 32  # Blocks that are written at once.
+
+
+def self_blocks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int = 512,
+    part: str = "calibration",
+    seed: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    """Token ids [count, length], int64, on the CPU, that the model writes at temperature 1.
+
+    length: at most the model's context; a longer one is cut to it, which a line on stderr says.
+    part:   "calibration", "recovery" or "test": three texts that have nothing in common.
+
+    Even blocks are raw: a word at random, what the model writes after it, and after the end of a
+    text another word at random. Odd blocks are conversations by the tokenizer's chat template,
+    questions and answers; without a template all blocks are raw.
+
+    Block i is the same for every `count`. Blocks are written in batches of 32, and each batch is
+    cached under the fingerprint of the model and its tokenizer; an interrupted call goes on behind
+    the last finished batch. The model is left as it was, and so is torch's random state.
+
+    Raises ValueError naming an argument out of its range, FloatingPointError if the model's logits
+    are not finite.
+
+        self_blocks(model, tokenizer, count=64)
+    """
+    check_model(model, "generate")
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given, got None")
+    for name, value, least in (("count", count, 1), ("length", length, 2)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be an int, got {seed!r}")
+    context = context_length(model)
+    if context is not None and length > context:
+        note(
+            f"self: blocks of {context} tokens, the model's context, where {length} were asked for"
+        )
+        length = context
+    stream = Stream(model, tokenizer, length, part, seed)
+    return torch.cat(list(stream.batches(-(-count // BATCH), progress)))[:count]
+
+
+class Stream:
+    """The blocks of one model, length, part and seed, in batches that the cache keeps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        part: str,
+        seed: int,
+    ) -> None:
+        self.model, self.tokenizer, self.length = model, tokenizer, length
+        self.draws: dict[str, Any] = {"part": part, "seed": seed}
+        self.name = fingerprint(
+            model=model,
+            config={k: v for k, v in model.config.to_dict().items() if not k.startswith("_")},
+            tokenizer=tokenizer_rules(tokenizer),
+            template=str(getattr(tokenizer, "chat_template", None)),
+            ends=end_tokens(model, tokenizer),
+            length=length,
+            **self.draws,
+        )
+
+    def batches(self, count: int, progress: bool) -> Iterator[Tensor]:
+        """The first `count` batches, int64 [BATCH, length] each, found or written."""
+        found = [self._kept(number) for number in range(count)]
+        missing = sum(ids is None for ids in found)
+        with tqdm(
+            desc="the model's own text",
+            total=missing * BATCH * self.length,
+            unit=" tokens",
+            unit_scale=True,
+            disable=not progress or not missing,
+            leave=False,
+        ) as bar:
+            for number, ids in enumerate(found):
+                if ids is None:
+                    ids = self._write(number, bar)
+                    file = cache_dir("tokens", self._folder) / f"{number}.safetensors"
+                    with kept_if_possible("the model's own text"):
+                        save_tensors(file, {"ids": ids.int()}, f"{self.name}/{number}")
+                yield ids
+
+    @property
+    def _folder(self) -> str:
+        return f"self-{self.name}"
+
+    def _kept(self, number: int) -> Tensor | None:
+        file = cache_root() / "tokens" / self._folder / f"{number}.safetensors"
+        tensors = load_tensors(file, f"{self.name}/{number}")
+        return None if tensors is None else tensors["ids"].long()
+
+    def _write(self, number: int, bar: tqdm) -> Tensor:
+        """Batch `number`, which depends on nothing but its number and what the stream's name says:
+        a product of another number of rows rounds in another way, and one rounding changes all
+        tokens after it."""
+        device = input_device(self.model)
+        generator = torch.Generator(device)
+        generator.manual_seed(int(fingerprint(batch=number, **self.draws)[:15], 16))
+        writer = Writer(self.model, self.tokenizer, (BATCH, self.length), generator, bar)
+        with eval_mode(self.model), _plain_settings(self.model, self.length) as settings:
+            ids = self.model.generate(  # type: ignore[operator]
+                input_ids=writer.first.to(device),
+                attention_mask=torch.ones_like(writer.first).to(device),
+                generation_config=settings,
+                logits_processor=[writer],
+            )
+        return ids.to("cpu", torch.int64)
+
+
+@contextmanager
+def _plain_settings(model: nn.Module, length: int) -> Iterator[GenerationConfig]:
+    """Settings of generation that stand alone: transformers fills what a call leaves open, such as
+    tokens to suppress or to end at, with the model's own."""
+    settings = GenerationConfig(
+        max_length=length,
+        pad_token_id=0,  # No row ends early, so none is padded.
+    )
+    before, model.generation_config = model.generation_config, settings
+    try:
+        yield settings
+    finally:
+        model.generation_config = before

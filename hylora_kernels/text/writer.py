@@ -1,0 +1,133 @@
+"""Draws the tokens of a text that a model writes, and forces those that are not its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LogitsProcessor
+
+from hylora_kernels.model.context import end_tokens, vocabulary_size
+from hylora_kernels.text.turns import Turns, turns_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Writer(LogitsProcessor):
+    """Chooses the next token of each row, so that greedy generation takes it.
+
+    first: int64 [rows, 1], the tokens that the rows begin with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        shape: tuple[int, int],
+        generator: torch.Generator,
+        bar: tqdm,
+    ) -> None:
+        self.generator, self.bar = generator, bar
+        rows, length = shape
+        # An embedding may have more rows than there are words, and a tokenizer words of its own.
+        self.words = min(len(tokenizer), vocabulary_size(model))
+        special = {*tokenizer.all_special_ids, *end_tokens(model, tokenizer)}
+        plain = {i for i in tokenizer.get_vocab().values() if i < self.words} - special
+        self.plain = sorted(plain) or list(range(self.words))
+        turns = turns_of(tokenizer)
+        if turns is not None and not turns.fit(self.words, length):
+            turns = None
+        start = [i for i in start_of_text(tokenizer) if i < self.words]
+        self.rows = [
+            RawText(start, special, self._any_word)
+            if turns is None or i % 2 == 0
+            else Conversation(turns, special)
+            for i in range(rows)
+        ]
+        self.first = torch.tensor([[row.next(None)] for row in self.rows], device="cpu")
+        bar.update(rows)
+
+    def _any_word(self) -> int:
+        device = self.generator.device
+        chosen = torch.randint(len(self.plain), (1,), generator=self.generator, device=device)
+        return self.plain[int(chosen)]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """ids [rows, t], logits [rows, words] -> logits that leave token t of each row possible."""
+        probabilities = scores[:, : self.words].float().softmax(-1)
+        # One logit that is not finite makes all of its row NaN; -inf alone is a probability of 0.
+        if not probabilities[:, 0].isfinite().all():
+            raise FloatingPointError(
+                f"the model's logits are not finite behind {input_ids.shape[1]} tokens of the text "
+                "that it writes"
+            )
+        drawn = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0].tolist()
+        tokens = [[row.next(token)] for row, token in zip(self.rows, drawn, strict=True)]
+        self.bar.update(len(tokens))
+        chosen = torch.tensor(tokens, device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class RawText:
+    """A text from a word at random on; at its end another one begins.
+
+    start:    tokens in front of a text.
+    ends:     tokens that end it.
+    any_word: draws a token at random.
+    """
+
+    def __init__(self, start: list[int], ends: set[int], any_word: Callable[[], int]) -> None:
+        self.start, self.ends, self.any_word = start, ends, any_word
+        self.forced = deque([*start, any_word()])
+
+    def next(self, drawn: int | None) -> int:
+        """The next token, where the model has drawn `drawn`."""
+        if self.forced:
+            return self.forced.popleft()
+        assert drawn is not None
+        if drawn in self.ends:
+            self.forced.extend([*self.start, self.any_word()])
+        return drawn
+
+
+class Conversation:
+    """Questions and answers; the model ends each turn, and the header of the next is forced.
+
+    ends: tokens that end a turn, besides those that follow it in `turns`.
+    """
+
+    def __init__(self, turns: Turns, ends: set[int]) -> None:
+        self.turns, self.ends = turns, ends
+        self.forced = deque(turns.opening)
+        self.speaker = 0
+        self.written: list[int] = []  # in this turn
+
+    def next(self, drawn: int | None) -> int:
+        """The next token, where the model has drawn `drawn`."""
+        if self.forced:
+            return self.forced.popleft()
+        assert drawn is not None
+        after = self.turns.after[self.speaker]
+        self.written.append(drawn)
+        if drawn in self.ends:
+            # Another end than the template's, such as that of a text, is replaced by it.
+            known = after.index(drawn) + 1 if drawn in after else 0
+        elif self.written[-len(after) :] == after:  # A template without special tokens.
+            known = len(after)
+        else:
+            return drawn
+        self.forced.extend(after[known:])
+        self.speaker, self.written = 1 - self.speaker, []
+        return drawn if known else self.forced.popleft()
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer puts in front of every text, if it does."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    has_one = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return ids[:1] if has_one else []
