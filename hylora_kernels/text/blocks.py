@@ -24,6 +24,7 @@ from hylora_kernels.text.sources import HELD_OUT, check_split, read_text, source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BLOCKS = 128  # Of a text, for a calibration that is not told how many.
 PIECE = 8_000_000  # Characters that are tokenized at once.
 CACHED_FROM = 1_000_000  # Characters: the tokens of longer texts, over a second's work, are cached.
 
@@ -38,20 +39,25 @@ def token_blocks(
     progress: bool = True,
     column: str | None = None,
     longest: int = 2048,
+    last: bool = False,
 ) -> Tensor:
     """Contiguous blocks of tokens [n, length], int64, on the CPU.
 
-    data:      token ids [n, L], which are the blocks, of any L; or a list of texts, "brown",
-               "python-docs", a file (text.files.LISTED), or a hub id "name" or "name:config". A
-               path is taken literally. text.rows.texts_of says what is read of a table.
+    data:      token ids [n, L], which are the blocks, of any L; or a list of texts, a name
+               (text.sources.NAMED), a file (text.files.LISTED), or a hub id "name" or
+               "name:config". A path is taken literally. text.rows.texts_of says what is read of a
+               table.
     tokenizer: needed unless `data` is token ids. No BOS or other special token is added.
     length:    tokens of a block; None: `longest`, or fewer if the text has fewer.
-    split:     "train" or "test" of "brown", any split of a hub id. Of a file and of "python-docs"
-               "train" is all but the last tenth, "test" the last tenth, "all" both. A list of
-               texts and token ids are read whole.
-    limit:     the largest number of blocks: the first ones or, with a `seed`, a random choice. If
-               there are fewer, a line on stderr says so, if `progress`.
+    split:     "train" or "test" of "brown"; these or "all" of "stdlib" and "code", whose modules
+               for tests are text.stdlib.TEST_MODULES; any split of a hub id. Of a file and of
+               "python-docs" "train" is all but the last tenth, "test" the last tenth, "all" both. A
+               list of texts and token ids are read whole.
+    limit:     the largest number of blocks: the first ones or, with a `seed`, the first ones of a
+               permutation. If there are fewer, a line on stderr says so, if `progress`.
     column:    of a table.
+    last:      take the last `limit` blocks, in place of the first: both have none in common, unless
+               there are too few, which a line on stderr says.
 
     The texts are joined by blank lines, tokenized and cut; a remainder shorter than `length` is
     dropped. Raises ValueError or TypeError naming the argument, and the number of tokens if they
@@ -81,16 +87,23 @@ def token_blocks(
                 f"{source_name(data, split)}: {shorter}a longer text"
             )
         blocks = ids[: len(ids) // length * length].view(-1, length)
-    if progress and limit is not None and limit > len(blocks):
-        n, L = blocks.shape
+    n, L = blocks.shape
+    if limit is None:
+        return blocks
+    if progress and limit > n:
         note(f"{source_name(data, split)}: {n} blocks of {L} tokens, where {limit} were asked for")
-    if limit is None or limit >= len(blocks):
+    elif progress and last and limit + BLOCKS > n:
+        note(
+            f"{source_name(data, split)}: {n} blocks of {L} tokens are too few for {limit} that a "
+            f"calibration on {BLOCKS} has not read"
+        )
+    if limit >= n:
         return blocks
     if seed is None:
-        return blocks[:limit].clone()
+        return (blocks[n - limit :] if last else blocks[:limit]).clone()
     generator = torch.Generator("cpu").manual_seed(seed)
-    chosen = torch.randperm(len(blocks), generator=generator, device="cpu")
-    return blocks[chosen[:limit]]
+    chosen = torch.randperm(n, generator=generator, device="cpu")
+    return blocks[chosen[n - limit :] if last else chosen[:limit]]
 
 
 def hold_out(blocks: Tensor) -> tuple[Tensor, Tensor]:

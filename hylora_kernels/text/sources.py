@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+
+from torch import Tensor
 
 from hylora_kernels.text.brown import brown_text
 from hylora_kernels.text.files import LISTED, TEXTS, find_file, kind_of, read_file
 from hylora_kernels.text.rows import Table, texts_of
+from hylora_kernels.text.stdlib import code_text, stdlib_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMED = ("brown", "python-docs")
-KINDS = f"brown, python-docs, {LISTED}, or a hub data set (name or name:config)"
+# What token_blocks reads, or SELF; and several of them with a number of blocks each, None for the
+# usual number.
+Source: TypeAlias = Tensor | list[str] | str | Path
+Mix: TypeAlias = list[tuple[Source, int | None]]
+
+SELF, STDLIB = "self", "stdlib"  # SELF: the text that a model writes by itself.
+# name -> the text of a split. "python-docs" has no splits of its own.
+SPLIT_TEXTS: dict[str, Callable[[str], str]] = {
+    "brown": brown_text,
+    STDLIB: stdlib_text,
+    "code": code_text,
+}
+NAMED = ("brown", "python-docs", STDLIB, "code")
+KINDS = f"{', '.join(NAMED)}, {LISTED}, or a hub data set (name or name:config)"
 HELD_OUT = 0.1  # The share of a text without splits of its own, at its end, that is for tests.
 PARTS = {"train": f"first {1 - HELD_OUT:.0%}", "test": f"last {HELD_OUT:.0%}", "all": "whole"}
 HUB_SECONDS = 10.0
@@ -35,8 +50,9 @@ def read_text(
     Raises ValueError or TypeError naming `data` for a source that can't be read.
     """
     if column is not None and not may_have_columns(data):
-        name = str(data) if isinstance(data, str | Path) else type(data).__name__
-        raise ValueError(f"column={column!r} goes with a table, and data {name!r} has no columns")
+        raise ValueError(
+            f"column={column!r} goes with a table, and data {shown(data)} has no columns"
+        )
     if isinstance(data, list | tuple):
         for i, text in enumerate(data):
             if not isinstance(text, str):
@@ -47,8 +63,12 @@ def read_text(
             "data must be a tensor of token ids, a list of str, a name or a path, "
             f"got {type(data).__name__}"
         )
-    if data == "brown":
-        return brown_text(split)
+    if data == SELF:
+        raise ValueError(
+            f"data {SELF!r} is the text that a model writes: it goes where a mix of texts is read"
+        )
+    if data in SPLIT_TEXTS:
+        return SPLIT_TEXTS[str(data)](split)
     if data == "python-docs":
         return part_of(python_docs_text(), split, data)
     path = find_file(data)
@@ -77,23 +97,30 @@ def part_of(text: str, split: str, data: object) -> str:
 def check_split(split: str, data: object) -> None:
     """Raise ValueError for a part that no text without splits of its own has."""
     if split not in PARTS:
-        name = data if isinstance(data, str | Path) else type(data).__name__
         raise ValueError(
-            f"split must be {', '.join(map(repr, PARTS))} for data {str(name)!r}, got {split!r}"
+            f"split must be {', '.join(map(repr, PARTS))} for data {shown(data)}, got {split!r}"
         )
+
+
+def shown(data: object) -> str:
+    """A text in an error: its name or path, or the type of one without a name, in quotes."""
+    return repr(str(data) if isinstance(data, str | Path) else type(data).__name__)
 
 
 def has_splits(data: object) -> bool:
     """True if the text comes with a part for training and one for tests."""
-    is_name = isinstance(data, str) and data != "python-docs"
-    return is_name and (data == "brown" or find_file(str(data)) is None)
+    if not isinstance(data, str) or data in ("python-docs", SELF):
+        return False
+    return data in SPLIT_TEXTS or find_file(data) is None
 
 
 def source_name(data: object, split: str) -> str:
     """A text and the part of it, in a report: "my.txt, last 10%", "brown, test"; the type of `data`
-    if it is no name, since then all of it is read."""
+    if it is no name, since then all of it is read; "self" as it is."""
     if not isinstance(data, str | Path):
         return type(data).__name__
+    if data == SELF:
+        return SELF
     return f"{data}, {split if has_splits(data) else PARTS.get(split, split)}"
 
 
@@ -101,21 +128,31 @@ def held_out(test: object, data: object, *others: object) -> tuple[Any, str]:
     """(text, split) to test a model on that reads `data` and `others`.
 
     Without `test` that is the part of `data` that is held out; else `test` whole, or the part of it
-    that is for tests if it has one or is read.
+    that is for tests if it has one or is read. others: texts and mixes.
     """
     if test is None:
         return data, "test"
-    is_read = any(_is_same(test, text) for text in (data, *others))
+    is_read = any(is_same(test, text) for other in (data, *others) for text in texts_in(other))
     return test, "test" if is_read or has_splits(test) else "all"
 
 
-def _is_same(text: object, other: object) -> bool:
+def is_mix(data: object) -> TypeGuard[Mix]:
+    """True for a list with (source, blocks) pairs in it; check_mix says if it has nothing else."""
+    return isinstance(data, list | tuple) and any(isinstance(one, list | tuple) for one in data)
+
+
+def texts_in(data: object) -> list[object]:
+    """The sources of a mix, or `data` alone."""
+    return [entry[0] for entry in data] if is_mix(data) else [data]
+
+
+def is_same(text: object, other: object) -> bool:
     """True for the same object, name or file, however its path is spelled."""
     if text is other:
         return True
     if not all(isinstance(one, str | os.PathLike) for one in (text, other)):
         return False
-    paths = [None if one in NAMED else find_file(one) for one in (text, other)]  # type: ignore
+    paths = [None if one in (*NAMED, SELF) else find_file(one) for one in (text, other)]  # type: ignore
     if all(path is not None and path.exists() for path in paths):
         return os.path.samefile(*paths)  # type: ignore[arg-type]
     return text == other
@@ -123,7 +160,7 @@ def _is_same(text: object, other: object) -> bool:
 
 def may_have_columns(data: object) -> bool:
     """True for a file with a table and for what can only be a hub data set."""
-    if not isinstance(data, str | os.PathLike) or data in NAMED:
+    if not isinstance(data, str | os.PathLike) or data in (*NAMED, SELF):
         return False
     path = find_file(data)
     return path is None or kind_of(path)[0] not in TEXTS

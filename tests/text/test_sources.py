@@ -77,7 +77,8 @@ def test_hub_id_that_can_not_be_had(tokenizer, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="data 'bronw' is neither brown nor python-docs, nor a fi"):
+    kinds = "brown nor python-docs nor stdlib nor code"
+    with pytest.raises(ValueError, match=f"data 'bronw' is neither {kinds}, nor a fi"):
         token_blocks("bronw", tokenizer)
 
 
