@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from hylora_kernels.compression.calibration import Statistics
 from hylora_kernels.compression.chain import record
 from hylora_kernels.compression.factors import factor_bytes
 from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.compression.ranks import Curve, adapter_rank, allocate, curve
+from hylora_kernels.compression.ranks import DENSE, Curve, adapter_rank, allocate, curve
 from hylora_kernels.compression.refit import refit_blocks, refit_bytes
 from hylora_kernels.compression.replace import replace_linear
-from hylora_kernels.compression.report import CompressReport
+from hylora_kernels.compression.report import CompressReport, LayerReport
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import open_workspace
 from hylora_kernels.layers.experts import own_weights, restack, unstack
@@ -184,9 +184,17 @@ class Compression:
         """S float32 [min(N, K)] of a factorized linear, in the whitened norm, falling."""
         return self.workspace.singular_values(target.path)
 
-    def allocate(self) -> dict[str, int]:
-        """path -> total rank R = r + ra of each linear, 0 for one left dense."""
-        return self._ranks(self._importance(), self.keep)
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """The candidates of every linear, once all are factorized."""
+        return self._curves(self._importance())
+
+    def allocate(self, keep: float | None = None) -> dict[str, int]:
+        """path -> total rank R = r + ra of each linear, 0 for one left dense.
+
+        keep: None: that of the options.
+        """
+        return allocate(self.curves, self.keep if keep is None else keep, self.options.ranks)
 
     def refit(self, ranks: dict[str, int]) -> dict[str, Tensor]:
         """path -> refitted U float32 [N, R], or weight [N, K] of a linear left dense; {} with
@@ -216,27 +224,53 @@ class Compression:
 
     def replace(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> None:
         """Put the low-rank layers into the model, freeze all but the adapters, end the report."""
-        model, targets, hidden = self.model, self.structure.targets, not self.options.progress
+        model = self.model
         with timed(self.report.seconds, "replace"):
-            for index, target in enumerate(
-                tqdm(targets, desc="replacing", disable=hidden, leave=False)
-            ):
-                layer = replace_linear(
-                    model,
-                    target,
-                    self.workspace.load(target.path),
-                    ranks[target.path],
-                    refitted.get(target.path),
-                    self.options,
-                    self.options.seed + index,
-                )
-                self.report.layers.append(layer)
+            self.report.layers += self._put(ranks, refitted)
         self._undo.pop_all()
         _settle_experts(model, self._stacks, self.structure.paths)
         earlier = getattr(model, "hylora_linears", None) or []  # Of another part.
         vars(model)["hylora_linears"] = list(dict.fromkeys([*earlier, *self.structure.paths]))
         save_in_hylora_format(freeze_all_but_adapters(model))
         self.report.count(model)
+
+    @contextlib.contextmanager
+    def trial(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> Iterator[nn.Module]:
+        """The model with its low-rank layers; after the block it has its own linears again.
+
+        Memory: the dense linears stay beside the low-rank ones, so 1 + keep times the linears.
+        """
+        dense = {  # Of a refitted linear that stays dense the weight is written.
+            target.path: target.matrix.clone()
+            for target in self.structure.targets
+            if ranks[target.path] == DENSE and target.path in refitted
+        }
+        try:
+            self._put(ranks, refitted)
+            yield self.model
+        finally:
+            for target in self.structure.targets:
+                if target.path in dense:
+                    target.matrix.copy_(dense[target.path])
+                self.model.set_submodule(target.path, target.module)
+
+    @torch.no_grad()
+    def _put(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> list[LayerReport]:
+        """Put the low-rank layers into the model."""
+        targets, hidden = self.structure.targets, not self.options.progress
+        bar = tqdm(targets, desc="replacing", disable=hidden, leave=False)
+        return [
+            replace_linear(
+                self.model,
+                target,
+                self.workspace.load(target.path),
+                ranks[target.path],
+                refitted.get(target.path),
+                self.options,
+                self.options.seed + index,
+            )
+            for index, target in enumerate(bar)
+        ]
 
     def _importance(self) -> dict[Target, Tensor]:
         """The singular values that ranks are chosen by. Calibration says nothing of an expert that

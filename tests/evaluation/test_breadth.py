@@ -39,3 +39,13 @@ def test_ratios_their_geometric_mean_and_the_worst(pair):
     assert report.geometric_mean == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
     assert report.worst == max(report.texts, key=lambda text: text.ratio).name
     assert json.loads(report.to_json())["texts"][1]["ratio"] == report.texts[1].ratio
+
+
+def test_a_dense_model_measured_before_is_not_measured_again(pair):
+    model, dense = pair
+    before = breadth(dense, TEXTS, **QUIET)
+    report = breadth(model, TEXTS, before, **QUIET)
+    assert report.texts == breadth(model, TEXTS, dense, **QUIET).texts
+    assert report.dense == "the dense model"
+    with pytest.raises(ValueError, match=r"dense was measured on \['prose', 'code'\], not on \['p"):
+        breadth(model, {"prose": TEXTS["prose"]}, before, **QUIET)
