@@ -25,6 +25,7 @@ __all__ = [
     "add_adapters",
     "merge_adapters",
     "analyze_spectrum",
+    "tie_embeddings",
     "finetune",
     "evaluate",
     "generate",
@@ -39,6 +40,7 @@ __all__ = [
 if TYPE_CHECKING:
     from hylora_kernels.compression.compress import compress
     from hylora_kernels.compression.spectrum import analyze_spectrum
+    from hylora_kernels.compression.tie import tie_embeddings
     from hylora_kernels.evaluation.evaluate import evaluate
     from hylora_kernels.inference.generate import generate
     from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
@@ -54,6 +56,7 @@ else:
         "add_adapters": "model.adapters",
         "merge_adapters": "model.adapters",
         "analyze_spectrum": "compression.spectrum",
+        "tie_embeddings": "compression.tie",
         "finetune": "recovery.finetune",
         "evaluate": "evaluation.evaluate",
         "generate": "inference.generate",

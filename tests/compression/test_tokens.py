@@ -1,0 +1,134 @@
+"""Statistics of embedding and head against a brute-force sum, and the matrices made from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.zoo import zoo_model
+
+from hylora_kernels.compression import tokens
+from hylora_kernels.compression.tokens import (
+    TOKEN_DAMPING,
+    Term,
+    TokenStatistics,
+    row_solver,
+    tied_matrix,
+    token_statistics,
+)
+
+IDS = tiny.tokens(3, 10)
+
+
+def random_terms(words=30, d=6, seed=0) -> TokenStatistics:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def term():
+        rows = draw(4 * d, d)
+        return Term(draw(words).square(), rows.T @ rows)
+
+    return TokenStatistics(term(), term(), tokens=50)
+
+
+def quadratic(terms, T, E, H):
+    """The objective of tied_matrix, one token at a time."""
+    total = 0.0
+    for term, other in ((terms.embedding, E), (terms.head, H)):
+        for v, row in enumerate((T - other).double()):
+            total += float(term.weight[v] * (row @ term.metric @ row))
+    return total
+
+
+def test_statistics_are_the_sums_that_they_say():
+    model = tiny.llama(seed=3)
+    found = token_statistics(model, IDS, progress=False)
+    words, d = model.lm_head.weight.shape
+    n, c = torch.zeros(words), torch.zeros(words)
+    C, G = torch.zeros(d, d), torch.zeros(d, d)
+    for row in IDS.split(1):
+        x = model.model.embed_tokens(row).detach().requires_grad_()
+        hidden = model.model(inputs_embeds=x).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden)
+        loss = torch.nn.functional.cross_entropy(logits[0], row[0, 1:], reduction="sum")
+        gx, gl = torch.autograd.grad(loss, (x, logits))
+        C += gx[0].T @ gx[0]
+        G += hidden[0].detach().T @ hidden[0].detach()
+        c += gl[0].square().sum(0)
+        n += torch.bincount(row[0], minlength=words)
+    assert found.tokens == IDS.numel()
+    for got, wanted in (
+        (found.embedding.weight, n),
+        (found.embedding.metric, C),
+        (found.head.weight, c),
+        (found.head.metric, G),
+    ):
+        torch.testing.assert_close(got.float(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_statistics_leave_the_model_as_it_was(name):
+    """Also where the logits are capped, so that the model's own are used."""
+    model = zoo_model(name)
+    model.train()
+    frozen = next(p for p in model.parameters()).requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    found = token_statistics(model, IDS % model.config.vocab_size, progress=False)
+    assert float(found.embedding.weight.sum()) == IDS.numel()
+    assert float(found.head.weight.sum()) > 0 and float(found.head.metric.trace()) > 0
+    assert model.training and [p.requires_grad for p in model.parameters()] == flags
+    assert not frozen.requires_grad and all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_statistics_that_are_not_finite_are_an_error():
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="hidden states on the calibration text"):
+        token_statistics(model, IDS, progress=False)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_row_solver_solves_every_row(count):
+    terms = random_terms()
+    used = [terms.embedding, terms.head][:count]
+    wanted = [torch.randn(30, 6, dtype=torch.float64) for _ in used]
+    X = row_solver([t.metric for t in used])([t.weight for t in used], wanted)
+    for v in range(30):
+        left = sum(t.weight[v] * t.metric for t in used)
+        right = sum(t.weight[v] * B[v] for t, B in zip(used, wanted, strict=True))
+        torch.testing.assert_close(X[v] @ left, right)
+
+
+def test_no_matrix_beats_the_tied_one(monkeypatch):
+    monkeypatch.setattr(tokens, "ROWS", 7)  # The rows come in several pieces.
+    terms = random_terms()
+    E, H = torch.randn(30, 6), torch.randn(30, 6)
+    T = tied_matrix(E, H, terms)
+    least = quadratic(terms, T, E, H)
+    measured = terms.embedding.error(E, T) + terms.head.error(H, T)
+    assert measured == pytest.approx(least, rel=1e-6)
+    assert least < quadratic(terms, (E + H) / 2, E, H)
+    for trial in range(20):
+        step = 10.0 ** -(1 + trial % 3)
+        assert quadratic(terms, T + step * torch.randn_like(T), E, H) > least
+
+
+def test_equal_matrices_stay():
+    terms = random_terms()
+    E = torch.randn(30, 6)
+    torch.testing.assert_close(tied_matrix(E, E, terms), E)
+    assert terms.nats(5000.0) == 1.0  # 5000 / (2 * 50^2)
+
+
+def test_damping_gives_every_token_and_direction_a_weight():
+    term = Term(torch.tensor([0.0, 4.0]).double(), torch.diag(torch.tensor([1.0, 0.0])).double())
+    damped = term.damped("place")
+    assert damped.weight.tolist() == pytest.approx([2 * TOKEN_DAMPING, 4 + 2 * TOKEN_DAMPING])
+    assert float(damped.metric[1, 1]) > 0
+    dead = Term(torch.zeros(2).double(), torch.zeros(2, 2).double()).damped("place")
+    assert dead.weight.tolist() == [1.0, 1.0]
+    assert torch.equal(dead.metric, torch.eye(2).double())
