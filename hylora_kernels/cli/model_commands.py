@@ -27,6 +27,7 @@ from hylora_kernels.cli.options import (
     Tokenizer,
     TrustRemoteCode,
     library_options,
+    read_texts,
     refuse_foreign_folder,
 )
 from hylora_kernels.cli.output import write_report
@@ -147,13 +148,33 @@ def evaluate(
             "hub data set."
         ),
     ] = "test",
+    texts: Annotated[
+        list[str] | None,
+        Option(
+            help="Several texts in place of --data, with commas between or repeated; self is text "
+            "that the dense model writes."
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        Option(help="The model that was compressed, given as MODEL: ratios to its perplexities."),
+    ] = None,
+    png: Annotated[Path | None, Option(help="Draw the ratios to this file.")] = None,
     column: Annotated[str | None, Option(help="Column of a table to read.")] = None,
     length: Annotated[
         int | None,
-        Option(min=2, help="Tokens in a block. By default 2048, or what model and text allow."),
+        Option(
+            min=2,
+            help="Tokens in a block. By default 2048, or what model and text allow; with --texts "
+            "or --dense 512.",
+        ),
     ] = None,
     limit: Annotated[
-        int | None, Option(min=1, help="Most blocks to measure on. By default all.")
+        int | None,
+        Option(
+            min=1,
+            help="Most blocks of a text to measure on. By default all, with --texts or --dense 8.",
+        ),
     ] = None,
     batch: Annotated[int, Option(min=1, help="Blocks in one forward.")] = 4,
     speed: Annotated[
@@ -167,9 +188,11 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
-    """Perplexity on a text, true size, and speed of a model, dense or compressed."""
+    """Perplexity on a text or several, true size, and speed of a model, dense or compressed."""
     from hylora_kernels.evaluation.evaluate import evaluate as measure
 
+    if png is not None and dense is None:
+        raise ValueError("--png draws ratios to a dense model: give --dense")
     loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
     report = measure(
         loaded,
@@ -184,9 +207,14 @@ def evaluate(
         optimize=optimize and loaded.device.type == "cpu",
         column=column,
         test=test,
+        texts=read_texts(texts) if texts else None,
+        dense=dense,
     )
     show(report.render())
     show(report_lines(loaded))
+    if png is not None and report.breadth is not None:
+        report.breadth.plot(png)
+        show(f"picture in {png}")
     write_report(report, json_path)
 
 

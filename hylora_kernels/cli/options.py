@@ -215,6 +215,15 @@ def read_numbers(text: str, kind: type, option: str) -> list:
         ) from None
 
 
+def read_texts(values: list[str]) -> list[str]:
+    """["brown,self", "a,b.txt"] -> ["brown", "self", "a,b.txt"]: a file's name is not cut."""
+    return [
+        name.strip()
+        for value in values
+        for name in ([value] if Path(value).exists() else value.split(","))
+    ]
+
+
 def read_shapes(text: str, option: str) -> list[tuple[int, int, int, int]]:
     """ "2048x5632x768x32,..." -> [(K, N, r, ra), ...]."""
     shapes = [tuple(read_numbers(p.replace("x", ","), int, option)) for p in text.split(",")]

@@ -74,15 +74,17 @@ class BreadthReport(Report):
     worst: str | None = None
 
     def render(self) -> Table:
-        """A rich table, a row for each text, the geometric mean last."""
+        """A rich table, a row for each text, the geometric mean and the worst last."""
         rows = [
             (t.name, t.tokens, format_ppl(t.dense_ppl), format_ppl(t.ppl), format_ratio(t.ratio))
             for t in self.texts
         ]
         title = "perplexity by text"
         if self.dense is not None:
-            title += f", beside {self.dense}; worst: {self.worst}"
-            rows.append(("geometric mean", None, "", "", format_ratio(self.geometric_mean)))
+            title += f", beside {self.dense}"
+            rows.append(("geometric mean", "", "", "", format_ratio(self.geometric_mean)))
+            worst = max(text.ratio for text in self.texts if text.ratio is not None)
+            rows.append((f"worst: {self.worst}", "", "", "", format_ratio(worst)))
         return table(title, ("text", "tokens", "dense", "this model", "ratio"), rows)
 
     def plot(self, path: str | Path) -> None:
@@ -99,7 +101,7 @@ class BreadthReport(Report):
 def breadth(
     model: nn.Module,
     texts: Mapping[str, Source] | Sequence[Source],
-    dense: nn.Module | str | Path | BreadthReport | None = None,
+    dense: nn.Module | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     length: int = 512,
     limit: int | None = BLOCKS,
@@ -114,7 +116,7 @@ def breadth(
             gives them names. Of each the part `split` is measured.
     dense:  the model that was compressed: a module, or a hub id or folder, which is loaded to the
             device and in the dtype of `model`, measured, and freed before `model` is measured. Its
-            perplexities are kept in the cache. Or breadth()'s own report of it, on the same texts.
+            perplexities are kept in the cache.
     limit:  most blocks of each text; None: all, and of "self" 8.
     column: of those texts that are tables.
 
@@ -128,65 +130,41 @@ def breadth(
         report.geometric_mean, report.worst, report.texts[0].ratio
     """
     check_model(model, "evaluate")
-    measured = dense if isinstance(dense, BreadthReport) else None
-    loaded = None if dense is None or measured else _loaded(dense, model)
-    writer = model if loaded is None else loaded
-    blocks = text_blocks(writer, texts, tokenizer, length, limit, split, progress, column)
-    expected: dict[str, Perplexity] = {}
-    if loaded is not None:
-        key = _model_key(loaded)
-        expected = {n: _kept(loaded, key, n, ids, batch, progress) for n, ids in blocks.items()}
-    elif measured is not None:
-        expected = {text.name: text for text in measured.texts}
-        if expected.keys() != blocks.keys():
-            raise ValueError(f"dense was measured on {[*expected]}, not on {[*blocks]}")
-    del loaded, writer
-    gc.collect()  # A dense model that was loaded here is gone before `model` is measured.
-    found = {name: perplexity(model, ids, batch, progress, name) for name, ids in blocks.items()}
-    return _report(found, expected, split, None if dense is None else _name_of(dense))
-
-
-def text_blocks(
-    dense: nn.Module,
-    texts: Mapping[str, Source] | Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    length: int = 512,
-    limit: int | None = BLOCKS,
-    split: str = "test",
-    progress: bool = True,
-    column: str | None = None,
-) -> dict[str, Tensor]:
-    """name -> token ids int64 [n, length] of the texts that breadth() measures, on the CPU.
-
-    dense: the model that writes "self". The other arguments, and the errors, are breadth()'s.
-    """
     sources = _named(texts)
-    if any(map(_is_self, sources.values())) and _is_compressed(dense):
+    own = [name for name, source in sources.items() if _is_self(source)]
+    if own and dense is None and _is_compressed(model):
         raise ValueError(
             "texts: 'self' is what the dense model writes, and this model is compressed: give the "
             "dense model with dense=NAME, or leave 'self' out"
         )
     if tokenizer is None and not all(isinstance(source, Tensor) for source in sources.values()):
-        tokenizer = tokenizer_of(dense)
+        tokenizer = tokenizer_of(model)
     blocks = {}
     for name, source in sources.items():
-        if _is_self(source):
-            continue
-        wanted = column if may_have_columns(source) else None
-        try:
-            blocks[name] = token_blocks(
-                source, tokenizer, length, split, limit, None, progress, wanted
-            )
-            check_blocks(dense, blocks[name])
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"texts[{name!r}]: {error}") from error
-    for name in sources.keys() - blocks.keys():  # Last: the others may be refused.
+        if name not in own:
+            wanted = column if may_have_columns(source) else None
+            try:
+                blocks[name] = token_blocks(
+                    source, tokenizer, length, split, limit, None, progress, wanted
+                )
+                check_blocks(model, blocks[name])
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"texts[{name!r}]: {error}") from error
+    writer = model if dense is None else _loaded(dense, model)
+    for name in own:
         from hylora_kernels.text.self_text import self_blocks
 
         blocks[name] = self_blocks(
-            dense, tokenizer, limit or BLOCKS, length, part="test", progress=progress
+            writer, tokenizer, limit or BLOCKS, length, part="test", progress=progress
         )
-    return {name: blocks[name] for name in sources}
+    expected = {}
+    if dense is not None:
+        key = _model_key(writer)
+        expected = {n: _kept(writer, key, n, blocks[n], batch, progress) for n in sources}
+    del writer
+    gc.collect()  # A dense model that was loaded here is gone before `model` is measured.
+    found = {name: perplexity(model, blocks[name], batch, progress, name) for name in sources}
+    return _report(found, expected, split, None if dense is None else _name_of(dense))
 
 
 def format_ratio(ratio: float | None) -> str:
@@ -261,9 +239,7 @@ def _is_compressed(model: nn.Module) -> bool:
     return any(isinstance(module, SVDLoRALinear) for module in model.modules())
 
 
-def _name_of(dense: nn.Module | str | Path | BreadthReport) -> str:
-    if isinstance(dense, BreadthReport):
-        return dense.dense or "the dense model"
+def _name_of(dense: nn.Module | str | Path) -> str:
     if isinstance(dense, str | Path):
         return str(dense)
     return getattr(dense, "name_or_path", "") or type(dense).__name__

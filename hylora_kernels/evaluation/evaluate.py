@@ -1,7 +1,8 @@
-"""evaluate(): perplexity on a text, true size, and speed of a model, in one report."""
+"""evaluate(): perplexity on a text or several, true size, and speed of a model, in one report."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hylora_kernels.evaluation.breadth import BLOCKS, BreadthReport, Source, breadth
 from hylora_kernels.evaluation.perplexity import Perplexity, perplexity
 from hylora_kernels.evaluation.size import ModelSize, model_size
 from hylora_kernels.evaluation.speed import Throughput, throughput
@@ -21,6 +23,7 @@ from hylora_kernels.text.blocks import token_blocks
 from hylora_kernels.text.sources import held_out, source_name
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 
@@ -28,9 +31,12 @@ if TYPE_CHECKING:
 class EvaluateReport(Report):
     """The result of evaluate().
 
-    data:         name of the text, and the part of it that was read. split: that part's name.
+    data:         name of the text, and the part of it that was read; of several texts the first.
+    split:        that part's name.
+    perplexity:   on that text.
     speed:        None if it was not measured.
     not_measured: what failed -> why. It costs nothing else that was measured.
+    breadth:      of several texts, or beside a dense model; else None.
     """
 
     data: str
@@ -39,14 +45,16 @@ class EvaluateReport(Report):
     size: ModelSize
     speed: Throughput | None
     not_measured: dict[str, str] = field(default_factory=dict)
+    breadth: BreadthReport | None = None
 
-    def render(self) -> Table:
-        """A rich table."""
+    def render(self) -> Table | Group:
+        """A rich table, after that of the texts if there are several."""
         size, quality = self.size, self.perplexity
-        counted = f"{quality.tokens:,} in {quality.blocks} blocks of {quality.length}"
-        rows: list[tuple[str, object]] = [
-            ("perplexity", format_ppl(quality.ppl)),
-            ("tokens counted", counted),
+        rows: list[tuple[str, object]] = []
+        if self.breadth is None:
+            counted = f"{quality.tokens:,} in {quality.blocks} blocks of {quality.length}"
+            rows += [("perplexity", format_ppl(quality.ppl)), ("tokens counted", counted)]
+        rows += [
             ("parameters", size.parameters),
             ("trainable parameters", size.trainable),
             ("in memory", format_bytes(size.resident_bytes)),
@@ -62,7 +70,11 @@ class EvaluateReport(Report):
             rows.append((f"prefill tokens/s{how}", self.speed.prefill_tok_s))
             rows.append((f"decode tokens/s{how}", self.speed.decode_tok_s))
         rows += [(name, f"not measured: {why}") for name, why in self.not_measured.items()]
-        return table(self.data, ("", "value"), rows)
+        if self.breadth is None:
+            return table(self.data, ("", "value"), rows)
+        from rich.console import Group
+
+        return Group(self.breadth.render(), table("size and speed", ("", "value"), rows))
 
 
 def evaluate(
@@ -79,16 +91,23 @@ def evaluate(
     optimize: bool = False,
     column: str | None = None,
     test: Tensor | list[str] | str | Path | None = None,
+    texts: Mapping[str, Source] | Sequence[Source] | None = None,
+    dense: nn.Module | str | Path | None = None,
 ) -> EvaluateReport:
-    """Perplexity on the held-out part of `data`, size and speed of a causal language model, on its
-    device.
+    """Perplexity on the held-out part of `data` (or of each of `texts`), size and speed of a causal
+    language model, on its device.
 
     data, tokenizer, split, column: as for text.blocks.token_blocks, the tokenizer by default the
               model's own; a LongTensor [n, L] brings its own length L. Of a file the last tenth is
               measured, which compress() and finetune() do not read.
     test:     another text, which is measured whole in place of a part of `data`.
-    length:   tokens in a block; None: 2048, or what the model's context and the text allow.
-    limit:    most blocks to measure on; None: all.
+    texts:    several texts in place of `data`, "self" (which the dense model writes) among them.
+    dense:    the model that was compressed, a module, hub id or folder: the report then has the
+              ratio to its perplexity on each text, their geometric mean and the worst
+              (evaluation.breadth.breadth).
+    length:   tokens in a block; None: 2048, or what the model's context and the text allow. With
+              `texts` or `dense` 512, or the model's context.
+    limit:    most blocks to measure on; None: all, and with `texts` or `dense` 8 of each text.
     batch:    blocks in one forward.
     speed:    also measure tokens per second.
     path:     folder that the model was loaded from or saved to, for its bytes on disk.
@@ -101,18 +120,35 @@ def evaluate(
     Example:
         report = evaluate(model, "brown", length=512, limit=16)
         report.perplexity.ppl, report.size.linears.keep_merged, report.speed.decode_tok_s
+        report = evaluate(model, texts=["brown", "python-docs", "self"], dense="my-org/my-model")
+        report.breadth.geometric_mean, report.breadth.worst
     """
     check_model(model, "evaluate")
+    if texts is not None and test is not None:
+        raise ValueError("test goes with data, and texts are given: add it to them")
     if test is not None:
         data, split = held_out(test, data)
-    if tokenizer is None and not isinstance(data, Tensor):
-        tokenizer = tokenizer_of(model)
-    longest = min(2048, context_length(model) or 2048)
-    blocks = token_blocks(data, tokenizer, length, split, limit, None, progress, column, longest)
-    check_blocks(model, blocks)
+    context = context_length(model)
     size = model_size(model, path)  # It may refuse the path: before the long work.
-    quality = perplexity(model, blocks, batch, progress)
-    report = EvaluateReport(source_name(data, split), split, quality, size, None)
+    wide = None
+    if texts is not None or dense is not None:
+        texts = [data] if texts is None else texts
+        length, limit = length or min(512, context or 512), limit or BLOCKS
+        wide = breadth(
+            model, texts, dense, tokenizer, length, limit, split, batch, progress, column
+        )
+        quality: Perplexity = wide.texts[0]
+        data = next(iter(texts.values() if isinstance(texts, Mapping) else texts))
+    else:
+        if tokenizer is None and not isinstance(data, Tensor):
+            tokenizer = tokenizer_of(model)
+        longest = min(2048, context or 2048)
+        blocks = token_blocks(
+            data, tokenizer, length, split, limit, None, progress, column, longest
+        )
+        check_blocks(model, blocks)
+        quality = perplexity(model, blocks, batch, progress)
+    report = EvaluateReport(source_name(data, split), split, quality, size, None, breadth=wide)
     if speed:
         try:
             report.speed = _throughput(model, optimize)

@@ -62,7 +62,7 @@ def perplexity(
             bar.update(len(ids))
     mean = nll / tokens
     if mean > 700:  # exp(709.8) is the largest float64
-        raise FloatingPointError(f"{label}: exp of a mean loss of {mean:.1f} is beyond float64")
+        raise FloatingPointError(f"{label}: exp of a loss of {mean:.1f} nats is beyond float64")
     return Perplexity(math.exp(mean), mean, tokens, *blocks.shape)
 
 

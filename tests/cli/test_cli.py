@@ -126,6 +126,20 @@ def test_every_report_says_which_part_of_the_text_was_read(home, compressed, rec
     assert "other[1].txt,whole" in shown and "last10%" not in shown
 
 
+def test_evaluate_draws_several_texts_beside_the_dense_model(home, compressed, tmp_path):
+    (tmp_path / "a,b.txt").write_text("\n".join(LINES))
+    words = ("--length", 24, "--limit", 2, "--no-speed", "--json", tmp_path / "e.json")
+    texts = ("--texts", f"{home / 'text.txt'},python-docs", "--texts", tmp_path / "a,b.txt")
+    beside = ("--dense", home / "dense", "--png", tmp_path / "a.png")
+    result = run("evaluate", compressed[0], *texts, *beside, *words)
+    found = json.loads((tmp_path / "e.json").read_text())["breadth"]
+    names = [str(home / "text.txt"), "python-docs", str(tmp_path / "a,b.txt")]
+    assert [text["name"] for text in found["texts"]] == names
+    assert found["geometric_mean"] > 0 and found["worst"] in names
+    assert "geometric mean" in result.output and "python-docs" in result.output
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_fewer_blocks_than_asked_for_are_said(home, tmp_path):
     words = ("--length", 200, "--limit", 1000, "--no-speed")
     result = run("evaluate", home / "dense", "--data", home / "text.txt", *words)
@@ -240,6 +254,15 @@ def test_cache_is_shown_and_cleared(monkeypatch, tmp_path):
         (
             ("compress", "{home}/dense", "--out", "{home}/x", "--data", "{home}/text.txt"),
             "--length must be at most 256, the model's context, got 512",
+        ),
+        (
+            ("evaluate", "{home}/dense", "--png", "{home}/a.png"),
+            "--png draws ratios to a dense model",
+        ),
+        (("evaluate", "{home}/small", "--texts", "self"), "give the dense model with --dense NAME"),
+        (
+            ("evaluate", "{home}/dense", "--texts", "{home}/none.txt"),
+            "--texts['{home}/none.txt']: ",
         ),
         (("generate", "{home}/dense", "The", "--max-new-tokens", 999), "--max-new-tokens 999"),
         (("analyze", "{home}/dense", "--png", "{home}/a.doc"), "--png {home}/a.doc must end with"),
