@@ -8,9 +8,10 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.plots import ratio_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
+from hylora_kernels.text.self_text import self_blocks
 from hylora_kernels.text.sources import may_have_columns
 
 if TYPE_CHECKING:
@@ -72,6 +74,11 @@ class BreadthReport(Report):
     dense: str | None = None
     geometric_mean: float | None = None
     worst: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BreadthReport:
+        """The report of what to_dict() gave."""
+        return cls(**values | {"texts": [TextQuality(**text) for text in values["texts"]]})
 
     def render(self) -> Table:
         """A rich table, a row for each text, the geometric mean and the worst last."""
@@ -131,32 +138,23 @@ def breadth(
     """
     check_model(model, "evaluate")
     sources = _named(texts)
+    if not sources:
+        raise ValueError("texts must be at least one source, got none")
     own = [name for name, source in sources.items() if _is_self(source)]
     if own and dense is None and _is_compressed(model):
         raise ValueError(
             "texts: 'self' is what the dense model writes, and this model is compressed: give the "
             "dense model with dense=NAME, or leave 'self' out"
         )
-    if tokenizer is None and not all(isinstance(source, Tensor) for source in sources.values()):
-        tokenizer = tokenizer_of(model)
-    blocks = {}
-    for name, source in sources.items():
-        if name not in own:
-            wanted = column if may_have_columns(source) else None
-            try:
-                blocks[name] = token_blocks(
-                    source, tokenizer, length, split, limit, None, progress, wanted
-                )
-                check_blocks(model, blocks[name])
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"texts[{name!r}]: {error}") from error
+    read = partial(
+        text_blocks,
+        tokenizer=tokenizer, length=length, limit=limit, split=split, progress=progress,
+        column=column,
+    )  # fmt: skip
+    # Before the long work.
+    blocks = read({name: source for name, source in sources.items() if name not in own}, model)
     writer = model if dense is None else _loaded(dense, model)
-    for name in own:
-        from hylora_kernels.text.self_text import self_blocks
-
-        blocks[name] = self_blocks(
-            writer, tokenizer, limit or BLOCKS, length, part="test", progress=progress
-        )
+    blocks |= read({name: SELF for name in own}, writer)
     expected = {}
     if dense is not None:
         key = _model_key(writer)
@@ -164,7 +162,7 @@ def breadth(
     del writer
     gc.collect()  # A dense model that was loaded here is gone before `model` is measured.
     found = {name: perplexity(model, blocks[name], batch, progress, name) for name in sources}
-    return _report(found, expected, split, None if dense is None else _name_of(dense))
+    return compare(found, expected, split, None if dense is None else _name_of(dense))
 
 
 def format_ratio(ratio: float | None) -> str:
@@ -172,21 +170,20 @@ def format_ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.3g}"
 
 
-def _report(
+def compare(
     found: Mapping[str, Perplexity],
     expected: Mapping[str, Perplexity],
     split: str,
-    dense: str | None,
+    dense: str | None = None,
 ) -> BreadthReport:
-    """found, expected: text -> the model's perplexity, and the dense model's, {} without one."""
+    """The report of text -> the model's perplexity, beside the dense model's, {} without one."""
     texts, losses = [], {}
     for name, quality in found.items():
-        ratio = None
+        own = {field.name: getattr(quality, field.name) for field in fields(Perplexity)}
         if name in expected:
             losses[name] = quality.nll - expected[name].nll
-            ratio = math.exp(losses[name])
-        other = expected[name].ppl if name in expected else None
-        texts.append(TextQuality(**vars(quality), name=name, dense_ppl=other, ratio=ratio))
+            own |= {"dense_ppl": expected[name].ppl, "ratio": math.exp(losses[name])}
+        texts.append(TextQuality(**own, name=name))
     if not losses:
         return BreadthReport(texts, split)
     mean = math.exp(sum(losses.values()) / len(losses))
@@ -196,16 +193,46 @@ def _report(
 # ------------------------------------------------------------------------------------------- texts
 
 
+def text_blocks(
+    texts: Mapping[str, Source] | Sequence[Source],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    length: int = 512,
+    limit: int | None = BLOCKS,
+    split: str = "test",
+    progress: bool = True,
+    column: str | None = None,
+) -> dict[str, Tensor]:
+    """name -> token ids [n, L] of each text, that fit the model; it writes "self".
+
+    The arguments are those of breadth(). Raises ValueError or TypeError naming the text.
+    """
+    sources, blocks = _named(texts), {}
+    if tokenizer is None and not all(isinstance(source, Tensor) for source in sources.values()):
+        tokenizer = tokenizer_of(model)
+    for name, source in sources.items():
+        wanted = column if may_have_columns(source) else None
+        try:
+            if _is_self(source):
+                count = limit or BLOCKS
+                ids = self_blocks(model, tokenizer, count, length, "test", progress=progress)
+            else:
+                ids = token_blocks(source, tokenizer, length, split, limit, None, progress, wanted)
+            check_blocks(model, ids)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"texts[{name!r}]: {error}") from error
+        blocks[name] = ids
+    return blocks
+
+
 def _named(texts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
-    """name -> source. Raises ValueError for no text and for a text given twice."""
+    """name -> source. Raises ValueError for a text given twice."""
     if isinstance(texts, str | Path | Tensor):
         raise TypeError(f"texts must be a list of sources, or a dict of named ones, got {texts!r}")
     if isinstance(texts, Mapping):
         pairs = list(texts.items())
     else:
         pairs = [(_name_of_text(source, place), source) for place, source in enumerate(texts)]
-    if not pairs:
-        raise ValueError("texts must be at least one source, got none")
     names = [name for name, _ in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -6,13 +6,12 @@ import json
 import math
 import sys
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import tiny
 
-from hylora_kernels.evaluation.breadth import breadth
+from hylora_kernels.evaluation.breadth import BreadthReport, breadth
 from hylora_kernels.evaluation.evaluate import evaluate
 from hylora_kernels.evaluation.perplexity import perplexity
 
@@ -51,13 +50,11 @@ def test_a_text_of_its_own_is_written_by_the_dense_model(pair, monkeypatch):
     model, dense = pair
     asked = []
 
-    def write(writer, tokenizer, count, length=512, part="calibration", seed=0, progress=True):
+    def write(writer, tokenizer, count, length, part, progress):
         asked.append((writer, count, length, part))
         return tiny.tokens(count, length, seed=3)
 
-    monkeypatch.setitem(
-        sys.modules, "hylora_kernels.text.self_text", SimpleNamespace(self_blocks=write)
-    )
+    monkeypatch.setattr(measuring, "self_blocks", write)
     words = tiny.tokenizer("a b")
     report = breadth(model, ["self"], dense, words, length=10, limit=2, **QUIET)
     assert asked == [(dense, 2, 10, "test")]
@@ -156,6 +153,7 @@ def test_without_a_dense_model_there_are_no_ratios(pair, tmp_path):
 
 def test_table_and_picture(pair, tmp_path):
     report = breadth(pair[0], TEXTS, pair[1], **QUIET)
+    assert BreadthReport.from_dict(json.loads(report.to_json())) == report
     shown = str(report)
     for text in ("prose", "code", "geometric mean", "worst: ", f"{report.geometric_mean:.2f}"):
         assert text in shown
