@@ -36,13 +36,11 @@ from hylora_kernels.support.plots import ratio_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
 from hylora_kernels.text.self_text import self_blocks
-from hylora_kernels.text.sources import may_have_columns
+from hylora_kernels.text.sources import SELF, Source, may_have_columns
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Source = Tensor | list[str] | str | Path
-SELF = "self"  # The text that the dense model writes.
 BLOCKS = 8  # Of each text, unless another limit is given.
 
 
@@ -108,7 +106,7 @@ class BreadthReport(Report):
 def breadth(
     model: nn.Module,
     texts: Mapping[str, Source] | Sequence[Source],
-    dense: nn.Module | str | Path | None = None,
+    dense: nn.Module | str | Path | BreadthReport | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     length: int = 512,
     limit: int | None = BLOCKS,
@@ -123,7 +121,7 @@ def breadth(
             gives them names. Of each the part `split` is measured.
     dense:  the model that was compressed: a module, or a hub id or folder, which is loaded to the
             device and in the dtype of `model`, measured, and freed before `model` is measured. Its
-            perplexities are kept in the cache.
+            perplexities are kept in the cache. Or breadth()'s own report of it, on the same texts.
     limit:  most blocks of each text; None: all, and of "self" 8.
     column: of those texts that are tables.
 
@@ -138,31 +136,68 @@ def breadth(
     """
     check_model(model, "evaluate")
     sources = _named(texts)
-    if not sources:
-        raise ValueError("texts must be at least one source, got none")
-    own = [name for name, source in sources.items() if _is_self(source)]
-    if own and dense is None and _is_compressed(model):
-        raise ValueError(
-            "texts: 'self' is what the dense model writes, and this model is compressed: give the "
-            "dense model with dense=NAME, or leave 'self' out"
-        )
+    own = {name: source for name, source in sources.items() if _is_self(source)}
+    others = {name: source for name, source in sources.items() if name not in own}
     read = partial(
         text_blocks,
         tokenizer=tokenizer, length=length, limit=limit, split=split, progress=progress,
         column=column,
     )  # fmt: skip
-    # Before the long work.
-    blocks = read({name: source for name, source in sources.items() if name not in own}, model)
-    writer = model if dense is None else _loaded(dense, model)
-    blocks |= read({name: SELF for name in own}, writer)
-    expected = {}
-    if dense is not None:
-        key = _model_key(writer)
-        expected = {n: _kept(writer, key, n, blocks[n], batch, progress) for n in sources}
-    del writer
+    blocks = read(model, others) if others else {}  # Before a dense model is loaded.
+    measured = dense if isinstance(dense, BreadthReport) else None
+    loaded = None if dense is None or measured else _loaded(dense, model)
+    if own:
+        blocks |= read(model if loaded is None else loaded, own)
+    expected: dict[str, Perplexity] = {}
+    if loaded is not None:
+        key = _model_key(loaded)
+        expected = {n: _kept(loaded, key, n, blocks[n], batch, progress) for n in sources}
+    elif measured is not None:
+        expected = {text.name: text for text in measured.texts}
+        if expected.keys() != blocks.keys():
+            raise ValueError(f"dense was measured on {[*expected]}, not on {[*sources]}")
+    del loaded
     gc.collect()  # A dense model that was loaded here is gone before `model` is measured.
     found = {name: perplexity(model, blocks[name], batch, progress, name) for name in sources}
     return compare(found, expected, split, None if dense is None else _name_of(dense))
+
+
+def text_blocks(
+    dense: nn.Module,
+    texts: Mapping[str, Source] | Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    length: int = 512,
+    limit: int | None = BLOCKS,
+    split: str = "test",
+    progress: bool = True,
+    column: str | None = None,
+) -> dict[str, Tensor]:
+    """name -> token ids int64 [n, L] of the texts that breadth() measures, on the CPU.
+
+    dense: the model that writes "self". The other arguments, and the errors, are breadth()'s.
+    """
+    sources, blocks = _named(texts), dict[str, Tensor]()
+    if any(map(_is_self, sources.values())) and _is_compressed(dense):
+        raise ValueError(
+            "texts: 'self' is what the dense model writes, and this model is compressed: give the "
+            "dense model with dense=NAME, or leave 'self' out"
+        )
+    if tokenizer is None and not all(isinstance(source, Tensor) for source in sources.values()):
+        tokenizer = tokenizer_of(dense)
+    for name in sorted(sources, key=lambda name: _is_self(sources[name])):  # What takes long, last.
+        source = sources[name]
+        wanted = column if may_have_columns(source) else None
+        try:
+            if _is_self(source):
+                count = limit or BLOCKS
+                ids = self_blocks(dense, tokenizer, count, length, "test", progress=progress)
+            else:
+                ids = token_blocks(source, tokenizer, length, split, limit, None, progress, wanted)
+            check_blocks(dense, ids)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"texts[{name!r}]: {error}") from error
+        blocks[name] = ids
+    return {name: blocks[name] for name in sources}
 
 
 def format_ratio(ratio: float | None) -> str:
@@ -193,46 +228,16 @@ def compare(
 # ------------------------------------------------------------------------------------------- texts
 
 
-def text_blocks(
-    texts: Mapping[str, Source] | Sequence[Source],
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    length: int = 512,
-    limit: int | None = BLOCKS,
-    split: str = "test",
-    progress: bool = True,
-    column: str | None = None,
-) -> dict[str, Tensor]:
-    """name -> token ids [n, L] of each text, that fit the model; it writes "self".
-
-    The arguments are those of breadth(). Raises ValueError or TypeError naming the text.
-    """
-    sources, blocks = _named(texts), {}
-    if tokenizer is None and not all(isinstance(source, Tensor) for source in sources.values()):
-        tokenizer = tokenizer_of(model)
-    for name, source in sources.items():
-        wanted = column if may_have_columns(source) else None
-        try:
-            if _is_self(source):
-                count = limit or BLOCKS
-                ids = self_blocks(model, tokenizer, count, length, "test", progress=progress)
-            else:
-                ids = token_blocks(source, tokenizer, length, split, limit, None, progress, wanted)
-            check_blocks(model, ids)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"texts[{name!r}]: {error}") from error
-        blocks[name] = ids
-    return blocks
-
-
 def _named(texts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
-    """name -> source. Raises ValueError for a text given twice."""
+    """name -> source. Raises ValueError for no text and for one given twice."""
     if isinstance(texts, str | Path | Tensor):
         raise TypeError(f"texts must be a list of sources, or a dict of named ones, got {texts!r}")
     if isinstance(texts, Mapping):
         pairs = list(texts.items())
     else:
         pairs = [(_name_of_text(source, place), source) for place, source in enumerate(texts)]
+    if not pairs:
+        raise ValueError("texts must be at least one source, got none")
     names = [name for name, _ in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -266,7 +271,9 @@ def _is_compressed(model: nn.Module) -> bool:
     return any(isinstance(module, SVDLoRALinear) for module in model.modules())
 
 
-def _name_of(dense: nn.Module | str | Path) -> str:
+def _name_of(dense: nn.Module | str | Path | BreadthReport) -> str:
+    if isinstance(dense, BreadthReport):
+        return dense.dense or "the dense model"
     if isinstance(dense, str | Path):
         return str(dense)
     return getattr(dense, "name_or_path", "") or type(dense).__name__

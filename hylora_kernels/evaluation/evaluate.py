@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hylora_kernels.evaluation.breadth import BLOCKS, BreadthReport, Source, breadth
+from hylora_kernels.evaluation.breadth import BLOCKS, BreadthReport, breadth
 from hylora_kernels.evaluation.perplexity import Perplexity, perplexity
 from hylora_kernels.evaluation.size import ModelSize, model_size
 from hylora_kernels.evaluation.speed import Throughput, throughput
@@ -20,7 +20,7 @@ from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.support.console import format_bytes, format_ppl, kept_removed, table
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
-from hylora_kernels.text.sources import held_out, source_name
+from hylora_kernels.text.sources import Source, held_out, source_name
 
 if TYPE_CHECKING:
     from rich.console import Group

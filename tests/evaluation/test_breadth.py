@@ -172,3 +172,13 @@ def test_evaluate_measures_several_texts(pair):
     assert text.tokens == 55 and "geometric mean" in str(alone) and "linears" in str(alone)
     with pytest.raises(ValueError, match="test goes with data, and texts are given"):
         evaluate(model, texts=TEXTS, test=TEXTS["code"], **QUIET)
+
+
+def test_a_dense_model_measured_before_is_not_measured_again(pair):
+    model, dense = pair
+    before = breadth(dense, TEXTS, **QUIET)
+    report = breadth(model, TEXTS, before, **QUIET)
+    assert report.texts == breadth(model, TEXTS, dense, **QUIET).texts
+    assert report.dense == "the dense model"
+    with pytest.raises(ValueError, match=r"dense was measured on \['prose', 'code'\], not on \['p"):
+        breadth(model, {"prose": TEXTS["prose"]}, before, **QUIET)
