@@ -207,7 +207,7 @@ def evaluate(
         optimize=optimize and loaded.device.type == "cpu",
         column=column,
         test=test,
-        texts=read_texts(texts) if texts else None,
+        texts=read_texts(texts or []),
         dense=dense,
     )
     show(report.render())

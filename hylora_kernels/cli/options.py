@@ -176,6 +176,8 @@ def _syntax(name: str, hint: Any) -> Syntax:
     if name in QUANTITIES:
         hint, read = QUANTITIES[name]
         return Syntax(str | None, hint, functools.partial(read, option=name))
+    if name == "texts":
+        return Syntax(list[str] | None, "Several with commas between, or repeated.", read_texts)
     if any(kind is dict or typing.get_origin(kind) is dict for kind in kinds):
         return Syntax(str, 'Patterns as JSON: {"mlp": 0.5, "q_proj": 64}.', read_ranks)
     if numbers:
@@ -215,13 +217,11 @@ def read_numbers(text: str, kind: type, option: str) -> list:
         ) from None
 
 
-def read_texts(values: list[str]) -> list[str]:
-    """["brown,self", "a,b.txt"] -> ["brown", "self", "a,b.txt"]: a file's name is not cut."""
-    return [
-        name.strip()
-        for value in values
-        for name in ([value] if Path(value).exists() else value.split(","))
-    ]
+def read_texts(values: list[str]) -> list[str] | None:
+    """["brown,self", "a,b.txt"] -> ["brown", "self", "a,b.txt"]: a file's name is not cut. None for
+    none."""
+    names = ([value] if Path(value).exists() else value.split(",") for value in values)
+    return [name.strip() for part in names for name in part] or None
 
 
 def read_shapes(text: str, option: str) -> list[tuple[int, int, int, int]]:

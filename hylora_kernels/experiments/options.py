@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.support.options import check_options, option, option_of
 from hylora_kernels.text.options import TextOptions
-from hylora_kernels.text.sources import KINDS
+from hylora_kernels.text.sources import KINDS, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,16 @@ class SweepOptions(CellOptions):
         TextOptions, "data", help=f"Text to train and, on a part held out, to test on: {KINDS}."
     )
     test: Tensor | list[str] | str | Path | None = option_of(TextOptions, "test")
+    texts: Mapping[str, Source] | Sequence[Source] | None = option(
+        None, "Several texts to test on in place of one, self among them.", reported=False
+    )
     column: str | None = option_of(TextOptions, "column")
     calibration: Tensor | list[str] | str | Path = option_of(CompressOptions, "calibration")
     trust_remote_code: bool = option_of(CompressOptions, "trust_remote_code")
     tokenizer: object = option_of(CompressOptions, "tokenizer")
     length: int = option_of(CompressOptions, "length", reported=False)
     samples: int = option_of(CompressOptions, "samples")
-    limit: int | None = option(16, "Most blocks to evaluate on.", least=1, reported=False)
+    limit: int | None = option(16, "Most blocks of a text to evaluate on.", least=1, reported=False)
     steps: int = option(0, "Recovery steps of a cell with adapters; 0: none.", least=0)
     device: str | torch.device = option("auto", "Device to load the model to.", reported=False)
     dtype: str | torch.dtype = option("auto", "Dtype to load the model in.", reported=False)
@@ -84,6 +87,8 @@ class SweepOptions(CellOptions):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.texts is not None and self.test is not None:
+            raise ValueError("test goes with data, and texts are given: add it to them")
         if not self.lora_rank or not (self.keep if self.rank is None else self.rank):
             raise ValueError("keep (or rank) and lora_rank must each have at least one value")
         # Each cell's options are checked before the first cell's work.

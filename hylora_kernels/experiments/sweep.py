@@ -1,4 +1,4 @@
-"""sweep(): a table of perplexity and size over keeps (or ranks) and adapter ranks."""
+"""sweep(): a table of perplexities and sizes over keeps (or ranks) and adapter ranks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hylora_kernels.compression.compress import compress
+from hylora_kernels.evaluation.breadth import (
+    BreadthReport,
+    compare,
+    format_ratio,
+    text_blocks,
+)
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.experiments.options import SweepOptions
@@ -46,6 +52,8 @@ class Cell(Report):
     params_as_is: parameters with separate adapters.
     bytes_total:  parameters and buffers in memory.
     trainable:    parameters of the adapters before they were merged.
+    ppl:          on the first text. breadth: on all of them, beside the dense model's, which is the
+                  first cell and has no ratios.
     seconds:      time to make and measure the cell.
     """
 
@@ -61,12 +69,16 @@ class Cell(Report):
     trainable: int
     steps: int
     ppl: float
+    breadth: BreadthReport
     seconds: float
 
 
 @dataclass(frozen=True)
 class SweepReport(Report):
-    """The result of sweep(). tokens: predictions behind each perplexity, in blocks of `length`."""
+    """The result of sweep().
+
+    data:   the first text. tokens: predictions behind its perplexity, in blocks of `length`.
+    """
 
     model: str
     data: str
@@ -77,13 +89,19 @@ class SweepReport(Report):
     cells: list[Cell]
 
     def render(self) -> Table:
-        """A rich table, the dense model first."""
+        """A rich table, the dense model first: of one text the perplexity, of several those and
+        their ratios to the dense model's."""
+        names = [text.name for text in self.dense.breadth.texts]
+        several = len(names) > 1
         columns = (
             "keep" if self.cells[0].rank is None else "rank",
             *("LoRA rank", "kept", "removed", "linears", "all", "separate", "memory"),
-            *("trainable", "steps", "perplexity"),
+            *("trainable", "steps"),
+            *((*names, "geometric mean", "worst") if several else ("perplexity",)),
         )
         title = f"{self.model}: perplexity over {self.tokens:,} tokens of {self.data}"
+        if several:
+            title = f"{self.model}: perplexity (ratio to dense)"
         rows = [_row(cell) for cell in (self.dense, *self.cells)]
         return table(f"{title}, blocks of {self.length}", columns, rows)
 
@@ -100,28 +118,31 @@ def sweep(model: nn.Module | str | Path, options: SweepOptions) -> SweepReport:
     """
     folder, load = Path(options.output_dir), _loader(model, options)
     dense, found = load()
-    texts = _token_blocks(dense, model, found, options)
+    texts = _texts(dense, model, found, options)
     base = fingerprint(
         model=dense,
         options=reported_options(options),
         version=importlib.metadata.version("hylora-kernels"),
-        **texts,
+        calibration=texts.calibration,
+        training=texts.training,
+        **{f"test {name}": ids for name, ids in texts.test.items()},
     )
     del dense
-    cells = []
+    cells: list[Cell] = []
     bar = tqdm(_grid(options), desc="sweep", unit="cell", disable=not options.progress)
     for asked in bar:
         file = folder / "cells" / f"{fingerprint(base=base, **asked)}.json"
         if not file.exists():
             start = time.perf_counter()
-            measured = _cell(load()[0], asked, texts, options)
+            measured = _cell(load()[0], asked, texts, options, cells[:1])
             Cell(**measured, seconds=time.perf_counter() - start).save(file)
-        cells.append(Cell(**json.loads(file.read_text(encoding="utf-8"))))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        cells.append(Cell(**found | {"breadth": BreadthReport.from_dict(found["breadth"])}))
     report = SweepReport(
         model=str(model) if isinstance(model, str | Path) else type(model).__name__,
-        data=source_name(*held_out(options.test, options.data, options.calibration)),
-        length=texts["test"].shape[1],
-        tokens=texts["test"][:, 1:].numel(),
+        data=cells[0].breadth.texts[0].name,
+        length=cells[0].breadth.texts[0].length,
+        tokens=cells[0].breadth.texts[0].tokens,
         options=reported_options(options),
         dense=cells[0],
         cells=cells[1:],
@@ -144,13 +165,22 @@ def _loader(model: nn.Module | str | Path, options: SweepOptions) -> Callable[[]
     )
 
 
-def _token_blocks(
+@dataclass(frozen=True)
+class _Texts:
+    """Token ids [n, L]. test: by name; calibration, training: None where not needed."""
+
+    test: dict[str, Tensor]
+    calibration: Tensor | None
+    training: Tensor | None
+
+
+def _texts(
     dense: nn.Module,
     model: nn.Module | str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
     options: SweepOptions,
-) -> dict[str, Tensor | None]:
-    """Token ids [n, L] for "test", "calibration" and "training"; None where not needed."""
+) -> _Texts:
+    """What the cells read, checked before the first one."""
     if options.tokenizer is not None:
         tokenizer = options.tokenizer
     elif isinstance(model, nn.Module) and not isinstance(options.data, Tensor):
@@ -159,22 +189,26 @@ def _token_blocks(
 
     def read(data: Any, split: str, limit: int | None, seed: int | None) -> Tensor:
         column = o.column if may_have_columns(data) else None
-        return token_blocks(data, tokenizer, o.length, split, limit, seed, o.progress, column)
+        blocks = token_blocks(data, tokenizer, o.length, split, limit, seed, o.progress, column)
+        check_blocks(dense, blocks)
+        return blocks
 
-    test, part = held_out(o.test, o.data, o.calibration)
-    data, rest = o.data, None
-    if test is data and o.steps and not isinstance(data, str | Path):
-        data, rest = hold_out(read(data, "all", None, None))
-    texts: dict[str, Tensor | None] = dict.fromkeys(("test", "calibration", "training"))
-    texts["test"] = read(test if rest is None else rest, part, o.limit, None)
+    data, calibration, training = o.data, None, None
+    if o.texts is None:
+        test, part = held_out(o.test, o.data, o.calibration)
+        name = source_name(test, part)
+        if test is data and o.steps and not isinstance(data, str | Path):
+            data, test = hold_out(read(data, "all", None, None))
+        tested = {name: read(test, part, o.limit, None)}
     if o.method != "svd":
-        texts["calibration"] = read(o.calibration, "train", o.samples, o.seed)
+        calibration = read(o.calibration, "train", o.samples, o.seed)
     if o.steps:
-        texts["training"] = read(data, "train", o.steps, o.seed)
-    for blocks in texts.values():
-        if blocks is not None:
-            check_blocks(dense, blocks)
-    return texts
+        training = read(data, "train", o.steps, o.seed)
+    if o.texts is not None:
+        tested = text_blocks(
+            dense, o.texts, tokenizer, o.length, o.limit, "test", o.progress, o.column
+        )
+    return _Texts(tested, calibration, training)
 
 
 def _grid(options: SweepOptions) -> list[dict[str, float]]:
@@ -183,26 +217,37 @@ def _grid(options: SweepOptions) -> list[dict[str, float]]:
     return [{}, *({name: value, "lora_rank": ra} for value in values for ra in options.lora_rank)]
 
 
-def _cell(model: nn.Module, asked: dict, texts: dict, options: SweepOptions) -> dict:
-    """Make a cell's model of the dense one and measure it: the fields of Cell but `seconds`."""
+def _cell(
+    model: nn.Module, asked: dict, texts: _Texts, options: SweepOptions, dense: list[Cell]
+) -> dict:
+    """Make a cell's model of the dense one and measure it: the fields of Cell but `seconds`.
+
+    dense: the dense model's cell, or none for itself.
+    """
     if asked:
         arguments = options.for_compress() | asked
         if "rank" in asked:
             arguments["ranks"] = {".*": arguments.pop("rank")}
-        ids = texts["calibration"]
+        ids = texts.calibration
         compress(model, calibration=ids, samples=1 if ids is None else len(ids), **arguments)
     separate, trainable = model_size(model), adapter_count(model)
     trained = bool(options.steps and trainable)
     if trained:
         finetune(
             model,
-            texts["training"],
+            texts.training,
             steps=options.steps,
             merge=False,
             seed=options.seed,
             progress=options.progress,
         )
     size = model_size(merge_adapters(model))
+    found = {
+        name: perplexity(model, ids, progress=options.progress, text=name)
+        for name, ids in texts.test.items()
+    }
+    expected = {text.name: text for cell in dense for text in cell.breadth.texts}
+    report = compare(found, expected, "test", "dense" if dense else None)
     return {
         "keep_asked": asked.get("keep"),
         "rank": asked.get("rank"),
@@ -215,7 +260,8 @@ def _cell(model: nn.Module, asked: dict, texts: dict, options: SweepOptions) -> 
         "bytes_total": size.resident_bytes,
         "trainable": trainable,
         "steps": options.steps if trained else 0,
-        "ppl": perplexity(model, texts["test"], progress=options.progress).ppl,
+        "ppl": report.texts[0].ppl,
+        "breadth": report,
     }
 
 
@@ -227,6 +273,12 @@ def adapter_count(model: nn.Module) -> int:
 
 def _row(cell: Cell) -> tuple[str | int, ...]:
     asked = cell.rank if cell.rank is not None else cell.keep_asked
+    quality, texts = [], cell.breadth.texts
+    for text in texts:
+        ratio = f" ({format_ratio(text.ratio)})" if len(texts) > 1 and text.ratio else ""
+        quality.append(f"{format_ppl(text.ppl)}{ratio}")
+    if len(texts) > 1:
+        quality += [format_ratio(cell.breadth.geometric_mean), cell.breadth.worst or "-"]
     return (
         "dense" if asked is None else f"{asked:g}",
         cell.lora_rank,
@@ -238,12 +290,25 @@ def _row(cell: Cell) -> tuple[str | int, ...]:
         format_bytes(cell.bytes_total),
         cell.trainable,
         cell.steps,
-        format_ppl(cell.ppl),
+        *quality,
     )
 
 
 def _plot(report: SweepReport, path: Path) -> None:
+    """Perplexity over the kept share; of several texts the geometric mean of their ratios, and the
+    worst ratio, dashed."""
+    several = len(report.dense.breadth.texts) > 1
     series: dict[str, list[tuple[float, float]]] = {}
+    worst: dict[str, list[tuple[float, float]]] = {}
     for cell in report.cells:
-        series.setdefault(f"LoRA rank {cell.lora_rank}", []).append((cell.kept, cell.ppl))
-    sweep_plot(series, path, "kept share of the linears", report.dense.ppl, report.model)
+        name, breadth = f"LoRA rank {cell.lora_rank}", cell.breadth
+        value = breadth.geometric_mean if several else cell.ppl
+        series.setdefault(name, []).append((cell.kept, value))
+        if several:
+            ratios = [text.ratio for text in breadth.texts if text.ratio is not None]
+            worst.setdefault(f"{name}, worst text", []).append((cell.kept, max(ratios)))
+    label = "kept share of the linears"
+    if several:
+        sweep_plot(series, path, label, 1.0, report.model, "perplexity / dense", worst)
+    else:
+        sweep_plot(series, path, label, report.dense.ppl, report.model)

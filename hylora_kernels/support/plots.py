@@ -106,16 +106,21 @@ def sweep_plot(
     xlabel: str = "keep",
     dense: float | None = None,
     title: str = "",
+    ylabel: str = "perplexity",
+    dashed: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> None:
-    """series: name -> (x, perplexity) points; dense: the untouched model's perplexity, a line."""
+    """series: name -> (x, y) points; dashed: as many more, in the same colours. dense: the y of the
+    untouched model, a line."""
     with figure(path, 6.4, 4.4) as drawing:
         axes = drawing.add_subplot()
-        for (name, points), colour in zip(series.items(), _colours(), strict=False):
-            xs, ys = zip(*sorted(points), strict=True)
-            draw_lines(axes, [Line(xs, ys, name, colour, marker="o")])
+        for lines in (series, dashed or {}):
+            for (name, points), colour in zip(lines.items(), _colours(), strict=False):
+                xs, ys = zip(*sorted(points), strict=True)
+                line = Line(xs, ys, name, colour, marker="o", dashed=lines is dashed)
+                draw_lines(axes, [line])
         if dense is not None:
             draw_reference(axes, dense, f"dense {format_ppl(dense)}")
-        axes.set(title=title, xlabel=xlabel, ylabel="perplexity")
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
         scale_log(axes)
         draw_legend(axes)
 

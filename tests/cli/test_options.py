@@ -184,6 +184,14 @@ def test_an_option_that_is_not_allowed_is_named(words, message):
         given(*words)
 
 
+def test_texts_are_named_with_commas_or_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b.txt").touch()
+    found = options.read_texts(["brown, self", "a,b.txt", "c,d.txt"])
+    assert found == ["brown", "self", "a,b.txt", "c", "d.txt"]
+    assert options.read_texts([]) is None
+
+
 def test_ranks_are_a_name_or_json():
     assert options.read_ranks("global") == "global"
     assert options.read_ranks('{"mlp": 0.5, "q_proj": 64}') == {"mlp": 0.5, "q_proj": 64}

@@ -148,6 +148,32 @@ def test_a_model_by_its_name_and_without_calibration(model, tmp_path):
     assert report.cells[0].ppl > 1 and torch.isfinite(torch.tensor(report.cells[0].ppl))
 
 
+def test_several_texts_have_ratios_their_mean_and_the_worst(model, tmp_path, capsys):
+    texts = {"prose": IDS, "code": tiny.tokens(3, 24, seed=5)}
+    report = sweeping.sweep(model, tmp_path, (0.7, 0.4), (0,), texts=texts, **OPTIONS)
+    assert report.dense.breadth.geometric_mean is None
+    for cell in report.cells:
+        for text, dense, ids in zip(
+            cell.breadth.texts, report.dense.breadth.texts, texts.values(), strict=True
+        ):
+            assert dense.ppl == perplexity(model, ids, progress=False).ppl
+            assert text.ratio == pytest.approx(text.ppl / dense.ppl)
+        ratios = {text.name: text.ratio for text in cell.breadth.texts}
+        product = ratios["prose"] * ratios["code"]
+        assert cell.breadth.geometric_mean == pytest.approx(product**0.5)
+        assert ratios[cell.breadth.worst] == max(ratios.values())
+        assert cell.ppl == cell.breadth.texts[0].ppl
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert written["cells"][1]["breadth"]["worst"] == report.cells[1].breadth.worst
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    show(report.render())
+    shown = capsys.readouterr().out
+    for text in ("prose", "code", "geometric", "worst"):
+        assert text in shown
+    with pytest.raises(ValueError, match="test goes with data, and texts are given"):
+        SweepOptions("out", texts=texts, test=IDS)
+
+
 # --------------------------------------------------------------------- text to train and to test on
 
 WORDS = " ".join(f"w{i}" for i in range(1, 41))
@@ -156,9 +182,8 @@ WORDS = " ".join(f"w{i}" for i in range(1, 41))
 def texts_of(model, data, **options):
     """The blocks that a sweep with training reads: "test", "calibration" and "training"."""
     options = {**OPTIONS, "length": 3, "steps": 9, "tokenizer": word_tokenizer(), **options}
-    return sweeping._token_blocks(
-        model, model, None, SweepOptions("out", **options | {"data": data})
-    )
+    read = sweeping._texts(model, model, None, SweepOptions("out", **options | {"data": data}))
+    return {**vars(read), "test": next(iter(read.test.values()))}
 
 
 @pytest.mark.parametrize("kind", ["file", "list", "ids"])
