@@ -74,7 +74,7 @@ def compress(
     save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
     show(report.render())
     show(report_lines(loaded))
-    if report.calibration:
+    if report.sources:
         show(report.text_line())
     seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
     show(f"time: {seconds}; peak memory {format_bytes(report.peak_rss)}")
@@ -323,6 +323,7 @@ def sweep(
     """A table of perplexity and size over keeps (or ranks) and adapter ranks; resumable."""
     from hylora_kernels.experiments.sweep import sweep as run
     from hylora_kernels.model.load import load_tokenizer
+    from hylora_kernels.text.mix import calibrated_on
 
     report = run(
         model,
@@ -334,6 +335,8 @@ def sweep(
         **options,
     )
     show(report.render())
+    if report.sources:
+        show(calibrated_on(report.sources))
     write_report(report, json_path)
     show(f"written to {out}: sweep.json, sweep.png")
 

@@ -6,15 +6,17 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hylora_kernels.support.options import check_option, describe_option
-from hylora_kernels.text.sources import KINDS
+from hylora_kernels.text.files import find_file
+from hylora_kernels.text.sources import KINDS, Mix, Source
 
 Argument, Option = typer.Argument, typer.Option
 
@@ -152,6 +154,8 @@ def _parameter(
     """The field `name` as a parameter that typer reads."""
     field = fields[name]
     default = field.default
+    if isinstance(default, str) and syntax.type == list[str] | None:
+        default = [default]
     if isinstance(default, tuple):
         default = ",".join(f"{value:g}" for value in default)
     words = [flag for flag in FLAGS.get(name, []) if flag[2:] not in fields.keys() - {name}]
@@ -177,7 +181,9 @@ def _syntax(name: str, hint: Any) -> Syntax:
         hint, read = QUANTITIES[name]
         return Syntax(str | None, hint, functools.partial(read, option=name))
     if name == "texts":
-        return Syntax(list[str] | None, "Several with commas between, or repeated.", read_texts)
+        return Syntax(list[str] | None, SEVERAL, read_texts)
+    if Mix in kinds:
+        return Syntax(list[str] | None, f"{SEVERAL} NAME:BLOCKS takes so many blocks.", read_mix)
     if any(kind is dict or typing.get_origin(kind) is dict for kind in kinds):
         return Syntax(str, 'Patterns as JSON: {"mlp": 0.5, "q_proj": 64}.', read_ranks)
     if numbers:
@@ -217,11 +223,43 @@ def read_numbers(text: str, kind: type, option: str) -> list:
         ) from None
 
 
+SEVERAL = "Several with commas between, or repeated."
+
+
 def read_texts(values: list[str]) -> list[str] | None:
-    """["brown,self", "a,b.txt"] -> ["brown", "self", "a,b.txt"]: a file's name is not cut. None for
-    none."""
-    names = ([value] if Path(value).exists() else value.split(",") for value in values)
-    return [name.strip() for part in names for name in part] or None
+    """["brown,self", "a,b.txt"] -> ["brown", "self", "a,b.txt"] if there is a file a,b.txt. None
+    for none."""
+    return [name for value in values for name in _names(value)] or None
+
+
+def read_mix(values: list[str]) -> Source | Mix | None:
+    """["a.txt,self:64"] -> [("a.txt", None), ("self", 64)]; one name without a number as it is."""
+    mix: Mix = [_with_blocks(name) for name in read_texts(values) or []]
+    if len(mix) == 1 and mix[0][1] is None:
+        return mix[0][0]
+    return mix or None
+
+
+def _names(text: str) -> Iterator[str]:
+    """The names between commas; that of a file which exists may have some itself."""
+    pieces = text.split(",")
+    while pieces:
+        names = ((n, ",".join(pieces[:n])) for n in range(len(pieces), 1, -1))
+        count, name = next((found for found in names if _exists(found[1])), (1, pieces[0]))
+        yield name.strip()
+        del pieces[:count]
+
+
+def _with_blocks(text: str) -> tuple[str, int | None]:
+    """ "self:64" -> ("self", 64); "self", or a file of that very name, -> (text, None)."""
+    name, _, blocks = text.rpartition(":")
+    is_counted = name and blocks.isdecimal() and not os.path.exists(text)
+    return (name, int(blocks)) if is_counted else (text, None)
+
+
+def _exists(text: str) -> bool:
+    path = find_file(_with_blocks(text)[0])
+    return path is not None and path.exists()
 
 
 def read_shapes(text: str, option: str) -> list[tuple[int, int, int, int]]:

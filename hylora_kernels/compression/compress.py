@@ -42,8 +42,8 @@ from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.options import reported_options, takes_options
 from hylora_kernels.support.storage import require_disk
 from hylora_kernels.support.timing import timed
-from hylora_kernels.text.blocks import token_blocks
-from hylora_kernels.text.sources import source_name
+from hylora_kernels.text.mix import Part, mixed_blocks
+from hylora_kernels.text.sources import texts_in
 
 
 @takes_options(CompressOptions)
@@ -100,7 +100,7 @@ class Compression:
             # Fail early: feasibility depends on costs only, so any singular values will do here.
             any_values = {t: torch.ones(min(t.shape), device="cpu") for t in self.structure.targets}
             self.keep = self.budget.keep(options, partial(self._ranks, any_values))
-            self.ids = None if options.method == "svd" else self._token_ids(tokenizer)
+            self.ids, sources = (None, []) if options.method == "svd" else self._text(tokenizer)
             if options.refit:  # A chain that can't be run is refused before the long work, too.
                 assert self.ids is not None, "a refit reads text"
                 record(self.model, self.structure.blocks, self.ids[:2, :64])
@@ -114,8 +114,7 @@ class Compression:
             body_parameters=body_parameters(self.model),
             skipped=skipped_parameters(self.model, self.structure.paths, self.structure.skipped),
             seconds=seconds,
-            calibration="" if self.ids is None else source_name(options.calibration, options.split),
-            calibration_blocks=0 if self.ids is None else len(self.ids),
+            sources=sources,
         )
         warn_if_little(
             self.report.dense_parameters, self.report.body_parameters, self.report.skipped
@@ -298,15 +297,23 @@ class Compression:
         shared = o.form, o.rank_multiple, o.lora_rank, o.count
         return [curve(t.path, t.shape, S, *shared) for t, S in singular_values.items()]
 
-    def _token_ids(self, tokenizer: Any) -> Tensor:
+    def _text(self, tokenizer: Any) -> tuple[Tensor, list[Part]]:
         o = self.options
-        if not isinstance(o.calibration, Tensor):
+        if not all(isinstance(text, Tensor) for text in texts_in(o.calibration)):
             tokenizer = tokenizer or tokenizer_of(self.model)
-        ids = token_blocks(
-            o.calibration, tokenizer, o.length, o.split, o.samples, o.seed, o.progress, o.column
+        ids, parts = mixed_blocks(
+            o.calibration,
+            self.model,
+            tokenizer,
+            o.length,
+            split=o.split,
+            seed=o.seed,
+            progress=o.progress,
+            column=o.column,
+            blocks=o.samples,
         )
         check_blocks(self.model, ids)
-        return ids
+        return ids, parts
 
 
 def _load(

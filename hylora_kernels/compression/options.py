@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hylora_kernels.layers.factors import FORMS
 from hylora_kernels.support.options import check_options, option, option_of
+from hylora_kernels.text.blocks import BLOCKS
+from hylora_kernels.text.mix import check_mix
 from hylora_kernels.text.options import TextOptions
+from hylora_kernels.text.sources import Mix, Source, is_mix
 
 METHODS = ("two_sided", "whitened", "svd")
 POLICIES = ("global", "uniform", "energy")
@@ -31,9 +33,13 @@ class CompressOptions:
     target_params: parameters of the whole model, embeddings included, a tied one once.
     target_mb:   bytes of the whole model's file of weights in the dtype that it has, in units of
                  1e6. Both targets are met from below and count adapters as `count` says.
-    calibration: int64 token ids [n, L]; or texts, a file, a data set, of which `samples` blocks of
-                 `length` tokens are drawn by `seed`. Method "svd" does not read it.
-                 text.blocks.token_blocks says what it, split and column may be.
+    calibration: a list of (source, blocks) is read as it is: blocks of `length` tokens, drawn by
+                 `seed`. A source is a list of texts, a name, a file, a data set, token ids, as
+                 text.blocks.token_blocks says (of split and column, too), or "self", the text that
+                 the model writes. One such text alone is read with "self" and "stdlib", in blocks
+                 4 : 2 : 1, so that the model keeps what the text is not about; None is these two.
+                 int64 token ids [n, L], "self" or "stdlib" are read alone (text.mix.default_mix).
+                 Method "svd" reads nothing.
     method:      "two_sided" whitens by inputs and output gradients (GFWSVD, arXiv:2505.17974, here
                  with one budget for all layers), "whitened" by inputs (SVD-LLM, arXiv:2403.07378),
                  "svd" not at all.
@@ -58,7 +64,7 @@ class CompressOptions:
     target_mb: float | None = option(
         None, "In place of keep: size of the whole model's file in MB, at most.", keyword=True
     )
-    calibration: Tensor | list[str] | str | Path = option_of(TextOptions, "calibration")
+    calibration: Source | Mix | None = option_of(TextOptions, "calibration")
     method: str = option(
         "two_sided",
         "Norm of the truncation: by inputs and output gradients, by inputs, or plain.",
@@ -96,7 +102,11 @@ class CompressOptions:
     )
     split: str = option_of(TextOptions, "split")
     column: str | None = option_of(TextOptions, "column")
-    samples: int = option(128, "Blocks of calibration text.", least=1)
+    samples: int = option(
+        BLOCKS,
+        "Blocks of the calibration text; half as many of self and a quarter of stdlib.",
+        least=1,
+    )
     length: int = option(512, "Tokens in a block.", least=2)
     refit_samples: int = option(32, "Blocks of calibration text that the refit reads.", least=1)
     max_memory: int | None = option(
@@ -115,6 +125,8 @@ class CompressOptions:
         if self.refit is None:
             object.__setattr__(self, "refit", self.method != "svd")
         check_options(self)
+        if is_mix(self.calibration):
+            check_mix(self.calibration, "calibration")
         self._check_budget()
         if self.refit and self.method == "svd":
             raise ValueError(

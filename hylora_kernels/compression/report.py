@@ -12,6 +12,7 @@ from torch import nn
 from hylora_kernels.model.coverage import Skipped, skipped_table
 from hylora_kernels.support.console import kept_table
 from hylora_kernels.support.report import Report
+from hylora_kernels.text.mix import Part, calibrated_on
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -52,7 +53,8 @@ class CompressReport(Report):
                       left alone.
     unreached:        paths of the experts' linears that no calibration token was routed to: they
                       are cut by a plain SVD, to about the rank of the least of their siblings.
-    calibration:      the text, and the part of it that was read; "" for method "svd".
+    sources:          the texts that were read, and the blocks and tokens of each; none for method
+                      "svd".
     seconds:          by stage: load, calibrate, factorize, refit, replace.
     peak_rss:         the largest resident memory of the process so far, bytes.
     """
@@ -76,8 +78,7 @@ class CompressReport(Report):
     unreached: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss: int = 0
-    calibration: str = ""
-    calibration_blocks: int = 0
+    sources: list[Part] = field(default_factory=list)
 
     def render(self) -> Group:
         """Rich tables: parameters kept and removed, and what was left alone."""
@@ -98,15 +99,8 @@ class CompressReport(Report):
         return Group(*parts)
 
     def text_line(self) -> str:
-        """The text that was read; "" for method "svd"."""
-        if not self.calibration:
-            return ""
-        blocks, asked = self.calibration_blocks, self.options["samples"]
-        of = f" of {asked} asked for" if blocks < asked else ""
-        return (
-            f"calibrated on {self.calibration}: {self.calibration_tokens:,} tokens in {blocks} "
-            f"blocks{of}"
-        )
+        """The texts that were read, with the blocks and tokens of each; "" for method "svd"."""
+        return calibrated_on(self.sources)
 
     def count(self, model: nn.Module) -> None:
         """Fill in the totals, from `layers` and the compressed model."""

@@ -18,6 +18,8 @@ from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.support.console import table
 from hylora_kernels.support.plots import spectrum_plot
 from hylora_kernels.support.report import Report
+from hylora_kernels.text.blocks import BLOCKS
+from hylora_kernels.text.sources import Mix, Source
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,10 +92,10 @@ class SpectrumReport(Report):
 def analyze_spectrum(
     model: nn.Module,
     method: str = "svd",
-    calibration: Tensor | list[str] | str | Path = "brown",
+    calibration: Source | Mix | None = None,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
-    samples: int = 128,
+    samples: int = BLOCKS,
     length: int = 512,
     tokenizer: PreTrainedTokenizerBase | None = None,
     cache: bool | str | Path = True,

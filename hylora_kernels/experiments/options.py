@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.support.options import check_options, option, option_of
 from hylora_kernels.text.options import TextOptions
-from hylora_kernels.text.sources import KINDS, Source
+from hylora_kernels.text.sources import KINDS, Mix, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +65,15 @@ class SweepOptions(CellOptions):
     rank: Sequence[int] | None = option(
         None, "Total ranks of all linears, in place of keep.", reported=False
     )
-    data: Tensor | list[str] | str | Path = option_of(
+    data: Source = option_of(
         TextOptions, "data", help=f"Text to train and, on a part held out, to test on: {KINDS}."
     )
-    test: Tensor | list[str] | str | Path | None = option_of(TextOptions, "test")
+    test: Source | None = option_of(TextOptions, "test")
     texts: Mapping[str, Source] | Sequence[Source] | None = option(
         None, "Several texts to test on in place of one, self among them.", reported=False
     )
     column: str | None = option_of(TextOptions, "column")
-    calibration: Tensor | list[str] | str | Path = option_of(CompressOptions, "calibration")
+    calibration: Source | Mix | None = option_of(CompressOptions, "calibration")
     trust_remote_code: bool = option_of(CompressOptions, "trust_remote_code")
     tokenizer: object = option_of(CompressOptions, "tokenizer")
     length: int = option_of(CompressOptions, "length", reported=False)

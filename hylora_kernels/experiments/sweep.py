@@ -36,7 +36,8 @@ from hylora_kernels.support.options import reported_options, takes_options
 from hylora_kernels.support.plots import sweep_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import hold_out, token_blocks
-from hylora_kernels.text.sources import held_out, may_have_columns, source_name
+from hylora_kernels.text.mix import Part, mixed_blocks
+from hylora_kernels.text.sources import held_out, may_have_columns, source_name, texts_in
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +78,8 @@ class Cell(Report):
 class SweepReport(Report):
     """The result of sweep().
 
-    data:   the first text. tokens: predictions behind its perplexity, in blocks of `length`.
+    data:    the first text. tokens: predictions behind its perplexity, in blocks of `length`.
+    sources: the texts that all cells were calibrated on; none for method "svd".
     """
 
     model: str
@@ -87,6 +89,7 @@ class SweepReport(Report):
     options: dict
     dense: Cell
     cells: list[Cell]
+    sources: list[Part]
 
     def render(self) -> Table:
         """A rich table, the dense model first: of one text the perplexity, of several those and
@@ -146,6 +149,7 @@ def sweep(model: nn.Module | str | Path, options: SweepOptions) -> SweepReport:
         options=reported_options(options),
         dense=cells[0],
         cells=cells[1:],
+        sources=texts.sources,
     )
     report.save(folder / "sweep.json")
     _plot(report, folder / "sweep.png")
@@ -167,10 +171,12 @@ def _loader(model: nn.Module | str | Path, options: SweepOptions) -> Callable[[]
 
 @dataclass(frozen=True)
 class _Texts:
-    """Token ids [n, L]. test: by name; calibration, training: None where not needed."""
+    """Token ids [n, L]. test: by name; calibration (of `sources`), training: None where not
+    needed."""
 
     test: dict[str, Tensor]
     calibration: Tensor | None
+    sources: list[Part]
     training: Tensor | None
 
 
@@ -181,11 +187,12 @@ def _texts(
     options: SweepOptions,
 ) -> _Texts:
     """What the cells read, checked before the first one."""
-    if options.tokenizer is not None:
-        tokenizer = options.tokenizer
-    elif isinstance(model, nn.Module) and not isinstance(options.data, Tensor):
-        tokenizer = tokenizer_of(dense)
     o = options
+    to_read = [o.data, *(texts_in(o.calibration) if o.method != "svd" else ())]
+    if o.tokenizer is not None:
+        tokenizer = o.tokenizer
+    elif isinstance(model, nn.Module) and not all(isinstance(t, Tensor) for t in to_read):
+        tokenizer = tokenizer_of(dense)
 
     def read(data: Any, split: str, limit: int | None, seed: int | None) -> Tensor:
         column = o.column if may_have_columns(data) else None
@@ -193,7 +200,7 @@ def _texts(
         check_blocks(dense, blocks)
         return blocks
 
-    data, calibration, training = o.data, None, None
+    data, calibration, sources, training = o.data, None, [], None
     if o.texts is None:
         test, part = held_out(o.test, o.data, o.calibration)
         name = source_name(test, part)
@@ -201,14 +208,25 @@ def _texts(
             data, test = hold_out(read(data, "all", None, None))
         tested = {name: read(test, part, o.limit, None)}
     if o.method != "svd":
-        calibration = read(o.calibration, "train", o.samples, o.seed)
+        has_columns = any(map(may_have_columns, texts_in(o.calibration)))
+        calibration, sources = mixed_blocks(
+            o.calibration,
+            dense,
+            tokenizer,
+            o.length,
+            seed=o.seed,
+            progress=o.progress,
+            column=o.column if has_columns else None,
+            blocks=o.samples,
+        )
+        check_blocks(dense, calibration)
     if o.steps:
         training = read(data, "train", o.steps, o.seed)
     if o.texts is not None:
         tested = text_blocks(
             dense, o.texts, tokenizer, o.length, o.limit, "test", o.progress, o.column
         )
-    return _Texts(tested, calibration, training)
+    return _Texts(tested, calibration, sources, training)
 
 
 def _grid(options: SweepOptions) -> list[dict[str, float]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hylora_kernels.model.context import check_context
+from hylora_kernels.support.console import note
 from hylora_kernels.text.blocks import BLOCKS, token_blocks
 from hylora_kernels.text.sources import (
     SELF,
@@ -43,6 +44,15 @@ class Part:
     blocks: int
     tokens: int
     asked: int
+
+    def __str__(self) -> str:
+        of = f" of {self.asked} asked for" if self.blocks < self.asked else ""
+        return f"{self.name}: {self.tokens:,} tokens in {self.blocks} blocks{of}"
+
+
+def calibrated_on(parts: Sequence[Part]) -> str:
+    """The blocks and tokens of each source in a line; "" for none."""
+    return f"calibrated on {'; '.join(map(str, parts))}" if parts else ""
 
 
 def default_mix(data: Source | Mix | None = None, blocks: int = BLOCKS) -> list[tuple[Source, int]]:
@@ -91,7 +101,7 @@ def check_mix(mix: Any, name: str = "data") -> None:
 
 
 def mixed_blocks(
-    mix: Sequence[tuple[Source, int]],
+    mix: Source | Mix | None,
     model: nn.Module | None,
     tokenizer: PreTrainedTokenizerBase | None,
     length: int = 512,
@@ -100,10 +110,11 @@ def mixed_blocks(
     seed: int = 0,
     progress: bool = True,
     column: str | None = None,
+    blocks: int = BLOCKS,
 ) -> tuple[Tensor, list[Part]]:
     """Blocks of tokens [n, length], int64, on the CPU, of all sources, and what each one gave.
 
-    mix:    (source, blocks) pairs; a source is what token_blocks takes, or "self", the text that
+    mix, blocks: as for default_mix; a source is what token_blocks takes, or "self", the text that
             `model` writes. The blocks are interleaved in proportion: any first blocks hold all
             sources.
     part:   "calibration" takes the first blocks of a seeded permutation of a source, "recovery" the
@@ -112,22 +123,27 @@ def mixed_blocks(
     split, column: of all texts but "stdlib" beside others, which is read in its part for training,
             and of all that have columns.
 
-    Raises the errors of token_blocks and check_mix, ValueError for a mix that can't be had.
+    A model that can't write leaves out a "self" that only default_mix has added, as a line on
+    stderr says. Raises the errors of token_blocks and check_mix, and ValueError for sources whose
+    blocks are not of one length.
 
         ids, parts = mixed_blocks([("my.txt", 128), ("self", 64)], model, tokenizer)
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {PARTS}, got {part!r}")
-    check_mix(mix)
-    has_columns = [may_have_columns(source) for source, _ in mix]
+    entries = default_mix(mix, blocks)
+    has_columns = [may_have_columns(source) for source, _ in entries]
     found, parts = [], []
-    for (source, count), has_column in zip(mix, has_columns, strict=True):
-        here = "train" if len(mix) > 1 and source == STDLIB else split
+    for (source, count), has_column in zip(entries, has_columns, strict=True):
+        here = "train" if source == STDLIB and len(entries) > 1 else split
         name = source_name(source, here)
         if source == SELF:
-            blocks = _self_blocks(model, tokenizer, count, length, part, seed, progress)
+            may_fail = len(entries) > 1 and not is_mix(mix)
+            ids = _self_blocks(model, tokenizer, count, length, part, seed, progress, may_fail)
+            if ids is None:
+                continue
         else:
-            blocks = token_blocks(
+            ids = token_blocks(
                 source,
                 tokenizer,
                 length,
@@ -139,13 +155,13 @@ def mixed_blocks(
                 column if has_column or not any(has_columns) else None,
                 last=part == "recovery",
             )
-        if found and blocks.shape[1] != found[0].shape[1]:
+        if found and ids.shape[1] != found[0].shape[1]:
             raise ValueError(
-                f"{name} has blocks of {blocks.shape[1]} tokens, and {parts[0].name} of "
+                f"{name} has blocks of {ids.shape[1]} tokens, and {parts[0].name} of "
                 f"{found[0].shape[1]}: a mix has one length"
             )
-        found.append(blocks)
-        parts.append(Part(name, len(blocks), blocks.numel(), count))
+        found.append(ids)
+        parts.append(Part(name, len(ids), ids.numel(), count))
     return interleave(found), parts
 
 
@@ -163,10 +179,20 @@ def _self_blocks(
     part: str,
     seed: int,
     progress: bool,
-) -> Tensor:
-    from hylora_kernels.text.self_text import self_blocks
+    may_fail: bool,
+) -> Tensor | None:
+    """The model's own text; None where it can't write and `may_fail`."""
+    from hylora_kernels.text.self_text import self_blocks  # transformers: --help needs neither.
 
-    if model is None:
-        raise ValueError(f"{SELF!r} is the text that a model writes, and no model is given")
+    if model is None or tokenizer is None:
+        raise ValueError(f"{SELF!r} is text that a model writes: give the model and its tokenizer")
     check_context(model, length)
-    return self_blocks(model, tokenizer, count, length, part, seed, progress)
+    try:
+        return self_blocks(model, tokenizer, count, length, part, seed, progress)
+    except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # A model's own generation may fail in any way.
+        if not may_fail:
+            raise
+        note(f"{SELF}: left out, since the model can't write: {type(error).__name__}: {error}")
+        return None

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-from torch import Tensor
 
 from hylora_kernels.support.options import option
-from hylora_kernels.text.sources import KINDS
-
-Data = Tensor | list[str] | str | Path
+from hylora_kernels.text.sources import KINDS, SELF, Mix, Source
 
 
 @dataclass(frozen=True)
 class TextOptions:
     """As token_blocks takes them."""
 
-    data: Data = option("brown", f"Text to train on: {KINDS}.", reported=False)
-    calibration: Data = option("brown", f"Text to calibrate on: {KINDS}.", reported=False)
-    test: Data | None = option(
+    data: Source = option("brown", f"Text to train on: {KINDS}.", reported=False)
+    calibration: Source | Mix | None = option(
+        None,
+        f"Text to calibrate on: {KINDS}, or {SELF}: text that the model writes. One text is read "
+        "with self and stdlib beside it, which are also the default.",
+        reported=False,
+    )
+    test: Source | None = option(
         None, "Another text to test on, in place of the held-out part of data.", reported=False
     )
     split: str = option(

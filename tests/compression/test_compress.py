@@ -285,10 +285,11 @@ def test_a_model_from_a_folder_and_texts(tmp_path):
     model = tiny.llama(vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    options = SMALL | {"samples": 3, "length": 10, "device": "cpu", "dtype": torch.float32}
-    found, report = compress(tmp_path, 0.7, [text], cache=False, **options)
+    options = SMALL | {"length": 10, "device": "cpu", "dtype": torch.float32}
+    alone = [([text], 3)]
+    found, report = compress(tmp_path, 0.7, alone, cache=False, **options)
     assert report.calibration_tokens == 30
-    direct, _ = compress(model, 0.7, [text], tokenizer=tokenizer, cache=False, **options)
+    direct, _ = compress(model, 0.7, alone, tokenizer=tokenizer, cache=False, **options)
     assert_same(found, direct)
 
 

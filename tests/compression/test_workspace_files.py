@@ -226,13 +226,14 @@ class Reversed:
 
 
 SOME = {"include": ["gate_proj", "down_proj"]}
-BASE = SOME | {"calibration": TEXTS, "tokenizer": word_tokenizer(), "length": 8, "samples": 5}
+BASE = SOME | {"tokenizer": word_tokenizer(), "length": 8, "samples": 5}
+BASE |= {"calibration": [(TEXTS, None)]}
 FACTORS, REFIT, NEITHER = "factors", "refit", "neither"
 # A changed option -> the key that changes: of the factors (and so of the refit in their folder), of
 # the refit alone, or neither, since the option changes no number in the files.
 CHANGES = {
     "keep": (0.5, REFIT),
-    "calibration": (TEXTS[1:], FACTORS),
+    "calibration": ([(TEXTS[1:], None)], FACTORS),
     "method": ("whitened", FACTORS),
     "ranks": ("uniform", REFIT),
     "lora_rank": (8, NEITHER),  # The total rank is the same.

@@ -192,7 +192,7 @@ def test_no_token_is_trained_and_tested_on(kind, model, tmp_path):
     (tmp_path / "a[1].txt").write_text(WORDS)
     ids = torch.arange(1, 41).view(-1, 4)
     data = {"file": tmp_path / "a[1].txt", "list": [WORDS], "ids": ids}[kind]
-    read = texts_of(model, data, calibration=data if kind == "file" else IDS % 40)
+    read = texts_of(model, data, calibration=[(data, 9)] if kind == "file" else IDS % 40)
     trained, tested = (set(read[name].flatten().tolist()) for name in ("training", "test"))
     assert trained and tested and not trained & tested
     if kind == "file":
