@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hylora_kernels.compression.factors import Factors
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.model.structure import Structure
-from hylora_kernels.support.cache import cache_dir, load_tensors, save_tensors
+from hylora_kernels.support.cache import Files, cache_dir
 from hylora_kernels.support.hashing import fingerprint
 
 
@@ -38,39 +38,6 @@ def open_workspace(
         groups=[group.paths for group in structure.groups],
     )
     return Workspace(key, options.cache)
-
-
-class Files:
-    """A folder of files of tensors, each with a checksum.
-
-    name: stands for all that the content depends on.
-    """
-
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-
-    def path(self, part: str) -> Path:
-        return self.folder / f"{part}.safetensors"
-
-    def save(self, part: str, tensors: dict[str, Tensor]) -> None:
-        save_tensors(self.path(part), tensors, f"{self.name}/{part}")
-
-    def find(self, part: str) -> dict[str, Tensor] | None:
-        """The tensors of a whole file, None where there is none."""
-        return load_tensors(self.path(part), f"{self.name}/{part}")
-
-    def load(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a file that was found or saved before.
-
-        Raises OSError naming the file if it is no longer what it was.
-        """
-        tensors = self.find(part)
-        if tensors is None:
-            raise OSError(
-                f"{self.path(part)} was deleted or damaged while it was needed: the same command"
-                " again goes on where this one stopped"
-            )
-        return tensors
 
 
 class Refits(Files):

@@ -7,12 +7,15 @@ all of them at once halve the speed of training on a CPU. 64 rows stay in its ca
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hylora_kernels.model.modules import eval_mode
+
+RowsOfLogits = Callable[[slice], Tensor]
 
 # model -> path of its body, None where there is none. A path keeps no module alive.
 _bodies: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -22,36 +25,42 @@ def token_loss(
     model: nn.Module,
     ids: Tensor,
     chunk: int = 64,
-    teacher: nn.Module | None = None,
+    teacher_logits: RowsOfLogits | None = None,
     distill: float = 0.0,
 ) -> tuple[Tensor, int]:
-    """ids int64 [n, L] -> (sum of the n (L - 1) next-token losses in nats, float32; n (L - 1)).
+    """ids int64 [n, L] -> (sum of the n (L - 1) losses in nats, float32; n (L - 1)).
 
-    chunk:   rows of logits made at a time.
-    teacher: a causal LM with the same vocabulary. The loss is then (1 - distill) * cross-entropy +
-             distill * cross-entropy against the teacher's distribution.
+    chunk:          rows of logits made at a time.
+    teacher_logits: rows of the n (L - 1) predictions -> the logits [rows, words] of a teacher with
+                    the same vocabulary. The loss is then (1 - distill) * cross-entropy + distill *
+                    KL(teacher || model), which is 0 where the two agree.
 
     Differentiable with respect to everything below the output head. Where `body_of` finds no body,
     and for a head that learns, the model's own logits are used, all at once.
     """
     labels = ids[:, 1:].flatten()
-    body = None if _head_learns(model) else body_of(model, ids)
-    teacher_body = body_of(teacher, ids) if teacher is not None and distill else None
-    if body is None or (distill and teacher_body is None):
-        with torch.no_grad():
-            soft = _logits(teacher, ids) if distill else None
+    rows_of = teacher_logits if distill else None
+    if _head_learns(model) or head_of(model, ids) is None:
+        soft = rows_of(slice(None)) if rows_of else None
         return _mixed_loss(_logits(model, ids), labels, soft, distill), labels.numel()
-    hidden, head = _hidden(body, ids), model.get_output_embeddings()
-    with torch.no_grad():
-        teacher_hidden = _hidden(teacher_body, ids) if distill else None
-    teacher_head = teacher.get_output_embeddings() if distill else None
-    loss = _ChunkedLoss.apply(hidden, head, labels, chunk, teacher_hidden, teacher_head, distill)
-    return loss, labels.numel()
+    hidden, head = head_inputs(model, ids), model.get_output_embeddings()
+    return _ChunkedLoss.apply(hidden, head, labels, chunk, rows_of, distill), labels.numel()
 
 
-def _hidden(body: nn.Module, ids: Tensor) -> Tensor:
-    """The hidden states [n (L - 1), d] that predict ids[:, 1:]."""
+def head_inputs(model: nn.Module, ids: Tensor) -> Tensor:
+    """What the output head reads to predict ids[:, 1:]: the last hidden states [n (L - 1), d].
+
+    The logits [n (L - 1), words] themselves where `body_of` finds no body.
+    """
+    body = body_of(model, ids)
+    if body is None:
+        return _logits(model, ids)
     return body(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
+
+
+def head_of(model: nn.Module, ids: Tensor) -> nn.Module | None:
+    """The module that makes logits of head_inputs(); None where they are the logits."""
+    return None if body_of(model, ids) is None else model.get_output_embeddings()
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -99,29 +108,27 @@ def _head_learns(model: nn.Module) -> bool:
 def _mixed_loss(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, distill: float
 ) -> Tensor:
-    logits = logits.float()
-    loss = F.cross_entropy(logits, labels, reduction="sum")
+    log_p = logits.float().log_softmax(-1)
+    loss = F.nll_loss(log_p, labels, reduction="sum")
     if teacher_logits is None:
         return loss
-    soft = F.cross_entropy(logits, teacher_logits.float().softmax(-1), reduction="sum")
-    return (1 - distill) * loss + distill * soft
+    log_q = teacher_logits.float().log_softmax(-1)
+    divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    return (1 - distill) * loss + distill * divergence
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradient of hidden in the forward, chunk by chunk: no logits are kept."""
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, chunk, teacher_hidden, teacher_head, distill):
+    def forward(ctx, hidden, head, labels, chunk, teacher_logits, distill):
         losses, grad = [], torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
-            with torch.no_grad():
-                teacher_logits = (
-                    teacher_head(teacher_hidden[rows]) if teacher_head is not None else None
-                )
+            soft = teacher_logits(rows) if teacher_logits else None
             with torch.set_grad_enabled(grad is not None):
                 part = hidden[rows].detach().requires_grad_(grad is not None)
-                loss = _mixed_loss(head(part), labels[rows], teacher_logits, distill)
+                loss = _mixed_loss(head(part), labels[rows], soft, distill)
                 if grad is not None:
                     (grad[rows],) = torch.autograd.grad(loss, part)
             losses.append(loss.detach())
@@ -130,4 +137,4 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        return ctx.grad * dloss.to(ctx.grad.dtype), None, None, None, None, None, None
+        return ctx.grad * dloss.to(ctx.grad.dtype), None, None, None, None, None

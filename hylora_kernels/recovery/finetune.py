@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -15,10 +16,12 @@ from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters
-from hylora_kernels.recovery.options import FinetuneOptions
+from hylora_kernels.recovery.options import FinetuneOptions, GivenTeacher
 from hylora_kernels.recovery.recipe import Recipe, frozen_hash
-from hylora_kernels.recovery.run import Run, training_mode
+from hylora_kernels.recovery.run import Run, taken_rows, training_mode
+from hylora_kernels.recovery.teacher import Teacher, load_teacher, run_teacher, set_aside
 from hylora_kernels.support.console import format_seconds, table
+from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.options import takes_options
 from hylora_kernels.support.plots import loss_plot
 from hylora_kernels.support.report import Report
@@ -104,17 +107,17 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     is_merged = _is_merged(model, options.lora_rank)
     if not is_merged:
         adapter_parameters(model)  # raises if there are none
-    _check_teacher(model, options.teacher)
     accelerator = Accelerator(mixed_precision="no")
-    blocks = _training_blocks(model, options, accelerator)
+    blocks, teacher = _prepare(model, options, accelerator)
     if is_merged:
         renew_adapters(model, options.lora_rank or LORA_RANK, options.seed)
     adapters = adapter_parameters(model)
     freeze_all_but_adapters(model)
-    recipe = Recipe.of(options, model, adapters, blocks, accelerator.num_processes)
+    key = teacher.key if teacher else ""
+    recipe = Recipe.of(options, model, adapters, blocks, key, accelerator.num_processes)
     total = sum(p.numel() for p in model.parameters())
     with training_mode(model, adapters, options.gradient_checkpointing):
-        run = Run(model, adapters, blocks, recipe, options, accelerator)
+        run = Run(model, adapters, blocks, recipe, options, accelerator, teacher)
         if options.resume:
             run.load()
         stopped = run.train()
@@ -160,32 +163,52 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return adapters
 
 
+def _prepare(
+    model: nn.Module, options: FinetuneOptions, accelerator: Accelerator
+) -> tuple[Tensor, Teacher | None]:
+    """(the token blocks, int64 [n, L], in the order in which the steps take them; the teacher with
+    its states of those that this process takes).
+
+    A teacher that is loaded for this is freed at the end.
+    """
+    device, given = input_device(model), options.teacher
+    if given is None or isinstance(given, nn.Module):
+        return _with_teacher(model, given, options, accelerator, device)
+    with set_aside(model):
+        return _with_teacher(model, given, options, accelerator, device)
+
+
+def _with_teacher(
+    model: nn.Module,
+    given: GivenTeacher | None,
+    options: FinetuneOptions,
+    accelerator: Accelerator,
+    device: torch.device,
+) -> tuple[Tensor, Teacher | None]:
+    """_prepare() with the model where it is; device: of the training."""
+    dense = None if given is None else load_teacher(given, model, device)
+    blocks = _training_blocks(model, options, accelerator)
+    if dense is None or not options.distill:
+        return blocks, None
+    own = blocks[taken_rows(options, len(blocks), accelerator).unique()]
+    shown = options.progress and accelerator.is_main_process
+    return blocks, run_teacher(dense, model, own, device, shown)
+
+
 def _training_blocks(
     model: nn.Module, options: FinetuneOptions, accelerator: Accelerator
 ) -> Tensor:
-    """The token blocks, int64 [n, L]: of a text, no more than the steps take."""
-    tokenizer, limit = options.tokenizer, None
-    if not isinstance(options.data, Tensor):
-        tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
-        limit = options.steps * options.batch * options.accumulate * accelerator.num_processes
-    o, shown = options, options.progress and accelerator.is_main_process
+    """The blocks in a permutation by the seed, no more than the steps take."""
+    o, tokenizer = options, options.tokenizer
+    if tokenizer is None and not isinstance(o.data, Tensor):
+        tokenizer = tokenizer_of(model)
+    needed = o.steps * o.batch * o.accumulate * accelerator.num_processes
+    shown = o.progress and accelerator.is_main_process
+    limit = None if isinstance(o.data, Tensor) else needed
     blocks = token_blocks(o.data, tokenizer, o.length, o.split, limit, o.seed, shown, o.column)
     check_blocks(model, blocks)
-    return blocks
-
-
-def _check_teacher(model: nn.Module, teacher: nn.Module | None) -> None:
-    if teacher is None:
-        return
-    if teacher is model:
-        raise ValueError("teacher must be another model than the one that is trained")
-    check_model(teacher, "evaluate", "teacher")
-    ours, theirs = (m.get_output_embeddings().weight for m in (model, teacher))
-    if theirs.shape[0] != ours.shape[0]:
-        raise ValueError(f"teacher must know the model's {ours.shape[0]} tokens, not {len(theirs)}")
-    if theirs.device != ours.device:
-        raise ValueError(f"teacher must be on the model's {ours.device}, not {theirs.device}")
-    teacher.eval()
+    generator = torch.Generator("cpu").manual_seed(o.seed)
+    return blocks[torch.randperm(len(blocks), generator=generator, device="cpu")[:needed]]
 
 
 def _report(run: Run, stopped: str, total: int) -> FinetuneReport:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from hylora_kernels.support.options import check_options, option, option_of
 from hylora_kernels.text.options import TextOptions
 
+OBJECTIVES = ("adapt", "keep")
+GivenTeacher = nn.Module | str | Path | Callable[[], nn.Module]
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -21,9 +24,12 @@ class FinetuneOptions:
                  own length L.
     lr, warmup:  after the warm-up the rate falls on a cosine to lr / 10 at the last step.
     chunk:       see model.loss.token_loss.
-    distill:     0 is next-token cross-entropy alone, 1 cross-entropy with the teacher's
-                 distribution alone.
-    teacher:     a model with the same vocabulary on the same device.
+    objective:   "adapt" to the text, or "keep" what the dense model knows of any text. It sets the
+                 default of distill, and of the data (recovery.finetune says how).
+    distill:     0 is next-token cross-entropy alone, 1 KL(teacher || model) alone.
+    teacher:     a causal LM with the same vocabulary: a module, a hub id or folder, or a function
+                 that loads it. It runs before training (recovery.teacher); one that is loaded here
+                 is freed before the first step.
     output_dir:  gets log.jsonl (a line a step), loss.png and checkpoint/training.safetensors.
     on_step:     called in every process before the first step (with 0, or with the number of steps
                  that a resumed run has done) and after each step; the model then has those
@@ -51,8 +57,22 @@ class FinetuneOptions:
     )
     clip: float = option(1.0, "Largest norm of the gradient; inf: no clipping.")
     chunk: int = option(64, "Tokens that the output head takes at a time.", least=1)
-    distill: float = option(0.0, "Share of the loss that is measured against the teacher, 0 to 1.")
-    teacher: nn.Module | None = option(None, "Dense model to distil from.", reported=False)
+    objective: str = option(
+        "adapt",
+        "Aim: adapt to the text, by next-token cross-entropy; or keep the dense model's breadth, "
+        "by KL from the teacher, on the text and on the teacher's own.",
+        choices=OBJECTIVES,
+    )
+    distill: float | None = option(
+        None,
+        "Share of the KL from the teacher in the loss, beside the cross-entropy. By default 0 to "
+        "adapt, 1 to keep.",
+    )
+    teacher: GivenTeacher | None = option(
+        None,
+        "Dense model that the compressed one came from: hub id, folder or smollm2-135m.",
+        reported=False,
+    )
     merge: bool = option(True, "Fold the adapters into the base at the end.", reported=False)
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward: less memory, more time."
@@ -90,9 +110,16 @@ class FinetuneOptions:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
         if not self.clip > 0:
             raise ValueError(f"clip must be positive (math.inf for no clipping), got {self.clip}")
+        if self.distill is None:
+            object.__setattr__(self, "distill", float(self.objective == "keep"))
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must be in [0, 1], got {self.distill}")
-        if (self.distill > 0) != (self.teacher is not None):
+        if self.objective == "keep" and self.teacher is None:
+            raise ValueError(
+                "objective 'keep' needs a teacher, the dense model that the compressed one came "
+                "from (a hub id, folder or module), got no teacher"
+            )
+        if self.objective == "adapt" and (self.distill > 0) != (self.teacher is not None):
             given = "no teacher" if self.teacher is None else "a teacher"
             raise ValueError(
                 f"distill > 0 goes with a teacher, got distill={self.distill} and {given}"

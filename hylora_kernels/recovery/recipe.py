@@ -22,8 +22,9 @@ class Recipe:
     Runs of the same recipe give the same bits, and a checkpoint is resumed by its own recipe only.
 
     processes: of `accelerate launch`.
-    data, teacher, base, adapters: sha256 of the token blocks, the teacher ("" without one), all
-               frozen tensors, and the adapters before the first step.
+    data, teacher, base, adapters: hashes of the token blocks in the order in which they are taken,
+               of the teacher ("" without one), of all frozen tensors, and of the adapters before
+               the first step.
     """
 
     steps: int
@@ -34,6 +35,7 @@ class Recipe:
     accumulate: int
     clip: float
     chunk: int
+    objective: str
     distill: float
     gradient_checkpointing: bool
     seed: int
@@ -50,14 +52,18 @@ class Recipe:
         model: nn.Module,
         adapters: Mapping[str, Tensor],
         blocks: Tensor,
+        teacher: str,
         processes: int,
     ) -> Recipe:
-        """The recipe of a run on `blocks`, int64 [n, L], that starts from these adapters."""
+        """The recipe of a run on `blocks`, int64 [n, L], that starts from these adapters.
+
+        teacher: its key, "" without one.
+        """
         return cls(
             **reported_options(dataclasses.replace(options, length=blocks.shape[1])),
             processes=processes,
             data=tensor_hash([("blocks", blocks)]),
-            teacher="" if options.teacher is None else frozen_hash(options.teacher),
+            teacher=teacher,
             base=frozen_hash(model),
             adapters=tensor_hash(adapters.items()),
         )

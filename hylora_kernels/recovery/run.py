@@ -29,6 +29,7 @@ from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.structure import block_list, linears
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.recovery.recipe import Recipe
+from hylora_kernels.recovery.teacher import Teacher
 from hylora_kernels.support.seeding import forked_rng, seed_rng
 from hylora_kernels.support.storage import atomic_path, require_disk, write_text
 
@@ -74,11 +75,20 @@ def training_mode(
         model.eval()
 
 
+def taken_rows(options: FinetuneOptions, n: int, accelerator: Accelerator) -> Tensor:
+    """The rows of n blocks that this process takes in all its steps, in order, int64: every
+    num_processes-th one, over and over."""
+    count = options.steps * options.batch * options.accumulate
+    places = accelerator.num_processes * torch.arange(count, device="cpu")
+    return (accelerator.process_index + places) % n
+
+
 class Run:
     """The state of one run, to be used in training_mode().
 
     adapters:   name -> parameter.
-    blocks:     token ids, int64 [n, L].
+    blocks:     token ids, int64 [n, L], taken one after the other, over and over.
+    teacher:    with the states of all of them that this process takes, or None.
     folder:     of log.jsonl and the checkpoint; None without one and in all but the main process.
     losses:     one for every step done.
     good:       copies of the adapters when they last gave a finite loss, good_steps updates in.
@@ -92,8 +102,9 @@ class Run:
         recipe: Recipe,
         options: FinetuneOptions,
         accelerator: Accelerator,
+        teacher: Teacher | None = None,
     ) -> None:
-        self.model, self.blocks, self.recipe = model, blocks, recipe
+        self.model, self.blocks, self.recipe, self.teacher = model, blocks, recipe, teacher
         self.options, self.accelerator = options, accelerator
         self.folder = self.checkpoint = None
         if options.output_dir is not None:
@@ -108,8 +119,7 @@ class Run:
             weight_decay=0.0,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        generator = torch.Generator().manual_seed(recipe.seed)
-        self.order = torch.randperm(len(blocks), generator=generator, device="cpu")
+        self.rows = taken_rows(options, len(blocks), accelerator)
         self.losses: list[float] = []
         self.seconds = 0.0
         self.good_steps, self.good = 0, [p.detach().clone() for p in self.parameters]
@@ -177,11 +187,11 @@ class Run:
         recipe, accelerator = self.recipe, self.accelerator
         seed_rng(self.device, recipe.seed + (step << 16) + accelerator.process_index)
         total, count = torch.zeros((), device=self.device), 0
-        for rows in self._rows(step).split(recipe.batch):
+        count = recipe.batch * recipe.accumulate
+        for rows in self.rows[(step - 1) * count : step * count].split(recipe.batch):
             ids = self.blocks[rows].to(self.device)
-            loss, predicted = token_loss(
-                self.model, ids, recipe.chunk, self.options.teacher, recipe.distill
-            )
+            soft = self.teacher.logits(ids) if self.teacher else None
+            loss, predicted = token_loss(self.model, ids, recipe.chunk, soft, recipe.distill)
             accelerator.backward(loss)
             total, count = total + loss.detach().to(self.device), count + predicted
         # The backward is that of the sum of the losses. Dividing here, in float32, keeps gradients
@@ -196,14 +206,6 @@ class Run:
                 gradient.copy_(accelerator.reduce(gradient, "mean"))
         loss = accelerator.reduce(total / count, "mean")
         return float(loss), float(accelerator.clip_grad_norm_(self.parameters, recipe.clip))
-
-    def _rows(self, step: int) -> Tensor:
-        """The rows of `blocks` that this process takes in a step: every num_processes-th one."""
-        recipe, accelerator = self.recipe, self.accelerator
-        first = (step - 1) * recipe.blocks_per_step + accelerator.process_index
-        count = recipe.batch * recipe.accumulate
-        places = first + accelerator.num_processes * torch.arange(count, device="cpu")
-        return self.order[places % len(self.order)]
 
     @torch.no_grad()
     def _stop(self, fields: dict[str, float]) -> str:

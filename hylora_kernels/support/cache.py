@@ -34,7 +34,9 @@ TAG_TEXT = (
 )
 # The first level of the cache. Only folders of these names that carry the tag are counted and
 # deleted: HYLORA_CACHE may point at a folder with other things in it.
-FOLDERS = ("compress", "data", "datasets", "models", "perplexity", "temporary", "tokens")
+FOLDERS = (
+    *("compress", "data", "datasets", "models", "perplexity", "teacher", "temporary", "tokens"),
+)
 TUNED = "tuned"  # Tables of `hylora tune`: they take a GPU and minutes, so clearing keeps them.
 CHECKSUM, SUMS = "sha256", "SHA256SUMS"
 
@@ -242,6 +244,39 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor] | None:
         reason = " ".join(str(error).split())
     say_damaged(path, reason)
     return None
+
+
+class Files:
+    """A folder of files of tensors, each with a checksum.
+
+    name: stands for all that the content depends on.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+
+    def path(self, part: str) -> Path:
+        return self.folder / f"{part}.safetensors"
+
+    def save(self, part: str, tensors: dict[str, Tensor]) -> None:
+        save_tensors(self.path(part), tensors, f"{self.name}/{part}")
+
+    def find(self, part: str) -> dict[str, Tensor] | None:
+        """The tensors of a whole file, None where there is none."""
+        return load_tensors(self.path(part), f"{self.name}/{part}")
+
+    def load(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a file that was found or saved before.
+
+        Raises OSError naming the file if it is no longer what it was.
+        """
+        tensors = self.find(part)
+        if tensors is None:
+            raise OSError(
+                f"{self.path(part)} was deleted or damaged while it was needed: the same command"
+                " again goes on where this one stopped"
+            )
+        return tensors
 
 
 def say_damaged(path: Path, reason: str) -> None:

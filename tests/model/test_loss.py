@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import architectures, tiny
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, OPTConfig
 
-from hylora_kernels.model.loss import body_of, token_loss
+from hylora_kernels.model.loss import body_of, head_inputs, head_of, token_loss
 
 TINY = {"vocab_size": tiny.WORDS, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -54,8 +54,8 @@ def formula(model, ids, teacher=None, distill=0.0):
     loss = F.nll_loss(log_p, ids[:, 1:].flatten(), reduction="sum")
     if teacher is None:
         return loss
-    soft = -(full_logits(teacher, ids).softmax(-1).detach() * log_p).sum()
-    return (1 - distill) * loss + distill * soft
+    q = full_logits(teacher, ids).softmax(-1).detach()
+    return (1 - distill) * loss + distill * (q * (q.log() - log_p)).sum()
 
 
 def value_and_gradients(model, make_loss):
@@ -206,11 +206,34 @@ def test_the_body_is_found_or_done_without(kind, body):
 def test_distillation(make, distill):
     model, teacher = frozen_but_adapters(tiny.adapted(make())), make().requires_grad_(False)
     exact_teacher, ids = copy.deepcopy(teacher).double(), tiny.tokens(2, 9)
+    soft = full_logits(teacher, ids).detach()
     assert_as_in_float64(
         model,
-        lambda m: token_loss(m, ids, 5, teacher, distill)[0],
+        lambda m: token_loss(m, ids, 5, soft.__getitem__, distill)[0],
         lambda m: formula(m, ids, exact_teacher, distill),
     )
+
+
+@pytest.mark.parametrize("make", [tiny.llama, gemma2], ids=["head", "logits"])
+def test_no_divergence_no_gradient(make):
+    model, ids = frozen_but_adapters(tiny.adapted(make())), tiny.tokens(2, 9)
+    same = full_logits(model, ids).detach()
+    loss, grads = value_and_gradients(
+        model, lambda m: token_loss(m, ids, 5, same.__getitem__, 1.0)[0]
+    )
+    _, others = value_and_gradients(model, lambda m: token_loss(m, ids, 5)[0])
+    assert abs(loss) < 1e-6
+    assert max(g.norm() for g in grads.values()) < 1e-5 * max(g.norm() for g in others.values())
+
+
+@pytest.mark.parametrize("make", [tiny.llama, gemma2], ids=["head", "logits"])
+@torch.no_grad()
+def test_what_the_head_reads_makes_the_logits(make):
+    model, ids = make(), tiny.tokens(2, 9)
+    states, head = head_inputs(model, ids), head_of(model, ids)
+    logits = states if head is None else head(states)
+    assert torch.equal(logits, full_logits(model, ids))
+    assert states.shape == (16, tiny.WORDS if make is gemma2 else 32)
 
 
 def test_trainable_head_gets_its_gradient(model):

@@ -121,8 +121,8 @@ def test_text_and_tokenizer():
 def recipe_of(**changes):
     fields = {
         "steps": 60, "lr": 1e-3, "warmup": 10, "length": 16, "batch": 1, "accumulate": 1,
-        "clip": 1.0, "chunk": 64, "distill": 0.0, "gradient_checkpointing": False, "seed": 0,
-        "processes": 1, "data": "", "teacher": "", "adapters": "", "base": "",
+        "clip": 1.0, "chunk": 64, "objective": "adapt", "distill": 0.0, "seed": 0,
+        "gradient_checkpointing": False, "processes": 1, "data": "", "teacher": "", "adapters": "", "base": "",
     }  # fmt: skip
     return Recipe(**(fields | changes))
 
