@@ -82,17 +82,12 @@ def compress(
     show(f"written to {out}. Next: hylora finetune {out} --out {out}-recovered")
 
 
-@library_options(
-    FinetuneOptions, without=("tokenizer", "teacher", "output_dir", "progress", "on_step")
-)
+@library_options(FinetuneOptions, without=("tokenizer", "output_dir", "progress", "on_step"))
 def finetune(
     model: CompressedModel,
     out: Out,
     *,
     options: dict[str, Any],
-    teacher: Annotated[
-        str | None, Option(help="Dense model to distil from, given as MODEL is elsewhere.")
-    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -112,17 +107,19 @@ def finetune(
         refuse_foreign_folder(out, model, mark="training", overwrite=overwrite)
     loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
     require_disk(out, _parameter_bytes(loaded), f"the recovered model in {out}")
+    if teacher := options.pop("teacher"):
+        kind = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
+        options["teacher"] = lambda: _load(teacher, *kind, trust_remote_code)[0]
     report = train(
         loaded,
         tokenizer=tokenizer,
-        teacher=_load(teacher, device, dtype, trust_remote_code)[0] if teacher else None,
         output_dir=out / "training",
         **options,
     )
     if not process.is_main_process:
         return
     save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
-    show(f"trained {report.trainable:,} / total {report.total:,} parameters on {report.data}")
+    show(f"trained {report.trainable:,} / total {report.total:,} parameters on {report.text}")
     if report.losses:
         show(
             f"{report.steps} steps, {report.tokens:,} tokens in {format_seconds(report.seconds)} "

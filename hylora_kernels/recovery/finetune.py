@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -13,20 +14,18 @@ from torch import Tensor, nn
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters, renew_adapters
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.context import check_blocks
-from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.model.modules import freeze_all_but_adapters
-from hylora_kernels.recovery.options import FinetuneOptions, GivenTeacher
+from hylora_kernels.recovery.blocks import training_blocks
+from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.recovery.recipe import Recipe, frozen_hash
 from hylora_kernels.recovery.run import Run, taken_rows, training_mode
 from hylora_kernels.recovery.teacher import Teacher, load_teacher, run_teacher, set_aside
-from hylora_kernels.support.console import format_seconds, table
+from hylora_kernels.support.console import format_bytes, format_seconds, table
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.options import takes_options
 from hylora_kernels.support.plots import loss_plot
 from hylora_kernels.support.report import Report
-from hylora_kernels.text.blocks import token_blocks
-from hylora_kernels.text.sources import source_name
+from hylora_kernels.text.mix import Part
 
 LORA_RANK = 64  # Of a merged model's new adapters; that of compress().
 
@@ -46,8 +45,12 @@ class FinetuneReport(Report):
     trainable, total: parameters during training.
     base_hash: sha256 of everything frozen, the same before and after.
     stopped:   "", or the reason why training ended early.
+    sources:   the texts, and the blocks and tokens of each.
+    teacher:   name of the teacher, "" without one. teacher_bytes: of its states on disk, for the
+               blocks of this process: predictions x d x bytes of its dtype. teacher_seconds: that
+               it ran in this session.
     options:   the recipe.
-    losses:    mean loss of each step in nats a token; the mixed loss if distilled.
+    losses:    mean loss of each step in nats a token: of cross-entropy and KL by their shares.
     """
 
     steps: int
@@ -61,7 +64,10 @@ class FinetuneReport(Report):
     total: int
     base_hash: str
     stopped: str
-    data: str
+    sources: list[Part]
+    teacher: str
+    teacher_bytes: int
+    teacher_seconds: float
     options: dict[str, object]
     losses: list[float]
 
@@ -76,14 +82,31 @@ class FinetuneReport(Report):
             ("learning rate", self.lr),
             ("loss", f"{self.first_loss:.3f} to {self.last_loss:.3f}"),
         ]
+        if self.teacher:
+            states = f"{format_bytes(self.teacher_bytes)} on disk"
+            rows.append(("teacher", f"{self.teacher}, {format_seconds(self.teacher_seconds)}"))
+            rows.append(("teacher's states", states))
         if self.stopped:
             rows.append(("stopped", self.stopped))
-        return table(f"trained on {self.data}", ("", "value"), rows)
+        return table(f"trained on {self.text}", ("", "value"), rows)
+
+    @property
+    def text(self) -> str:
+        """The names of the sources."""
+        return "; ".join(part.name for part in self.sources)
 
 
 @takes_options(FinetuneOptions)
 def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
-    """Train A and B of every SVDLoRALinear of `model` on the next token, in place, on its device.
+    """Train A and B of every SVDLoRALinear of `model`, in place, on its device.
+
+    objective "adapt" is next-token cross-entropy on a text. "keep" is KL(teacher || model) from the
+    dense model, on the text and on as much that the dense model writes: it keeps what the text
+    lacks. The teacher runs before training, over the blocks that the steps will take. What its
+    output head reads is stored in the cache, predictions x d numbers in its dtype, and in training
+    the head alone is in memory, or the model's own where that is the same. A model whose logits are
+    more than its head's product (capped or scaled ones) is stored as logits, words / d times as
+    large. One that was given by name is freed before the first step.
 
     AdamW (betas 0.9 and 0.95, no weight decay) updates float32 copies of A and B. The blocks are
     taken in a seeded permutation, over and over. Only the adapters' dropout acts. Afterwards the
@@ -101,14 +124,14 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
 
     Example:
         model, _ = compress("smollm2-135m", keep=0.8)
-        report = finetune(model, "my.txt", steps=60)
+        report = finetune(model, "my.txt", objective="keep", teacher="smollm2-135m")
     """
     check_model(model, "train")
     is_merged = _is_merged(model, options.lora_rank)
     if not is_merged:
         adapter_parameters(model)  # raises if there are none
     accelerator = Accelerator(mixed_precision="no")
-    blocks, teacher = _prepare(model, options, accelerator)
+    blocks, sources, teacher = _prepare(model, options, accelerator)
     if is_merged:
         renew_adapters(model, options.lora_rank or LORA_RANK, options.seed)
     adapters = adapter_parameters(model)
@@ -128,7 +151,7 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     if run.folder is not None and run.losses:
         loss_plot({"training": run.losses}, run.folder / "loss.png")
     accelerator.wait_for_everyone()  # The first process has written the files.
-    return _report(run, stopped, total)
+    return _report(run, stopped, total, sources)
 
 
 def _is_merged(model: nn.Module, lora_rank: int | None) -> bool:
@@ -165,53 +188,32 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _prepare(
     model: nn.Module, options: FinetuneOptions, accelerator: Accelerator
-) -> tuple[Tensor, Teacher | None]:
-    """(the token blocks, int64 [n, L], in the order in which the steps take them; the teacher with
-    its states of those that this process takes).
-
-    A teacher that is loaded for this is freed at the end.
-    """
-    device, given = input_device(model), options.teacher
-    if given is None or isinstance(given, nn.Module):
-        return _with_teacher(model, given, options, accelerator, device)
-    with set_aside(model):
-        return _with_teacher(model, given, options, accelerator, device)
+) -> tuple[Tensor, list[Part], Teacher | None]:
+    """(the token blocks, int64 [n, L]; what each source gave; the teacher with its states of the
+    blocks that this process takes). A teacher that is loaded for this is freed at the end."""
+    given, device = options.teacher, input_device(model)
+    with nullcontext() if given is None or isinstance(given, nn.Module) else set_aside(model):
+        return _with_teacher(model, options, accelerator, device)
 
 
 def _with_teacher(
-    model: nn.Module,
-    given: GivenTeacher | None,
-    options: FinetuneOptions,
-    accelerator: Accelerator,
-    device: torch.device,
-) -> tuple[Tensor, Teacher | None]:
-    """_prepare() with the model where it is; device: of the training."""
-    dense = None if given is None else load_teacher(given, model, device)
-    blocks = _training_blocks(model, options, accelerator)
+    model: nn.Module, options: FinetuneOptions, accelerator: Accelerator, device: torch.device
+) -> tuple[Tensor, list[Part], Teacher | None]:
+    """_prepare(), whose local variables are the last references to a teacher that is loaded.
+
+    device: of the training.
+    """
+    dense = None if options.teacher is None else load_teacher(options.teacher, model, device)
+    shown, processes = options.progress and accelerator.is_main_process, accelerator.num_processes
+    with accelerator.main_process_first():  # The others find the text that it wrote in the cache.
+        blocks, sources = training_blocks(model, dense, options, processes, shown)
     if dense is None or not options.distill:
-        return blocks, None
+        return blocks, sources, None
     own = blocks[taken_rows(options, len(blocks), accelerator).unique()]
-    shown = options.progress and accelerator.is_main_process
-    return blocks, run_teacher(dense, model, own, device, shown)
+    return blocks, sources, run_teacher(dense, model, own, device, shown)
 
 
-def _training_blocks(
-    model: nn.Module, options: FinetuneOptions, accelerator: Accelerator
-) -> Tensor:
-    """The blocks in a permutation by the seed, no more than the steps take."""
-    o, tokenizer = options, options.tokenizer
-    if tokenizer is None and not isinstance(o.data, Tensor):
-        tokenizer = tokenizer_of(model)
-    needed = o.steps * o.batch * o.accumulate * accelerator.num_processes
-    shown = o.progress and accelerator.is_main_process
-    limit = None if isinstance(o.data, Tensor) else needed
-    blocks = token_blocks(o.data, tokenizer, o.length, o.split, limit, o.seed, shown, o.column)
-    check_blocks(model, blocks)
-    generator = torch.Generator("cpu").manual_seed(o.seed)
-    return blocks[torch.randperm(len(blocks), generator=generator, device="cpu")[:needed]]
-
-
-def _report(run: Run, stopped: str, total: int) -> FinetuneReport:
+def _report(run: Run, stopped: str, total: int, sources: list[Part]) -> FinetuneReport:
     tokens = len(run.losses) * run.recipe.blocks_per_step * run.recipe.length
     return FinetuneReport(
         steps=run.good_steps,
@@ -225,7 +227,10 @@ def _report(run: Run, stopped: str, total: int) -> FinetuneReport:
         total=total,
         base_hash=run.recipe.base,
         stopped=stopped,
-        data=source_name(run.options.data, run.options.split),
+        sources=sources,
+        teacher=run.teacher.name if run.teacher else "",
+        teacher_bytes=run.teacher.nbytes if run.teacher else 0,
+        teacher_seconds=run.teacher.seconds if run.teacher else 0.0,
         options=asdict(run.recipe),
         losses=run.losses,
     )

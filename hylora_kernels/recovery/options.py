@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from hylora_kernels.support.options import check_options, option, option_of
 from hylora_kernels.text.options import TextOptions
+from hylora_kernels.text.sources import KINDS, SELF, Mix, Source, texts_in
 
 OBJECTIVES = ("adapt", "keep")
 GivenTeacher = nn.Module | str | Path | Callable[[], nn.Module]
@@ -20,8 +21,8 @@ GivenTeacher = nn.Module | str | Path | Callable[[], nn.Module]
 class FinetuneOptions:
     """All arguments of finetune() but the model, checked; lr and warmup are filled in.
 
-    data, tokenizer, split, column: as for text.blocks.token_blocks; a LongTensor [n, L] brings its
-                 own length L.
+    data, tokenizer, split, column: as for text.mix.mixed_blocks: a source or a list of (source,
+                 blocks); a LongTensor [n, L] brings its own length L.
     lr, warmup:  after the warm-up the rate falls on a cosine to lr / 10 at the last step.
     chunk:       see model.loss.token_loss.
     objective:   "adapt" to the text, or "keep" what the dense model knows of any text. It sets the
@@ -39,7 +40,9 @@ class FinetuneOptions:
     Raises ValueError naming the argument, what was given and what is allowed.
     """
 
-    data: Tensor | list[str] | str | Path = option_of(TextOptions, "data")
+    data: Source | Mix = option_of(
+        TextOptions, "data", help=f"Text to train on: {KINDS}, or {SELF}: text of the teacher."
+    )
     tokenizer: object = option(None, "By default the model's own.", reported=False)
     steps: int = option(60, "Updates of the adapters.", least=1)
     lr: float | None = option(
@@ -114,15 +117,23 @@ class FinetuneOptions:
             object.__setattr__(self, "distill", float(self.objective == "keep"))
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must be in [0, 1], got {self.distill}")
-        if self.objective == "keep" and self.teacher is None:
+        self._check_teacher()
+        if self.save_every is not None and self.output_dir is None:
+            raise ValueError(f"save_every={self.save_every} needs an output_dir to save to")
+
+    def _check_teacher(self) -> None:
+        """Raise ValueError unless there is a teacher where one is needed, and only there."""
+        is_given, keep = self.teacher is not None, self.objective == "keep"
+        writes = any(isinstance(text, str) and text == SELF for text in texts_in(self.data))
+        if not is_given and keep:
             raise ValueError(
                 "objective 'keep' needs a teacher, the dense model that the compressed one came "
-                "from (a hub id, folder or module), got no teacher"
+                "from: a hub id, folder or module, got none"
             )
-        if self.objective == "adapt" and (self.distill > 0) != (self.teacher is not None):
-            given = "no teacher" if self.teacher is None else "a teacher"
+        if is_given != (self.distill > 0) and not (is_given and (keep or writes)):
+            given = "a teacher" if is_given else "no teacher"
             raise ValueError(
                 f"distill > 0 goes with a teacher, got distill={self.distill} and {given}"
             )
-        if self.save_every is not None and self.output_dir is None:
-            raise ValueError(f"save_every={self.save_every} needs an output_dir to save to")
+        if writes and not is_given:
+            raise ValueError(f"data {SELF!r} is what the teacher writes, got no teacher")

@@ -187,8 +187,8 @@ class Run:
         recipe, accelerator = self.recipe, self.accelerator
         seed_rng(self.device, recipe.seed + (step << 16) + accelerator.process_index)
         total, count = torch.zeros((), device=self.device), 0
-        count = recipe.batch * recipe.accumulate
-        for rows in self.rows[(step - 1) * count : step * count].split(recipe.batch):
+        own = recipe.batch * recipe.accumulate
+        for rows in self.rows[(step - 1) * own : step * own].split(recipe.batch):
             ids = self.blocks[rows].to(self.device)
             soft = self.teacher.logits(ids) if self.teacher else None
             loss, predicted = token_loss(self.model, ids, recipe.chunk, soft, recipe.distill)

@@ -24,12 +24,12 @@ from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import load_model
 from hylora_kernels.model.loss import RowsOfLogits, head_inputs, head_of
-from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.recovery.options import GivenTeacher
 from hylora_kernels.support.cache import Files, cache_dir
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.storage import require_disk
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -78,8 +78,8 @@ def set_aside(model: nn.Module) -> Iterator[None]:
 
 
 def load_teacher(teacher: GivenTeacher, model: nn.Module, device: torch.device) -> nn.Module:
-    """The teacher itself, or what its name or function loads: a name to `device`, in the dtype of
-    `model`.
+    """The teacher itself, or what its name or function loads, in eval(): a name to `device`, in the
+    dtype of `model`.
 
     Raises TypeError or ValueError unless it is a causal language model, another one than `model`,
     with its vocabulary.
@@ -94,7 +94,7 @@ def load_teacher(teacher: GivenTeacher, model: nn.Module, device: torch.device) 
     ours, theirs = (m.get_output_embeddings().weight for m in (model, teacher))
     if theirs.shape[0] != ours.shape[0]:
         raise ValueError(f"teacher must know the model's {ours.shape[0]} tokens, not {len(theirs)}")
-    return teacher
+    return teacher.eval()
 
 
 def run_teacher(
@@ -115,7 +115,7 @@ def run_teacher(
     scales = [layer.alpha for layer in dense.modules() if isinstance(layer, SVDLoRALinear)]
     key = fingerprint(model=dense, config=config, scales=scales)
     files = Files(cache_dir("teacher", key), key)
-    with torch.no_grad(), eval_mode(dense):
+    with torch.no_grad():
         own = blocks.to(input_device(dense))
         of_one = head_inputs(dense, own[:1, :2]).nbytes  # for one prediction
         nbytes = of_one * (blocks.shape[1] - 1)  # of a block

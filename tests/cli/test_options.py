@@ -30,8 +30,8 @@ LIBRARY = {
     ),
     "finetune": (
         FinetuneOptions,
-        {"tokenizer", "teacher", "output_dir", "progress", "on_step"},
-        EVERY | {"out", "overwrite", "teacher", "trust_remote_code"},
+        {"tokenizer", "output_dir", "progress", "on_step"},
+        EVERY | {"out", "overwrite", "trust_remote_code"},
     ),
     "sweep": (
         SweepOptions,

@@ -90,7 +90,8 @@ def test_report(tmp_path, monkeypatch):
     assert report.tokens_per_second == pytest.approx(report.tokens / report.seconds)
     assert (report.first_loss, report.last_loss) == (report.losses[0], report.losses[-1])
     assert (report.trainable, report.total) == (trainable, total)
-    assert report.base_hash == base and report.lr == 1e-3 and report.data == "Tensor"
+    assert report.base_hash == base and report.lr == 1e-3 and report.text == "Tensor"
+    assert (report.teacher, report.teacher_bytes) == ("", 0)
     assert json.loads(report.to_json())["options"]["warmup"] == 1
     lines = log_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -111,7 +112,7 @@ def test_text_and_tokenizer():
     tokenizer = tiny.tokenizer(text)
     model = tiny.adapted(tiny.llama(vocab_size=len(tokenizer)))
     report = train(model, [text], tokenizer, steps=12, length=32, lr=1e-2)
-    assert report.options["length"] == 32 and report.data == "list"
+    assert report.options["length"] == 32 and report.text == "list"
     assert report.last_loss < report.first_loss
 
 
@@ -122,7 +123,8 @@ def recipe_of(**changes):
     fields = {
         "steps": 60, "lr": 1e-3, "warmup": 10, "length": 16, "batch": 1, "accumulate": 1,
         "clip": 1.0, "chunk": 64, "objective": "adapt", "distill": 0.0, "seed": 0,
-        "gradient_checkpointing": False, "processes": 1, "data": "", "teacher": "", "adapters": "", "base": "",
+        "gradient_checkpointing": False, "processes": 1,
+        "data": "", "teacher": "", "adapters": "", "base": "",
     }  # fmt: skip
     return Recipe(**(fields | changes))
 
@@ -350,8 +352,9 @@ from hylora_kernels.recovery.finetune import finetune
 torch.set_num_threads(1)
 model = tiny.adapted(tiny.llama())
 state = PartialState(cpu=True)
+teacher = {"objective": "keep", "teacher": tiny.llama} if sys.argv[2] == "keep" else {}
 report = finetune(model, tiny.tokens(8, 16), steps=4, batch=2, accumulate=1, lr=1e-2,
-                  merge=False, output_dir=sys.argv[1], progress=False)
+                  merge=False, output_dir=sys.argv[1], progress=False, **teacher)
 adapters = {n: p.detach() for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
 adapters["losses"] = torch.tensor(report.losses)
 save_file(adapters, f"{sys.argv[1]}/{state.process_index}.safetensors")
@@ -360,20 +363,22 @@ assert report.tokens == 4 * 4 * 16
 
 
 @pytest.mark.slow
-def test_two_processes_are_a_batch_of_twice_the_size(tmp_path):
+@pytest.mark.parametrize("objective", ["adapt", "keep"])
+def test_two_processes_are_a_batch_of_twice_the_size(objective, tmp_path):
     from safetensors.torch import load_file
 
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", "run.py", str(tmp_path)]
+    command += ["--nproc_per_node=2", "run.py", str(tmp_path), objective]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-4000:]
     first, second = (load_file(tmp_path / f"{i}.safetensors") for i in (0, 1))
     assert_same(first, second)
     model = model_of()
-    report = train(model, BLOCKS, steps=4, batch=4, lr=1e-2, merge=False)
+    teacher = {"objective": "keep", "teacher": tiny.llama} if objective == "keep" else {}
+    report = train(model, BLOCKS, steps=4, batch=4, lr=1e-2, merge=False, **teacher)
     assert first.pop("losses").tolist() == pytest.approx(report.losses, rel=1e-4)
     for name, parameter in adapter_parameters(model).items():
         torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-2, atol=1e-4)
