@@ -134,8 +134,9 @@ def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[s
 def _from_the_middle(source: str) -> str:
     """EXCERPT characters of whole lines: a module's start is a licence, its docstring and
     imports."""
-    start = source.find("\n", max(0, len(source) - EXCERPT) // 2) + 1
-    return _cut(source[start:])
+    if len(source) <= EXCERPT:
+        return source
+    return _cut(source[source.find("\n", (len(source) - EXCERPT) // 2) + 1 :])
 
 
 def _cut(text: str) -> str:
