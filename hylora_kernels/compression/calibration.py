@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hylora_kernels.layers.factorize import add_symmetric, fill_lower
 from hylora_kernels.model.loss import body_of, token_loss
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.model.structure import Group
@@ -28,13 +29,31 @@ _log = logging.getLogger(__name__)
 class Statistics:
     """What one pass found about `groups`.
 
-    inputs:    G float32 [K, K] by the path of each group's leader; empty for method "svd".
-    gradients: C float32 [N, N] by path; empty where no gradients were asked for.
+    inputs:      G float32 [K, K] by the path of each group's leader; empty for method "svd".
+    gradients:   C float32 [N, N] by path; empty where no gradients were asked for.
+    tokens:      the tokens that G sums over, by the path of each group's leader; an expert sees
+                 those that are routed to it.
+    predictions: the next-token losses that were summed, of n blocks of L tokens n (L - 1).
     """
 
     groups: list[Group]
     inputs: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    predictions: int = 0
+
+    def nats(self, leader: str) -> float:
+        """The increase of the mean loss, in nats a token, for each unit of S^2 that is dropped from
+        a linear of the group; 1 without gradients, which alone give S^2 a unit.
+
+        A change E of the weight adds 1/2 sum_t (g_t^T E x_t)^2 to the summed loss (the Fisher
+        information for the Hessian, each token on its own). With x and g independent (as in K-FAC,
+        arXiv:1503.05671) that is 1/2 tr(E^T C E G) / tokens = S^2 / (2 tokens), and the mean is
+        over `predictions`.
+        """
+        if not self.gradients:
+            return 1.0
+        return 0.5 / (max(self.tokens[leader], 1) * self.predictions)
 
     def clear(self) -> None:
         """Free the Gram matrices."""
@@ -43,15 +62,24 @@ class Statistics:
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., m], b [..., n] -> a^T b [m, n], float32.
+    """a [..., m], b [..., n] -> a^T b [m, n], float32."""
+    with _exact_products(a, b):
+        return a.flatten(0, -2).float().T @ b.flatten(0, -2).float()
 
-    bfloat16 operands run on the low-precision units, with exact products and float32 sums:
-    "medium" lets torch round float32 operands to bfloat16, which changes nothing for these.
-    """
+
+def add_gram(total: Tensor | None, a: Tensor) -> Tensor:
+    """a [..., n] -> total + a^T a [n, n], float32, its upper triangle alone; total itself where one
+    is given."""
+    rows = a.flatten(0, -2).float()
+    with _exact_products(a, a):
+        return add_symmetric(total, rows, rows)
+
+
+def _exact_products(a: Tensor, b: Tensor):
+    """bfloat16 operands run on the low-precision units, with exact products and float32 sums:
+    "medium" lets torch round float32 operands to bfloat16, which changes nothing for these."""
     exact_in_bfloat16 = a.dtype == b.dtype == torch.bfloat16
-    a, b = (t.flatten(0, -2).float() for t in (a, b))
-    with matmul_precision("medium" if exact_in_bfloat16 else "highest"):
-        return a.T @ b
+    return matmul_precision("medium" if exact_in_bfloat16 else "highest")
 
 
 @contextlib.contextmanager
@@ -103,10 +131,10 @@ def gather(
     body = body_of(model, ids[:1].to(device))  # Its probe must not count below.
     statistics, hooks = Statistics(groups), []
     for group in groups:
-        hook = _see_input(statistics.inputs, group.leader.path)
+        hook = _see_input(statistics, group.leader.path)
         hooks.append(group.leader.module.register_forward_pre_hook(hook))
         for target in group.targets if with_gradients else ():
-            hook = _see_output(statistics.gradients, target.path)
+            hook = _see_output(statistics, target.path)
             hooks.append(target.module.register_forward_hook(hook))
     if with_gradients:  # Gradients flow only if something below the linears asks for one.
         # The clone is no leaf, so that a model may scale it in place (CTRL).
@@ -127,8 +155,9 @@ def gather(
                 leave=False,
             ):
                 if with_gradients:
-                    loss, _ = token_loss(model, row.to(device))
+                    loss, predictions = token_loss(model, row.to(device))
                     loss.backward()
+                    statistics.predictions += predictions
                 else:
                     forward(input_ids=row.to(device), use_cache=False)
     finally:
@@ -136,10 +165,11 @@ def gather(
             hook.remove()
     if with_gradients:
         _warn_of_missing_gradients(statistics)
-    for group in groups:  # An expert that no token was routed to has seen nothing.
-        _zeros_if_missing(statistics.inputs, group.leader.path, group.leader.shape[1], device)
+    for group in groups:
+        statistics.tokens.setdefault(group.leader.path, 0)
+        _finish(statistics.inputs, group.leader.path, group.leader.shape[1], device)
         for target in group.targets if with_gradients else ():
-            _zeros_if_missing(statistics.gradients, target.path, target.shape[0], device)
+            _finish(statistics.gradients, target.path, target.shape[0], device)
     _require_finite(statistics)
     return statistics
 
@@ -157,30 +187,28 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _see_input(sums: dict[str, Tensor], path: str):
+def _see_input(statistics: Statistics, path: str):
+    sums, tokens = statistics.inputs, statistics.tokens
+
     def hook(_module, args):
         x = args[0].detach()
-        _add(sums, path, gram(x, x))
+        sums[path] = add_gram(sums.get(path), x)
+        tokens[path] = tokens.get(path, 0) + x.shape[:-1].numel()
 
     return hook
 
 
-def _see_output(sums: dict[str, Tensor], path: str):
+def _see_output(statistics: Statistics, path: str):
+    sums = statistics.gradients
+
     def on_gradient(gradient):
-        _add(sums, path, gram(gradient, gradient))
+        sums[path] = add_gram(sums.get(path), gradient)
 
     def hook(_module, _args, output):
         if output.requires_grad:  # Else the model calls the linear under no_grad.
             output.register_hook(on_gradient)
 
     return hook
-
-
-def _add(sums: dict[str, Tensor], key: str, term: Tensor) -> None:
-    if key in sums:
-        sums[key] += term
-    else:
-        sums[key] = term
 
 
 def _warn_of_missing_gradients(statistics: Statistics) -> None:
@@ -201,9 +229,10 @@ def _warn_of_missing_gradients(statistics: Statistics) -> None:
         )
 
 
-def _zeros_if_missing(sums: dict[str, Tensor], path: str, n: int, device: torch.device) -> None:
-    if path not in sums:
-        sums[path] = torch.zeros(n, n, device=device)
+def _finish(sums: dict[str, Tensor], path: str, n: int, device: torch.device) -> None:
+    """Make a whole Gram matrix of an upper triangle, or of nothing: an expert that no token was
+    routed to has seen nothing."""
+    sums[path] = fill_lower(sums[path]) if path in sums else torch.zeros(n, n, device=device)
 
 
 def _require_finite(statistics: Statistics) -> None:
