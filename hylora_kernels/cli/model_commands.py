@@ -60,6 +60,9 @@ def compress(
     revision: Revision = None,
     tokenizer: Tokenizer = None,
     json_path: Json = None,
+    png: Annotated[
+        Path | None, Option(help="Draw the predicted loss and the ranks by depth to this file.")
+    ] = None,
 ) -> None:
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
     from hylora_kernels.compression.compress import compress as compress_model
@@ -79,6 +82,9 @@ def compress(
     seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
     show(f"time: {seconds}; peak memory {format_bytes(report.peak_rss)}")
     write_report(report, out / "compress.json", json_path)
+    if png is not None:
+        report.plot(png)
+        show(f"picture in {png}")
     show(f"written to {out}. Next: hylora finetune {out} --out {out}-recovered")
 
 

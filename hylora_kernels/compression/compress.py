@@ -34,6 +34,7 @@ from hylora_kernels.model.coverage import (
     warn_if_little,
 )
 from hylora_kernels.model.load import load_model, tokenizer_of
+from hylora_kernels.model.loss import mean_loss
 from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import refuse_unsavable, save_in_hylora_format
 from hylora_kernels.model.structure import Target, discover
@@ -177,6 +178,7 @@ class Compression:
                     options.factorizer,
                     options.seed,
                 )
+                factors.S.mul_(statistics.nats(leader.path) ** 0.5)
                 self.workspace.save(target.path, factors)
 
     def singular_values(self, target: Target) -> Tensor:
@@ -224,6 +226,7 @@ class Compression:
     def replace(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> None:
         """Put the low-rank layers into the model, freeze all but the adapters, end the report."""
         model = self.model
+        self.report.dense_loss = self._measured_loss("dense")
         with timed(self.report.seconds, "replace"):
             self.report.layers += self._put(ranks, refitted)
         self._undo.pop_all()
@@ -232,6 +235,17 @@ class Compression:
         vars(model)["hylora_linears"] = list(dict.fromkeys([*earlier, *self.structure.paths]))
         save_in_hylora_format(freeze_all_but_adapters(model))
         self.report.count(model)
+        self.report.loss = self._measured_loss("compressed")
+
+    def _measured_loss(self, label: str) -> float | None:
+        """The model's loss on the end of the text, which the refit has not read unless it read all;
+        None without text, or with measure=0."""
+        if self.ids is None or not self.options.measure:
+            return None
+        ids = self.ids[-self.options.measure :]
+        self.report.measured_blocks = len(ids)
+        with timed(self.report.seconds, "measure"):
+            return mean_loss(self.model, ids, self.options.progress, f"loss, {label}")
 
     @contextlib.contextmanager
     def trial(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> Iterator[nn.Module]:

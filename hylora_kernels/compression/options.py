@@ -109,6 +109,13 @@ class CompressOptions:
     )
     length: int = option(512, "Tokens in a block.", least=2)
     refit_samples: int = option(32, "Blocks of calibration text that the refit reads.", least=1)
+    measure: int = option(
+        8,
+        "Blocks at the end of the calibration text on which the loss is measured before and after,"
+        " to stand beside the predicted one; 0: none.",
+        least=0,
+        reported=False,
+    )
     max_memory: int | None = option(
         None,
         "Bytes of calibration statistics in memory. By default half of what is free.",

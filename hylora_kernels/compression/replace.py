@@ -30,8 +30,10 @@ def replace_linear(
     seed:     of a classic adapter.
     """
     N, K = target.shape
+    in_nats = options.method == "two_sided"
     report = LayerReport(target.path, N, K, rank, 0, N * K, N * K, 0.0, 0.0, factors.damping)
     if rank == DENSE:
+        report.predicted_loss = 0.0 if in_nats else None
         if refitted is not None:
             target.matrix.copy_(refitted)
         return report
@@ -49,7 +51,9 @@ def replace_linear(
     )
     layer.to(linear.weight.device).train(linear.training)
     model.set_submodule(target.path, layer)
-    report.lost_energy = factors.lost_energy(layer.rank if options.init == "classic" else rank)
+    at_start = layer.rank if options.init == "classic" else rank
+    report.lost_energy = factors.lost_energy(at_start)
+    report.predicted_loss = factors.dropped(at_start) if in_nats else None
     report.parameters = layer.parameter_count()
     report.parameters_as_is = layer.parameter_count(merged=False)
     if options.form == "pivoted" and layer.U.numel():

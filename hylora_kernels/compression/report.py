@@ -5,17 +5,21 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from hylora_kernels.model.coverage import Skipped, skipped_table
-from hylora_kernels.support.console import kept_table
+from hylora_kernels.model.structure import depth_of, layer_type
+from hylora_kernels.support.console import kept_table, table
+from hylora_kernels.support.plots import budget_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.mix import Part, calibrated_on
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 
 @dataclass
@@ -27,6 +31,8 @@ class LayerReport:
     lost_energy:  the share of sum S^2 that was dropped, S in the whitened norm.
     largest_coefficient: the largest absolute value in U of the pivoted form; 0 of the pair form.
     damping:      shares of the mean diagonal added to the Gram matrices of inputs and gradients.
+    predicted_loss: the sum of the dropped S^2, in nats a token; None unless the method is
+                  "two_sided", the only one whose S has that unit.
     """
 
     path: str
@@ -39,6 +45,13 @@ class LayerReport:
     lost_energy: float
     largest_coefficient: float
     damping: tuple[float, float]
+    predicted_loss: float | None = None
+
+    @property
+    def kept_rank(self) -> float:
+        """rank as a share of the full one."""
+        full = min(self.out_features, self.in_features)
+        return (self.rank or full) / full
 
 
 @dataclass
@@ -55,7 +68,12 @@ class CompressReport(Report):
                       are cut by a plain SVD, to about the rank of the least of their siblings.
     sources:          the texts that were read, and the blocks and tokens of each; none for method
                       "svd".
-    seconds:          by stage: load, calibrate, factorize, refit, replace.
+    predicted_loss:   the increase of the loss by all cuts, in nats a token: the sum over `layers`,
+                      before the refit, which lowers it. None unless the method is "two_sided".
+    dense_loss, loss: before and after, in nats a token, on the last `measured_blocks` blocks of the
+                      calibration text; None where none was measured. The statistics have seen
+                      these blocks, the refit only where it read them all.
+    seconds:          by stage: load, calibrate, factorize, refit, replace, measure.
     peak_rss:         the largest resident memory of the process so far, bytes.
     """
 
@@ -79,9 +97,13 @@ class CompressReport(Report):
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss: int = 0
     sources: list[Part] = field(default_factory=list)
+    predicted_loss: float | None = None
+    dense_loss: float | None = None
+    loss: float | None = None
+    measured_blocks: int = 0
 
     def render(self) -> Group:
-        """Rich tables: parameters kept and removed, and what was left alone."""
+        """Rich tables: parameters kept and removed, layer types, what was left alone; the loss."""
         from rich.console import Group
 
         counts = {
@@ -92,11 +114,67 @@ class CompressReport(Report):
                 self.model_parameters_as_is,
             ),
         }
-        parts: list[Any] = [kept_table(counts), skipped_table(self.skipped)]
+        parts: list[Any] = [kept_table(counts), self._types_table(), skipped_table(self.skipped)]
+        if line := self.loss_line():
+            parts.append(line)
         if self.unreached:
             some = ", ".join(self.unreached[:4]) + (", ..." if len(self.unreached) > 4 else "")
             parts.append(f"no calibration token reached {len(self.unreached)} linears: {some}")
         return Group(*parts)
+
+    def loss_line(self) -> str:
+        """The predicted and the measured increase of the loss; "" where there is neither."""
+        parts = []
+        if self.predicted_loss is not None:
+            refitted = " without the refit" if self.options.get("refit") else ""
+            parts.append(f"{self.predicted_loss:+.4f} predicted{refitted}")
+        if self.dense_loss is not None and self.loss is not None:
+            parts.append(
+                f"{self.loss - self.dense_loss:+.4f} measured ({self.dense_loss:.4f} to "
+                f"{self.loss:.4f} on the last {self.measured_blocks} blocks of calibration text)"
+            )
+        return f"loss in nats a token: {', '.join(parts)}" if parts else ""
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the predicted loss and the ranks by depth and layer type."""
+        losses: dict[str, dict[int, float]] = {}
+        ranks: dict[str, dict[int, list[float]]] = {}
+        for layer in self.layers:
+            kind, depth = layer_type(layer.path), depth_of(layer.path)
+            if depth is None:  # An output head stands in no block.
+                continue
+            ranks.setdefault(kind, {}).setdefault(depth, []).append(layer.kept_rank)
+            if layer.predicted_loss is not None:
+                by_depth = losses.setdefault(kind, {})
+                by_depth[depth] = by_depth.get(depth, 0.0) + layer.predicted_loss
+        means = {
+            kind: {depth: sum(shares) / len(shares) for depth, shares in by_depth.items()}
+            for kind, by_depth in ranks.items()
+        }
+        budget_plot(losses, means, path, f"keep {self.keep:.3f} (removed {self.removed:.3f})")
+
+    def _types_table(self) -> Table:
+        by_type: dict[tuple[str, int, int], list[LayerReport]] = {}
+        for layer in self.layers:
+            kind = layer_type(layer.path), layer.out_features, layer.in_features
+            by_type.setdefault(kind, []).append(layer)
+        rows: list[list[object]] = []
+        for (name, N, K), layers in by_type.items():
+            ranks = [layer.rank or min(N, K) for layer in layers]
+            losses = [layer.predicted_loss for layer in layers if layer.predicted_loss is not None]
+            rows.append(
+                [
+                    name,
+                    len(layers),
+                    f"{N} x {K}",
+                    f"{sum(ranks) / len(ranks):.0f} ({min(ranks)} to {max(ranks)})",
+                    sum(layer.rank == 0 for layer in layers),
+                    f"{sum(layer.parameters for layer in layers) / (len(layers) * N * K):.4f}",
+                    sum(losses) if losses else None,
+                ]
+            )
+        columns = ["type", "layers", "N x K", "rank", "dense", "kept", "predicted loss"]
+        return table("by layer type; rank: mean (lowest to highest)", columns, rows)
 
     def text_line(self) -> str:
         """The texts that were read, with the blocks and tokens of each; "" for method "svd"."""
@@ -106,6 +184,8 @@ class CompressReport(Report):
         """Fill in the totals, from `layers` and the compressed model."""
         self.parameters = sum(layer.parameters for layer in self.layers)
         self.parameters_as_is = sum(layer.parameters_as_is for layer in self.layers)
+        losses = [layer.predicted_loss for layer in self.layers]
+        self.predicted_loss = None if None in losses else sum(filter(None, losses))
         self.keep = self.parameters / self.dense_parameters
         self.keep_as_is = self.parameters_as_is / self.dense_parameters
         self.model_parameters_as_is = sum(p.numel() for p in model.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from hylora_kernels.compression.compress import Compression
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.modules import eval_mode
+from hylora_kernels.model.structure import layer_type
 from hylora_kernels.support.console import table
 from hylora_kernels.support.plots import spectrum_plot
 from hylora_kernels.support.report import Report
@@ -137,16 +137,10 @@ def analyze_spectrum(
         for statistics in run.calibrate():
             run.factorize(statistics)
         for target in run.structure.targets:
-            kind = _type_of(target.path), *target.shape
+            kind = layer_type(target.path), *target.shape
             by_type.setdefault(kind, []).append(run.singular_values(target).double())
     types = [_summary(*kind, torch.stack(spectra)) for kind, spectra in by_type.items()]
     return SpectrumReport(method, types, run.structure.skipped)
-
-
-def _type_of(path: str) -> str:
-    """The path behind its last number, that of an expert apart: model.layers.3.mlp.up_proj and
-    model.layers.3.mlp.up_proj.0 -> mlp.up_proj."""
-    return re.split(r"(?:^|\.)\d+\.", re.sub(r"\.\d+$", "", path))[-1]
 
 
 def _summary(name: str, N: int, K: int, S: Tensor) -> TypeSpectrum:

@@ -20,9 +20,9 @@ from torch import Tensor
 from hylora_kernels.compression.factors import Factors
 from hylora_kernels.layers.factorize import add_symmetric, to_float64, truncated_svd
 
-# Shares of the mean diagonal. For SmolLM2-135M at keep 0.6, calibrated on a mix of texts, perplexity
-# is 2.339 times the dense model's, as with a tenth of them (2.342); after one narrow text it is 6 to
-# 9 % lower than that on all others. 1e-1 and 3e-1 lose: 2.487.
+# Shares of the mean diagonal. SmolLM2-135M at keep 0.6, calibrated on a mix of texts: perplexity is
+# 2.339 times the dense model's, and 2.342 with a tenth of them; calibrated on one narrow text, that
+# of all others is 6 to 9 % lower than with a tenth. 1e-1 and 3e-1 lose: 2.487.
 INPUT_DAMPING, GRADIENT_DAMPING = 1e-2, 1e-1
 DEAD = 1e-12  # Scales the singular values of a layer whose inputs or gradients are all zero.
 NOISE = 1e-8  # Singular values below this share of the largest are rounding errors,
@@ -68,9 +68,9 @@ def _factorize(
     factorizer: str,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
-    """W [n, m], n <= m; outer, inner: the Gram matrices [n, n] and [m, m] that weigh its outputs and
-    inputs, and their dampings -> L^-T Q [n, n], S [n], Q^T L^T W [n, m], the dampings used, where
-    L L^T = outer and Q, S are left singular vectors and values in the norm of both."""
+    """W [n, m], n <= m, and (Gram matrix, damping) of its outputs [n, n] and inputs [m, m] ->
+    L^-T Q [n, n], S [n], Q^T L^T W [n, m], the dampings used, where L L^T = outer and Q, S are left
+    singular vectors and values in the norm of both."""
     L, outer_damping = damped_cholesky(path, *outer)
     A = W if L is None else L.T @ W
     if factorizer == "gram":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from hylora_kernels.model.modules import eval_mode
 
@@ -45,6 +46,18 @@ def token_loss(
         return _mixed_loss(_logits(model, ids), labels, soft, distill), labels.numel()
     hidden, head = head_inputs(model, ids), model.get_output_embeddings()
     return _ChunkedLoss.apply(hidden, head, labels, chunk, rows_of, distill), labels.numel()
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, ids: Tensor, progress: bool = False, label: str = "") -> float:
+    """ids int64 [n, L] -> the mean next-token loss in nats, in eval(), one sequence at a time."""
+    total, count, device = 0.0, 0, next(model.parameters()).device
+    bar = tqdm(ids.split(1), desc=label, unit="seq", disable=not progress, leave=False)
+    with eval_mode(model):
+        for row in bar:
+            loss, predictions = token_loss(model, row.to(device))
+            total, count = total + float(loss), count + predictions
+    return total / count
 
 
 def head_inputs(model: nn.Module, ids: Tensor) -> Tensor:

@@ -262,6 +262,18 @@ def _readers(model: nn.Module, linears: dict[str, nn.Module]) -> list[list[str]]
     return list(readers.values())
 
 
+def layer_type(path: str) -> str:
+    """The path behind its last number, that of an expert apart: model.layers.3.mlp.up_proj and
+    model.layers.3.mlp.up_proj.0 -> mlp.up_proj."""
+    return re.split(r"(?:^|\.)\d+\.", re.sub(r"\.\d+$", "", path))[-1]
+
+
+def depth_of(path: str) -> int | None:
+    """The first number in a path, that of its block; None for a path without, as lm_head."""
+    number = re.search(r"(?:^|\.)(\d+)\.", path)
+    return int(number[1]) if number else None
+
+
 def check_pattern(name: str, pattern: str) -> None:
     """Raise TypeError or ValueError naming `name` unless `pattern` is a regular expression."""
     if not isinstance(pattern, str):

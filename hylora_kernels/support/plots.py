@@ -100,6 +100,30 @@ def spectrum_plot(
         draw_legend(right, columns=3)
 
 
+def budget_plot(
+    losses: Mapping[str, Mapping[int, float]],
+    ranks: Mapping[str, Mapping[int, float]],
+    path: str | Path,
+    title: str = "",
+) -> None:
+    """losses: layer type -> block -> predicted increase of the loss, nats a token; left, the blocks
+    from input to output, if there are any. ranks: the same of rank / full rank; right."""
+    depth = 1 + max((block for row in ranks.values() for block in row), default=0)
+    with figure(path, 9.6 if losses else 5.6, 0.3 * len(ranks) + 3) as drawing:
+        panels = list(drawing.subplots(1, 1 + bool(losses), squeeze=False)[0])
+        if losses:
+            draw_stacks(panels[0], losses)
+            panels[0].set(title=title, xlabel="block", ylabel="predicted loss (nats a token)")
+            draw_legend(panels[0], columns=3)
+        shares = {
+            kind: [row.get(block, math.nan) for block in range(depth)]
+            for kind, row in ranks.items()
+        }
+        mesh = draw_heatmap(panels[-1], shares)
+        panels[-1].set(title="" if losses else title, xlabel="block")
+        drawing.colorbar(mesh, ax=panels[-1], label="rank / full rank")
+
+
 def sweep_plot(
     series: Mapping[str, Sequence[tuple[float, float]]],
     path: str | Path,
@@ -225,6 +249,15 @@ def draw_bars(
             _annotate(axes, bar.label, (0, row - 0.21), (0, 1), va="bottom")
     axes.set(xlim=(0, 1.36 * longest), ylim=(len(bars) - 0.6, -0.85))
     axes.set_axis_off()
+
+
+def draw_stacks(axes, rows: Mapping[str, Mapping[int, float]]) -> None:
+    """rows: label -> place -> value >= 0; at each place a bar, the rows one upon the other."""
+    tops: dict[int, float] = {}
+    for (label, row), colour in zip(rows.items(), _colours(), strict=False):
+        bottoms = [tops.get(place, 0.0) for place in row]
+        axes.bar(list(row), list(row.values()), 0.85, bottoms, label=label, color=colour)
+        tops |= {place: tops.get(place, 0.0) + value for place, value in row.items()}
 
 
 def draw_reference(axes, value: float, label: str = "") -> None:

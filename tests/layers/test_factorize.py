@@ -8,7 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hylora_kernels.layers.factorize import FACTORIZERS, pivot_rows, to_float64, truncated_svd
+from hylora_kernels.layers.factorize import (
+    FACTORIZERS,
+    STRIP,
+    add_symmetric,
+    fill_lower,
+    pivot_rows,
+    to_float64,
+    truncated_svd,
+)
 
 general = pytest.mark.parametrize("factorizer", ["gram", "exact", "randomized"])
 relaxed = settings(
@@ -234,3 +242,18 @@ def test_list_of_factorizers():
     W = symmetric(6, decaying(6))
     for name in FACTORIZERS:
         assert error_and_optimum(W, 6, name)[0] < 1e-7
+
+
+# ------------------------------------------------------------------------------ symmetric products
+
+
+@pytest.mark.parametrize("n", [1, 7, STRIP, STRIP + 1, 2 * STRIP + 33])
+def test_a_symmetric_product_in_strips(n):
+    a, H = torch.randn(5, n, dtype=torch.float64), symmetric(5, decaying(5))
+    want = a.T @ H @ a
+    total = add_symmetric(None, H @ a, a)
+    torch.testing.assert_close(total.triu(), want.triu())
+    assert n <= STRIP or not total[-1, 0]
+    assert add_symmetric(total, H @ a, a) is total
+    assert fill_lower(total) is total
+    torch.testing.assert_close(total, 2 * want)
