@@ -26,7 +26,7 @@ LIBRARY = {
     "compress": (
         CompressOptions,
         {"tokenizer", "device", "dtype", "refit_samples", "progress"},
-        EVERY | {"out", "overwrite"},
+        EVERY | {"out", "overwrite", "png"},
     ),
     "finetune": (
         FinetuneOptions,

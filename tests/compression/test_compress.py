@@ -209,7 +209,8 @@ def test_report():
     assert written["skipped"]["lm_head"] == head | {
         "reason": "output head, the same tensor as model.embed_tokens"
     }
-    assert set(report.seconds) == {"load", "calibrate", "factorize", "refit", "replace"}
+    stages = {"load", "calibrate", "factorize", "refit", "replace", "measure"}
+    assert set(report.seconds) == stages
     assert all(value > 0 for value in report.seconds.values())
     assert report.peak_rss > 10**8
     ranks = {layer.path: layer.rank for layer in report.layers}
