@@ -126,6 +126,11 @@ def finetune(
         return
     save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
     show(f"trained {report.trainable:,} / total {report.total:,} parameters on {report.text}")
+    if report.teacher:
+        show(
+            f"teacher {report.teacher}: {format_seconds(report.teacher_seconds)}, its states take "
+            f"{format_bytes(report.teacher_bytes)} in the cache"
+        )
     if report.losses:
         show(
             f"{report.steps} steps, {report.tokens:,} tokens in {format_seconds(report.seconds)} "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.options import check_options, option, option_of
 from hylora_kernels.text.options import TextOptions
 from hylora_kernels.text.sources import KINDS, Mix, Source
@@ -51,6 +52,7 @@ class SweepOptions(CellOptions):
     data:       the cells are trained on its train split and evaluated on its test split. Of a list
                 or token ids the last tenth of the blocks is held out if there are steps to train.
     test:       a text to evaluate on in place of that part.
+    objective:  of the steps; "keep" takes the dense model as the teacher of each cell.
 
     Raises ValueError naming the argument, what was given and what is allowed.
     """
@@ -80,6 +82,7 @@ class SweepOptions(CellOptions):
     samples: int = option_of(CompressOptions, "samples")
     limit: int | None = option(16, "Most blocks of a text to evaluate on.", least=1, reported=False)
     steps: int = option(0, "Recovery steps of a cell with adapters; 0: none.", least=0)
+    objective: str = option_of(FinetuneOptions, "objective")
     device: str | torch.device = option("auto", "Device to load the model to.", reported=False)
     dtype: str | torch.dtype = option("auto", "Dtype to load the model in.", reported=False)
     revision: str | None = option(None, "Revision of a hub id.", reported=False)

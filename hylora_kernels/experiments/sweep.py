@@ -29,7 +29,9 @@ from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import load_model, tokenizer_of
+from hylora_kernels.recovery.blocks import training_blocks
 from hylora_kernels.recovery.finetune import finetune
+from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.console import format_bytes, format_ppl, table
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.options import reported_options, takes_options
@@ -137,7 +139,7 @@ def sweep(model: nn.Module | str | Path, options: SweepOptions) -> SweepReport:
         file = folder / "cells" / f"{fingerprint(base=base, **asked)}.json"
         if not file.exists():
             start = time.perf_counter()
-            measured = _cell(load()[0], asked, texts, options, cells[:1])
+            measured = _cell(load, asked, texts, options, cells[:1])
             Cell(**measured, seconds=time.perf_counter() - start).save(file)
         found = json.loads(file.read_text(encoding="utf-8"))
         cells.append(Cell(**found | {"breadth": BreadthReport.from_dict(found["breadth"])}))
@@ -221,7 +223,17 @@ def _texts(
         )
         check_blocks(dense, calibration)
     if o.steps:
-        training = read(data, "train", o.steps, o.seed)
+        keep = {"objective": o.objective, "teacher": dense} if o.objective == "keep" else {}
+        recovery = FinetuneOptions(
+            data,
+            tokenizer,
+            steps=o.steps,
+            length=o.length,
+            seed=o.seed,
+            column=o.column if may_have_columns(data) else None,
+            **keep,
+        )
+        training, _ = training_blocks(dense, dense, recovery, 1, o.progress)
     if o.texts is not None:
         tested = text_blocks(
             dense, o.texts, tokenizer, o.length, o.limit, "test", o.progress, o.column
@@ -236,12 +248,18 @@ def _grid(options: SweepOptions) -> list[dict[str, float]]:
 
 
 def _cell(
-    model: nn.Module, asked: dict, texts: _Texts, options: SweepOptions, dense: list[Cell]
+    load: Callable[[], tuple],
+    asked: dict,
+    texts: _Texts,
+    options: SweepOptions,
+    dense: list[Cell],
 ) -> dict:
     """Make a cell's model of the dense one and measure it: the fields of Cell but `seconds`.
 
+    load:  returns the dense model anew, and its tokenizer or None.
     dense: the dense model's cell, or none for itself.
     """
+    model = load()[0]
     if asked:
         arguments = options.for_compress() | asked
         if "rank" in asked:
@@ -258,6 +276,8 @@ def _cell(
             merge=False,
             seed=options.seed,
             progress=options.progress,
+            objective=options.objective,
+            teacher=(lambda: load()[0]) if options.objective == "keep" else None,
         )
     size = model_size(merge_adapters(model))
     found = {

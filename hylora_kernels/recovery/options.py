@@ -127,8 +127,8 @@ class FinetuneOptions:
         writes = any(isinstance(text, str) and text == SELF for text in texts_in(self.data))
         if not is_given and keep:
             raise ValueError(
-                "objective 'keep' needs a teacher, the dense model that the compressed one came "
-                "from: a hub id, folder or module, got none"
+                "objective 'keep' needs teacher=MODEL, the dense model that the compressed one "
+                "came from: a hub id, folder or module, got none"
             )
         if is_given != (self.distill > 0) and not (is_given and (keep or writes)):
             given = "a teacher" if is_given else "no teacher"

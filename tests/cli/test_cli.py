@@ -98,6 +98,16 @@ def test_finetune_recovers_and_keeps_its_log(recovered):
     assert (out / "training" / "log.jsonl").read_text().count("\n") == 3
 
 
+def test_finetune_keeps_the_breadth_of_a_teacher(home, compressed, tmp_path):
+    out, words = tmp_path / "kept", ("--steps", 3, "--length", 24, "--objective", "keep")
+    data = ("--data", f"{home / 'text.txt'}:2,self:1", "--teacher", home / "dense")
+    result = run("finetune", compressed[0], "--out", out, *words, *data)
+    written = json.loads((out / "finetune.json").read_text())
+    assert written["options"]["distill"] == 1.0 and written["teacher"] == str(home / "dense")
+    assert [part["blocks"] for part in written["sources"]] == [2, 1]
+    assert f"teacher {home / 'dense'}:" in result.output
+
+
 def test_evaluate_counts_what_is_there(home, compressed, recovered, tmp_path):
     for model in (home / "dense", compressed[0], recovered[0]):
         words = ("--data", home / "text.txt", "--length", 24, "--limit", 3)
@@ -237,6 +247,10 @@ def test_cache_is_shown_and_cleared(monkeypatch, tmp_path):
         (("compress", "{home}/dense", "--out", "{home}"), "no model's"),
         (("compress", "{home}/dense", "--out", "{home}/text.txt"), "is a file"),
         (("finetune", "{home}/dense", "--out", "{home}/x"), "adapters"),
+        (
+            ("finetune", "{home}/small", "--out", "{home}/x", "--objective", "keep"),
+            "--objective 'keep' needs --teacher MODEL, the dense model",
+        ),
         (("sweep", "{home}/dense", "--out", "{home}/x", "--keep", "0.8,low"), "keep"),
         (("evaluate", "{home}/dense", "--data", "{home}/empty.jsonl"), "--data has 0 tokens"),
         (

@@ -174,6 +174,21 @@ def test_several_texts_have_ratios_their_mean_and_the_worst(model, tmp_path, cap
         SweepOptions("out", texts=texts, test=IDS)
 
 
+def test_recovery_that_keeps_has_the_dense_model_as_teacher(model, tmp_path, monkeypatch):
+    given = []
+    finetune = sweeping.finetune
+
+    def watched(student, ids, **options):
+        assert isinstance(options["teacher"](), type(model)) and options["objective"] == "keep"
+        given.append(finetune(student, ids, **options))
+
+    monkeypatch.setattr(sweeping, "finetune", watched)
+    options = {**OPTIONS, "steps": 2, "objective": "keep"}
+    report = sweeping.sweep(model, tmp_path, (0.8,), (0, 4), **options)
+    assert [cell.steps for cell in report.cells] == [0, 2]
+    assert [found.options["distill"] for found in given] == [1.0] and given[0].teacher
+
+
 # --------------------------------------------------------------------- text to train and to test on
 
 WORDS = " ".join(f"w{i}" for i in range(1, 41))

@@ -318,7 +318,10 @@ def test_keep_trains_on_the_text_and_on_what_the_teacher_writes(spoken):
     ("options", "message"),
     [
         ({"objective": "learn"}, r"objective must be one of \('adapt', 'keep'\), got 'learn'"),
-        ({"objective": "keep"}, "objective 'keep' needs a teacher, the dense model .*, got none"),
+        (
+            {"objective": "keep"},
+            "objective 'keep' needs teacher=MODEL, the dense model .*, got none",
+        ),
         ({"data": "self"}, "data 'self' is what the teacher writes, got no teacher"),
         ({"objective": "keep", "teacher": "no/such/folder"}, "'no/such/folder' does not exist"),
         ({"objective": "keep", "teacher": lambda: tiny.llama(vocab_size=50)}, "96 tokens, not 50"),
