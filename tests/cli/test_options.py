@@ -53,6 +53,8 @@ def test_a_command_has_the_librarys_options_with_its_defaults_and_help(verb):
         default = fields[name].default
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
+        elif isinstance(default, str) and shown[name].multiple:
+            default = [default]
         assert shown[name].default == default, name
         assert shown[name].help.startswith(describe_option(fields[name])), name
 

@@ -320,7 +320,7 @@ def test_keep_trains_on_the_text_and_on_what_the_teacher_writes(spoken):
         ({"objective": "learn"}, r"objective must be one of \('adapt', 'keep'\), got 'learn'"),
         (
             {"objective": "keep"},
-            "objective 'keep' needs teacher=MODEL, the dense model .*, got none",
+            "objective 'keep' needs teacher=MODEL, the dense .*, got none",
         ),
         ({"data": "self"}, "data 'self' is what the teacher writes, got no teacher"),
         ({"objective": "keep", "teacher": "no/such/folder"}, "'no/such/folder' does not exist"),
