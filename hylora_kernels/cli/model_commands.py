@@ -353,7 +353,13 @@ def demo(
     out: Annotated[Path, Option(help="Folder of the report and the recovered models.")] = Path(
         "runs/demo"
     ),
-    samples: Annotated[int, Option(min=1, help="Blocks of calibration text.")] = 48,
+    samples: Annotated[
+        int,
+        Option(
+            min=1,
+            help="Calibration blocks of Brown, beside half as many of self, a quarter of stdlib.",
+        ),
+    ] = 40,
     steps: Annotated[
         int,
         Option(min=1, help="Recovery steps at keep 0.8, and of the control without compression."),
@@ -386,7 +392,8 @@ def demo(
         dtype=dtype,
     )
     show(report.render())
-    show(demo_page.summary(report))
+    for words in (demo_page.summary(report), demo_page.one_text(report)):
+        show(words)
     for term, note in demo_page.notes(report).items():
         show(f"- {term}: {note}")
     show(f"written to {out}: report.html, report.json, stages.png, hylora-0.8, hylora-0.6")

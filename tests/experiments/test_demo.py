@@ -17,8 +17,19 @@ from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.experiments.demo import page as demo_page
 from hylora_kernels.experiments.demo import pictures
 from hylora_kernels.experiments.demo import run as demonstration
-from hylora_kernels.experiments.demo.recipes import RECIPES, HeldOutCurve, round_to_int8
-from hylora_kernels.experiments.demo.stages import HEADINGS, MAIN_COLUMNS, OTHER_COLUMNS
+from hylora_kernels.experiments.demo.recipes import (
+    RECIPES,
+    HeldOutCurve,
+    Setup,
+    round_to_int8,
+)
+from hylora_kernels.experiments.demo.stages import (
+    HEADINGS,
+    KINDS,
+    MAIN_COLUMNS,
+    OTHER_COLUMNS,
+    Settings,
+)
 from hylora_kernels.model import load as models
 
 TEXT = [f"The {a} {b} went to the {c} and came back, number {i}.\n" for i, (a, b, c) in enumerate(
@@ -37,11 +48,12 @@ NAMES = [
     "two-sided SVD, pivoted",
     "HyLoRA",
     "HyLoRA",
+    "HyLoRA, one text",
     "dense + LoRA (control)",
 ]
 KEYS = {
     "name", "keep", "removed", "params_linear", "params_total", "bytes_total", "trainable", "ppl",
-    "ppl_out_of_domain", "prefill_tok_s", "decode_tok_s",
+    "breadth", "spent", "prefill_tok_s", "decode_tok_s",
 }  # fmt: skip
 
 
@@ -55,7 +67,8 @@ def settings(tmp_path_factory):
     shape = {"samples": 4, "length": 32, "blocks": 3, "new_tokens": 4, "steps": 3, "deep_steps": 2}
     shape |= {"recovery_blocks": 2, "dtype": "bfloat16"}
     ranks = {"lora_rank": 4, "control_rank": 2, "rank_multiple": 4}
-    texts = {"train": TEXT[:300], "test": TEXT[300:], "out_of_domain": TEXT[::-1]}
+    measured = {"prose": TEXT[300:], "backwards": TEXT[::-1], "self": "self"}
+    texts = {"train": TEXT[:300], "texts": measured}
     return {"model": str(folder), "prompt": "The old", "progress": False, **shape, **ranks, **texts}
 
 
@@ -72,30 +85,82 @@ def test_report_has_the_keys_and_stages_that_were_promised(made):
     assert list(written) == ["stages", "model", "data", "environment", "seconds"]
     assert [stage["name"] for stage in written["stages"]] == NAMES
     assert all(set(stage) >= KEYS for stage in written["stages"])
-    assert [s["target"] for s in written["stages"]] == [1, 1, 1, 0.8, 0.8, *[0.8, 0.6] * 3, 1]
+    assert [s["target"] for s in written["stages"]] == [
+        *(1, 1, 1, 0.8, 0.8),
+        *[0.8, 0.6] * 3,
+        0.8,
+        1,
+    ]
     assert written["seconds"] == sum(stage["seconds"] for stage in written["stages"])
 
 
 def test_what_is_measured_where(made):
     stages = {stage.label: stage for stage in made[0].stages}
     both = {f"{n} {k}" for n in ("two-sided SVD, pivoted", "HyLoRA") for k in (0.8, 0.6)}
-    both |= {"dense", "dense + LoRA (control)"}
-    assert {label for label, s in stages.items() if s.ppl_out_of_domain is not None} == both
-    assert {label for label, s in stages.items() if s.decode_tok_s is None} == {"dense int8"}
+    both |= {"dense", "dense + LoRA (control)", "HyLoRA, one text 0.8"}
+    assert {label for label, s in stages.items() if s.breadth is not None} == both
+    untimed = {label for label, s in stages.items() if s.decode_tok_s is None}
+    assert untimed == {"dense int8", "HyLoRA, one text 0.8"}
     continued = {label for label, s in stages.items() if s.sample is not None}
     assert continued == {"dense", "plain SVD 0.8", "HyLoRA 0.8", "HyLoRA 0.6"}
     steps = {label: len(s.losses) for label, s in stages.items() if s.losses}
-    assert steps == {"HyLoRA 0.8": 3, "HyLoRA 0.6": 2, "dense + LoRA (control)": 3}
+    assert steps == {
+        "HyLoRA 0.8": 3, "HyLoRA 0.6": 2, "HyLoRA, one text 0.8": 3, "dense + LoRA (control)": 3
+    }  # fmt: skip
     assert all((s.trainable > 0) == bool(s.losses) for s in stages.values())
     curves = {label: [step for step, _ in s.held_out] for label, s in stages.items() if s.held_out}
     assert curves == {
-        "HyLoRA 0.8": [0, 1, 2, 3], "HyLoRA 0.6": [0, 1, 2], "dense + LoRA (control)": [0, 1, 2, 3]
+        "HyLoRA 0.8": [0, 1, 2, 3], "HyLoRA 0.6": [0, 1, 2],
+        "HyLoRA, one text 0.8": [0, 1, 2, 3], "dense + LoRA (control)": [0, 1, 2, 3],
     }  # fmt: skip
     compressed = {label for label, s in stages.items() if s.ranks}
     assert compressed == {label for label, s in stages.items() if s.target < 1}
     assert all(0 < r["rank"] <= r["full_rank"] for s in stages.values() for r in s.ranks)
     assert stages["dense, optimised"].ppl == pytest.approx(stages["dense"].ppl, rel=0.02)
     assert not stages["dense"].optimized
+
+
+def test_the_ratios_are_to_the_dense_stage(made):
+    dense, *others = made[0].stages
+    names = ["prose", "backwards", "self"]
+    assert [text.ratio for text in dense.breadth.texts] == [1, 1, 1]
+    for stage in others:
+        if stage.breadth is None:
+            continue
+        assert [text.name for text in stage.breadth.texts] == names
+        assert stage.breadth.texts[0].ppl == stage.ppl
+        for text, base in zip(stage.breadth.texts, dense.breadth.texts, strict=True):
+            assert text.dense_ppl == base.ppl and text.ratio == pytest.approx(text.ppl / base.ppl)
+    headings, rows = made[0].breadth_table()
+    assert headings == ["stage", *names, "mean ratio", "worst"]
+    assert len(rows) == 7 and all(len(row) == len(headings) for row in rows)
+
+
+def test_the_mix_holds_three_sources_and_one_row_shows_a_single_one(made, settings, tmp_path):
+    """Each reads as many blocks."""
+    parts = made[0].data["calibration"]
+    assert [part.name.split(",")[0] for part in parts] == ["list", "self", "stdlib"]
+    assert [part.blocks for part in parts] == [4, 2, 1]
+    given = {name: value for name, value in settings.items() if name != "progress"}
+    setup = Setup(Settings(**given), tmp_path, False)
+    assert len(setup.alone[0]) == len(setup.mix[0]) == 7
+    assert [part.name.split(",")[0] for part in setup.alone[1]] == ["list"]
+
+
+def test_the_seconds_are_told_by_kind_and_add_up(made):
+    report = made[0]
+    for stage in report.stages:
+        assert set(stage.spent) <= set(KINDS) and min(stage.spent.values()) >= 0
+        assert sum(stage.spent.values()) == pytest.approx(stage.seconds)
+    spent = {stage.label: stage.spent for stage in report.stages}
+    assert spent["dense"]["self text"] > 0 and spent["dense"]["evaluation"] > 0
+    assert spent["whitened SVD 0.8"]["calibration"] > 0
+    assert spent["HyLoRA 0.8"]["recovery"] > 0 and "recovery" not in spent["dense"]
+    # Its factors are those of the pair.
+    assert spent["two-sided SVD 0.6"].get("calibration", 0) == 0
+    headings, rows = report.seconds_table()
+    assert headings == ["stage", *KINDS, "all"] and rows[-1][0] == "all"
+    assert rows[-1][-1] == f"{report.seconds:.0f}"
 
 
 def test_keep_is_what_the_counts_say_and_within_its_budget(made):
@@ -135,7 +200,7 @@ def test_the_page_is_whole_and_names_no_address(made):
     assert not re.search(r"https?:|//\w|<link|<script|src=", page)
     for text in (*HEADINGS, *(s.label for s in report.stages), "<svg", "The old", "removed"):
         assert text in page
-    assert page.count("<svg") == page.count('role="img"><title>') == 5
+    assert page.count("<svg") == page.count('role="img"><title>') == 6
     assert (folder / "stages.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in folder.iterdir()} == {
         "report.json", "report.html", "stages.png", "stages.jsonl", "training",
@@ -161,10 +226,30 @@ def test_the_summary_names_gains_losses_and_what_they_are_beside():
     assert demo_page.summary(demo_report()).replace("\u202f", " ") == (
         "At keep 0.8 the model has 20 % fewer parameters in its linears and takes 16 % less "
         "memory; perplexity rises from 44.81 to 46.62, decoding is 2.3 × as fast as the dense "
-        "model in transformers and 1.2 × as fast as the dense model laid out the same way, and out "
-        "of domain perplexity rises from 14.72 to 27.47."
+        "model in transformers and 1.2 × as fast as the dense model laid out the same way, and "
+        "over 5 texts perplexity is 1.12 times the dense model's in the mean and 1.15 times on "
+        "moby-dick."
     )
-    assert "44.81 (14.72) to 39.82 (13.73)" in demo_page.control(demo_report())
+    control = demo_page.control(demo_report())
+    assert "from 44.81 to 39.82, and over all texts to 0.97 times the dense model's in" in control
+
+
+def test_the_page_says_why_a_mix_is_read():
+    report = demo_report()
+    assert demo_page.one_text(report) == (
+        "The calibration text decides what is kept: on brown alone, in as many blocks, perplexity "
+        "would be 1.64 times the dense model's in the mean and 3.20 times on code; on the mix "
+        "(brown, train, self, stdlib, train) it is 1.12 times the dense model's in the mean and "
+        "1.15 times on moby-dick."
+    )
+    page = demo_page.render(report, Path("runs/demo"))
+    for text in (demo_page.one_text(report), "21.44 (3.20)", "Where the seconds go", "self text"):
+        assert text.replace("'", "&#39;") in page
+
+
+def test_what_is_predicted_stands_beside_what_is_measured():
+    words = demo_page.notes(demo_report())["Prediction"]
+    assert "pivoted 0.8: 0.185 predicted, 0.172 measured;" in words and "HyLoRA" not in words
 
 
 def test_the_summary_does_not_call_a_loss_a_gain():
@@ -183,7 +268,13 @@ def test_the_notes_and_the_table_say_kept_and_removed(made, capsys):
     from hylora_kernels.support.console import show
 
     notes = " ".join(demo_page.notes(made[0]).values())
-    for text in ("93 tokens", "3 blocks of 32", "keep and removed", "as many steps", "bfloat16"):
+    for text in (
+        "93 tokens of prose",
+        "3 blocks of 32",
+        "keep and removed",
+        "as many steps",
+        "bfloat16",
+    ):
         assert text in notes
     assert "Q4_1" not in notes  # that is the demo's own model
     show(made[0].render())
@@ -195,6 +286,7 @@ def test_a_method_has_one_colour_and_one_marker():
     assert set(pictures.STYLES) == {recipe.name for recipe in RECIPES}
     styles = [style for name, style in pictures.STYLES.items() if name != "dense, optimised"]
     assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == 8
+    assert pictures.STYLES["HyLoRA, one text"] == pictures.STYLES["HyLoRA"]
 
 
 def test_a_recovery_curve_survives_an_interruption(tmp_path):

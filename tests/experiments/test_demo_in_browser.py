@@ -27,10 +27,10 @@ def test_the_page_fits_and_can_be_read(page, width, dark, tmp_path):
     found = browser.probe(page, tmp_path, width, dark)
     assert (found["width"], found["dark"], found["errors"]) == (width, dark, [])
     assert found["pageWidth"] <= width and found["tooWide"] == []
-    assert [region["columns"] for region in found["regions"]] == [8, 5, 4]
+    assert [region["columns"] for region in found["regions"]] == [8, 8, 5, 10, 4]
     for region in found["regions"]:
         assert region["hidden"] == [] and region["sticks"], region
-    assert found["pictures"] == 5 and found["cutOff"] == []
+    assert found["pictures"] == 6 and found["cutOff"] == []
     assert found["smallestInPictures"] >= 10 and found["smallest"] >= 12
     assert found["pale"] == []
 

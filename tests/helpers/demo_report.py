@@ -7,29 +7,44 @@ from __future__ import annotations
 
 import math
 
+from hylora_kernels.evaluation.breadth import BreadthReport, compare
+from hylora_kernels.evaluation.perplexity import Perplexity
 from hylora_kernels.experiments.demo.recipes import RECIPES
 from hylora_kernels.experiments.demo.stages import PROMPT, DemoReport, Stage
 from hylora_kernels.machine.info import Device, Environment
+from hylora_kernels.text.mix import Part
 
-# perplexity, out of domain, prefill and decode tokens a second, keep, parameters of the linears and
-# of all (millions), megabytes, of the recipes in their order
+# perplexity, prefill and decode tokens a second, keep, parameters of the linears and of all
+# (millions), megabytes, of the recipes in their order
 FIGURES = (
-    (44.81, 14.72, 668, 11, 1.0, 106.2, 134.5, 269.0),
-    (44.79, None, 1020, 21, 1.0, 106.2, 134.5, 269.7),
-    (44.84, None, None, None, 1.0, 106.2, 134.5, 138.8),
-    (2.3e7, None, 1054, 23, 0.799, 84.9, 113.2, 226.4),
-    (158.49, None, 939, 20, 0.799, 84.9, 113.2, 226.4),
-    (59.86, None, 896, 20, 0.8, 84.9, 113.3, 226.5),
-    (123.41, None, 1115, 22, 0.6, 63.7, 92.0, 184.1),
-    (51.20, 29.15, 974, 22, 0.8, 84.9, 113.3, 226.8),
-    (87.03, 123.87, 1316, 27, 0.6, 63.7, 92.0, 184.3),
-    (46.62, 27.47, 1011, 25, 0.8, 84.9, 113.3, 226.8),
-    (70.58, 103.96, 819, 20, 0.6, 63.7, 92.0, 184.3),
-    (39.82, 13.73, 257, 6, 1.0, 106.2, 134.5, 269.7),
+    (44.81, 668, 11, 1.0, 106.2, 134.5, 269.0),
+    (44.79, 1020, 21, 1.0, 106.2, 134.5, 269.7),
+    (44.84, None, None, 1.0, 106.2, 134.5, 138.8),
+    (2.3e7, 1054, 23, 0.799, 84.9, 113.2, 226.4),
+    (158.49, 939, 20, 0.799, 84.9, 113.2, 226.4),
+    (59.86, 896, 20, 0.8, 84.9, 113.3, 226.5),
+    (123.41, 1115, 22, 0.6, 63.7, 92.0, 184.1),
+    (51.20, 974, 22, 0.8, 84.9, 113.3, 226.8),
+    (87.03, 1316, 27, 0.6, 63.7, 92.0, 184.3),
+    (46.62, 1011, 25, 0.8, 84.9, 113.3, 226.8),
+    (70.58, 819, 20, 0.6, 63.7, 92.0, 184.3),
+    (46.62, None, None, 0.8, 84.9, 113.3, 226.8),
+    (39.82, 257, 6, 1.0, 106.2, 134.5, 269.7),
 )
+DENSE = {"brown": 44.81, "python-docs": 14.72, "code": 6.7, "moby-dick": 48.2, "self": 40.6}
+RATIOS = {  # label -> the ratios on all texts but the first
+    "dense": (1.0, 1.0, 1.0, 1.0),
+    "two-sided SVD, pivoted 0.8": (1.18, 1.21, 1.2, 1.21),
+    "two-sided SVD, pivoted 0.6": (2.18, 2.3, 2.22, 2.23),
+    "HyLoRA 0.8": (1.12, 1.14, 1.15, 1.13),
+    "HyLoRA 0.6": (1.6, 1.7, 1.65, 1.6),
+    "HyLoRA, one text 0.8": (1.87, 3.2, 1.18, 1.6),
+    "dense + LoRA (control)": (0.93, 1.02, 0.98, 1.05),
+}
 HELD_OUT = {  # label -> (loss before training, after it, steps)
     "HyLoRA 0.8": (3.936, 3.842, 30),
     "HyLoRA 0.6": (4.466, 4.257, 50),
+    "HyLoRA, one text 0.8": (3.936, 3.845, 30),
     "dense + LoRA (control)": (3.803, 3.684, 30),
 }
 TYPES = {
@@ -49,7 +64,8 @@ def demo_report() -> DemoReport:
         cpu_capability="AVX512",
         isa={"avx2": True},
     )
-    test = {"name": "brown", "blocks": 16, "length": 512, "tokens": 8176}
+    texts = [{"name": n, "blocks": 8, "length": 512, "tokens": 4088} for n in DENSE]
+    mix = [("brown, train", 40), ("self", 20), ("stdlib, train", 10)]
     return DemoReport(
         stages=stages,
         model={
@@ -63,10 +79,9 @@ def demo_report() -> DemoReport:
         },
         data={
             "train": "brown",
-            "test": test,
-            "out_of_domain": test | {"name": "python-docs", "blocks": 8, "tokens": 4088},
+            "texts": texts,
+            "calibration": [Part(name, n, 512 * n, n) for name, n in mix],
             "recovery_blocks": 2,
-            "calibration_blocks": 48,
             "steps": {"0.8": 30, "0.6": 50, "control": 30},
             "prompt": PROMPT,
             "seed": 0,
@@ -77,7 +92,7 @@ def demo_report() -> DemoReport:
 
 
 def _stage(recipe, figures) -> Stage:
-    ppl, out_of_domain, prefill, decode, keep, linears, everything, megabytes = figures
+    ppl, prefill, decode, keep, linears, everything, megabytes = figures
     text = " was a long way from the town, and he had not seen it for years." * 3
     return Stage(
         name=recipe.name,
@@ -89,7 +104,9 @@ def _stage(recipe, figures) -> Stage:
         bytes_total=round(megabytes * 1e6),
         trainable=9_770_000 if recipe.label in HELD_OUT else 0,
         ppl=ppl,
-        ppl_out_of_domain=out_of_domain,
+        breadth=_breadth(recipe.label, ppl) if recipe.breadth else None,
+        spent={"calibration": 40.0, "evaluation": 25.0, "other": 10.0},
+        predicted_loss=0.185 if recipe.target < 1 else None,
         prefill_tok_s=prefill,
         decode_tok_s=decode,
         seconds=75.0,
@@ -98,6 +115,18 @@ def _stage(recipe, figures) -> Stage:
         held_out=_curve(*HELD_OUT[recipe.label]) if recipe.label in HELD_OUT else [],
         ranks=_ranks(recipe.target) if recipe.target < 1 else [],
     )
+
+
+def _breadth(label: str, ppl: float) -> BreadthReport:
+    ratios = (ppl / DENSE["brown"], *RATIOS[label])
+    expected = {name: _perplexity(ppl) for name, ppl in DENSE.items()}
+    pairs = zip(DENSE.items(), ratios, strict=True)
+    found = {name: _perplexity(dense * ratio) for (name, dense), ratio in pairs}
+    return compare(found, expected, "test", "dense")
+
+
+def _perplexity(ppl: float) -> Perplexity:
+    return Perplexity(ppl, math.log(ppl), 4088, 8, 512)
 
 
 def _curve(first: float, last: float, steps: int) -> list[list[float]]:

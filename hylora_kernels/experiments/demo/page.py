@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from hylora_kernels.evaluation.breadth import format_ratio
 from hylora_kernels.experiments.demo import pictures
 from hylora_kernels.experiments.demo.stages import (
     MAIN_COLUMNS,
@@ -14,6 +15,7 @@ from hylora_kernels.experiments.demo.stages import (
 )
 from hylora_kernels.support.console import format_bytes, format_ppl, format_seconds
 from hylora_kernels.support.storage import write_text
+from hylora_kernels.text.mix import Part
 
 TEMPLATES = Path(__file__).parent
 NARROW = "\u202f"  # a narrow space that no line breaks at
@@ -39,11 +41,13 @@ def render(report: DemoReport, folder: Path) -> str:
     return templates.get_template("report.html.j2").render(
         report=report,
         summary=summary(report),
-        control=control(report),
+        cautions=[one_text(report), control(report)],
         notes=notes(report),
         tables={
             "main": (MAIN_COLUMNS, report.cells(MAIN_COLUMNS)),
             "sizes": (OTHER_COLUMNS, report.cells(OTHER_COLUMNS)),
+            "texts": report.breadth_table(),
+            "seconds": report.seconds_table(),
             "ranks": pictures.rank_table(report),
         },
         recovered=[stage.label for stage in report.stages if stage.name == "HyLoRA"],
@@ -65,8 +69,19 @@ def summary(report: DemoReport) -> str:
     return (
         f"At keep 0.8 the model has {_less(best.params_linear, dense.params_linear, 'fewer')} "
         f"parameters in its linears and takes {_less(best.bytes_total, dense.bytes_total, 'less')} "
-        f"memory; perplexity {_change(dense.ppl, best.ppl)}, decoding is {speed}, and out of "
-        f"domain perplexity {_change(dense.ppl_out_of_domain, best.ppl_out_of_domain)}."
+        f"memory; perplexity {_change(dense.ppl, best.ppl)}, decoding is {speed}, and over "
+        f"{len(best.breadth.texts)} texts perplexity is {_ratios(best)}."
+    )
+
+
+def one_text(report: DemoReport) -> str:
+    """The reason for a mix of calibration texts, in figures."""
+    alone, best = report.stage("HyLoRA, one text 0.8"), report.stage("HyLoRA 0.8")
+    sources = ", ".join(part.name for part in report.data["calibration"])
+    return (
+        f"The calibration text decides what is kept: on {report.data['train']} alone, in as many "
+        f"blocks, perplexity would be {_ratios(alone)}; on the mix ({sources}) it is "
+        f"{_ratios(best)}."
     )
 
 
@@ -75,20 +90,23 @@ def control(report: DemoReport) -> str:
     dense, trained = report.stage("dense"), report.stage("dense + LoRA (control)")
     return (
         f"Part of the recovery is adaptation to the text: the uncompressed model, trained for as "
-        f"many steps ({report.data['steps']['control']}), goes from {_both(dense)} to "
-        f"{_both(trained)}, out of domain in brackets."
+        f"many steps ({report.data['steps']['control']}), goes from {format_ppl(dense.ppl)} to "
+        f"{format_ppl(trained.ppl)}, and over all texts to {_ratios(trained)}."
     )
 
 
 def notes(report: DemoReport) -> dict[str, str]:
     """How to read the table: term -> a sentence or two."""
-    test, other, env = report.data["test"], report.data["out_of_domain"], report.environment
+    texts, env = report.data["texts"], report.environment
     int8, low = report.stage("dense int8"), report.stage("two-sided SVD, pivoted 0.8")
     found = {
-        "Perplexity": f"lower is better. It is over {test['tokens']:,} tokens of {test['name']}: "
-        f"{test['blocks']} blocks of {test['length']}, every token but each block's first "
-        f"predicted and counted; out of domain over {other['tokens']:,} tokens of {other['name']}. "
-        "Other blocks give other levels.",
+        "Perplexity": f"lower is better. It is over {texts[0]['tokens']:,} tokens of "
+        f"{texts[0]['name']}: {texts[0]['blocks']} blocks of {texts[0]['length']}, every token but "
+        "each block's first predicted and counted. Other blocks give other levels.",
+        "Mean ratio": "the geometric mean over several texts of perplexity over the dense model's: "
+        f"{'; '.join(_amount(text) for text in texts)}. No calibration text holds these blocks; "
+        "self is text that the dense model writes.",
+        "Calibration": "; ".join(map(_part, report.data["calibration"])) + ".",
         "Size": "keep and removed are shares of the parameters of all linears but the output head, "
         "biases excluded, adapters merged. memory and all count everything, embeddings included; "
         "trained are the adapters' parameters before they were merged.",
@@ -100,6 +118,16 @@ def notes(report: DemoReport) -> dict[str, str]:
         f"threads on {env.devices[-1].model}, one short measurement each. "
         + _layout(report.stage("HyLoRA 0.8")),
     }
+    if report.predictions():
+        found["Prediction"] = (
+            "the singular values say what a cut costs, in nats a token over the dense model's and "
+            "without the refit; what is measured is the mean over all texts: "
+            + "; ".join(
+                f"{label}: {predicted:.3f} predicted, {measured:.3f} measured"
+                for label, predicted, measured in report.predictions()
+            )
+            + "."
+        )
     if report.model["package"]:
         size = format_bytes(report.model["package_file_bytes"])
         found["Baseline"] = (
@@ -169,5 +197,18 @@ def _layout(best: Stage) -> str:
     )
 
 
-def _both(stage: Stage) -> str:
-    return f"{format_ppl(stage.ppl)} ({format_ppl(stage.ppl_out_of_domain)})"
+def _ratios(stage: Stage) -> str:
+    """For instance "1.12 times the dense model's in the mean and 1.30 times on code"."""
+    worst = max(stage.breadth.texts, key=lambda text: text.ratio)
+    return (
+        f"{format_ratio(stage.breadth.geometric_mean)} times the dense model's in the mean and "
+        f"{format_ratio(worst.ratio)} times on {worst.name}"
+    )
+
+
+def _amount(text: dict) -> str:
+    return f"{text['tokens']:,} tokens of {text['name']}"
+
+
+def _part(part: Part) -> str:
+    return f"{part.blocks} blocks of {part.name}"

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hylora_kernels.experiments.demo.stages import DemoReport, Stage
+from hylora_kernels.evaluation.breadth import format_ratio
+from hylora_kernels.experiments.demo.stages import DemoReport, Stage, mean_ratio
 from hylora_kernels.support import plots
 from hylora_kernels.support.console import format_ppl
 from hylora_kernels.support.plots import Bar, Line
@@ -27,6 +28,7 @@ STYLES = {  # name -> (colour, marker)
     "two-sided SVD": (plots.BLUE, "P"),
     "two-sided SVD, pivoted": (plots.TEAL, "X"),
     "HyLoRA": (plots.GREEN, "o"),
+    "HyLoRA, one text": (plots.GREEN, "o"),
     "dense + LoRA (control)": (plots.ORANGE, "p"),
 }
 
@@ -41,13 +43,14 @@ class Picture:
 
 
 def png(report: DemoReport, path: Path) -> None:
-    """Perplexity by stage, and over memory, side by side."""
+    """Perplexity by stage, and the mean ratio over all texts, side by side."""
     with plots.figure(path, 2.2 * WIDTH, _rows_height(len(report.stages)) + 0.6) as drawing:
         left, right = drawing.subplots(1, 2)
         _perplexity_bars(left, report)
-        title = f"Perplexity of {report.model['name']} on {report.data['test']['name']}"
-        left.set_title(title, loc="left")
-        _perplexity_over_memory(right, report, legend_columns=4)
+        names = [text["name"] for text in report.data["texts"]]
+        left.set_title(f"Perplexity of {report.model['name']} on {names[0]}", loc="left")
+        _ratio_bars(right, report)
+        right.set_title(f"Perplexity / dense over {', '.join(names)}", loc="left")
 
 
 def pictures(report: DemoReport) -> list[Picture]:
@@ -63,6 +66,14 @@ def pictures(report: DemoReport) -> list[Picture]:
             _values(report, lambda stage: format_ppl(stage.ppl)),
             rows,
             lambda drawing: _perplexity_bars(drawing.add_subplot(), report),
+        ),
+        _picture(
+            "Breadth: perplexity over the dense model's",
+            "The geometric mean over all texts, and the worst of them; shorter is better, the mark "
+            "on each bar is the dense model. A model loses what its calibration text is not about.",
+            _values(report, _ratio_words),
+            _rows_height(sum(stage.breadth is not None for stage in report.stages)),
+            lambda drawing: _ratio_bars(drawing.add_subplot(), report),
         ),
         _picture(
             "Tokens per second by stage",
@@ -137,6 +148,14 @@ def _perplexity_bars(axes, report: DemoReport) -> None:
     plots.draw_bars(axes, bars, reference=dense, limit=LIMIT * dense)
 
 
+def _ratio_bars(axes, report: DemoReport) -> None:
+    bars = []
+    for stage in report.stages:
+        if stage.breadth is not None:
+            bars.append(_bar(stage, stage.breadth.geometric_mean, _ratio_words(stage)))
+    plots.draw_bars(axes, bars, reference=1.0, limit=plots.LONGEST_RATIO)
+
+
 def _speed_bars(panels, report: DemoReport) -> None:
     timed = [stage for stage in report.stages if stage.decode_tok_s is not None]
     for axes, speed in zip(panels, ("prefill_tok_s", "decode_tok_s"), strict=True):
@@ -146,7 +165,7 @@ def _speed_bars(panels, report: DemoReport) -> None:
         axes.set_title(speed.split("_")[0], loc="left")
 
 
-def _perplexity_over_memory(axes, report: DemoReport, legend_columns: int = 2) -> None:
+def _perplexity_over_memory(axes, report: DemoReport) -> None:
     dense = report.stages[0].ppl
     stages = [stage for stage in report.stages if stage.name != "dense, optimised"]
     inside = [stage for stage in stages if stage.ppl <= LIMIT * dense]
@@ -166,7 +185,7 @@ def _perplexity_over_memory(axes, report: DemoReport, legend_columns: int = 2) -
     ]
     if beyond:
         plots.draw_beyond(axes, beyond)
-    plots.draw_legend(axes, legend_columns)
+    plots.draw_legend(axes)
 
 
 def _recovery(axes, report: DemoReport) -> None:
@@ -220,6 +239,14 @@ def _values(report: DemoReport, words: Callable[[Stage], str]) -> str:
     """The stages' values in words: "dense 44.81; dense int8 44.84"."""
     found = ((stage.label, words(stage)) for stage in report.stages)
     return "; ".join(f"{label} {value}" for label, value in found if value)
+
+
+def _ratio_words(stage: Stage) -> str:
+    """For instance "1.12 (code 1.30)"; "" where not measured."""
+    if stage.breadth is None:
+        return ""
+    worst = max(stage.breadth.texts, key=lambda text: text.ratio)
+    return f"{format_ratio(mean_ratio(stage))} ({worst.name} {format_ratio(worst.ratio)})"
 
 
 def _speeds(stage: Stage) -> str:

@@ -13,8 +13,7 @@ import time
 from importlib.metadata import distribution
 from pathlib import Path
 
-from torch import Tensor
-
+from hylora_kernels.evaluation.breadth import compare
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.evaluation.speed import throughput
@@ -33,11 +32,12 @@ from hylora_kernels.support.console import (
     format_seconds,
     report_lines,
 )
+from hylora_kernels.support.timing import timed
 
 STAGES = "stages.jsonl"
-# With the demo's own model: three sets of factors and two of refits; two models and checkpoints
+# With the demo's own model: four sets of factors and three of refits; two models and checkpoints
 # in float32.
-CACHE_BYTES, FOLDER_BYTES = 2_600_000_000, 1_700_000_000
+CACHE_BYTES, FOLDER_BYTES = 3_500_000_000, 1_700_000_000
 
 
 def demo(
@@ -60,13 +60,15 @@ def demo(
         title = f"[{place}/{len(RECIPES)}] {recipe.label}"
         if recipe.label in done:
             setup.say(f"{title}: measured in an earlier run, in {file}")
-            continue
-        setup.say(title)
-        stage = done[recipe.label] = measure(setup, recipe)
-        _rewrite(file, key, done)
-        shutil.rmtree(setup.training(recipe.label) / "checkpoint", ignore_errors=True)
-        memory, seconds = format_bytes(stage.bytes_total), format_seconds(stage.seconds)
-        setup.say(f"{title}: perplexity {format_ppl(stage.ppl)}, {memory}, {seconds}")
+        else:
+            setup.say(title)
+            stage = done[recipe.label] = measure(setup, recipe)
+            _rewrite(file, key, done)
+            shutil.rmtree(setup.training(recipe.label) / "checkpoint", ignore_errors=True)
+            memory, seconds = format_bytes(stage.bytes_total), format_seconds(stage.seconds)
+            setup.say(f"{title}: perplexity {format_ppl(stage.ppl)}, {memory}, {seconds}")
+        if place == 1:
+            setup.expected = {text.name: text for text in done[recipe.label].breadth.texts}
     stages = [done[recipe.label] for recipe in RECIPES]
     report = DemoReport(
         stages=stages,
@@ -86,18 +88,27 @@ def measure(setup: Setup, recipe: Recipe) -> Stage:
     Speeds are of each model as it would be used: a compressed one laid out by
     optimize_for_inference, a dense one as transformers runs it, unless its recipe says optimize.
     """
-    start, s, progress = time.perf_counter(), setup.settings, setup.progress
+    start, s, spent = time.perf_counter(), setup.settings, setup.spent
+    spent.clear()
     made = recipe.make(setup, recipe)
     model, recovery = made.model, made.recovery
     setup.say(report_lines(model))
     if recipe.optimize:
         optimize_for_inference(model)
-    size = model_size(model)
-    speed = throughput(model, optimize=recipe.target < 1) if recipe.speed else None
-    other = perplexity(model, setup.other, progress=progress) if recipe.out_of_domain else None
-    sample = None
+    size, speed, sample = model_size(model), None, None
+    if recipe.speed:
+        with timed(spent, "speed"):
+            speed = throughput(model, optimize=recipe.target < 1)
     if recipe.sample:
         sample = generate(model, setup.tokenizer, s.prompt, max_new_tokens=s.new_tokens)
+    texts = setup.texts if recipe.breadth else {setup.first: setup.given[setup.first]}
+    with timed(spent, "evaluation"):
+        found = {
+            name: perplexity(model, ids, progress=setup.progress, text=name)
+            for name, ids in texts.items()
+        }
+    wide = compare(found, setup.expected or found, "test", "dense") if recipe.breadth else None
+    seconds = time.perf_counter() - start
     return Stage(
         name=recipe.name,
         target=recipe.target,
@@ -107,11 +118,13 @@ def measure(setup: Setup, recipe: Recipe) -> Stage:
         params_total=size.parameters,
         bytes_total=made.size_bytes or size.resident_bytes,
         trainable=recovery.trainable if recovery else 0,
-        ppl=perplexity(model, setup.test, progress=progress).ppl,
-        ppl_out_of_domain=other.ppl if other else None,
+        ppl=found[setup.first].ppl,
+        breadth=wide,
         prefill_tok_s=speed.prefill_tok_s if speed else None,
         decode_tok_s=speed.decode_tok_s if speed else None,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
+        spent=spent | {"other": max(0.0, seconds - sum(spent.values()))},
+        predicted_loss=made.predicted_loss,
         optimized=bool(speed and speed.optimized),
         sample=sample,
         losses=recovery.losses if recovery else [],
@@ -129,7 +142,7 @@ def _finished(file: Path, key: str, setup: Setup) -> dict[str, Stage]:
         except json.JSONDecodeError:  # a line cut off when the process was killed
             continue
         if record["key"] == key:
-            stage = Stage(**record["stage"])
+            stage = Stage.from_dict(record["stage"])
             model = setup.saved(stage.target)
             if stage.name != "HyLoRA" or (model / "config.json").is_file():
                 found[stage.label] = stage
@@ -166,22 +179,16 @@ def _about_model(setup: Setup, dense: Stage) -> dict:
 
 def _about_data(setup: Setup) -> dict:
     s = setup.settings
+    texts = [
+        {"name": name, "blocks": n, "length": length, "tokens": n * (length - 1)}
+        for name, (n, length) in ((name, ids.shape) for name, ids in setup.texts.items())
+    ]
     return {
-        "train": _source(s.train),
-        "test": _about_text(s.test, setup.test),
-        "out_of_domain": _about_text(s.out_of_domain, setup.other),
-        "recovery_blocks": min(s.recovery_blocks, len(setup.test)),
-        "calibration_blocks": s.samples,
+        "train": s.train if isinstance(s.train, str) else f"{len(s.train)} texts",
+        "texts": texts,
+        "calibration": setup.mix[1],
+        "recovery_blocks": min(s.recovery_blocks, texts[0]["blocks"]),
         "steps": {"0.8": s.steps, "0.6": s.deep_steps, "control": s.steps},
         "prompt": s.prompt,
         "seed": s.seed,
     }
-
-
-def _about_text(text: str | list[str], blocks: Tensor) -> dict:
-    n, length = blocks.shape
-    return {"name": _source(text), "blocks": n, "length": length, "tokens": n * (length - 1)}
-
-
-def _source(text: str | list[str]) -> str:
-    return text if isinstance(text, str) else f"{len(text)} texts"

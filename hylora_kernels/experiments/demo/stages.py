@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from hylora_kernels.evaluation.breadth import BreadthReport, format_ratio
 from hylora_kernels.machine.info import Environment
 from hylora_kernels.model import load as models
-from hylora_kernels.support.console import format_bytes, format_ppl, table
+from hylora_kernels.support.console import format_bytes, format_ppl, format_seconds, table
 from hylora_kernels.support.report import Report
 
+if TYPE_CHECKING:
+    from rich.console import Group
+
 PROMPT = "The old man sat down by the window and looked at the river. He"
+KINDS = (  # of work, in the table of seconds
+    *("self text", "calibration", "factorization", "refit", "recovery", "evaluation", "speed"),
+    "other",
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the numbers.
 
-    model, train, test, out_of_domain: as load_model and token_blocks take them.
-    samples:       calibration blocks.
+    model, train:  as load_model and token_blocks take them.
+    texts:         to measure on, as breadth() takes them: the first is of the kind of `train`.
+    samples:       calibration blocks of `train`, with which the mix has half as many of the model's
+                   own text and a quarter of the standard library.
     steps, deep_steps: recovery steps at keep 0.8 (and of the control), and at 0.6.
     length:        tokens in a block.
-    blocks, other_blocks: the first blocks of test and of out_of_domain give the perplexities.
-    recovery_blocks: the first blocks of test give the recovery curves, five evaluations each.
+    blocks:        the first blocks of each text give its perplexity.
+    recovery_blocks: the first blocks of the first text give the recovery curves, five evaluations
+                   each.
     dtype:         "auto" is bfloat16 where the device multiplies it fast, else float32.
     """
 
     model: str = models.DEMO_MODEL
     train: str | list[str] = "brown"
-    test: str | list[str] = "brown"
-    out_of_domain: str | list[str] = "python-docs"
-    samples: int = 48
+    texts: Mapping[str, str | list[str]] | Sequence[str] = (
+        *("brown", "python-docs", "code", "moby-dick", "self"),
+    )
+    samples: int = 40
     steps: int = 30
     deep_steps: int = 50
     lora_rank: int = 64
     control_rank: int = 16
     rank_multiple: int = 16
     length: int = 512
-    blocks: int = 16
-    other_blocks: int = 8
+    blocks: int = 8
     recovery_blocks: int = 2
     new_tokens: int = 48
     prompt: str = PROMPT
@@ -55,6 +68,9 @@ class Stage(Report):
     keep, removed, params_linear: of the linears, adapters merged, biases excluded.
     bytes_total:   parameters and buffers in memory; of int8 as it would be stored.
     trainable:     adapter parameters trained in this stage, before merging.
+    ppl:           on the first text. breadth: on all texts, beside the dense model's.
+    predicted_loss: by the singular values, before the refit, in nats a token; None if not known.
+    spent:         seconds by kind of work (KINDS); together `seconds`.
     optimized:     whether the speeds are of a model laid out by optimize_for_inference.
     sample:        the prompt, continued.
     losses:        of the training blocks, one a step, nats a token.
@@ -72,15 +88,23 @@ class Stage(Report):
     bytes_total: int
     trainable: int
     ppl: float
-    ppl_out_of_domain: float | None
+    breadth: BreadthReport | None
     prefill_tok_s: float | None
     decode_tok_s: float | None
     seconds: float
+    spent: dict[str, float]
+    predicted_loss: float | None = None
     optimized: bool = False
     sample: str | None = None
     losses: list[float] = field(default_factory=list)
     held_out: list[list[float]] = field(default_factory=list)
     ranks: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Stage:
+        """The stage of what to_dict() gave."""
+        breadth = values["breadth"] and BreadthReport.from_dict(values["breadth"])
+        return cls(**values | {"breadth": breadth})
 
     @property
     def label(self) -> str:
@@ -92,12 +116,17 @@ def stage_label(name: str, target: float) -> str:
     return name if target == 1 else f"{name} {target:g}"
 
 
+def mean_ratio(stage: Stage) -> float | None:
+    """The geometric mean over the texts of perplexity / dense; None where it was not measured."""
+    return stage.breadth.geometric_mean if stage.breadth else None
+
+
 # heading -> the cell of a stage, in words. The terminal shows all of them; the page shows those of
 # MAIN_COLUMNS first, and the rest in a second table.
 COLUMNS: dict[str, Callable[[Stage], str]] = {
     "stage": lambda stage: stage.label,
     "perplexity": lambda stage: format_ppl(stage.ppl),
-    "out of domain": lambda stage: format_ppl(stage.ppl_out_of_domain),
+    "mean ratio": lambda stage: format_ratio(mean_ratio(stage)),
     "memory": lambda stage: format_bytes(stage.bytes_total),
     "keep": lambda stage: f"{stage.keep:.3f}",
     "removed": lambda stage: f"{stage.removed:.3f}",
@@ -130,13 +159,60 @@ class DemoReport(Report):
         """A row for each stage."""
         return [[COLUMNS[heading](stage) for heading in headings] for stage in self.stages]
 
-    def render(self):
-        """A rich table."""
-        return table(self.model["name"], HEADINGS, self.cells())
+    def breadth_table(self) -> tuple[list[str], list[list[str]]]:
+        """(headings, rows): the perplexities on all texts and, in brackets, over the dense
+        model's."""
+        names = [text["name"] for text in self.data["texts"]]
+        rows = []
+        for stage in self.stages:
+            if stage.breadth is not None:
+                cells = [
+                    f"{format_ppl(text.ppl)} ({format_ratio(text.ratio)})"
+                    for text in stage.breadth.texts
+                ]
+                mean, worst = stage.breadth.geometric_mean, stage.breadth.worst or ""
+                rows.append([stage.label, *cells, format_ratio(mean), worst])
+        return ["stage", *names, "mean ratio", "worst"], rows
+
+    def seconds_table(self) -> tuple[list[str], list[list[str]]]:
+        """(headings, rows): seconds by stage and kind of work, and all together in the last row."""
+        by_stage = [[stage.spent.get(kind, 0.0) for kind in KINDS] for stage in self.stages]
+        sums = [sum(column) for column in zip(*by_stage, strict=True)]
+        labels = [*(stage.label for stage in self.stages), "all"]
+        rows = [
+            [label, *map(_some, [*seconds, sum(seconds)])]
+            for label, seconds in zip(labels, [*by_stage, sums], strict=True)
+        ]
+        return ["stage", *KINDS, "all"], rows
+
+    def predictions(self) -> list[tuple[str, float, float]]:
+        """(label, predicted loss, measured loss) of the untrained stages, in nats a token over the
+        dense model's; measured as the mean over the texts."""
+        return [
+            (stage.label, stage.predicted_loss, math.log(ratio))
+            for stage in self.stages
+            if not stage.trainable
+            and stage.predicted_loss is not None
+            and (ratio := mean_ratio(stage)) is not None
+        ]
+
+    def render(self) -> Group:
+        """Rich tables: the stages, the texts, the seconds."""
+        from rich.console import Group
+
+        return Group(
+            table(self.model["name"], HEADINGS, self.cells()),
+            table("perplexity (over the dense model's) by text", *self.breadth_table()),
+            table(f"seconds by kind, {format_seconds(self.seconds)}", *self.seconds_table()),
+        )
 
 
 def _whole(number: float | None) -> str:
     return "-" if number is None else f"{number:.0f}"
+
+
+def _some(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 0.5 else ""
 
 
 def _millions(count: int) -> str:
