@@ -89,7 +89,8 @@ def control(report: DemoReport) -> str:
     """The sentence that the summary must not be read without."""
     dense, trained = report.stage("dense"), report.stage("dense + LoRA (control)")
     return (
-        f"Part of the recovery is adaptation to the text: the uncompressed model, trained for as "
+        "The recovery learns the dense model's predictions, not the text. To learn the text is "
+        "adaptation: the control, the uncompressed model trained on its next tokens for as "
         f"many steps ({report.data['steps']['control']}), goes from {format_ppl(dense.ppl)} to "
         f"{format_ppl(trained.ppl)}, and over all texts to {_ratios(trained)}."
     )

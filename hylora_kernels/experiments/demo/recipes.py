@@ -253,7 +253,9 @@ def _hylora_alone(setup: Setup, recipe: Recipe) -> StageModel:
 def _recovered(setup: Setup, recipe: Recipe, alone: bool = False) -> StageModel:
     s = setup.settings
     made = _compress(setup, recipe, alone, **REFITTED, lora_rank=s.lora_rank)
-    _recover(setup, recipe, made, s.steps if recipe.target > 0.7 else s.deep_steps)
+    steps = s.steps if recipe.target > 0.7 else s.deep_steps
+    setup.own_text("recovery", -(-steps // 2))  # Half of what the steps read.
+    _recover(setup, recipe, made, steps, objective="keep", teacher=setup.dense)
     return made
 
 
@@ -265,7 +267,7 @@ def _control(setup: Setup, recipe: Recipe) -> StageModel:
     return made
 
 
-def _recover(setup: Setup, recipe: Recipe, made: StageModel, steps: int) -> None:
+def _recover(setup: Setup, recipe: Recipe, made: StageModel, steps: int, **objective) -> None:
     """Train made.model's adapters and merge them; fills made.recovery and made.held_out."""
     s, folder = setup.settings, setup.training(recipe.label)
     held_out = setup.given[setup.first][: s.recovery_blocks]
@@ -280,6 +282,7 @@ def _recover(setup: Setup, recipe: Recipe, made: StageModel, steps: int) -> None
         seed=s.seed,
         progress=setup.progress,
         on_step=curve.on_step,
+        **objective,
     )
     if made.recovery.stopped:
         raise FloatingPointError(f"{recipe.label}: {made.recovery.stopped}")

@@ -73,7 +73,8 @@ class Stage(Report):
     spent:         seconds by kind of work (KINDS); together `seconds`.
     optimized:     whether the speeds are of a model laid out by optimize_for_inference.
     sample:        the prompt, continued.
-    losses:        of the training blocks, one a step, nats a token.
+    losses:        of the training blocks, one a step, nats a token: KL from the dense model, of the
+                   control cross-entropy.
     held_out:      [step, loss over the first recovery_blocks of test] pairs, nats a token.
     ranks:         {"path", "rank", "full_rank"} of every compressed layer, adapters included; a
                    layer left dense has its full rank.
