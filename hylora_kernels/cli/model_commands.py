@@ -32,7 +32,7 @@ from hylora_kernels.cli.options import (
 )
 from hylora_kernels.cli.output import write_report
 from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.experiments.options import SweepOptions
+from hylora_kernels.experiments.options import SweepOptions, TargetOptions
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.console import (
     format_bytes,
@@ -45,14 +45,28 @@ from hylora_kernels.support.storage import require_disk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# The options of compress that --target-ratio alone reads.
+SEARCH = ("texts", "limit", "evaluations")
+
 
 @library_options(
-    CompressOptions, without=("tokenizer", "device", "dtype", "refit_samples", "progress")
+    TargetOptions,
+    without=(
+        *("tokenizer", "device", "dtype", "refit_samples", "progress"),
+        *("target_ratio", "output_dir"),
+    ),
 )
 def compress(
     model: Model,
     out: Out,
     *,
+    target_ratio: Annotated[
+        float | None,
+        Option(
+            help="In place of keep: find the smallest one whose perplexity, as the geometric mean "
+            "over --texts, is at most this multiple of the dense model's; for example 1.1."
+        ),
+    ] = None,
     options: dict[str, Any],
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -66,14 +80,33 @@ def compress(
 ) -> None:
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
     from hylora_kernels.compression.compress import compress as compress_model
+    from hylora_kernels.experiments.target import compress_to_ratio
     from hylora_kernels.model.saving import refuse_unsavable, save_pretrained
 
-    refuse_foreign_folder(out, model, overwrite=overwrite)
+    search = {name: options.pop(name) for name in SEARCH}
+    if target_ratio is None and search["texts"] is not None:
+        raise ValueError("texts are measured for target_ratio, which is not given")
+    refuse_foreign_folder(out, model, mark="frontier", overwrite=overwrite)
     trusted = options["trust_remote_code"]
     loaded, tokenizer = _load(model, device, dtype, trusted, revision, tokenizer)
     refuse_unsavable(loaded, tokenizer)
     require_disk(out, _parameter_bytes(loaded), f"the compressed model in {out}")
-    loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
+    found: dict[str, Any] = {}
+    if target_ratio is None:
+        loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
+    else:
+        loaded, report, frontier = compress_to_ratio(
+            loaded,
+            target_ratio=target_ratio,
+            output_dir=out,
+            tokenizer=tokenizer,
+            **options,
+            **search,
+        )
+        show(frontier.render())
+        if frontier.note:
+            show(frontier.note)
+        found = {"frontier": frontier.to_dict()}
     save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
     show(report.render())
     show(report_lines(loaded))
@@ -81,7 +114,7 @@ def compress(
         show(report.text_line())
     seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
     show(f"time: {seconds}; peak memory {format_bytes(report.peak_rss)}")
-    write_report(report, out / "compress.json", json_path)
+    write_report(report.to_dict() | found, out / "compress.json", json_path)
     if png is not None:
         report.plot(png)
         show(f"picture in {png}")

@@ -24,7 +24,7 @@ from hylora_kernels.compression.refit import refit_blocks, refit_bytes
 from hylora_kernels.compression.replace import replace_linear
 from hylora_kernels.compression.report import CompressReport, LayerReport
 from hylora_kernels.compression.whiten import factorize_whitened
-from hylora_kernels.compression.workspace import open_workspace
+from hylora_kernels.compression.workspace import Refits, open_workspace
 from hylora_kernels.layers.experts import own_weights, restack, unstack
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
@@ -84,7 +84,7 @@ class Compression:
         self.options = options
         seconds: dict[str, float] = {}
         with contextlib.ExitStack() as undo, timed(seconds, "load"):
-            self.model, tokenizer = _load(model_or_id, options)
+            self.model, self.tokenizer = _load(model_or_id, options)
             keep_unscaled(self.model)
             # Now, not after hours of work.
             refuse_unsavable(self.model, warn_if_modified=isinstance(model_or_id, nn.Module))
@@ -101,7 +101,10 @@ class Compression:
             # Fail early: feasibility depends on costs only, so any singular values will do here.
             any_values = {t: torch.ones(min(t.shape), device="cpu") for t in self.structure.targets}
             self.keep = self.budget.keep(options, partial(self._ranks, any_values))
-            self.ids, sources = (None, []) if options.method == "svd" else self._text(tokenizer)
+            self.ids: Tensor | None = None
+            sources: list[Part] = []
+            if options.method != "svd":
+                self.ids, sources = self._text()
             if options.refit:  # A chain that can't be run is refused before the long work, too.
                 assert self.ids is not None, "a refit reads text"
                 record(self.model, self.structure.blocks, self.ids[:2, :64])
@@ -203,11 +206,7 @@ class Compression:
         options, blocks = self.options, self.structure.blocks
         if not options.refit:
             return {}
-        assert self.ids is not None, "a refit reads text"
-        ids = self.ids[: options.refit_samples]
-        if options.init == "classic":  # The adapter's part of the rank starts at zero.
-            ranks = {p: R and R - adapter_rank(R, options.lora_rank) for p, R in ranks.items()}
-        store = self.workspace.refits(fingerprint(ids=ids, ranks=ranks))
+        ids, ranks, store = self._refits(ranks)
         found = {block.path: store.find(block.path) for block in blocks}
         done = {path: matrices for path, matrices in found.items() if matrices is not None}
         with timed(self.report.seconds, "refit"):
@@ -222,6 +221,20 @@ class Compression:
                         store.save(block, matrices)
                         done[block] = store.load(block)
         return {path: matrix for matrices in done.values() for path, matrix in matrices.items()}
+
+    def forget_refit(self, ranks: dict[str, int]) -> None:
+        """Delete the refitted matrices of these ranks from the workspace."""
+        if self.options.refit:
+            self._refits(ranks)[2].clear()
+
+    def _refits(self, ranks: dict[str, int]) -> tuple[Tensor, dict[str, int], Refits]:
+        """(token ids of the refit, the ranks that are refitted, their files)."""
+        assert self.ids is not None, "a refit reads text"
+        o = self.options
+        ids = self.ids[: o.refit_samples]
+        if o.init == "classic":  # The adapter's part of the rank starts at zero.
+            ranks = {p: R and R - adapter_rank(R, o.lora_rank) for p, R in ranks.items()}
+        return ids, ranks, self.workspace.refits(fingerprint(ids=ids, ranks=ranks))
 
     def replace(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> None:
         """Put the low-rank layers into the model, freeze all but the adapters, end the report."""
@@ -311,14 +324,15 @@ class Compression:
         shared = o.form, o.rank_multiple, o.lora_rank, o.count
         return [curve(t.path, t.shape, S, *shared) for t, S in singular_values.items()]
 
-    def _text(self, tokenizer: Any) -> tuple[Tensor, list[Part]]:
+    def _text(self) -> tuple[Tensor, list[Part]]:
         o = self.options
-        if not all(isinstance(text, Tensor) for text in texts_in(o.calibration)):
-            tokenizer = tokenizer or tokenizer_of(self.model)
+        read = not all(isinstance(text, Tensor) for text in texts_in(o.calibration))
+        if read and self.tokenizer is None:
+            self.tokenizer = tokenizer_of(self.model)
         ids, parts = mixed_blocks(
             o.calibration,
             self.model,
-            tokenizer,
+            self.tokenizer,
             o.length,
             split=o.split,
             seed=o.seed,
@@ -330,9 +344,7 @@ class Compression:
         return ids, parts
 
 
-def _load(
-    model_or_id: nn.Module | str | Path, options: CompressOptions
-) -> tuple[nn.Module, object]:
+def _load(model_or_id: nn.Module | str | Path, options: CompressOptions) -> tuple[nn.Module, Any]:
     """(the model in eval(), its tokenizer or None)."""
     if not isinstance(model_or_id, str | Path):
         check_model(model_or_id, "replace", "model_or_id")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,10 +143,9 @@ class CompressOptions:
 
     def _check_budget(self) -> None:
         """Exactly one of keep and the targets is set after this; keep is 0.8 where none was."""
-        given = {n: v for n in BUDGETS if (v := getattr(self, n)) is not None}
-        if len(given) > 1:
-            words = " and ".join(f"{name}={value}" for name, value in given.items())
-            raise ValueError(f"only one of {', '.join(BUDGETS)} may be given, got {words}")
+        budgets = {name: getattr(self, name) for name in BUDGETS}
+        check_one(budgets)
+        given = {name: value for name, value in budgets.items() if value is not None}
         if not given:
             object.__setattr__(self, "keep", KEEP)
         for name, value in given.items():
@@ -155,8 +155,21 @@ class CompressOptions:
                 raise ValueError(f"keep must be in (0, 1], got {value}")
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
-            if name != "keep" and isinstance(self.ranks, dict):
-                raise ValueError(
-                    f"{name} needs a policy for all linears, one of {POLICIES}, got ranks="
-                    f"{self.ranks}, whose patterns have budgets of their own: give keep"
-                )
+            if name != "keep":
+                check_policy(name, self.ranks)
+
+
+def check_one(budgets: Mapping[str, object]) -> None:
+    """Raise ValueError if more than one of these arguments, name -> value, is not None."""
+    given = [f"{name}={value}" for name, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"only one budget may be given, got {' and '.join(given)}")
+
+
+def check_policy(name: str, ranks: str | dict[str, int | float]) -> None:
+    """Raise ValueError if `ranks` has budgets of its own beside the one that `name` gives."""
+    if isinstance(ranks, dict):
+        raise ValueError(
+            f"{name} needs a policy for all linears, one of {POLICIES}, got ranks={ranks}, whose"
+            " patterns have budgets of their own: give keep"
+        )

@@ -48,6 +48,10 @@ class Curve:
     total: float
     cost: Callable[[int], int]
 
+    def error(self, rank: int) -> float:
+        """The error of a candidate."""
+        return float(self.errors[self.ranks == rank][0])
+
     def affordable(self, budget: float) -> int | None:
         """The index of the dearest candidate within `budget`, or None."""
         within = np.flatnonzero(self.costs <= budget)
@@ -126,14 +130,20 @@ def allocate(
     if policy == "uniform":
         chosen = [c.affordable(keep * c.dense_cost) for c in curves]
         if None in chosen:
-            _infeasible(keep, max(c.costs[0] / c.dense_cost for c in curves))
+            _infeasible(keep, least_keep(curves, policy))
     else:
         budget = keep * sum(c.dense_cost for c in curves)
-        cheapest = sum(int(c.costs[0]) for c in curves)
-        if cheapest > budget:
-            _infeasible(keep, cheapest / sum(c.dense_cost for c in curves))
+        if sum(int(c.costs[0]) for c in curves) > budget:
+            _infeasible(keep, least_keep(curves, policy))
         chosen = spend(curves, budget) if policy == "global" else _common_energy(curves, budget)
     return {c.path: int(c.ranks[i]) for c, i in zip(curves, chosen, strict=True)}
+
+
+def least_keep(curves: list[Curve], policy: str) -> float:
+    """The smallest keep that a policy can meet."""
+    if policy == "uniform":
+        return max(float(c.costs[0] / c.dense_cost) for c in curves)
+    return sum(int(c.costs[0]) for c in curves) / sum(c.dense_cost for c in curves)
 
 
 def spend(curves: list[Curve], budget: float) -> list[int]:

@@ -50,6 +50,7 @@ class Refits(Files):
 class Workspace:
     """The folder of one factorization, a file of Factors for each layer.
 
+    key:   stands for all that the factors depend on.
     cache: True puts it in the package's cache, a path into that folder; False makes a temporary
            folder, which close() removes.
 
@@ -57,7 +58,7 @@ class Workspace:
     """
 
     def __init__(self, key: str, cache: bool | str | Path = True):
-        self.temporary = not cache
+        self.key, self.temporary = key, not cache
         if self.temporary:
             self.folder = _temporary_folder()
         elif cache is True:

@@ -1,7 +1,8 @@
-"""The options of sweep(): its own, and those of compress() that all cells share."""
+"""The options of sweep() and compress_to_ratio(): their own, and those of compress()."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import product
@@ -10,11 +11,11 @@ from typing import Any
 
 import torch
 
-from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.compression.options import BUDGETS, CompressOptions, check_one, check_policy
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.options import check_options, option, option_of
 from hylora_kernels.text.options import TextOptions
-from hylora_kernels.text.sources import KINDS, Mix, Source
+from hylora_kernels.text.sources import KINDS, NAMED, SELF, Mix, Source, texts_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +100,50 @@ class SweepOptions(CellOptions):
         for rank in self.rank or ():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"rank must be ints of at least 1, got {rank!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(CompressOptions):
+    """All arguments of compress_to_ratio() but the model, checked: those of compress(), of which
+    target_ratio takes the place of keep, target_params and target_mb, and its own.
+
+    output_dir: gets frontier/*.json and frontier.png. A point is read from its file if everything
+                that decides it is the same: weights, tokens, options, the package's version.
+    texts:      as breadth() takes them; of each the held-out part is measured. By default the
+                user's text in `calibration`, or Brown, and three more.
+    """
+
+    target_ratio: float = option(
+        1.1, "Find the smallest keep whose perplexity is at most this multiple of the dense one's."
+    )
+    output_dir: str | Path = option(
+        MISSING, "Folder of the points and the picture.", reported=False
+    )
+    texts: Mapping[str, Source] | Sequence[Source] | None = option(
+        None,
+        "Texts whose geometric mean of ratios must meet target_ratio; by default the calibration "
+        "text (or brown), python-docs, code and self.",
+        reported=False,
+    )
+    limit: int = option(8, "Most blocks of each text to measure on.", least=1)
+    evaluations: int = option(5, "Most keeps to measure.", least=1)
+
+    def __post_init__(self) -> None:
+        budgets = {name: getattr(self, name) for name in BUDGETS}
+        check_one(budgets | {"target_ratio": self.target_ratio})
+        check_policy("target_ratio", self.ranks)
+        ratio = self.target_ratio
+        if not isinstance(ratio, int | float) or not 1 < ratio < math.inf:
+            raise ValueError(
+                f"target_ratio must be a finite number above 1, the dense model's, got {ratio!r}"
+            )
+        object.__setattr__(self, "keep", 1.0)  # The most that a point of the search may keep.
+        super().__post_init__()
+
+    def texts_or_default(self) -> Mapping[str, Source] | Sequence[Source]:
+        """`texts`, or the default ones."""
+        if self.texts is not None:
+            return self.texts
+        read = [s for s in texts_in(self.calibration) if isinstance(s, str | Path)]
+        own = [source for source in read if source not in (*NAMED, SELF)]
+        return [*dict.fromkeys([*(own or ["brown"]), "python-docs", "code", SELF])]

@@ -278,6 +278,10 @@ class Files:
             )
         return tensors
 
+    def clear(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def say_damaged(path: Path, reason: str) -> None:
     tqdm.write(f"{path} in the cache is damaged and made again: {reason}", file=sys.stderr)

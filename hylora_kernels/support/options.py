@@ -36,7 +36,8 @@ def option(
     keyword:  it is given by name only, so that it can stand between fields given by place.
     """
     metadata = {"help": help, "choices": choices, "least": least, "reported": reported}
-    return dataclasses.field(default=default, metadata=metadata, kw_only=keyword)
+    by_name: Any = keyword or dataclasses.MISSING  # as the class has it
+    return dataclasses.field(default=default, metadata=metadata, kw_only=by_name)
 
 
 def option_of(options: type, name: str, **changes: Any) -> Any:

@@ -165,6 +165,35 @@ def ratio_plot(
         axes.set_title(title, loc="left")
 
 
+def frontier_plot(
+    predicted: Sequence[tuple[float, float]],
+    measured: Sequence[tuple[float, float, float]],
+    target: float,
+    path: str | Path,
+    title: str = "",
+) -> None:
+    """Ratios to the dense model's perplexity over keep.
+
+    predicted: (keep, ratio). measured: (keep, geometric mean of the texts' ratios, the worst one).
+    A prediction far above all that was measured is cut off.
+    """
+    highest = 1.5 * max([target, *(worst for _, _, worst in measured)])
+    shown = [(keep, ratio) for keep, ratio in predicted if ratio <= highest]
+    series = [("predicted", shown, GREY, "")]
+    series.append(("measured", [point[:2] for point in measured], BLUE, "o"))
+    series.append(("the worst text", [point[::2] for point in measured], ORANGE, "^"))
+    with figure(path, 6.4, 4.4) as drawing:
+        axes = drawing.add_subplot()
+        for label, points, colour, marker in series:
+            if points:
+                xs, ys = zip(*sorted(points), strict=True)
+                draw_lines(axes, [Line(xs, ys, label, colour, marker, dashed=not marker)])
+        draw_reference(axes, target, f"target {target:g}")
+        axes.set(title=title, xlabel="keep", ylabel="perplexity / dense")
+        scale_log(axes)
+        draw_legend(axes, columns=3)
+
+
 # ------------------------------------------------------------------------------- parts of a picture
 
 

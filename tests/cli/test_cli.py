@@ -91,6 +91,22 @@ def test_compress_prints_kept_and_removed_and_writes_the_model(home, compressed)
     assert (out / "model.safetensors").is_file() and (out / "config.json").is_file()
 
 
+def test_compress_finds_the_keep_for_a_ratio(home, tmp_path):
+    out, limit = tmp_path / "small", ("--limit", 2, "--length", 24, "--samples", 4)
+    words = ("compress", home / "dense", "--out", out, "--target-ratio", 2, "--rank-multiple", 4)
+    texts = ("--calibration", home / "text.txt", "--texts", f"{home / 'text.txt'},code", *limit)
+    result = run(*words, *texts)
+    frontier = json.loads((out / "compress.json").read_text())["frontier"]
+    assert f"{frontier['chosen']:.3f} *" in result.output and "worst text" in result.output
+    assert frontier["points"][-1]["keep"] <= frontier["chosen"] and len(frontier["dense"]) == 2
+    assert (out / "frontier.png").is_file() and (out / "model.safetensors").is_file()
+    assert run(*words, *texts).output.count("*") == result.output.count("*")
+    refused = run(*words, "--keep", 0.5, code=2).stderr
+    assert "only one budget may be given, got --keep 0.5 and --target-ratio 2.0" in refused
+    refused = run(*words[:4], "--texts", "code", code=2).stderr
+    assert "--texts are measured for --target-ratio, which is not given" in refused
+
+
 def test_finetune_recovers_and_keeps_its_log(recovered):
     out, result = recovered
     assert "trained" in result.output and "3 steps" in result.output

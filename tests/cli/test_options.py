@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hylora_kernels.cli import main, options
 from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.experiments.options import SweepOptions
+from hylora_kernels.experiments.options import SweepOptions, TargetOptions
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.options import describe_option
 
@@ -24,9 +24,9 @@ COMMANDS = typer.main.get_command(main.app).commands
 EVERY = {"model", "device", "dtype", "revision", "tokenizer", "json_path", "debug"}
 LIBRARY = {
     "compress": (
-        CompressOptions,
-        {"tokenizer", "device", "dtype", "refit_samples", "progress"},
-        EVERY | {"out", "overwrite", "png"},
+        TargetOptions,
+        {"tokenizer", "device", "dtype", "refit_samples", "progress", "output_dir", "target_ratio"},
+        EVERY | {"out", "overwrite", "png", "target_ratio"},
     ),
     "finetune": (
         FinetuneOptions,
