@@ -31,6 +31,7 @@ from hylora_kernels.support.console import note
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.text.blocks import tokenizer_rules
+from hylora_kernels.text.reserved import reserved_cache
 from hylora_kernels.text.writer import Writer
 
 if TYPE_CHECKING:
@@ -147,7 +148,11 @@ class Stream:
         generator = torch.Generator(device)
         generator.manual_seed(int(fingerprint(batch=number, **self.draws)[:15], 16))
         writer = Writer(self.model, self.tokenizer, (BATCH, self.length), generator, bar)
-        with eval_mode(self.model), _plain_settings(self.model, self.length) as settings:
+        with (
+            eval_mode(self.model),
+            reserved_cache(self.model, self.length),
+            _plain_settings(self.model, self.length) as settings,
+        ):
             ids = self.model.generate(  # type: ignore[operator]
                 input_ids=writer.first.to(device),
                 attention_mask=torch.ones_like(writer.first).to(device),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LogitsProcessor
@@ -16,6 +17,8 @@ from hylora_kernels.text.turns import Turns, turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CHUNK = 256  # Words that are drawn from at once: about the root of a large vocabulary.
 
 
 class Writer(LogitsProcessor):
@@ -66,11 +69,26 @@ class Writer(LogitsProcessor):
                 f"the model's logits are not finite behind {input_ids.shape[1]} tokens of the text "
                 "that it writes"
             )
-        drawn = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0].tolist()
+        drawn = draw(probabilities, self.generator).tolist()
         tokens = [[row.next(token)] for row, token in zip(self.rows, drawn, strict=True)]
         self.bar.update(len(tokens))
         chosen = torch.tensor(tokens, device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """[rows, words], of any sum -> a word for each row [rows], in two steps: a chunk of words, and
+    a word in it.
+
+    multinomial draws a random number for each word: 44 ms for 32 rows of 49152 words on one core,
+    where all else that a step does with them takes 10 ms.
+    """
+    words = probabilities.shape[1]
+    chunks = F.pad(probabilities, (0, -words % CHUNK)).unflatten(1, (-1, CHUNK))
+    chunk = torch.multinomial(chunks.sum(-1), 1, generator=generator)
+    inside = chunks.take_along_dim(chunk[..., None], dim=1)[:, 0]
+    word = torch.multinomial(inside, 1, generator=generator)
+    return (chunk * CHUNK + word)[:, 0]
 
 
 class RawText:
