@@ -32,7 +32,7 @@ from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.text.blocks import tokenizer_rules
 from hylora_kernels.text.reserved import reserved_cache
-from hylora_kernels.text.writer import Writer
+from hylora_kernels.text.writer import Vocabulary, Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,8 @@ def self_blocks(
 
     Block i is the same for every `count`. Blocks are written in batches of 32, and each batch is
     cached under the fingerprint of the model and its tokenizer; an interrupted call goes on behind
-    the last finished batch. The model is left as it was, and so is torch's random state.
+    the last finished batch. Nothing is cached of an offloaded model. The model is left as it was,
+    and so is torch's random state.
 
     Raises ValueError naming an argument out of its range, FloatingPointError if the model's logits
     are not finite.
@@ -69,6 +70,7 @@ def self_blocks(
         self_blocks(model, tokenizer, count=64)
     """
     check_model(model, "generate")
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it, and generates with this.
     if tokenizer is None:
         raise ValueError("tokenizer must be given, got None")
     for name, value, least in (("count", count, 1), ("length", length, 2)):
@@ -101,20 +103,25 @@ class Stream:
     ) -> None:
         self.model, self.tokenizer, self.length = model, tokenizer, length
         self.draws: dict[str, Any] = {"part": part, "seed": seed}
-        self.name = fingerprint(
-            model=model,
-            config={k: v for k, v in model.config.to_dict().items() if not k.startswith("_")},
-            tokenizer=tokenizer_rules(tokenizer),
-            template=str(getattr(tokenizer, "chat_template", None)),
-            ends=end_tokens(model, tokenizer),
-            length=length,
+        self.files = None if _is_offloaded(model) else f"self-{self._fingerprint()}"
+
+    def _fingerprint(self) -> str:
+        config = self.model.config.to_dict().items()
+        return fingerprint(
+            model=self.model,
+            config={k: v for k, v in config if not k.startswith("_")},
+            tokenizer=tokenizer_rules(self.tokenizer),
+            template=str(getattr(self.tokenizer, "chat_template", None)),
+            ends=end_tokens(self.model, self.tokenizer),
+            length=self.length,
             **self.draws,
         )
 
     def batches(self, count: int, progress: bool) -> Iterator[Tensor]:
         """The first `count` batches, int64 [BATCH, length] each, found or written."""
-        found = [self._kept(number) for number in range(count)]
+        found = [self._find(number) for number in range(count)]
         missing = sum(ids is None for ids in found)
+        vocabulary = Vocabulary.of(self.model, self.tokenizer, self.length) if missing else None
         with tqdm(
             desc="the model's own text",
             total=missing * BATCH * self.length,
@@ -125,33 +132,52 @@ class Stream:
         ) as bar:
             for number, ids in enumerate(found):
                 if ids is None:
-                    ids = self._write(number, bar)
-                    file = cache_dir("tokens", self._folder) / f"{number}.safetensors"
-                    with kept_if_possible("the model's own text"):
-                        save_tensors(file, {"ids": ids.int()}, f"{self.name}/{number}")
+                    assert vocabulary is not None
+                    ids = self._write(number, vocabulary, bar)
+                    self._keep(number, ids)
                 yield ids
 
-    @property
-    def _folder(self) -> str:
-        return f"self-{self.name}"
-
-    def _kept(self, number: int) -> Tensor | None:
-        file = cache_root() / "tokens" / self._folder / f"{number}.safetensors"
-        tensors = load_tensors(file, f"{self.name}/{number}")
+    def _find(self, number: int) -> Tensor | None:
+        if self.files is None:
+            return None
+        file = cache_root() / "tokens" / self.files / f"{number}.safetensors"
+        tensors = load_tensors(file, f"{self.files}/{number}")
         return None if tensors is None else tensors["ids"].long()
 
-    def _write(self, number: int, bar: tqdm) -> Tensor:
-        """Batch `number`, which depends on nothing but its number and what the stream's name says:
-        a product of another number of rows rounds in another way, and one rounding changes all
-        tokens after it."""
+    def _keep(self, number: int, ids: Tensor) -> None:
+        if self.files is not None:
+            with kept_if_possible("the model's own text"):
+                file = cache_dir("tokens", self.files) / f"{number}.safetensors"
+                save_tensors(file, {"ids": ids.int()}, f"{self.files}/{number}")
+
+    def _write(self, number: int, vocabulary: Vocabulary, bar: tqdm) -> Tensor:
+        """Batch `number`, always of BATCH rows: products of fewer rows round in another way, and
+        one rounding can change all tokens after it."""
+        begun = bar.n
+        try:
+            return self._generate(number, vocabulary, bar)
+        except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # Some models can't be called with the cache that transformers makes for them (BLT).
+            reason = f"{type(error).__name__}: {error}"
+            note(f"self: written without a key-value cache, which takes long; with it {reason}")
+            bar.update(begun - bar.n)
+            return self._generate(number, vocabulary, bar, use_cache=False)
+
+    def _generate(
+        self, number: int, vocabulary: Vocabulary, bar: tqdm, use_cache: bool = True
+    ) -> Tensor:
         device = input_device(self.model)
         generator = torch.Generator(device)
         generator.manual_seed(int(fingerprint(batch=number, **self.draws)[:15], 16))
-        writer = Writer(self.model, self.tokenizer, (BATCH, self.length), generator, bar)
+        writer = Writer(vocabulary, BATCH, generator, bar)
+        # No row ends early, so that none is padded.
+        settings = GenerationConfig(max_length=self.length, pad_token_id=0, use_cache=use_cache)
         with (
             eval_mode(self.model),
             reserved_cache(self.model, self.length),
-            _plain_settings(self.model, self.length) as settings,
+            _own_settings(self.model, settings),
         ):
             ids = self.model.generate(  # type: ignore[operator]
                 input_ids=writer.first.to(device),
@@ -162,16 +188,18 @@ class Stream:
         return ids.to("cpu", torch.int64)
 
 
+def _is_offloaded(model: nn.Module) -> bool:
+    """True if weights are not in memory: their bytes, and so a fingerprint, would be read from disk
+    layer by layer."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 @contextmanager
-def _plain_settings(model: nn.Module, length: int) -> Iterator[GenerationConfig]:
-    """Settings of generation that stand alone: transformers fills what a call leaves open, such as
+def _own_settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+    """No settings of generation but these: transformers fills what a call leaves open, such as
     tokens to suppress or to end at, with the model's own."""
-    settings = GenerationConfig(
-        max_length=length,
-        pad_token_id=0,  # No row ends early, so none is padded.
-    )
     before, model.generation_config = model.generation_config, settings
     try:
-        yield settings
+        yield
     finally:
         model.generation_config = before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 from hylora_kernels.model.context import end_tokens, vocabulary_size
+from hylora_kernels.support.console import note
 from hylora_kernels.text.turns import Turns, turns_of
 
 if TYPE_CHECKING:
@@ -21,36 +23,60 @@ if TYPE_CHECKING:
 CHUNK = 256  # Words that are drawn from at once: about the root of a large vocabulary.
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a model's own text.
+
+    words:   tokens that are drawn are below it. An embedding may have rows that are no words, and a
+             tokenizer words that the embedding lacks.
+    plain:   those that a text may begin with: none with a meaning of its own.
+    start:   in front of every text, if the tokenizer puts a token there.
+    ends:    end a text, or a turn.
+    turns:   None if there is no conversation: without a chat template, with one that does not take
+             plain questions and answers or uses tokens that the model lacks, and if it leaves less
+             than half a block for contents.
+    """
+
+    words: int
+    plain: list[int]
+    start: list[int]
+    ends: set[int]
+    turns: Turns | None
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int) -> Vocabulary:
+        """For blocks of `length` tokens. A chat template that is no use is said on stderr."""
+        words = min(len(tokenizer), vocabulary_size(model))
+        ends = {*tokenizer.all_special_ids, *end_tokens(model, tokenizer)}
+        plain = {i for i in tokenizer.get_vocab().values() if i < words} - ends
+        start = [i for i in start_of_text(tokenizer) if i < words]
+        turns = turns_of(tokenizer)
+        if turns is not None and not turns.fit(words, length):
+            turns = None
+        if turns is None and getattr(tokenizer, "chat_template", None):
+            note(f"self: all raw, since {length} tokens hold no conversation of the chat template")
+        return cls(words, sorted(plain) or list(range(words)), start, ends, turns)
+
+
 class Writer(LogitsProcessor):
     """Chooses the next token of each row, so that greedy generation takes it.
+
+    Even rows are raw text; odd ones are conversations, if there are any.
 
     first: int64 [rows, 1], the tokens that the rows begin with.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        shape: tuple[int, int],
-        generator: torch.Generator,
-        bar: tqdm,
+        self, vocabulary: Vocabulary, rows: int, generator: torch.Generator, bar: tqdm
     ) -> None:
+        self.words, self.plain = vocabulary.words, vocabulary.plain
         self.generator, self.bar = generator, bar
-        rows, length = shape
-        # An embedding may have more rows than there are words, and a tokenizer words of its own.
-        self.words = min(len(tokenizer), vocabulary_size(model))
-        special = {*tokenizer.all_special_ids, *end_tokens(model, tokenizer)}
-        plain = {i for i in tokenizer.get_vocab().values() if i < self.words} - special
-        self.plain = sorted(plain) or list(range(self.words))
-        turns = turns_of(tokenizer)
-        if turns is not None and not turns.fit(self.words, length):
-            turns = None
-        start = [i for i in start_of_text(tokenizer) if i < self.words]
+        start, ends, turns = vocabulary.start, vocabulary.ends, vocabulary.turns
         self.rows = [
-            RawText(start, special, self._any_word)
-            if turns is None or i % 2 == 0
-            else Conversation(turns, special)
-            for i in range(rows)
+            RawText(start, ends, self._any_word)
+            if turns is None or row % 2 == 0
+            else Conversation(turns, ends)
+            for row in range(rows)
         ]
         self.first = torch.tensor([[row.next(None)] for row in self.rows], device="cpu")
         bar.update(rows)
