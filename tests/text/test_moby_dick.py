@@ -16,12 +16,12 @@ from hylora_kernels.text.sources import held_out, read_text
 def book(monkeypatch, tmp_path):
     """25 short chapters, in the order of their names; the cache is empty."""
     monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "cache"))
-    names = sorted(f"package/data/chapter_{n}.json" for n in range(1, 26))
-    numbers = [int(moby_dick.MEMBER.fullmatch(name)[1]) for name in names]
-    texts = [f"Chapter {n}.\n\n\n\nA whale, {n} feet.\n" for n in numbers]
-    files = {
-        name: json.dumps({"text": text}).encode() for name, text in zip(names, texts, strict=True)
+    texts = {
+        f"package/data/chapter_{n}.json": f"Chapter {n}.\n\n\n\nA whale, {n} feet.\n"
+        for n in range(1, 26)
     }
+    assert all(map(moby_dick.MEMBER.fullmatch, texts))
+    files = {name: json.dumps({"text": texts[name]}).encode() for name in sorted(texts)}
     monkeypatch.setattr(moby_dick, "npm_files", lambda *package: files)
     digest = hashlib.sha256(
         moby_dick.CHAPTER.join(chapter(n) for n in range(1, 26)).encode()

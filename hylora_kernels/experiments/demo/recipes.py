@@ -31,7 +31,12 @@ from hylora_kernels.text.self_text import self_blocks
 from hylora_kernels.text.sources import SELF, held_out
 
 # Steps of compress() -> the demo's kinds of work.
-SPENT = {"calibrate": "calibration", "factorize": "factorization", "refit": "refit"}
+SPENT = {
+    "calibrate": "calibration",
+    "factorize": "factorization",
+    "refit": "refit",
+    "measure": "evaluation",
+}
 GROUP = 64  # weights that share one scale in the int8 stage
 
 
@@ -234,7 +239,7 @@ def _compress(setup: Setup, recipe: Recipe, alone: bool = False, **options) -> S
     for layer in report.layers:
         full = min(layer.out_features, layer.in_features)
         ranks.append({"path": layer.path, "rank": layer.rank or full, "full_rank": full})
-    return StageModel(model, ranks=ranks, predicted_loss=getattr(report, "predicted_loss", None))
+    return StageModel(model, ranks=ranks, predicted_loss=report.predicted_loss)
 
 
 # --------------------------------------------------------------------------------- recovered models
