@@ -52,13 +52,20 @@ def reserved_cache(model: nn.Module, length: int) -> Iterator[None]:
     def reserve(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
         for cache in kwargs.values():
             if isinstance(cache, DynamicCache):
-                cache.layers = [
-                    ReservedLayer(length) if type(layer) is DynamicLayer else layer
-                    for layer in cache.layers
-                ]
+                cache.layers = [_reserved(layer, length) for layer in cache.layers]
 
     handle = model.register_forward_pre_hook(reserve, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _reserved(layer: Any, length: int) -> Any:
+    """A dynamic layer with all that it holds as a reserved one; any other layer as it is."""
+    if type(layer) is not DynamicLayer:
+        return layer
+    reserved = ReservedLayer(length)
+    if layer.get_seq_length():  # A cache that was made without a config gets its layers in a call.
+        reserved.update(layer.keys, layer.values)
+    return reserved

@@ -179,7 +179,7 @@ class Stream:
             reserved_cache(self.model, self.length),
             _own_settings(self.model, settings),
         ):
-            ids = self.model.generate(  # type: ignore[operator]
+            ids = self.model.generate(
                 input_ids=writer.first.to(device),
                 attention_mask=torch.ones_like(writer.first).to(device),
                 generation_config=settings,
@@ -195,7 +195,7 @@ def _is_offloaded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _own_settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """No settings of generation but these: transformers fills what a call leaves open, such as
     tokens to suppress or to end at, with the model's own."""
     before, model.generation_config = model.generation_config, settings

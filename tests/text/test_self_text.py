@@ -11,7 +11,7 @@ from accelerate import cpu_offload
 from helpers import architectures, tiny, zoo
 from helpers.words import word_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import ByT5Tokenizer, GenerationConfig
+from transformers import ByT5Tokenizer, DynamicCache, GenerationConfig
 
 from hylora_kernels.model.context import end_tokens
 from hylora_kernels.support.cache import cache_root
@@ -308,6 +308,17 @@ def test_keys_and_values_are_written_in_place(model, tokenizer, monkeypatch):
     monkeypatch.setattr(reserved.ReservedLayer, "update", seen)
     own_text(model, tokenizer)
     assert len(pointers) == 2 * model.config.num_hidden_layers
+
+
+@torch.no_grad()
+def test_a_cache_that_gets_its_layers_in_a_call_keeps_what_it_holds(model):
+    ids = tiny.tokens(2, 12)
+    want = model(input_ids=ids).logits
+    cache = DynamicCache()
+    with reserved.reserved_cache(model, 12):
+        found = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(5, 1)]
+    assert {type(layer) for layer in cache.layers} == {reserved.ReservedLayer}
+    torch.testing.assert_close(torch.cat(found, 1), want)
 
 
 @pytest.mark.parametrize(
