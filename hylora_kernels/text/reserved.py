@@ -66,6 +66,7 @@ def _reserved(layer: Any, length: int) -> Any:
     if type(layer) is not DynamicLayer:
         return layer
     reserved = ReservedLayer(length)
-    if layer.get_seq_length():  # A cache that was made without a config gets its layers in a call.
+    # A cache that was made without a config gets its layers, and what they hold, in a call.
+    if layer.keys is not None and layer.values is not None:
         reserved.update(layer.keys, layer.values)
     return reserved
