@@ -295,6 +295,14 @@ def read_count(text: str, option: str) -> int:
     return int(_in_units(text, option, COUNTS, "a number such as 100M or 1.5B"))
 
 
+def read_rank(text: str, option: str) -> int | str:
+    """ "256" -> 256; "auto" as it is."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise ValueError(f"{_flag(option)} must be a whole number or auto, got {text!r}") from None
+
+
 def _in_units(text: str, option: str, units: dict[str, float], allowed: str) -> float:
     """The number that `text` begins with, times the unit that it ends with."""
     lower = text.strip().lower()
@@ -306,7 +314,8 @@ def _in_units(text: str, option: str, units: dict[str, float], allowed: str) -> 
 
 
 # Options that may be written with a unit: a sentence for their help, and what reads them.
-QUANTITIES: dict[str, tuple[str, Callable[..., float]]] = {
+QUANTITIES: dict[str, tuple[str, Callable[..., float | str]]] = {
+    "embedding_rank": ("For example 256.", read_rank),
     "max_memory": ("For example 4GB.", read_size),
     "target_mb": ("For example 80MB.", read_megabytes),
     "target_params": ("For example 100M.", read_count),

@@ -17,6 +17,13 @@ from hylora_kernels.compression import calibration
 from hylora_kernels.compression.budget import Budget
 from hylora_kernels.compression.calibration import Statistics
 from hylora_kernels.compression.chain import record
+from hylora_kernels.compression.embedding import (
+    embedding_curve,
+    embedding_target,
+    factorize_embedding,
+    holders,
+    replace_embedding,
+)
 from hylora_kernels.compression.factors import factor_bytes
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.ranks import DENSE, Curve, adapter_rank, allocate, curve
@@ -97,9 +104,12 @@ class Compression:
                     "model has no linear that can be compressed; left alone:"
                     f" {self.structure.skipped}"
                 )
-            self.budget = Budget(self.model, self.structure.targets, options.form)
+            wanted = options.embedding_rank is not None
+            self.embedding = embedding_target(self.model) if wanted else None
+            self.targets = [*self.structure.targets, *([self.embedding] if self.embedding else [])]
+            self.budget = Budget(self.model, self.targets, options.form)
             # Fail early: feasibility depends on costs only, so any singular values will do here.
-            any_values = {t: torch.ones(min(t.shape), device="cpu") for t in self.structure.targets}
+            any_values = {t: torch.ones(min(t.shape), device="cpu") for t in self.targets}
             self.keep = self.budget.keep(options, partial(self._ranks, any_values))
             self.ids: Tensor | None = None
             sources: list[Part] = []
@@ -113,10 +123,10 @@ class Compression:
         self.report = CompressReport(
             options=reported_options(options) | {"keep": self.keep},
             calibration_tokens=0 if self.ids is None else self.ids.numel(),
-            dense_parameters=sum(target.matrix.numel() for target in self.structure.targets),
+            dense_parameters=self.budget.linears,
             model_dense_parameters=sum(p.numel() for p in self.model.parameters()),
             body_parameters=body_parameters(self.model),
-            skipped=skipped_parameters(self.model, self.structure.paths, self.structure.skipped),
+            skipped=skipped_parameters(self.model, self._selected(), self.structure.skipped),
             seconds=seconds,
             sources=sources,
         )
@@ -136,6 +146,7 @@ class Compression:
         text at a time, as many as max_memory requires. They are freed before the next pass."""
         options, has = self.options, self.workspace.has
         missing = [g for g in self.structure.groups if not all(map(has, g.paths))]
+        self._factorize_embedding()
         if not missing:
             return
         needed = sum(factor_bytes(target.shape) for g in missing for target in g.targets)
@@ -183,6 +194,15 @@ class Compression:
                 )
                 factors.S.mul_(statistics.nats(leader.path) ** 0.5)
                 self.workspace.save(target.path, factors)
+
+    def _factorize_embedding(self) -> None:
+        target, o = self.embedding, self.options
+        if target is None or self.workspace.has(target.path):
+            return
+        require_disk(self.workspace.folder, factor_bytes(target.shape), "the embedding's factors")
+        with timed(self.report.seconds, "calibrate"):
+            factors = factorize_embedding(self.model, target, self.ids, o.method, o.progress)
+        self.workspace.save(target.path, factors)
 
     def singular_values(self, target: Target) -> Tensor:
         """S float32 [min(N, K)] of a factorized linear, in the whitened norm, falling."""
@@ -266,6 +286,7 @@ class Compression:
 
         Memory: the dense linears stay beside the low-rank ones, so 1 + keep times the linears.
         """
+        embedding = self._embedding_modules()
         dense = {  # Of a refitted linear that stays dense the weight is written.
             target.path: target.matrix.clone()
             for target in self.structure.targets
@@ -279,13 +300,15 @@ class Compression:
                 if target.path in dense:
                     target.matrix.copy_(dense[target.path])
                 self.model.set_submodule(target.path, target.module)
+            for path, module in embedding.items():
+                self.model.set_submodule(path, module)
 
     @torch.no_grad()
     def _put(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> list[LayerReport]:
         """Put the low-rank layers into the model."""
         targets, hidden = self.structure.targets, not self.options.progress
         bar = tqdm(targets, desc="replacing", disable=hidden, leave=False)
-        return [
+        reports = [
             replace_linear(
                 self.model,
                 target,
@@ -297,11 +320,24 @@ class Compression:
             )
             for index, target in enumerate(bar)
         ]
+        if (target := self.embedding) is not None:
+            factors = self.workspace.load(target.path)
+            reports.append(replace_embedding(self.model, target, factors, ranks[target.path]))
+        return reports
+
+    def _embedding_modules(self) -> dict[str, nn.Module]:
+        """path -> the dense embedding, and a head tied to it, where they are in the budget."""
+        target = self.embedding
+        paths = [] if target is None else holders(self.model, target.module.weight)
+        return {path: self.model.get_submodule(path) for path in paths}
+
+    def _selected(self) -> list[str]:
+        return [*self.structure.paths, *self._embedding_modules()]
 
     def _importance(self) -> dict[Target, Tensor]:
         """The singular values that ranks are chosen by. Calibration says nothing of an expert that
         no token reached: it gets those of the least of its siblings, and so about its rank."""
-        found = {target: self.singular_values(target) for target in self.structure.targets}
+        found = {target: self.singular_values(target) for target in self.targets}
         if self.options.method == "svd":
             return found
         siblings: dict[str, list[Target]] = {}
@@ -322,7 +358,12 @@ class Compression:
     def _curves(self, singular_values: dict[Target, Tensor]) -> list[Curve]:
         o = self.options
         shared = o.form, o.rank_multiple, o.lora_rank, o.count
-        return [curve(t.path, t.shape, S, *shared) for t, S in singular_values.items()]
+        return [
+            embedding_curve(t, S, o.embedding_rank, o.rank_multiple)
+            if t is self.embedding
+            else curve(t.path, t.shape, S, *shared)
+            for t, S in singular_values.items()
+        ]
 
     def _text(self) -> tuple[Tensor, list[Part]]:
         o = self.options

@@ -49,6 +49,9 @@ class CompressOptions:
                  the adapter at zero. Layers that stay dense get no adapter.
     form:        "pivoted" (PIFA, arXiv:2501.19090) or "pair" (the plain formula).
     count:       "merged" budgets for adapters folded in, "as_is" for separate ones.
+    embedding_rank: the input embedding, and an output head tied to it, become one low-rank pair in
+                 the same norm: "auto" at the rank that the budget gives it, which keep then counts
+                 it in; an int at that rank, counted the same. None leaves both as they are.
     max_memory:  bytes; the model runs over the text again for each part of the statistics that
                  fits.
     cache:       True: in the package's cache; a path: in that folder; False: nowhere.
@@ -86,6 +89,12 @@ class CompressOptions:
         None, "Refit U in closed form. By default for all methods but svd, which can't."
     )
     rank_multiple: int = option(16, "Ranks are multiples of this.", least=1)
+    embedding_rank: int | str | None = option(
+        None,
+        "Also factorize the embedding, with a head tied to it, inside the budget: its rank, or "
+        "auto.",
+        keyword=True,
+    )
     include: list[str] | None = option(
         None, "Only linears whose path contains a match of this regular expression.", reported=False
     )
@@ -136,6 +145,12 @@ class CompressOptions:
         if is_mix(self.calibration):
             check_mix(self.calibration, "calibration")
         self._check_budget()
+        rank = self.embedding_rank
+        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+        if rank is not None and rank != "auto" and not is_rank:
+            raise ValueError(
+                f"embedding_rank must be an int of at least 1, 'auto' or None, got {rank!r}"
+            )
         if self.refit and self.method == "svd":
             raise ValueError(
                 "refit needs method 'two_sided' or 'whitened', got 'svd': set refit=False"

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression.calibration import gram
-from hylora_kernels.compression.whiten import damped_cholesky
 from hylora_kernels.layers.factorize import to_float64
 from hylora_kernels.model.loss import body_of, token_loss
 from hylora_kernels.model.modules import eval_mode
@@ -40,13 +39,14 @@ class Term:
     weight: Tensor
     metric: Tensor
 
-    def damped(self, path: str) -> Term:
-        """The same, with a least weight of every token and of every direction."""
-        L, _ = damped_cholesky(path, self.metric, METRIC_DAMPING)
-        weight = self.weight + TOKEN_DAMPING * self.weight.mean()
-        if not self.weight.any():  # As a dead linear's: every row has the same weight.
-            weight = torch.ones_like(weight)
-        return Term(weight, L @ L.T)
+    def damped(self) -> Term:
+        """The same, with a least weight of every token and of every direction. One that is all zero
+        becomes one of ones, as a dead linear's."""
+        weight, eye = self.weight, torch.eye(len(self.metric)).to(self.metric)
+        mean, size = weight.mean(), self.metric.diagonal().mean()
+        weight = weight + TOKEN_DAMPING * mean if mean > 0 else torch.ones_like(weight)
+        metric = self.metric + METRIC_DAMPING * size * eye if size > 0 else eye
+        return Term(weight, metric)
 
     def error(self, E: Tensor, other: Tensor) -> float:
         """The sum for D = E - other, both [V, d]."""
@@ -59,19 +59,21 @@ class Term:
 
 @dataclass
 class TokenStatistics:
-    """The embedding's term (n, C) and the head's (c, G), over `tokens` tokens of text."""
+    """The embedding's term (n, C) and the head's (c, G), over `tokens` tokens of text with
+    `predictions` next-token losses."""
 
     embedding: Term
     head: Term
     tokens: int
+    predictions: int
 
     def damped(self) -> TokenStatistics:
-        embedding = self.embedding.damped("the input embedding")
-        return TokenStatistics(embedding, self.head.damped("the output head"), self.tokens)
+        embedding, head = self.embedding.damped(), self.head.damped()
+        return TokenStatistics(embedding, head, self.tokens, self.predictions)
 
     def nats(self, squares: float) -> float:
-        """A sum over the text, or several, as predicted increase of the loss in nats a token."""
-        return squares / (2 * self.tokens**2)
+        """Sums over the text as predicted increase of the loss in nats a token."""
+        return 0.5 * squares / (self.tokens * self.predictions)
 
 
 def token_statistics(model: nn.Module, ids: Tensor, progress: bool = True) -> TokenStatistics:
@@ -115,7 +117,7 @@ def token_statistics(model: nn.Module, ids: Tensor, progress: bool = True) -> To
     for name, sums in named.items():
         if not sums.isfinite().all():
             raise FloatingPointError(f"the {name} on the calibration text are not finite")
-    return TokenStatistics(Term(n, C), Term(c, G), ids.numel())
+    return TokenStatistics(Term(n, C), Term(c, G), ids.numel(), ids[:, 1:].numel())
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import PackedLinear, packed_states
 from hylora_kernels.layers.packed_parameter import PackedParameter
@@ -81,6 +82,8 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
     dense = sum(_count(layer, "dense") for layer in targets)
     as_is = sum(_count(layer, "as is") for layer in targets)
     merged = sum(_count(layer, "merged") for layer in targets)
+    twice = _counted_twice(targets)
+    as_is, merged = as_is - twice, merged - twice
     return ModelSize(
         parameters=total,
         buffers=sum(b.numel() for b in buffers),
@@ -91,8 +94,25 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
         resident_bytes=_storage_bytes(parameters + all_buffers),
         file_bytes=None if path is None else _file_bytes(Path(path)),
         linears=_kept(dense, as_is, merged),
-        model=_kept(total - as_is + dense, total, total - as_is + merged),
+        model=_kept(total - as_is + dense + _embedding_saves(model), total, total - as_is + merged),
     )
+
+
+def _counted_twice(layers: Iterable[nn.Module]) -> int:
+    """Parameters of bases that an earlier layer holds too."""
+    seen: set[int] = set()
+    twice = 0
+    for layer in layers:
+        if type(layer) is SVDLoRALinear:
+            twice += layer.SVh.numel() if id(layer.SVh) in seen else 0
+            seen.add(id(layer.SVh))
+    return twice
+
+
+def _embedding_saves(model: nn.Module) -> int:
+    """The parameters by which low-rank embeddings are smaller than dense ones."""
+    found = (m for m in model.modules() if isinstance(m, LowRankEmbedding))
+    return sum(m.num_embeddings * m.embedding_dim - m.parameter_count() for m in found)
 
 
 def _count(layer: nn.Module, state: Literal["dense", "as is", "merged"]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -74,7 +75,9 @@ def renew_adapters(model: nn.Module, lora_rank: int = 64, seed: int = 0) -> nn.M
                model has as many parameters when they are merged, and computes the same up to
                rounding. A layer that is its dense matrix gets A random by `seed` and B zero.
 
-    All else is frozen. Raises ValueError for a lora_rank below 1 or a layer that has an adapter.
+    Layers that share a factor, as a head with a low-rank embedding, get none: it would be theirs no
+    more. All else is frozen. Raises ValueError for a lora_rank below 1 or a layer that has an
+    adapter.
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
@@ -84,8 +87,11 @@ def renew_adapters(model: nn.Module, lora_rank: int = 64, seed: int = 0) -> nn.M
     for path, layer in layers.items():
         if layer.lora_rank:
             raise ValueError(f"model must be merged to get new adapters, but {path} has one")
+    holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     renewed: dict[int, SVDLoRALinear] = {}
     for index, (path, layer) in enumerate(layers.items()):
+        if holders[id(layer.SVh)] > 1:
+            continue
         if id(layer) not in renewed:
             renewed[id(layer)] = _with_adapter(layer, lora_rank, seed + index)
         model.set_submodule(path, renewed[id(layer)])

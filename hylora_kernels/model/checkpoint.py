@@ -103,7 +103,10 @@ def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list
     files = open_weights(folder, ours["checksums"])
     sizes = {name: entry.shape for file in files for name, entry in file.entries.items()}
     found = {}
+    sizes |= {name: sizes[other] for name, other in ours.get("tied", {}).items() if other in sizes}
     for path, module in ours["modules"].items():
+        if module.keys() == {"rank"}:  # an embedding, which reads rows of U
+            continue
         try:
             (rank, K), others, form = sizes[f"{path}.SVh"], sizes[f"{path}.U"][0], module["form"]
         except (KeyError, ValueError, IndexError) as error:

@@ -7,11 +7,13 @@ config.json is the one that transformers writes, plus
         "format": 2,
         "modules": {path: {"rank", "lora_rank", "alpha", "form", "group"[, "lora_dropout"]}},
         "linears": paths of all linears in the budget, those left dense included; may be absent,
+        "tied": {weight: the weight that it is one tensor with, stored once}; may be absent,
         "checksums": {file: {tensor: crc32 of its bytes, 8 hex digits}},
         "files": all files of the model; the next save may replace and remove these
     }
 
-and the weights are named as in model.state_dict(): <path>.SVh, .U, .A, .B, .bias, .pivots. There is
+A low-rank embedding's entry in modules has "rank" alone. The weights are named as in
+model.state_dict(): <path>.SVh, .U, .A, .B, .bias, .pivots. There is
 one tensor more, of shape [0], named <the first of modules>.weight, or as the stack if all are
 experts: a loader that doesn't know the format would make up the weights of such linears, and stops
 at the shape of this one. Format 1 has neither it nor "files".
@@ -121,6 +123,9 @@ def read_config(folder: Path) -> dict:
             raise CheckpointError(
                 f"{path}: {name} must be an object of objects, got {shown(listed)}"
             )
+    tied = ours.get("tied", {})
+    if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
+        raise CheckpointError(f"{path}: tied must be an object of names, got {shown(tied)}")
     linears = ours.get("linears", [])
     if not isinstance(linears, list) or not all(isinstance(item, str) for item in linears):
         raise CheckpointError(f"{path}: linears must be a list of paths, got {shown(linears)}")

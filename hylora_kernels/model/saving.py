@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.format import (
     ANY_WEIGHTS,
@@ -194,13 +195,25 @@ def _saved_config(model: PreTrainedModel) -> dict:
     config.architectures = [_class_of(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     saved = json.loads(config.to_json_string())
-    layers = {p: m for p, m in model.named_modules() if isinstance(m, SVDLoRALinear)}
+    kinds = (SVDLoRALinear, LowRankEmbedding)
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, kinds)}
     modules = {path: _describe(layer) for path, layer in layers.items()}
     # An older entry (that of a GGUF file, for example) no longer describes how weights are stored.
     saved["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, "modules": modules}
     if getattr(model, "hylora_linears", None) is not None:
         saved["quantization_config"]["linears"] = list(model.hylora_linears)
+    tied = _tied(layers)
+    if tied:
+        saved["quantization_config"]["tied"] = tied
     return saved
+
+
+def _tied(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """name -> the first name of the same Parameter, of those that several layers share."""
+    first: dict[int, str] = {}
+    names = {f"{path}.{n}": p for path, m in layers.items() for n, p in m.named_parameters()}
+    found = {name: first.setdefault(id(parameter), name) for name, parameter in names.items()}
+    return {name: source for name, source in found.items() if source != name}
 
 
 def _class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -208,7 +221,9 @@ def _class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def _describe(layer: SVDLoRALinear) -> dict:
+def _describe(layer: SVDLoRALinear | LowRankEmbedding) -> dict:
+    if isinstance(layer, LowRankEmbedding):
+        return {"rank": layer.rank}
     names = ("rank", "lora_rank", "alpha", "form")
     dropout = {"lora_dropout": layer.lora_dropout} if layer.lora_dropout else {}
     return {name: getattr(layer, name) for name in names} | {"group": None} | dropout

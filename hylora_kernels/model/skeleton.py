@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.experts import unstack_for
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.files import CheckpointError, reading, shown
@@ -106,8 +107,21 @@ def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
         unstack_for(model, {*modules, *ours.get("linears", ())})
     for path, spec in modules.items():
         with reading(source, f"modules[{shown(path)}]"):
-            model.set_submodule(path, _empty_layer(model.get_submodule(path), **spec))
+            module = model.get_submodule(path)
+            empty = _empty_embedding if isinstance(module, nn.Embedding) else _empty_layer
+            model.set_submodule(path, empty(module, **spec))
+    if ours.get("tied"):
+        slots = slots_of(model)
+        for name, other in ours["tied"].items():
+            with reading(source, f"tied[{shown(name)}]"):
+                _tie(slots[name], slots[other])
     return model
+
+
+def _tie(slot: Slot, other: Slot) -> None:
+    if slot.kind != "parameter" or slot.tensor.shape != other.tensor.shape:
+        raise ValueError(f"{list(slot.tensor.shape)} can't be {list(other.tensor.shape)}")
+    setattr(slot.module, slot.name, other.tensor)
 
 
 def model_class_of(config: dict, source: str | Path) -> type[PreTrainedModel]:
@@ -122,6 +136,11 @@ def model_class_of(config: dict, source: str | Path) -> type[PreTrainedModel]:
         if named and issubclass(found, PreTrainedModel):
             return found
     raise CheckpointError(f"{source}: transformers knows no model class {shown(name)}")
+
+
+def _empty_embedding(embedding: nn.Embedding, *, rank) -> LowRankEmbedding:
+    sizes = embedding.num_embeddings, embedding.embedding_dim, rank
+    return LowRankEmbedding(*sizes, device="meta")
 
 
 def _empty_layer(

@@ -6,6 +6,7 @@ import torch
 from helpers.zoo import tokens
 
 from hylora_kernels.compression.compress import compress
+from hylora_kernels.compression.tokens import Term, TokenStatistics
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.structure import linears
 
@@ -47,3 +48,17 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         assert torch.equal(tensor, b[name]), name
+
+
+def random_terms(words=30, d=6, seed=0) -> TokenStatistics:
+    """Terms of an embedding and a head whose tokens and directions differ in weight."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def term():
+        rows = draw(4 * d, d)
+        return Term(draw(words).square(), rows.T @ rows)
+
+    return TokenStatistics(term(), term(), tokens=50, predictions=40)
