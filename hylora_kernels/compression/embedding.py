@@ -30,9 +30,7 @@ def embedding_target(model: nn.Module) -> Target:
     if embedding.max_norm is not None or not torch.equal(embedding(ids), weight[ids]):
         raise ValueError(f"{what}, but a {type(embedding).__name__} changes the rows it gives")
     path, *others = holders(model, weight)
-    if others and [model.get_submodule(other) for other in others] != [
-        model.get_output_embeddings()
-    ]:
+    if any(model.get_submodule(p) is not model.get_output_embeddings() for p in others):
         raise ValueError(f"{what} that is tied to the output head alone, but {others} hold it")
     return Target(path, embedding, (weight.shape[0], weight.shape[1]))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,18 @@ from hylora_kernels.support.console import format_bytes, format_ppl, kept_remove
 from hylora_kernels.support.report import Report
 from hylora_kernels.support.timing import timed
 from hylora_kernels.text.blocks import token_blocks
-from hylora_kernels.text.sources import held_out, source_name
+from hylora_kernels.text.mix import Part, mixed_blocks
+from hylora_kernels.text.sources import (
+    SELF,
+    STDLIB,
+    Mix,
+    Source,
+    held_out,
+    is_same,
+    may_have_columns,
+    source_name,
+    texts_in,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,10 +43,11 @@ if TYPE_CHECKING:
 class TieReport(Report):
     """The result of tie_embeddings(): the whole model, untied and tied.
 
+    sources:        the texts behind the statistics.
     predicted_loss: nats a token that tying adds, to second order. It is far from small in most
                     models: the start asks for training.
     test, tokens:   the text behind both perplexities, and its predictions.
-    seconds:        by stage: statistics, solve, perplexity.
+    seconds:        by stage: statistics, perplexity.
     """
 
     vocabulary: int
@@ -46,8 +59,7 @@ class TieReport(Report):
     untied_ppl: float
     tied_ppl: float
     predicted_loss: float
-    calibration: str
-    calibration_tokens: int
+    sources: list[Part]
     test: str
     tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
@@ -70,14 +82,14 @@ class TieReport(Report):
 
 def tie_embeddings(
     model: nn.Module,
-    calibration: Tensor | list[str] | str | Path = "brown",
+    calibration: Source | Mix | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     samples: int = 32,
     length: int = 512,
     split: str = "train",
     column: str | None = None,
-    test: Tensor | list[str] | str | Path | None = None,
+    test: Source | None = None,
     limit: int = 8,
     seed: int = 0,
     progress: bool = True,
@@ -94,10 +106,10 @@ def tie_embeddings(
     training, not an equivalent: where E and H differ, as they do in most untied models, perplexity
     rises, and the report says by how much.
 
-    calibration, split, column: as for text.blocks.token_blocks; `samples` blocks of `length`
-           tokens.
+    calibration, samples, length, split, column: the text, as for compress().
     test:  a text to measure perplexity on, before and after, in at most `limit` blocks; by default
-           the part of `calibration` that is held out (token ids and lists have none: all of it).
+           the part that is held out of the first text of `calibration` (token ids and lists have
+           none: all of it), of "stdlib" if that is the model's own.
 
     config.tie_word_embeddings becomes True, so that a saved model is tied when it is loaded. The
     other parameters and all requires_grad stay. After an error or an interruption the model is as
@@ -108,11 +120,23 @@ def tie_embeddings(
     """
     check_model(model, "replace")
     _check_untied(model)
-    if tokenizer is None and not (isinstance(calibration, Tensor) and _is_ids(test)):
+    first = texts_in(calibration)[0]
+    text, part = held_out(test, STDLIB if first is None or is_same(first, SELF) else first)
+    if tokenizer is None and not all(isinstance(t, Tensor) for t in (text, *texts_in(calibration))):
         tokenizer = tokenizer_of(model)
-    text, part = held_out(test, calibration)
-    ids = token_blocks(calibration, tokenizer, length, split, samples, seed, progress, column)
-    blocks = token_blocks(text, tokenizer, length, part, limit, None, progress)
+    ids, sources = mixed_blocks(
+        calibration,
+        model,
+        tokenizer,
+        length,
+        split=split,
+        seed=seed,
+        progress=progress,
+        column=column,
+        blocks=samples,
+    )
+    column = column if may_have_columns(text) else None
+    blocks = token_blocks(text, tokenizer, length, part, limit, None, progress, column)
     check_blocks(model, ids)
     check_blocks(model, blocks)
     seconds: dict[str, float] = {}
@@ -120,44 +144,54 @@ def tie_embeddings(
     with timed(seconds, "perplexity"):
         before = perplexity(model, blocks, progress=progress)
     with timed(seconds, "statistics"):
-        terms = token_statistics(model, ids, progress).damped()
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    E, H = embedding.weight, head.weight
-    with timed(seconds, "solve"):
-        T = tied_matrix(E.detach(), H.detach(), terms)
-        errors = terms.embedding.error(E.detach(), T) + terms.head.error(H.detach(), T)
-    declared = _declare_tied(model.config)
-    try:
+        T, predicted = _start(model, ids, progress)
+    with _all_or_nothing(model), timed(seconds, "perplexity"):
+        embedding = model.get_input_embeddings()
+        E = embedding.weight
         embedding.weight = nn.Parameter(T.to(E.dtype), requires_grad=E.requires_grad)
+        _declare_tied(model.config)
         model.tie_weights()
-        with timed(seconds, "perplexity"):
-            after = perplexity(model, blocks, progress=progress)
-    except BaseException:
-        embedding.weight, head.weight = E, H
-        for config, flag in declared:
-            config.tie_word_embeddings = flag
-        raise
+        after = perplexity(model, blocks, progress=progress)
     tied = _size(model)
     return TieReport(
-        vocabulary=E.shape[0],
-        width=E.shape[1],
+        vocabulary=T.shape[0],
+        width=T.shape[1],
         untied_parameters=untied[0],
         tied_parameters=tied[0],
         untied_bytes=untied[1],
         tied_bytes=tied[1],
         untied_ppl=before.ppl,
         tied_ppl=after.ppl,
-        predicted_loss=terms.nats(errors),
-        calibration=source_name(calibration, split),
-        calibration_tokens=ids.numel(),
+        predicted_loss=predicted,
+        sources=sources,
         test=source_name(text, part),
         tokens=after.tokens,
         seconds=seconds,
     )
 
 
-def _is_ids(test: Any) -> bool:
-    return test is None or isinstance(test, Tensor)
+def _start(model: nn.Module, ids: Tensor, progress: bool) -> tuple[Tensor, float]:
+    """(T float32 [V, d], the predicted increase of the loss in nats a token)."""
+    terms = token_statistics(model, ids, progress).damped()
+    E = model.get_input_embeddings().weight.detach()
+    H = model.get_output_embeddings().weight.detach()
+    T = tied_matrix(E, H, terms)
+    return T, terms.nats(terms.embedding.error(E, T) + terms.head.error(H, T))
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """A block that raises leaves the embedding, the head and the config as they were."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    E, H = embedding.weight, head.weight
+    said = [(c, getattr(c, "tie_word_embeddings", False)) for c in _configs(model.config)]
+    try:
+        yield
+    except BaseException:
+        embedding.weight, head.weight = E, H
+        for config, flag in said:
+            config.tie_word_embeddings = flag
+        raise
 
 
 def _size(model: nn.Module) -> tuple[int, int]:
@@ -165,14 +199,15 @@ def _size(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
 
 
-def _declare_tied(config: Any) -> list[tuple[Any, bool]]:
-    """Say tied in the config, and in that of the text model if it is one inside; returns what they
-    said."""
-    configs = {id(c): c for c in (config, config.get_text_config())}.values()
-    said = [(c, getattr(c, "tie_word_embeddings", False)) for c in configs]
-    for c in configs:
-        c.tie_word_embeddings = True
-    return said
+def _configs(config: Any) -> list[Any]:
+    """The config, and that of the text model if it is one inside."""
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
+
+
+def _declare_tied(config: Any) -> None:
+    for one in _configs(config):
+        one.tie_word_embeddings = True
 
 
 @torch.no_grad()

@@ -40,12 +40,10 @@ def test_one_matrix_is_left_and_counted_once(untied):
     assert (report.vocabulary, report.width) == E.shape and report.tokens == 22
     assert report.untied_ppl == pytest.approx(before)
     assert report.tied_ppl == pytest.approx(perplexity(untied, QUIET["test"], progress=False).ppl)
-    assert report.predicted_loss > 0 and set(report.seconds) == {
-        "perplexity",
-        "statistics",
-        "solve",
-    }
-    assert "perplexity" in str(report) and json.loads(report.to_json())["calibration"] == "Tensor"
+    assert report.predicted_loss > 0 and set(report.seconds) == {"perplexity", "statistics"}
+    assert (
+        "perplexity" in str(report) and json.loads(report.to_json())["sources"][0]["tokens"] == 48
+    )
     T = untied.lm_head.weight
     assert not torch.equal(T, E) and not torch.equal(T, H)
 
@@ -202,9 +200,13 @@ def test_the_held_out_part_of_the_text_is_measured(untied, tmp_path):
     text.write_text(" ".join(f"word {i}" for i in range(400)))
     tokenizer = tiny.tokenizer(text.read_text())
     model = tiny.llama(vocab_size=len(tokenizer))
-    report = tie_embeddings(model, str(text), tokenizer, samples=2, length=16, progress=False)
-    assert report.calibration == f"{text}, first 90%"
-    assert report.test == f"{text}, last 10%" and report.calibration_tokens == 32
+    mix = [(str(text), 2), (IDS[:, :8].repeat(1, 2), 1)]
+    report = tie_embeddings(model, mix, tokenizer, length=16, progress=False)
+    assert [(part.name, part.tokens) for part in report.sources] == [
+        (f"{text}, first 90%", 32),
+        ("Tensor", 16),
+    ]
+    assert report.test == f"{text}, last 10%"
 
 
 def test_ids_beyond_the_vocabulary(untied):
