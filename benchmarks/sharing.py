@@ -107,7 +107,7 @@ def own_curves(statistics: Statistics, progress: bool) -> dict[str, Curve]:
     targets = [(group.leader.path, t) for group in statistics.groups for t in group.targets]
     for leader, target in tqdm(targets, "own factors", disable=not progress):
         G, C = statistics.inputs[leader], statistics.gradients[target.path]
-        S = factorize_whitened(target.path, target.matrix, G, C).S
+        S = factorize_whitened(target.path, target.matrix, G, C).S * statistics.nats(leader) ** 0.5
         found[target.path] = curve(target.path, target.shape, S, multiple=MULTIPLE)
     return found
 
@@ -122,19 +122,20 @@ def shared_choices(
     for twins in tqdm(pairs_of(structure), "shared bases", disable=not progress):
         weights = [t.matrix for t in twins]
         inputs = [statistics.inputs[leader[t.path]] for t in twins]
+        nats = statistics.nats(leader[twins[0].path])
         basis = shared_basis(weights, inputs, [statistics.gradients[t.path] for t in twins])
         separate = [left.pop(t.path) for t in twins]
         ranks = np.arange(MULTIPLE, len(basis.SVh), MULTIPLE)
         pair = np.array([shared_cost(int(rank), weights) for rank in ranks])
         for form, costs in (("pair", pair), ("pivoted", pair - ranks**2)):
             fits = costs < sum(c.dense_cost for c in separate)
-            errors = basis.errors.cpu().numpy()[ranks[fits]]
+            errors = nats * basis.errors.cpu().numpy()[ranks[fits]]
             choices[form].append(with_shared(separate, costs[fits], errors))
     return {form: [*found, *own(list(left.values()))] for form, found in choices.items()}
 
 
 def compared(curves: list[Curve], shared: dict[str, list[Choice]], embedding: Curve) -> list[dict]:
-    """The predicted errors at each keep, in units of S^2."""
+    """The predicted errors at each keep, in nats a token."""
     dense = sum(c.dense_cost for c in curves)
     fixed = Choice("", embedding.costs[-1:], embedding.errors[-1:], 1)
     offered = Choice("", embedding.costs, embedding.errors, 0)
@@ -156,19 +157,6 @@ def compared(curves: list[Curve], shared: dict[str, list[Choice]], embedding: Cu
     return rows
 
 
-def in_nats(row: dict, nats: float) -> dict:
-    """The same row with its errors in nats a token."""
-    errors = ("own", "error", "dense", "low rank")
-    return {
-        key: in_nats(value, nats)
-        if isinstance(value, dict)
-        else value * nats
-        if key in errors and value is not None
-        else value
-        for key, value in row.items()
-    }
-
-
 def main(name: str = DEMO_MODEL, blocks: int = 8, length: int = 512, progress: bool = True) -> dict:
     """The results as JSON's own types; prints them as tables."""
     started = time.process_time()
@@ -180,12 +168,11 @@ def main(name: str = DEMO_MODEL, blocks: int = 8, length: int = 512, progress: b
     statistics = gather(model, ids, structure.groups, True, progress)
     curves = own_curves(statistics, progress)
     shared = shared_choices(structure, statistics, curves, progress)
-    nats = 0.5 / (ids.numel() * ids[:, 1:].numel())
     result = {
         "model": name,
         "tokens": ids.numel(),
         "pairs": len(pairs_of(structure)),
-        "rows": [in_nats(row, nats) for row in compared(list(curves.values()), shared, embedding)],
+        "rows": compared(list(curves.values()), shared, embedding),
         "cpu_seconds": round(time.process_time() - started, 1),
     }
     show(result)

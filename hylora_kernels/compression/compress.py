@@ -322,7 +322,8 @@ class Compression:
         ]
         if (target := self.embedding) is not None:
             factors = self.workspace.load(target.path)
-            reports.append(replace_embedding(self.model, target, factors, ranks[target.path]))
+            rank, method = ranks[target.path], self.options.method
+            reports.append(replace_embedding(self.model, target, factors, rank, method))
         return reports
 
     def _embedding_modules(self) -> dict[str, nn.Module]:

@@ -69,19 +69,22 @@ def factorize_embedding(
             inputs of both, one-hot rows and hidden states, "svd" nothing.
     """
     V, d = target.shape
+    statistics = None if ids is None else token_statistics(model, ids, progress)
     tied = len(holders(model, target.module.weight)) > 1
-    if ids is None:
+    if statistics is None:
         ones = torch.ones(V, dtype=torch.float64, device=target.matrix.device)
         eye = torch.eye(d, dtype=torch.float64, device=target.matrix.device)
         terms = [Term(ones, eye)] * (1 + tied)
     else:
-        statistics = token_statistics(model, ids, progress)
         embedding, head = statistics.embedding, statistics.head
         if method == "whitened":
             embedding.metric = torch.eye(d).to(embedding.metric)
             head.weight = torch.ones_like(head.weight)
         terms = [embedding.damped(), *([head.damped()] if tied else [])]
-    return factorize_rows(target.matrix, terms)
+    factors = factorize_rows(target.matrix, terms)
+    if method == "two_sided" and statistics is not None:
+        factors.S.mul_(statistics.nats(1.0) ** 0.5)
+    return factors
 
 
 @torch.no_grad()
@@ -120,12 +123,16 @@ def _weighted_gram(E: Tensor, weight: Tensor, side: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def replace_embedding(model: nn.Module, target: Target, factors: Factors, rank: int) -> LayerReport:
+def replace_embedding(
+    model: nn.Module, target: Target, factors: Factors, rank: int, method: str
+) -> LayerReport:
     """Put a LowRankEmbedding, and a head that shares its factors if it was tied, in the places of
     the embedding and the head, unless the rank is DENSE."""
     V, d = target.shape
     report = LayerReport(target.path, V, d, rank, 0, V * d, V * d, 0.0, 0.0, factors.damping)
+    in_nats = method == "two_sided"
     if rank == DENSE:
+        report.predicted_loss = 0.0 if in_nats else None
         return report
     weight, training = target.module.weight, target.module.training
     places = holders(model, weight)
@@ -139,5 +146,6 @@ def replace_embedding(model: nn.Module, target: Target, factors: Factors, rank: 
     for path, module in zip(places, pair, strict=False):  # Of an untied model the first alone.
         model.set_submodule(path, module.train(training))
     report.lost_energy = factors.lost_energy(rank)
+    report.predicted_loss = factors.dropped(rank) if in_nats else None
     report.parameters = report.parameters_as_is = pair[0].parameter_count()
     return report

@@ -18,6 +18,7 @@ from hylora_kernels.compression.embedding import (
     embedding_target,
     factorize_embedding,
     factorize_rows,
+    replace_embedding,
 )
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.evaluation.size import model_size
@@ -194,3 +195,20 @@ def test_embeddings_that_are_refused(spoil, message):
 def test_ranks_that_are_none(rank):
     with pytest.raises(ValueError, match="embedding_rank must be an int of at least 1, 'auto' or"):
         CompressOptions(embedding_rank=rank)
+
+
+def test_the_error_has_the_unit_of_the_linears():
+    """Nats a token: the divergence from the dense model, where the last components are dropped."""
+    model = tied(seed=4)
+    torch.manual_seed(0)
+    start = torch.arange(96)[:, None]
+    mask = torch.ones_like(start)
+    with torch.no_grad():
+        ids = model.generate(start, attention_mask=mask, do_sample=True, max_new_tokens=31, top_k=0)
+        dense = model(ids).logits[:, :-1].log_softmax(-1)
+        target = embedding_target(model)
+        factors = factorize_embedding(model, target, ids, "two_sided", progress=False)
+        report = replace_embedding(model, target, factors, 30, "two_sided")
+        small = model(ids).logits[:, :-1].log_softmax(-1)
+    divergence = float((dense.exp() * (dense - small)).sum(-1).mean())
+    assert 0.4 < divergence / report.predicted_loss < 2.5
