@@ -84,8 +84,9 @@ def compress(
     from hylora_kernels.model.saving import refuse_unsavable, save_pretrained
 
     search = {name: options.pop(name) for name in SEARCH}
-    if target_ratio is None and search["texts"] is not None:
-        raise ValueError("texts are measured for target_ratio, which is not given")
+    given = [name for name in SEARCH if search[name] != getattr(TargetOptions, name)]
+    if target_ratio is None and given:
+        raise ValueError(f"{given[0]} is read for target_ratio, which is not given")
     refuse_foreign_folder(out, model, mark="frontier", overwrite=overwrite)
     trusted = options["trust_remote_code"]
     loaded, tokenizer = _load(model, device, dtype, trusted, revision, tokenizer)

@@ -268,6 +268,8 @@ class Compression:
         vars(model)["hylora_linears"] = list(dict.fromkeys([*earlier, *self.structure.paths]))
         save_in_hylora_format(freeze_all_but_adapters(model))
         self.report.count(model)
+        self.report.model_dense_bytes = self.budget.dense.bytes
+        self.report.model_bytes = self.budget.size(self.curves, ranks).bytes
         self.report.loss = self._measured_loss("compressed")
 
     def _measured_loss(self, label: str) -> float | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hylora_kernels.model.coverage import Skipped, skipped_table
 from hylora_kernels.model.structure import depth_of, layer_type
-from hylora_kernels.support.console import kept_table, table
+from hylora_kernels.support.console import format_bytes, kept_table, table
 from hylora_kernels.support.plots import budget_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.mix import Part, calibrated_on
@@ -73,6 +73,8 @@ class CompressReport(Report):
     dense_loss, loss: before and after, in nats a token, on the last `measured_blocks` blocks of the
                       calibration text; None where none was measured. The statistics have seen
                       these blocks, the refit only where it read them all.
+    model_dense_bytes, model_bytes: of the file of weights, before and after, adapters as the
+                      option `count` says.
     seconds:          by stage: load, calibrate, factorize, refit, replace, measure.
     peak_rss:         the largest resident memory of the process so far, bytes.
     """
@@ -101,6 +103,8 @@ class CompressReport(Report):
     dense_loss: float | None = None
     loss: float | None = None
     measured_blocks: int = 0
+    model_dense_bytes: int = 0
+    model_bytes: int = 0
 
     def render(self) -> Group:
         """Rich tables: parameters kept and removed, layer types, what was left alone; the loss."""
@@ -115,12 +119,21 @@ class CompressReport(Report):
             ),
         }
         parts: list[Any] = [kept_table(counts), self._types_table(), skipped_table(self.skipped)]
-        if line := self.loss_line():
-            parts.append(line)
+        parts += [line for line in (self.size_line(), self.loss_line()) if line]
         if self.unreached:
             some = ", ".join(self.unreached[:4]) + (", ..." if len(self.unreached) > 4 else "")
             parts.append(f"no calibration token reached {len(self.unreached)} linears: {some}")
         return Group(*parts)
+
+    def size_line(self) -> str:
+        """The file of weights before and after; "" until the model is compressed."""
+        if not self.model_bytes:
+            return ""
+        adapters = "merged" if self.options["count"] == "merged" else "separate"
+        return (
+            f"file of weights: {format_bytes(self.model_dense_bytes)} dense, "
+            f"{format_bytes(self.model_bytes)} with adapters {adapters}"
+        )
 
     def loss_line(self) -> str:
         """The predicted and the measured increase of the loss; "" where there is neither."""

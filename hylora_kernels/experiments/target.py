@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STEPS = 1000  # Keeps are searched in thousandths.
-SLACK = 0.05  # A keep that leaves less of the allowed loss unused is small enough: 0.005 of keep.
+# A keep that leaves less of the allowed loss unused is small enough. The predicted loss of
+# SmolLM2-135M goes as (1 - keep)^2.06 (0.185 nats at 0.8, 0.77 at 0.6), so that at a ratio of 1.1
+# this is 0.004 of keep.
+SLACK = 0.05
 CURVE = 24  # Keeps at which the prediction is drawn.
 
 

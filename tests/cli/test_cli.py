@@ -83,7 +83,8 @@ def test_as_a_module_it_is_the_same():
 
 def test_compress_prints_kept_and_removed_and_writes_the_model(home, compressed):
     out, result = compressed
-    for text in ("kept", "removed", "linears", "whole model", "merged", "as is", "trainable"):
+    words = ("kept", "removed", "linears", "whole model", "merged", "as is", "trainable")
+    for text in (*words, "file of weights: "):
         assert text in result.output
     written = json.loads((out / "compress.json").read_text())
     assert written == json.loads((home / "c.json").read_text())
@@ -104,7 +105,9 @@ def test_compress_finds_the_keep_for_a_ratio(home, tmp_path):
     refused = run(*words, "--keep", 0.5, code=2).stderr
     assert "only one budget may be given, got --keep 0.5 and --target-ratio 2.0" in refused
     refused = run(*words[:4], "--texts", "code", code=2).stderr
-    assert "--texts are measured for --target-ratio, which is not given" in refused
+    assert "--texts is read for --target-ratio, which is not given" in refused
+    refused = run(*words[:4], "--limit", 3, code=2).stderr
+    assert "--limit is read for --target-ratio, which is not given" in refused
 
 
 def test_finetune_recovers_and_keeps_its_log(recovered):

@@ -50,9 +50,13 @@ def test_target_mb_is_the_size_of_the_file(form, dtype, tmp_path):
     dense = file_bytes(tiny.llama(dtype, **wide), tmp_path / "dense")
     target = 0.8 * dense / MB
     options = {"target_mb": target, "form": form, "rank_multiple": 1, "refit": False}
-    model, _ = small(tiny.llama(dtype, **wide), **options)
+    model, report = small(tiny.llama(dtype, **wide), **options)
     written = file_bytes(merge_adapters(model), tmp_path / "small") / MB
     assert 0.9 * target < written <= target
+    tied = {id(p): p for p in model.state_dict(keep_vars=True).values()}
+    assert report.model_bytes == sum(p.nbytes for p in tied.values())
+    assert report.model_bytes < written * MB < report.model_dense_bytes < dense
+    assert "file of weights: " in str(report) and "with adapters merged" in str(report)
 
 
 @pytest.mark.parametrize("name", ["target_params", "target_mb"])

@@ -14,6 +14,10 @@ PLOTS = {
     "spectrum": lambda path: plots.spectrum_plot({"q": [3.0, 2.0, 0.0], "k": [1.0]}, path),
     "sweep": lambda path: plots.sweep_plot({"r 0": [(0.8, 50), (0.6, 1e5)]}, path, dense=45.0),
     "one point": lambda path: plots.sweep_plot({"r 0": [(0.8, 50)]}, path),
+    "frontier": lambda path: plots.frontier_plot(
+        [(0.1, 1e300), (0.8, 1.2), (0.9, 1.05), (1.0, 1.0)], [(0.85, 1.09, 1.2)], 1.1, path
+    ),
+    "nothing measured": lambda path: plots.frontier_plot([(0.9, 2.0), (1.0, 1.0)], [], 1.1, path),
     "bars": lambda path: bars(path),
     "heat map": lambda path: heatmap(path),
     "beyond": lambda path: beyond(path),
