@@ -132,6 +132,24 @@ PYTHON = {
         "",
         "recovery/test_run.py::test_not_finite_stops_with_the_last_good_adapters",
     ),
+    "the teacher's damaged states not made again": Mutant(
+        "hylora_kernels/recovery/teacher.py",
+        "if files.find(_name(ids)) is None:",
+        "if not files.path(_name(ids)).exists():",
+        "recovery/test_teacher.py::test_a_flipped_bit_is_noticed_and_made_again",
+    ),
+    "recovery on the blocks of calibration": Mutant(
+        "hylora_kernels/recovery/blocks.py",
+        '"recovery", o.split',
+        '"calibration", o.split',
+        "recovery/test_teacher.py::test_blocks_are_none_of_calibrations",
+    ),
+    "KL from the model to the teacher": Mutant(
+        "hylora_kernels/model/loss.py",
+        "F.kl_div(log_p, log_q, ",
+        "F.kl_div(log_q, log_p, ",
+        "model/test_loss.py::test_distillation",
+    ),
     # ----------------------------------------------------------------------------------- checkpoint
     "a tensor's checksum not compared": Mutant(
         "hylora_kernels/model/tensorfile.py",

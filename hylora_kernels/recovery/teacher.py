@@ -67,14 +67,17 @@ class Teacher:
 
 @contextmanager
 def set_aside(model: nn.Module) -> Iterator[None]:
-    """In the block, the model waits in the CPU's memory: a GPU may not hold two."""
+    """In the block, a model on a GPU waits in the CPU's memory: the GPU may not hold two."""
     device = input_device(model)
-    model.to("cpu")
+    moves = device.type != "cpu"
+    if moves:
+        model.to("cpu")
     try:
         yield
     finally:
         gc.collect()  # A model of transformers may be in a cycle of references.
-        model.to(device)
+        if moves:
+            model.to(device)
 
 
 def load_teacher(teacher: GivenTeacher, model: nn.Module, device: torch.device) -> nn.Module:
@@ -84,12 +87,12 @@ def load_teacher(teacher: GivenTeacher, model: nn.Module, device: torch.device) 
     Raises TypeError or ValueError unless it is a causal language model, another one than `model`,
     with its vocabulary.
     """
-    if teacher is model:
-        raise ValueError("teacher must be another model than the one that is trained")
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher, device, model.get_input_embeddings().weight.dtype)[0]
     elif not isinstance(teacher, nn.Module) and callable(teacher):
         teacher = teacher()
+    if teacher is model:
+        raise ValueError("teacher must be another model than the one that is trained")
     check_model(teacher, "evaluate", "teacher")
     ours, theirs = (m.get_output_embeddings().weight for m in (model, teacher))
     if theirs.shape[0] != ours.shape[0]:

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from helpers import architectures, tiny
 from helpers.finetuning import BLOCKS, assert_same, model_of, state, train
 
 from hylora_kernels.model.loss import head_inputs
+from hylora_kernels.recovery import finetune as finetuning
 from hylora_kernels.recovery import teacher as teachers
 from hylora_kernels.recovery.blocks import training_blocks, training_mix
 from hylora_kernels.recovery.options import FinetuneOptions
@@ -94,6 +96,13 @@ def test_the_head_is_the_students_own_if_it_is_the_same():
     assert run_teacher(dense, student, BLOCKS[:1], CPU, False).head is student.lm_head
     dense.lm_head.weight.data[3, 4] += 1e-3
     assert run_teacher(dense, student, BLOCKS[:1], CPU, False).head is dense.lm_head
+
+
+def test_a_head_on_another_device_is_copied():
+    """The teacher stays where it is, since it may be the caller's; meta stands for a GPU."""
+    dense, meta = tiny.llama(seed=1), torch.device("meta")
+    stored = run_teacher(dense, model_of(), BLOCKS[:1], meta, progress=False)
+    assert stored.head.weight.device == meta and dense.lm_head.weight.device == CPU
 
 
 @pytest.mark.parametrize("change", ["weight", "config", "dtype"])
@@ -195,6 +204,28 @@ def test_a_teacher_by_name_is_gone_when_training_begins(by, seed, tmp_path, monk
     )  # fmt: skip
     assert len(loaded) == 1 and alive == [None, None, None]
     assert report.teacher == str(folder) and report.teacher_bytes == 2 * 15 * 32 * 2
+
+
+@pytest.mark.parametrize("by", ["module", "function"])
+def test_on_a_gpu_the_student_waits_while_the_teacher_is_loaded(by, monkeypatch):
+    """The moves alone are seen here: the device is named, and nothing is on it."""
+    student, dense, moves = model_of(), tiny.llama(), []
+
+    def load():
+        moves.append("load")
+        return dense
+
+    def device(model):
+        return torch.device("cuda") if model is student else CPU
+
+    monkeypatch.setattr(teachers, "input_device", device)
+    monkeypatch.setattr(finetuning, "input_device", device)
+    monkeypatch.setattr(student, "to", lambda device: moves.append(str(device)))
+    given = {"module": dense, "function": load}[by]
+    options = FinetuneOptions(BLOCKS, objective="keep", distill=0.0, teacher=given, progress=False)
+    _, _, stored = finetuning._prepare(student, options, Accelerator(cpu=True))
+    assert stored is None, "without a share of KL the teacher only writes text"
+    assert moves == (["cpu", "load", "cuda"] if by == "function" else [])
 
 
 # ------------------------------------------------------------------------------ killed and resumed
