@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BLOCKS = 128  # Of a text, for a calibration that is not told how many.
 PIECE = 8_000_000  # Characters that are tokenized at once.
-CACHED_FROM = 1_000_000  # Characters: the tokens of longer texts, over a second's work, are cached.
+CACHED_FROM = 500_000  # Characters: the tokens of longer texts, half a second's work, are cached.
 
 
 def token_blocks(

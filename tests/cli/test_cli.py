@@ -155,6 +155,41 @@ def test_every_report_says_which_part_of_the_text_was_read(home, compressed, rec
     assert "other[1].txt,whole" in shown and "last10%" not in shown
 
 
+def test_compress_reads_several_texts_and_says_each(home, tmp_path):
+    odd = tmp_path / "a,b:3.txt"
+    odd.write_text("\n".join(LINES))
+    words = ("--keep", 0.7, "--rank-multiple", 4, "--lora-rank", 4, "--samples", 4, "--length", 24)
+
+    def read(*texts):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        result = run("compress", home / "dense", "--out", out, *words, *texts)
+        found = json.loads((out / "compress.json").read_text())["sources"]
+        return {part["name"]: part["blocks"] for part in found}, result.output
+
+    text, names = home / "text.txt", (f"{home / 'text.txt'}, first 90%", f"{odd}, first 90%")
+    usual = {"self": 2, "stdlib, train": 1}
+    assert read()[0] == usual
+    found, said = read("--data", odd)
+    assert found == {names[1]: 4} | usual
+    assert "a,b:3.txt,first90%:96tokensin4blocks;self:48tokensin2blocks" in squeezed(said)
+    found, _ = read("--data", f"{text}:3,self", "--calibration", f"{odd}:2")
+    assert found == {names[0]: 3, "self": 2, names[1]: 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("self:0", "--calibration[0] must have an int of at least 1, or None, as its number"),
+        ("self,self:3", "--calibration[1] is 'self' again: give all its blocks at once"),
+        ("self:2,none.txt", "--calibration 'none.txt' does not exist"),
+        ("self:2,bronw.zip", "--calibration 'bronw.zip' does not exist"),
+    ],
+)
+def test_a_text_of_a_mix_that_can_not_be_read_is_named(text, message, home, tmp_path):
+    words = ("compress", home / "dense", "--out", tmp_path / "out", "--length", 24)
+    assert message in " ".join(run(*words, "--data", text, code=2).stderr.split())
+
+
 def test_evaluate_draws_several_texts_beside_the_dense_model(home, compressed, tmp_path):
     (tmp_path / "a,b.txt").write_text("\n".join(LINES))
     words = ("--length", 24, "--limit", 2, "--no-speed", "--json", tmp_path / "e.json")

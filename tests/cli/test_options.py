@@ -194,6 +194,31 @@ def test_texts_are_named_with_commas_or_one_by_one(tmp_path, monkeypatch):
     assert options.read_texts([]) is None
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], None),
+        (["my.txt"], "my.txt"),
+        (["org/name:config"], "org/name:config"),
+        (["my.txt:128"], [("my.txt", 128)]),
+        (["my.txt,self,stdlib"], [("my.txt", None), ("self", None), ("stdlib", None)]),
+        (["my.txt:128", "self:64"], [("my.txt", 128), ("self", 64)]),
+        (["org/name:config:9, self"], [("org/name:config", 9), ("self", None)]),
+        (["a,b.txt"], "a,b.txt"),
+        (["a,b:7.txt,self:3"], [("a", None), ("b:7.txt", None), ("self", 3)]),
+        (["c:12"], "c:12"),
+        (["c:12:5,c"], [("c:12", 5), ("c", None)]),
+        (["self:2,a,b.txt:3,d"], [("self", 2), ("a,b.txt", 3), ("d", None)]),
+        (["a.txt:0"], [("a.txt", 0)]),  # The library refuses it.
+    ],
+)
+def test_a_mix_is_written_with_commas_and_numbers(words, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "c:12"):
+        (tmp_path / name).touch()
+    assert options.read_mix(words) == wanted
+
+
 def test_ranks_are_a_name_or_json():
     assert options.read_ranks("global") == "global"
     assert options.read_ranks('{"mlp": 0.5, "q_proj": 64}') == {"mlp": 0.5, "q_proj": 64}

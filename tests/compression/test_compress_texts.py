@@ -51,9 +51,9 @@ def written(monkeypatch):
     """The batches of text that a model wrote."""
     seen, write = [], self_text.Stream._write
 
-    def writing(stream, number, bar):
+    def writing(stream, number, *arguments):
         seen.append(number)
-        return write(stream, number, bar)
+        return write(stream, number, *arguments)
 
     monkeypatch.setattr(self_text.Stream, "_write", writing)
     return seen

@@ -201,6 +201,16 @@ def texts_of(model, data, **options):
     return {**vars(read), "test": next(iter(read.test.values()))}
 
 
+def test_a_mix_leaves_out_what_is_tested_on(model, tmp_path):
+    """Each token stands once in the text."""
+    (tmp_path / "a.txt").write_text(WORDS)
+    mix = [(tmp_path / "a.txt", 9), (IDS[:, :3] % 3, 2)]
+    read = texts_of(model, "brown", calibration=mix, test=str(tmp_path / "a.txt"), steps=0)
+    assert [part.blocks for part in read["sources"]] == [9, 2]
+    tested = set(read["test"].flatten().tolist())
+    assert tested and not set(read["calibration"].flatten().tolist()) & tested
+
+
 @pytest.mark.parametrize("kind", ["file", "list", "ids"])
 def test_no_token_is_trained_and_tested_on(kind, model, tmp_path):
     """Each token stands once in the text."""

@@ -77,7 +77,7 @@ def test_hub_id_that_can_not_be_had(tokenizer, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    kinds = "brown nor python-docs nor stdlib nor code"
+    kinds = " nor ".join(sources.NAMED)
     with pytest.raises(ValueError, match=f"data 'bronw' is neither {kinds}, nor a fi"):
         token_blocks("bronw", tokenizer)
 
