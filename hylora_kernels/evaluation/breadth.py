@@ -191,7 +191,7 @@ def text_blocks(
         try:
             if _is_self(source):
                 assert tokenizer is not None, "'self' is no tensor"
-                count = limit or BLOCKS
+                count = BLOCKS if limit is None else limit
                 ids = self_blocks(dense, tokenizer, count, length, "test", progress=progress)
             else:
                 ids = token_blocks(source, tokenizer, length, split, limit, None, progress, wanted)

@@ -20,7 +20,7 @@ from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.support.console import format_bytes, format_ppl, kept_removed, table
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
-from hylora_kernels.text.sources import Source, held_out, source_name
+from hylora_kernels.text.sources import Source, held_out, shown, source_name
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -124,8 +124,13 @@ def evaluate(
         report.breadth.geometric_mean, report.breadth.worst
     """
     check_model(model, "evaluate")
-    if texts is not None and test is not None:
-        raise ValueError("test goes with data, and texts are given: add it to them")
+    if texts is not None:
+        for name, given, default in (("data", data, "brown"), ("test", test, None)):
+            if given is not default and not (isinstance(given, str) and given == default):
+                raise ValueError(
+                    f"{name} must be left out where texts are given, got {shown(given)}: add it to "
+                    "texts"
+                )
     if test is not None:
         data, split = held_out(test, data)
     context = context_length(model)
@@ -133,7 +138,8 @@ def evaluate(
     wide = None
     if texts is not None or dense is not None:
         texts = [data] if texts is None else texts
-        length, limit = length or min(512, context or 512), limit or BLOCKS
+        length = min(512, context or 512) if length is None else length
+        limit = BLOCKS if limit is None else limit
         wide = breadth(
             model, texts, dense, tokenizer, length, limit, split, batch, progress, column
         )

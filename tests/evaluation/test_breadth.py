@@ -170,8 +170,9 @@ def test_evaluate_measures_several_texts(pair):
     (text,) = alone.breadth.texts
     assert text.ratio == pytest.approx(report.breadth.texts[1].ratio, rel=0.5)
     assert text.tokens == 55 and "geometric mean" in str(alone) and "linears" in str(alone)
-    with pytest.raises(ValueError, match="test goes with data, and texts are given"):
-        evaluate(model, texts=TEXTS, test=TEXTS["code"], **QUIET)
+    for name in ("data", "test"):
+        with pytest.raises(ValueError, match=f"{name} must be left out where texts are given, got"):
+            evaluate(model, texts=TEXTS, **{name: TEXTS["code"]}, **QUIET)
 
 
 def test_a_dense_model_measured_before_is_not_measured_again(pair):

@@ -180,8 +180,8 @@ def _about_model(setup: Setup, dense: Stage) -> dict:
 def _about_data(setup: Setup) -> dict:
     s = setup.settings
     texts = [
-        {"name": name, "blocks": n, "length": length, "tokens": n * (length - 1)}
-        for name, (n, length) in ((name, ids.shape) for name, ids in setup.texts.items())
+        {"name": t.name, "blocks": t.blocks, "length": t.length, "tokens": t.tokens}
+        for t in setup.expected.values()
     ]
     return {
         "train": s.train if isinstance(s.train, str) else f"{len(s.train)} texts",
