@@ -281,18 +281,24 @@ def _name_of(dense: nn.Module | str | Path | BreadthReport) -> str:
     return getattr(dense, "name_or_path", "") or type(dense).__name__
 
 
-def _model_key(model: nn.Module) -> str:
+def _model_key(model: nn.Module) -> str | None:
+    """The model's fingerprint; None for an offloaded one, whose weights are not in memory."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
-    return fingerprint(model=model, config=config)
+    scales = [m.alpha for m in model.modules() if isinstance(m, SVDLoRALinear)]  # In no state_dict.
+    return fingerprint(model=model, config=config, scales=scales)
 
 
 def _kept(
-    dense: nn.Module, key: str, name: str, ids: Tensor, batch: int, progress: bool
+    dense: nn.Module, key: str | None, name: str, ids: Tensor, batch: int, progress: bool
 ) -> Perplexity:
     """The dense model's perplexity on a text, from the cache if it was measured before.
 
-    key: the model's fingerprint.
+    key: the model's fingerprint; without one nothing is kept.
     """
+    if key is None:
+        return perplexity(dense, ids, batch, progress, f"dense, {name}")
     file = fingerprint(model=key, ids=ids)
     path = cache_root() / "perplexity" / f"{file}.safetensors"
     kept = load_tensors(path, file)

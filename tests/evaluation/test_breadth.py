@@ -14,6 +14,7 @@ from helpers import tiny
 from hylora_kernels.evaluation.breadth import BreadthReport, breadth
 from hylora_kernels.evaluation.evaluate import evaluate
 from hylora_kernels.evaluation.perplexity import perplexity
+from hylora_kernels.layers.linear import SVDLoRALinear
 
 measuring = sys.modules["hylora_kernels.evaluation.breadth"]
 QUIET = {"progress": False}
@@ -85,6 +86,36 @@ def test_the_dense_models_perplexities_are_kept(pair, way, tmp_path, monkeypatch
     dense.model.embed_tokens.weight.data[0] += 1
     breadth(model, TEXTS, dense, **QUIET)
     assert measured[5:] == ["dense, prose", "dense, code", "prose", "code"]
+
+
+def test_a_change_of_alpha_is_another_model(pair):
+    """alpha stands in no state_dict."""
+    base = tiny.adapted(tiny.llama())
+    first = breadth(pair[0], TEXTS, base, **QUIET)
+    for module in base.modules():
+        if isinstance(module, SVDLoRALinear):
+            module.B.data += 1
+            module.alpha = 0.0
+    second = breadth(pair[0], TEXTS, base, **QUIET)
+    for module in base.modules():
+        if isinstance(module, SVDLoRALinear):
+            module.alpha = 0.5
+    third = breadth(pair[0], TEXTS, base, **QUIET)
+    found = {report.texts[0].dense_ppl for report in (first, second, third)}
+    assert len(found) == 3
+
+
+def test_an_offloaded_dense_model_is_measured_and_not_kept(pair, tmp_path):
+    from accelerate import cpu_offload
+
+    model, dense = pair
+    want = breadth(model, TEXTS, dense, **QUIET).texts
+    offloaded = cpu_offload(tiny.llama(), execution_device="cpu")
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    kept = sorted((tmp_path / "cache" / "perplexity").iterdir())
+    found = breadth(model, TEXTS, offloaded, **QUIET).texts
+    assert [text.dense_ppl for text in found] == pytest.approx([text.dense_ppl for text in want])
+    assert sorted((tmp_path / "cache" / "perplexity").iterdir()) == kept
 
 
 def test_a_dense_model_that_was_loaded_is_gone_before_the_other_is_measured(pair, monkeypatch):
