@@ -35,13 +35,14 @@ def embedding_target(model: nn.Module) -> Target:
     return Target(path, embedding, (weight.shape[0], weight.shape[1]))
 
 
-def holders(model: nn.Module, weight: nn.Parameter) -> list[str]:
-    """The paths of the modules that hold this Parameter: the embedding, and a tied head."""
+def holders(model: nn.Module, weight: object) -> list[str]:
+    """The paths of the modules that hold this Parameter: the embedding, then a tied head."""
     named = model.named_modules()
-    return [path for path, m in named if any(p is weight for p in m._parameters.values())]
+    found = {path: m for path, m in named if any(p is weight for p in m._parameters.values())}
+    return sorted(found, key=lambda path: not isinstance(found[path], nn.Embedding))
 
 
-def embedding_curve(target: Target, S: Tensor, rank: int | str, multiple: int) -> Curve:
+def embedding_curve(target: Target, S: Tensor, rank: int | str | None, multiple: int) -> Curve:
     """The candidates of an embedding: the pair's ranks and DENSE, or `rank` alone if it is an int.
 
     Raises ValueError for a rank at which the pair is no smaller than the matrix.

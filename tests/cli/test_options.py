@@ -148,6 +148,8 @@ def test_a_command_gets_the_librarys_types():
         ("max_memory", "512 MiB", 2**29),
         ("max_memory", "1.5gb", 15 * 10**8),
         ("max_memory", "100", 100),
+        ("embedding_rank", "256", 256),
+        ("embedding_rank", "auto", "auto"),
     ],
 )
 def test_quantities_may_have_a_unit(name, text, number):
@@ -161,6 +163,7 @@ def test_quantities_may_have_a_unit(name, text, number):
         ("target_mb", "80 apples", "--target-mb must be a size such as 80MB .*got '80 apples'"),
         ("target_mb", "MB", "--target-mb must be a size .*got 'MB'"),
         ("target_params", "100MB", "--target-params must be a number such as 100M .*got '100MB'"),
+        ("embedding_rank", "half", "--embedding-rank must be a whole number or auto, got 'half'"),
     ],
 )
 def test_a_quantity_that_can_not_be_read_is_named(name, text, message):

@@ -104,6 +104,8 @@ def test_compress_counts_the_embedding_in_its_budget(is_tied, rank, tmp_path):
     assert line.rank == embedding.rank and line.parameters == embedding.parameter_count()
     assert 0 < line.lost_energy < 1
     assert report.dense_parameters == 300 * 32 + sum(t.numel() for t in dense_linears())
+    assert "embed_tokens" in str(report)
+    report.plot(tmp_path / "report.png")
     assert report.keep <= 0.5 and report.model_dense_parameters == dense
     assert report.model_parameters_as_is == sum(p.numel() for p in model.parameters())
     assert "model.embed_tokens" not in report.skipped
