@@ -1,8 +1,9 @@
 """The rank of each layer: a budget of parameters, spent to lose as little as possible.
 
 The candidates of a layer are the total ranks R = r + ra in multiples of `multiple`, and DENSE. Each
-has a cost in parameters and an error, the sum of the squared singular values that it drops. A rank
-that costs as much as the dense layer is no candidate, so no layer ever grows.
+has a cost in parameters and an error, the sum of the squared singular values that it drops. Under
+method "two_sided" that is the predicted increase of the loss in nats a token, one unit for all
+layers. A rank that costs as much as the dense layer is no candidate, so no layer ever grows.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.compression.calibration import gram
+from hylora_kernels.compression.calibration import add_gram, gram
 from hylora_kernels.compression.chain import Call, Stop, record
 from hylora_kernels.compression.factors import Factors
-from hylora_kernels.layers.factorize import to_float64
+from hylora_kernels.layers.factorize import fill_lower, to_float64
 from hylora_kernels.model.structure import Block, Target
 
 RIDGE = 4.0  # Times the mean diagonal, for a factored layer.
@@ -125,22 +125,23 @@ def _refit_block(
         if group.leader.routed:
             continue
         leader = group.leader.path
-        cross, own, residual = 0, 0, 0
+        cross, own, residual = 0, None, 0
         earlier = writers[: writers.index(leader)] if leader in writers else []
         for batch, (dense, _) in zip(batches, wanted, strict=True):
             seen, _ = _watched(student, writers, batch.student, batch.student_call, stop_at=leader)
             if not (seen.reads_all(leader, batch.tokens) and dense.reads_all(leader, batch.tokens)):
                 continue
             x_s, x_t = seen.inputs[leader], dense.inputs[leader]
-            cross, own = cross + gram(x_t, x_s), own + gram(x_s, x_s)
+            cross, own = cross + gram(x_t, x_s), add_gram(own, x_s)
             if leader in writers:
                 lost = batch.dense - batch.student
                 for writer in earlier:
                     lost = lost + dense.outputs[writer] - seen.outputs[writer]
                 residual = residual + gram(lost, x_s)
+        own = None if own is None else fill_lower(own)
         for target, copied in zip(group.targets, student_group.targets, strict=True):
             W = to_float64(target.matrix)
-            if isinstance(own, int):  # No batch is read whole.
+            if own is None:  # No batch is read whole.
                 fitted[target.path] = solver.prior(target.path, W).float()
             else:
                 T = W @ to_float64(cross) + (to_float64(residual) if leader in writers else 0)
