@@ -352,7 +352,8 @@ class _Trials:
         return BreadthReport.from_dict(stored)
 
     def _breadth(self, model: nn.Module, dense: BreadthReport | None) -> BreadthReport:
-        return breadth(model, self.texts, dense, progress=self.options.progress)
+        progress = self.options.progress
+        return breadth(model, self.texts, dense, limit=None, progress=progress)
 
     def _stored(self, name: str, measure: Callable[[], Report]) -> dict[str, Any]:
         """The fields of a report, which is measured unless its file is there."""

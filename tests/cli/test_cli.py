@@ -101,6 +101,7 @@ def test_compress_finds_the_keep_for_a_ratio(home, tmp_path):
     assert f"{frontier['chosen']:.3f} *" in result.output and "worst text" in result.output
     assert frontier["points"][-1]["keep"] <= frontier["chosen"] and len(frontier["dense"]) == 2
     assert (out / "frontier.png").is_file() and (out / "model.safetensors").is_file()
+    assert "Tensor: 2 blocks" not in result.stderr  # The limit was 2, and is not said again.
     assert run(*words, *texts).output.count("*") == result.output.count("*")
     refused = run(*words, "--keep", 0.5, code=2).stderr
     assert "only one budget may be given, got --keep 0.5 and --target-ratio 2.0" in refused
