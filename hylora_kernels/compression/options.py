@@ -63,10 +63,14 @@ class CompressOptions:
         None, "Fraction of the linears' parameters that stays. 0.8 unless a target is given."
     )
     target_params: float | None = option(
-        None, "In place of keep: parameters of the whole model, at most.", keyword=True
+        None,
+        "In place of keep: parameters of the whole model, at most, adapters as count says.",
+        keyword=True,
     )
     target_mb: float | None = option(
-        None, "In place of keep: size of the whole model's file in MB, at most.", keyword=True
+        None,
+        "In place of keep: MB of the whole model's file, at most, adapters as count says.",
+        keyword=True,
     )
     calibration: Source | Mix | None = option_of(TextOptions, "calibration")
     method: str = option(
