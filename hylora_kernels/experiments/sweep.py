@@ -265,7 +265,9 @@ def _cell(
         if "rank" in asked:
             arguments["ranks"] = {".*": arguments.pop("rank")}
         ids = texts.calibration
-        compress(model, calibration=ids, samples=1 if ids is None else len(ids), **arguments)
+        samples = 1 if ids is None else len(ids)
+        # measure=0: the cell is measured on held-out text.
+        compress(model, calibration=ids, samples=samples, measure=0, **arguments)
     separate, trainable = model_size(model), adapter_count(model)
     trained = bool(options.steps and trainable)
     if trained:

@@ -194,14 +194,14 @@ def test_a_text_of_a_mix_that_can_not_be_read_is_named(text, message, home, tmp_
 def test_evaluate_draws_several_texts_beside_the_dense_model(home, compressed, tmp_path):
     (tmp_path / "a,b.txt").write_text("\n".join(LINES))
     words = ("--length", 24, "--limit", 2, "--no-speed", "--json", tmp_path / "e.json")
-    texts = ("--texts", f"{home / 'text.txt'},python-docs", "--texts", tmp_path / "a,b.txt")
+    texts = ("--texts", f"{home / 'text.txt'},code,self", "--texts", tmp_path / "a,b.txt")
     beside = ("--dense", home / "dense", "--png", tmp_path / "a.png")
     result = run("evaluate", compressed[0], *texts, *beside, *words)
     found = json.loads((tmp_path / "e.json").read_text())["breadth"]
-    names = [str(home / "text.txt"), "python-docs", str(tmp_path / "a,b.txt")]
+    names = [str(home / "text.txt"), "code", "self", str(tmp_path / "a,b.txt")]
     assert [text["name"] for text in found["texts"]] == names
     assert found["geometric_mean"] > 0 and found["worst"] in names
-    assert "geometric mean" in result.output and "python-docs" in result.output
+    assert "geometric mean" in result.output and "code" in result.output
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -31,12 +31,7 @@ from hylora_kernels.text.self_text import self_blocks
 from hylora_kernels.text.sources import SELF, held_out
 
 # Steps of compress() -> the demo's kinds of work.
-SPENT = {
-    "calibrate": "calibration",
-    "factorize": "factorization",
-    "refit": "refit",
-    "measure": "evaluation",
-}
+SPENT = {"calibrate": "calibration", "factorize": "factorization", "refit": "refit"}
 GROUP = 64  # weights that share one scale in the int8 stage
 
 
@@ -230,6 +225,7 @@ def _compress(setup: Setup, recipe: Recipe, alone: bool = False, **options) -> S
         tokenizer=setup.tokenizer,
         length=s.length,
         seed=s.seed,
+        measure=0,  # Each stage is measured on held-out text.
         progress=setup.progress,
         **({"rank_multiple": s.rank_multiple} | text | options),
     )
