@@ -29,6 +29,7 @@ class CellOptions:
     factorizer: str = option_of(CompressOptions, "factorizer")
     refit: bool | None = option_of(CompressOptions, "refit")
     rank_multiple: int = option_of(CompressOptions, "rank_multiple")
+    embedding_rank: int | str | None = option_of(CompressOptions, "embedding_rank")
     include: list[str] | None = option_of(CompressOptions, "include", reported=True)
     exclude: list[str] | None = option_of(CompressOptions, "exclude", reported=True)
     count: str = option_of(CompressOptions, "count")
