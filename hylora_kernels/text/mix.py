@@ -132,37 +132,38 @@ def mixed_blocks(
     if part not in PARTS:
         raise ValueError(f"part must be one of {PARTS}, got {part!r}")
     entries = default_mix(mix, blocks)
-    has_columns = [may_have_columns(source) for source, _ in entries]
-    found, parts = [], []
-    for (source, count), has_column in zip(entries, has_columns, strict=True):
+    has_columns = any(may_have_columns(source) for source, _ in entries)
+    found: list[tuple[Part, Tensor] | None] = [None] * len(entries)
+    # The model writes last: a text that can't be read is refused before those minutes.
+    for i in sorted(range(len(entries)), key=lambda i: entries[i][0] == SELF):
+        source, count = entries[i]
         here = "train" if source == STDLIB and len(entries) > 1 else split
-        name = source_name(source, here)
         if source == SELF:
             may_fail = len(entries) > 1 and not is_mix(mix)
             ids = _self_blocks(model, tokenizer, count, length, part, seed, progress, may_fail)
             if ids is None:
                 continue
         else:
+            # Of no table at all the first source refuses a column.
+            wanted = column if may_have_columns(source) or not has_columns else None
+            last = part == "recovery"
             ids = token_blocks(
-                source,
-                tokenizer,
-                length,
-                here,
-                count,
-                seed,
-                progress,
-                # Of no table at all the first source refuses it.
-                column if has_column or not any(has_columns) else None,
-                last=part == "recovery",
+                source, tokenizer, length, here, count, seed, progress, wanted, last=last
             )
-        if found and ids.shape[1] != found[0].shape[1]:
+        found[i] = Part(source_name(source, here), len(ids), ids.numel(), count), ids
+    parts, blocks_of = zip(*filter(None, found), strict=True)
+    _check_lengths(parts, blocks_of)
+    return interleave(blocks_of), list(parts)
+
+
+def _check_lengths(parts: Sequence[Part], blocks: Sequence[Tensor]) -> None:
+    length = blocks[0].shape[1]
+    for part, ids in zip(parts, blocks, strict=True):
+        if ids.shape[1] != length:
             raise ValueError(
-                f"{name} has blocks of {ids.shape[1]} tokens, and {parts[0].name} of "
-                f"{found[0].shape[1]}: a mix has one length"
+                f"{part.name} has blocks of {ids.shape[1]} tokens, and {parts[0].name} of "
+                f"{length}: a mix has one length"
             )
-        found.append(ids)
-        parts.append(Part(name, len(ids), ids.numel(), count))
-    return interleave(found), parts
 
 
 def interleave(blocks: Sequence[Tensor]) -> Tensor:

@@ -195,6 +195,12 @@ def test_the_models_own_text_needs_a_model_and_its_context(model, tokenizer):
         mixed_blocks([(IDS, 3)], model, tokenizer, part="test")
 
 
+def test_nothing_is_written_where_a_text_can_not_be_read(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(self_text, "self_blocks", lambda *_: pytest.fail("the model wrote"))
+    with pytest.raises(ValueError, match=r"data 'none\.txt' does not exist"):
+        mixed_blocks([("self", 64), ("none.txt", 2)], model, tokenizer, 4)
+
+
 def test_a_model_that_can_not_write_is_calibrated_on_the_rest(
     model, tokenizer, library, monkeypatch, capsys
 ):
