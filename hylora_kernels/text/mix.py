@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +65,16 @@ def default_mix(data: Source | Mix | None = None, blocks: int = BLOCKS) -> list[
 
     Raises ValueError or TypeError naming the entry of a mix that is none.
     """
+    usual: Mix = [(source, None) for source in SHARES]
+    mix: Mix
     if data is None:
-        mix = [(source, None) for source in SHARES]
+        mix = usual
     elif is_mix(data):
         mix = data
     elif isinstance(data, Tensor) or (isinstance(data, str) and data in SHARES):
         mix = [(data, blocks)]
     else:
-        mix = [(data, None), *((source, None) for source in SHARES)]
+        mix = [(cast("Source", data), None), *usual]
     check_mix(mix)
     return [(source, _usual(source, blocks) if n is None else n) for source, n in mix]
 

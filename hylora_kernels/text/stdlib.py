@@ -42,7 +42,7 @@ def stdlib_text(split: str) -> str:
 
     Raises ValueError for another split, ModuleNotFoundError if this Python comes without sources.
     """
-    parts = []
+    parts: list[str] = []
     for source in _sources(split, "stdlib"):
         parts += _docstrings(source), _from_the_middle(source)
     return "\n\n".join(part for part in parts if part)
