@@ -136,7 +136,7 @@ def finetune(
     trust_remote_code: TrustRemoteCode = False,
     json_path: Json = None,
 ) -> None:
-    """Train the adapters of a compressed model and write the recovered model to a folder."""
+    """Train a compressed model's adapters or factors and write the recovered model to a folder."""
     from accelerate import PartialState
 
     from hylora_kernels.model.saving import save_pretrained

@@ -111,10 +111,13 @@ def pivoted(U: Tensor, SVh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def components(weights: Weights) -> tuple[Tensor, Tensor]:
-    """U [N, r], SVh [r, K] of the same base, float64: its components by falling singular value."""
-    exact = in_float64(weights)
-    Q, left = torch.linalg.qr(reference.full_U(exact.U, exact.pivots))
-    P, right = torch.linalg.qr(exact.SVh.T)
+    """U [N, R], SVh [R, K] of the same matrix, float64: its components by falling singular value.
+
+    R is r + ra, min(N, K) at most.
+    """
+    U, SVh = _stacked(in_float64(weights))
+    Q, left = torch.linalg.qr(U)
+    P, right = torch.linalg.qr(SVh.T)
     U, S, Vh = torch.linalg.svd(left @ right.T, full_matrices=False)
     return Q @ U, S[:, None] * (Vh @ P.T)
 
@@ -128,8 +131,7 @@ def merged(weights: Weights) -> Weights:
     exact = in_float64(weights)
     if exact.A is None or exact.B is None:
         return exact
-    SVh = torch.cat([exact.SVh, exact.A])
-    U = torch.cat([reference.full_U(exact.U, exact.pivots), exact.alpha * exact.B], 1)
+    U, SVh = _stacked(exact)
     if exact.pivots is not None:
         U, SVh, pivots = pivoted(U, SVh)
         return Weights(SVh, U, bias=weights.bias, pivots=pivots)
@@ -140,6 +142,14 @@ def merged(weights: Weights) -> Weights:
         return Weights(SVh, U, bias=weights.bias)
     U, SVh = ranged_pair(U, SVh)
     return Weights(SVh, U, bias=weights.bias)
+
+
+def _stacked(weights: Weights) -> tuple[Tensor, Tensor]:
+    """U [N, r + ra], SVh [r + ra, K] of the same matrix: the adapter beside the base."""
+    SVh, U = weights.SVh, reference.full_U(weights.U, weights.pivots)
+    if weights.A is None or weights.B is None:
+        return U, SVh
+    return torch.cat([U, weights.alpha * weights.B], 1), torch.cat([SVh, weights.A])
 
 
 def in_float64(weights: Weights) -> Weights:

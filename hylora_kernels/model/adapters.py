@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,7 @@ from hylora_kernels.layers import factors
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.coverage import body_parameters, skipped_parameters, warn_if_little
-from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
+from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled, unshared_layers
 from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.structure import as_matrix, select
 from hylora_kernels.weights import Weights
@@ -82,16 +81,11 @@ def renew_adapters(model: nn.Module, lora_rank: int = 64, seed: int = 0) -> nn.M
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
     check_model(model, "train")
-    named = list(model.named_modules(remove_duplicate=False))
-    layers = {path: layer for path, layer in named if isinstance(layer, SVDLoRALinear)}
-    for path, layer in layers.items():
-        if layer.lora_rank:
+    for path, layer in model.named_modules():
+        if isinstance(layer, SVDLoRALinear) and layer.lora_rank:
             raise ValueError(f"model must be merged to get new adapters, but {path} has one")
-    holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     renewed: dict[int, SVDLoRALinear] = {}
-    for index, (path, layer) in enumerate(layers.items()):
-        if holders[id(layer.SVh)] > 1:
-            continue
+    for index, (path, layer) in enumerate(unshared_layers(model).items()):
         if id(layer) not in renewed:
             renewed[id(layer)] = _with_adapter(layer, lora_rank, seed + index)
         model.set_submodule(path, renewed[id(layer)])
@@ -101,7 +95,7 @@ def renew_adapters(model: nn.Module, lora_rank: int = 64, seed: int = 0) -> nn.M
 def _with_adapter(layer: SVDLoRALinear, lora_rank: int, seed: int) -> SVDLoRALinear:
     """A layer that computes the same, with an adapter; the bias is shared."""
     shared: dict[str, Any] = {"bias": layer.bias, "lora_dropout": layer.lora_dropout, "seed": seed}
-    if layer.form == "pivoted" and layer.rank >= min(layer.in_features, layer.out_features):
+    if layer.form == "pivoted" and layer.rank == layer.out_features:
         made = SVDLoRALinear.from_dense(layer.SVh, lora_rank, **shared)
     else:
         U, SVh = factors.components(Weights(layer.SVh, layer.U, pivots=layer.pivots))

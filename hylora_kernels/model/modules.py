@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,6 +52,19 @@ def keep_unscaled(model: nn.Module) -> None:
                 module._rescale_layers()  # multiplies them again
                 module.training = training
             module.config.rescale_every = 0
+
+
+def holder_counts(model: nn.Module) -> Counter[int]:
+    """id of a parameter -> the number of modules that hold it themselves."""
+    return Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+
+
+def unshared_layers(model: nn.Module) -> dict[str, SVDLoRALinear]:
+    """path -> SVDLoRALinear, without those whose factors another module holds too, as a head with a
+    low-rank embedding. A layer that is used in several places stands under each path."""
+    counts, named = holder_counts(model), model.named_modules(remove_duplicate=False)
+    layers = ((path, layer) for path, layer in named if isinstance(layer, SVDLoRALinear))
+    return {path: m for path, m in layers if counts[id(m.SVh)] == counts[id(m.U)] == 1}
 
 
 def freeze_all_but_adapters(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hylora_kernels.layers.experts import ExpertLinears, all_experts_called
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.context import probe_ids
+from hylora_kernels.model.modules import holder_counts
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,7 @@ def select(
     if remembered is not None and include is None and exclude is None:
         return {path: model.get_submodule(path) for path in remembered}, {}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    holders = Counter(
-        id(p)
-        for module in model.modules()
-        for p in module.parameters(recurse=False)
-        if p is not None
-    )
+    holders = holder_counts(model)
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     targets: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}

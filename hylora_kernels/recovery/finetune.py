@@ -1,4 +1,4 @@
-"""finetune(): train the adapters of a compressed model. All else is frozen, and hashes prove it."""
+"""finetune(): train adapters or factors of a compressed model; hashes prove that no more moves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hylora_kernels.model.adapters import merge_adapters, renew_adapters
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.recovery.blocks import training_blocks
+from hylora_kernels.recovery.factors import balanced_factors, starting_tensors
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.recovery.recipe import Recipe, frozen_hash
 from hylora_kernels.recovery.run import Run, taken_rows, training_mode
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 class FinetuneReport(Report):
     """The result of finetune().
 
-    steps:     updates that the adapters hold.
+    steps:     updates that the model holds.
     tokens:    tokens trained on, by all processes, in the steps done.
     seconds:   time of the steps alone, in all sessions of a resumed run.
     first_loss, last_loss: of `losses`, NaN if no step was done.
@@ -98,7 +99,7 @@ class FinetuneReport(Report):
 
 @takes_options(FinetuneOptions)
 def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
-    """Train A and B of every SVDLoRALinear of `model`, in place, on its device.
+    """Train the compressed layers of `model`, in place, on its device.
 
     objective "adapt" is next-token cross-entropy on a text. "keep" is KL(teacher || model) from the
     dense model, on the text and on as much that the dense model writes: it keeps what the text
@@ -108,45 +109,57 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     more than its head's product (capped or scaled ones) is stored as logits, words / d times as
     large. One that was given by name is freed before the first step.
 
-    AdamW (betas 0.9 and 0.95, no weight decay) updates float32 copies of A and B. The blocks are
-    taken in a seeded permutation, over and over. Only the adapters' dropout acts. Afterwards the
-    model is in eval() and all but the adapters is frozen. If a loss or gradient is not finite,
-    training ends with the last adapters that gave a finite loss, and report.stopped says so.
+    train "adapters" is A and B of every SVDLoRALinear. "factors" is the factors themselves, and the
+    norms' weights at ten times the rate. A layer of rank R, its adapter merged, becomes U sqrt(S)
+    [N, R] and sqrt(S) Vh [R, K], which plain products apply, and plain factors again in the end:
+    size and form are those of the merged layer. Linears left dense, embeddings, biases and factors
+    that several modules share stay frozen; experts' compressed layers learn as all others. An
+    exception puts the old layers back. Memory beside these: 20 bytes a number (weight, gradient,
+    two moments, last good value), 2.0 GB for 98 million. A checkpoint takes 12 bytes a number.
+
+    AdamW (betas 0.9 and 0.95, no weight decay) updates float32 copies. The blocks are taken in a
+    seeded permutation, over and over. Only the adapters' dropout acts. Afterwards the model is in
+    eval() and all but the adapters is frozen. If a loss or gradient is not finite, training ends
+    with the last weights that gave a finite loss, and report.stopped says so.
 
     Under torchrun or `accelerate launch` each process holds the whole model and takes its share of
     the blocks; the first one alone prints and writes.
 
-    A merged model gets new adapters first, of its last singular components, lora_rank of them
-    (model.adapters.renew_adapters): it has as many parameters when they are merged.
+    With train "adapters" a merged model gets new ones first, of its last singular components,
+    lora_rank of them (model.adapters.renew_adapters): it has as many parameters when they are
+    merged.
 
-    Raises ValueError for a dense model without adapters, an argument out of its range, or a
-    checkpoint of another run (naming the field); RuntimeError if anything frozen changed.
+    Raises ValueError for a dense model without adapters or factors, an argument out of its range,
+    or a checkpoint of another run (naming the field); RuntimeError if anything frozen changed.
 
     Example:
         model, _ = compress("smollm2-135m", keep=0.8)
         report = finetune(model, "my.txt", objective="keep", teacher="smollm2-135m")
     """
     check_model(model, "train")
-    is_merged = _is_merged(model, options.lora_rank)
-    if not is_merged:
-        adapter_parameters(model)  # raises if there are none
+    by_factors = options.train == "factors"
+    is_merged = not by_factors and _is_merged(model, options.lora_rank)
+    if not is_merged:  # Both raise if there is nothing to train.
+        starting_tensors(model) if by_factors else adapter_parameters(model)
     accelerator = Accelerator(mixed_precision="no")
     blocks, sources, teacher = _prepare(model, options, accelerator)
     if is_merged:
         renew_adapters(model, options.lora_rank or LORA_RANK, options.seed)
-    adapters = adapter_parameters(model)
     freeze_all_but_adapters(model)
+    start = starting_tensors(model) if by_factors else adapter_parameters(model)
     key = teacher.key if teacher else ""
-    recipe = Recipe.of(options, model, adapters, blocks, key, accelerator.num_processes)
-    total = sum(p.numel() for p in model.parameters())
-    with training_mode(model, adapters, options.gradient_checkpointing):
-        run = Run(model, adapters, blocks, recipe, options, accelerator, teacher)
+    recipe = Recipe.of(options, model, start, blocks, key, accelerator.num_processes)
+    shown = options.progress and accelerator.is_main_process
+    prepared = balanced_factors(model, shown) if by_factors else nullcontext(start)
+    with prepared as trained, training_mode(model, trained, options.gradient_checkpointing):
+        total = sum(p.numel() for p in model.parameters())
+        run = Run(model, trained, blocks, recipe, options, accelerator, teacher)
         if options.resume:
             run.load()
         stopped = run.train()
-        if frozen_hash(model) != recipe.base:
+        if frozen_hash(model, trained.values()) != recipe.base:
             raise RuntimeError("the frozen base changed in training: its hash is another one now")
-        if options.merge:
+        if options.merge and not by_factors:
             merge_adapters(model)
     if run.folder is not None and run.losses:
         loss_plot({"training": run.losses}, run.folder / "loss.png")

@@ -1,10 +1,10 @@
-"""Everything that the trained adapters depend on, and the learning rate that follows from it."""
+"""Everything that the trained parameters depend on, and the learning rate that follows from it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ class Recipe:
     Runs of the same recipe give the same bits, and a checkpoint is resumed by its own recipe only.
 
     processes: of `accelerate launch`.
-    data, teacher, base, adapters: hashes of the token blocks in the order in which they are taken,
-               of the teacher ("" without one), of all frozen tensors, and of the adapters before
-               the first step.
+    data, teacher, base, trained: hashes of the token blocks in the order in which they are taken,
+               of the teacher ("" without one), of all frozen tensors, and of all others before the
+               first step.
     """
 
     steps: int
@@ -36,6 +36,7 @@ class Recipe:
     clip: float
     chunk: int
     objective: str
+    train: str
     distill: float
     gradient_checkpointing: bool
     seed: int
@@ -43,19 +44,19 @@ class Recipe:
     data: str
     teacher: str
     base: str
-    adapters: str
+    trained: str
 
     @classmethod
     def of(
         cls,
         options: FinetuneOptions,
         model: nn.Module,
-        adapters: Mapping[str, Tensor],
+        trained: Mapping[str, Tensor],
         blocks: Tensor,
         teacher: str,
         processes: int,
     ) -> Recipe:
-        """The recipe of a run on `blocks`, int64 [n, L], that starts from these adapters.
+        """The recipe of a run on `blocks`, int64 [n, L], that starts from these tensors of `model`.
 
         teacher: its key, "" without one.
         """
@@ -64,8 +65,8 @@ class Recipe:
             processes=processes,
             data=tensor_hash([("blocks", blocks)]),
             teacher=teacher,
-            base=frozen_hash(model),
-            adapters=tensor_hash(adapters.items()),
+            base=frozen_hash(model, trained.values()),
+            trained=tensor_hash(trained.items()),
         )
 
     def learning_rate(self, step: int) -> float:
@@ -80,11 +81,15 @@ class Recipe:
         return self.batch * self.accumulate * self.processes
 
 
-def frozen_hash(model: nn.Module) -> str:
-    """sha256 of the model's state_dict without A and B, and of each layer's alpha and dropout."""
+def frozen_hash(model: nn.Module, trained: Iterable[Tensor] | None = None) -> str:
+    """sha256 of the model's state_dict without `trained`, by default A and B of all layers, and of
+    alpha and dropout of each layer whose base is frozen."""
     named = model.named_modules()
     layers = {path: layer for path, layer in named if isinstance(layer, SVDLoRALinear)}
-    seen = {id(p) for layer in layers.values() for p in (layer.A, layer.B)}
+    if trained is None:
+        trained = [p for layer in layers.values() for p in (layer.A, layer.B) if p is not None]
+    seen = {id(tensor) for tensor in trained}
+    layers = {path: layer for path, layer in layers.items() if id(layer.SVh) not in seen}
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in seen:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.loss import token_loss
-from hylora_kernels.model.structure import block_list, linears
+from hylora_kernels.model.structure import block_list
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.recovery.recipe import Recipe
 from hylora_kernels.recovery.teacher import Teacher
@@ -34,23 +35,24 @@ from hylora_kernels.support.seeding import forked_rng, seed_rng
 from hylora_kernels.support.storage import atomic_path, require_disk, write_text
 
 SAVE_SECONDS = 60.0  # between checkpoints by default; writing the demo's, 0.25 GB, takes 0.5 s
+VECTOR_RATE = 10.0  # Norms at 2e-4 beside factors at 2e-5: SmolLM2-135M, keep 0.8.
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step
 
 
 @contextmanager
 def training_mode(
-    model: nn.Module, adapters: dict[str, nn.Parameter], gradient_checkpointing: bool
+    model: nn.Module, trained: dict[str, nn.Parameter], gradient_checkpointing: bool
 ) -> Iterator[None]:
-    """In the block, A and B are float32 (float64 stays) and only the adapters' dropout acts.
+    """In the block, `trained` is float32 (float64 stays) and only the adapters' dropout acts.
 
     Gradient checkpointing is done here, block by block: that of transformers needs blocks in
-    train(), where their own dropouts would act. Afterwards the model is in eval(), and the adapters
-    have the dtype they came in.
+    train(), where their own dropouts would act. Afterwards the model is in eval(), and
+    `trained` has the dtype it came in.
 
     Raises ValueError if gradient_checkpointing finds no list of blocks.
     """
-    dtypes = [(parameter, parameter.dtype) for parameter in adapters.values()]
-    paths = block_list(model, linears(model)) if gradient_checkpointing else []
+    dtypes = [(parameter, parameter.dtype) for parameter in trained.values()]
+    paths = block_list(model, _holders(model, trained)) if gradient_checkpointing else []
     if gradient_checkpointing and not paths:
         raise ValueError("gradient_checkpointing found no list of blocks in this model")
     blocks = [(block, vars(block).get("forward")) for block in map(model.get_submodule, paths)]
@@ -75,6 +77,13 @@ def training_mode(
         model.eval()
 
 
+def _holders(model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, nn.Module]:
+    """path -> module, of those that hold a trained parameter themselves."""
+    ids = {id(parameter) for parameter in trained.values()}
+    named = model.named_modules()
+    return {path: m for path, m in named if any(id(p) in ids for p in m.parameters(recurse=False))}
+
+
 def taken_rows(options: FinetuneOptions, n: int, accelerator: Accelerator) -> Tensor:
     """The rows of n blocks that this process takes in all its steps, in order, int64: every
     num_processes-th one, over and over."""
@@ -86,18 +95,19 @@ def taken_rows(options: FinetuneOptions, n: int, accelerator: Accelerator) -> Te
 class Run:
     """The state of one run, to be used in training_mode().
 
-    adapters:   name -> parameter.
+    trained:    name -> parameter. A vector among them, a norm's weight, learns VECTOR_RATE times as
+                fast as the matrices.
     blocks:     token ids, int64 [n, L], taken one after the other, over and over.
     teacher:    with the states of all of them that this process takes, or None.
     folder:     of log.jsonl and the checkpoint; None without one and in all but the main process.
     losses:     one for every step done.
-    good:       copies of the adapters when they last gave a finite loss, good_steps updates in.
+    good:       copies of the parameters when they last gave a finite loss, good_steps updates in.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        adapters: dict[str, nn.Parameter],
+        trained: dict[str, nn.Parameter],
         blocks: Tensor,
         recipe: Recipe,
         options: FinetuneOptions,
@@ -111,14 +121,17 @@ class Run:
             folder = Path(options.output_dir)
             self.checkpoint = folder / "checkpoint" / "training.safetensors"
             self.folder = folder if accelerator.is_main_process else None
-        self.adapters, self.parameters = adapters, list(adapters.values())
+        self.trained, self.parameters = trained, list(trained.values())
         self.device = model.get_input_embeddings().weight.device
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            _groups(self.parameters),
             betas=(0.9, 0.95),
             weight_decay=0.0,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        if accelerator.num_processes > 1:  # An SVD's signs may be others elsewhere.
+            for parameter in self.parameters:
+                broadcast(parameter.data)
         self.rows = taken_rows(options, len(blocks), accelerator)
         self.losses: list[float] = []
         self.seconds = 0.0
@@ -126,7 +139,7 @@ class Run:
 
     def train(self) -> str:
         """Do the remaining steps; returns "", or the reason why training ended early."""
-        if self.folder is not None:  # the old checkpoint and the new: adapters and two moments each
+        if self.folder is not None:  # the old checkpoint and the new: weights and two moments each
             size = 6 * sum(p.nbytes for p in self.parameters)
             require_disk(self.folder, size, "finetune's checkpoint")
         steps, done, saved_at = self.recipe.steps, len(self.losses), time.monotonic()
@@ -163,7 +176,8 @@ class Run:
                 torch._foreach_copy_(self.good, self.parameters)
             self.good_steps = step - 1
         if math.isfinite(loss + norm):
-            self.optimizer.param_groups[0]["lr"] = rate
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
             self.optimizer.step()
             self.losses.append(loss)
         self.optimizer.zero_grad()
@@ -180,7 +194,7 @@ class Run:
         }
 
     def _gradients(self, step: int) -> tuple[float, float]:
-        """Set the adapters' grad to the clipped gradient of the step's mean loss.
+        """Set the parameters' grad to the clipped gradient of the step's mean loss.
 
         Returns the mean loss in nats a token and the norm before clipping, over all processes.
         """
@@ -209,12 +223,12 @@ class Run:
 
     @torch.no_grad()
     def _stop(self, fields: dict[str, float]) -> str:
-        """Restore the last good adapters; returns the reason in words."""
+        """Restore the last good parameters; returns the reason in words."""
         torch._foreach_copy_(self.parameters, self.good)
         return (
             f"step {fields['step']}: loss {fields['loss']:g}, gradient norm "
-            f"{fields['grad_norm']:g}; kept are the adapters after {self.good_steps} steps, the "
-            "last that gave a finite loss; a lower lr may help"
+            f"{fields['grad_norm']:g}; kept are the {self.recipe.train} after {self.good_steps} "
+            "steps, the last that gave a finite loss; a lower lr may help"
         )
 
     @contextmanager
@@ -230,11 +244,11 @@ class Run:
             yield lambda fields: file.write(json.dumps(fields) + "\n")
 
     def save(self) -> None:
-        """Write the checkpoint: one file, so that adapters, moments and step belong together."""
+        """Write the checkpoint: one file, so that weights, moments and step belong together."""
         if self.folder is None or self.checkpoint is None:
             return
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu")}
-        for name, parameter in self.adapters.items():
+        for name, parameter in self.trained.items():
             state = self.optimizer.state[parameter]
             tensors[name] = parameter.detach()
             tensors |= {f"{name}.{moment}": state[moment] for moment in MOMENTS}
@@ -258,19 +272,19 @@ class Run:
                 if theirs[field] != ours:
                     was, here = (str(value)[:16] for value in (theirs[field], ours))
                     raise ValueError(f"{field} was {was} there and is {here} here")
-            states = {name: self._state(name, tensors, len(losses)) for name in self.adapters}
+            states = {name: self._state(name, tensors, len(losses)) for name in self.trained}
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             what = error if isinstance(error, ValueError) else f"it is not readable: {error!r}"
             raise ValueError(f"{self.checkpoint} can't be resumed: {what}; {anew}") from error
-        for name, parameter in self.adapters.items():
+        for name, parameter in self.trained.items():
             parameter.data.copy_(tensors[name])
             self.optimizer.state[parameter] = states[name]
         self.losses, self.seconds = losses, seconds
         self.good_steps, self.good = len(losses), [p.detach().clone() for p in self.parameters]
 
     def _state(self, name: str, tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The optimizer's state of one adapter; ValueError if a shape is another one."""
-        parameter = self.adapters[name]
+        """The optimizer's state of one parameter; ValueError if a shape is another one."""
+        parameter = self.trained[name]
         for part in (name, *(f"{name}.{moment}" for moment in MOMENTS)):
             if tensors[part].shape != parameter.shape:
                 shapes = f"{list(tensors[part].shape)} there and {list(parameter.shape)} here"
@@ -278,6 +292,14 @@ class Run:
         state = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
         device = parameter.device if self.optimizer.defaults["fused"] else "cpu"
         return {"step": torch.tensor(float(step), device=device), **state}
+
+
+def _groups(parameters: list[nn.Parameter]) -> list[dict]:
+    """The optimizer's groups, each with the scale of its learning rate: matrices, then vectors."""
+    groups: list[dict] = [{"params": [], "scale": 1.0}, {"params": [], "scale": VECTOR_RATE}]
+    for parameter in parameters:
+        groups[parameter.dim() == 1]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -118,6 +118,16 @@ def test_finetune_recovers_and_keeps_its_log(recovered):
     assert (out / "training" / "log.jsonl").read_text().count("\n") == 3
 
 
+def test_finetune_trains_the_factors(home, compressed, tmp_path):
+    out, words = tmp_path / "trained", ("--steps", 2, "--length", 24, "--train", "factors")
+    words += ("--data", home / "text.txt")
+    run("finetune", compressed[0], "--out", out, *words)
+    options = json.loads((out / "finetune.json").read_text())["options"]
+    assert (options["train"], options["lr"]) == ("factors", 2e-5)
+    refused = run("finetune", compressed[0], "--out", tmp_path / "b", *words, "--no-merge", code=2)
+    assert "keeps adapters beside the base, but --train factors" in refused.stderr
+
+
 def test_finetune_keeps_the_breadth_of_a_teacher(home, compressed, tmp_path):
     out, words = tmp_path / "kept", ("--steps", 3, "--length", 24, "--objective", "keep")
     data = ("--data", f"{home / 'text.txt'}:2,self:1", "--teacher", home / "dense")

@@ -10,9 +10,14 @@ import torch
 from helpers import tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.recovery.finetune import finetune
 
 BLOCKS = tiny.tokens(8, 16)
+HOW = {  # options of finetune() by what is trained
+    "adapters": {"train": "adapters", "lr": 1e-2, "merge": False},
+    "factors": {"train": "factors", "lr": 1e-3},
+}
 train = functools.partial(finetune, progress=False)
 
 
@@ -22,6 +27,12 @@ def model_of(dtype=torch.float32, **options):
 
 def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def weights_of(model):
+    """path -> W [N, K] of every compressed layer, which other signs and pivots don't change."""
+    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, SVDLoRALinear))
+    return {path: layer.to_linear().weight.detach() for path, layer in layers}
 
 
 def assert_same(a: dict, b: dict) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from helpers import tiny
 from helpers.finetuning import (
     BLOCKS,
+    HOW,
     assert_differ,
     assert_same,
     log_of,
@@ -25,6 +26,7 @@ from helpers.finetuning import (
     state,
     train,
     watched_updates,
+    weights_of,
 )
 from transformers import GPT2Config, OPTConfig
 
@@ -124,7 +126,7 @@ def recipe_of(**changes):
         "steps": 60, "lr": 1e-3, "warmup": 10, "length": 16, "batch": 1, "accumulate": 1,
         "clip": 1.0, "chunk": 64, "objective": "adapt", "distill": 0.0, "seed": 0,
         "gradient_checkpointing": False, "processes": 1,
-        "data": "", "teacher": "", "adapters": "", "base": "",
+        "data": "", "teacher": "", "train": "adapters", "trained": "", "base": "",
     }  # fmt: skip
     return Recipe(**(fields | changes))
 
@@ -346,6 +348,7 @@ TWO_PROCESSES = """
 import sys
 import torch
 from helpers import tiny
+from helpers.finetuning import HOW, weights_of
 from accelerate import PartialState
 from safetensors.torch import save_file
 from hylora_kernels.recovery.finetune import finetune
@@ -353,34 +356,42 @@ torch.set_num_threads(1)
 model = tiny.adapted(tiny.llama())
 state = PartialState(cpu=True)
 teacher = {"objective": "keep", "teacher": tiny.llama} if sys.argv[2] == "keep" else {}
-report = finetune(model, tiny.tokens(8, 16), steps=4, batch=2, accumulate=1, lr=1e-2,
-                  merge=False, output_dir=sys.argv[1], progress=False, **teacher)
-adapters = {n: p.detach() for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
-adapters["losses"] = torch.tensor(report.losses)
-save_file(adapters, f"{sys.argv[1]}/{state.process_index}.safetensors")
+how = HOW[sys.argv[3]]
+report = finetune(model, tiny.tokens(8, 16), steps=4, batch=2, accumulate=1, **how,
+                  output_dir=sys.argv[1], progress=False, **teacher)
+if sys.argv[3] == "adapters":
+    tensors = {n: p.detach() for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
+else:
+    tensors = weights_of(model)
+tensors["losses"] = torch.tensor(report.losses)
+save_file(tensors, f"{sys.argv[1]}/{state.process_index}.safetensors")
 assert report.tokens == 4 * 4 * 16
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["adapt", "keep"])
-def test_two_processes_are_a_batch_of_twice_the_size(objective, tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "what"), [("adapt", "adapters"), ("keep", "adapters"), ("adapt", "factors")]
+)
+def test_two_processes_are_a_batch_of_twice_the_size(objective, what, tmp_path):
     from safetensors.torch import load_file
 
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", "run.py", str(tmp_path), objective]
+    command += ["--nproc_per_node=2", "run.py", str(tmp_path), objective, what]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-4000:]
     first, second = (load_file(tmp_path / f"{i}.safetensors") for i in (0, 1))
     assert_same(first, second)
     model = model_of()
     teacher = {"objective": "keep", "teacher": tiny.llama} if objective == "keep" else {}
-    report = train(model, BLOCKS, steps=4, batch=4, lr=1e-2, merge=False, **teacher)
+    report = train(model, BLOCKS, steps=4, batch=4, **HOW[what], **teacher)
     assert first.pop("losses").tolist() == pytest.approx(report.losses, rel=1e-4)
-    for name, parameter in adapter_parameters(model).items():
+    expected = adapter_parameters(model) if what == "adapters" else weights_of(model)
+    assert first.keys() == expected.keys()
+    for name, parameter in expected.items():
         torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-2, atol=1e-4)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
 

@@ -82,6 +82,16 @@ def test_a_dense_matrix_gets_an_adapter_that_starts_at_zero():
     assert layer.lora_rank == 4 and not layer.B.any() and layer.A.any()
 
 
+def test_a_pivoted_layer_of_full_rank_that_is_no_dense_matrix_gets_one_too():
+    layer = SVDLoRALinear.from_linear(torch.nn.Linear(8, 16), 8, form="pivoted")
+    model = model_of(lora_rank=0)
+    model.model.layers[0].extra, W = layer, dense_weight(layer)
+    renew_adapters(model, 2)
+    renewed = model.model.layers[0].extra
+    assert (renewed.rank, renewed.lora_rank) == (6, 2)
+    torch.testing.assert_close(dense_weight(renewed), W, rtol=0, atol=1e-6)
+
+
 def test_a_base_keeps_rank_1():
     model = model_of(rank=2, lora_rank=0)
     renew_adapters(model, 64)

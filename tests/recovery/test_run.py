@@ -129,7 +129,8 @@ OTHERS = {
     "data": {"data": BLOCKS.flip(0)},
     "distill": {"distill": 0.5, "teacher": tiny.llama},
     "base": {"model": {"rank": 11}},
-    "adapters": {"model": {"lora_rank": 3}},
+    "trained": {"model": {"lora_rank": 3}},
+    "train": {"train": "factors", "lr": 1e-3},
 }
 
 
