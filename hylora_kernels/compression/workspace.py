@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hylora_kernels.compression.factors import Factors
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.whiten import GRADIENT_DAMPING, INPUT_DAMPING
+from hylora_kernels.model.modules import model_fingerprint
 from hylora_kernels.model.structure import Structure
 from hylora_kernels.support.cache import Files, cache_dir
 from hylora_kernels.support.hashing import fingerprint
@@ -30,13 +31,12 @@ def open_workspace(
 ) -> Workspace:
     """The workspace of these weights, calibration tokens (int64 [n, L] or None) and options."""
     key = fingerprint(
-        model=model,
+        model=model_fingerprint(model),
         ids="none" if ids is None else ids,
         method=options.method,
         factorizer=options.factorizer,
         damping=(INPUT_DAMPING, GRADIENT_DAMPING),
         units="S^2 in nats a token",
-        config={k: v for k, v in model.config.to_dict().items() if not k.startswith("_")},
         seed=options.seed if options.factorizer == "randomized" else 0,
         groups=[group.paths for group in structure.groups],
     )

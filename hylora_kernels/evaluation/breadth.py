@@ -22,6 +22,7 @@ from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks, vocabulary_size
 from hylora_kernels.model.load import load_model, tokenizer_of
+from hylora_kernels.model.modules import is_offloaded, model_fingerprint
 from hylora_kernels.support.cache import (
     cache_dir,
     cache_root,
@@ -151,7 +152,7 @@ def breadth(
         blocks |= read(model if loaded is None else loaded, own)
     expected: dict[str, Perplexity] = {}
     if loaded is not None:
-        key = _model_key(loaded)
+        key = None if is_offloaded(loaded) else model_fingerprint(loaded)
         expected = {n: _kept(loaded, key, n, blocks[n], batch, progress) for n in sources}
     elif isinstance(dense, BreadthReport):
         expected = {text.name: text for text in dense.texts}
@@ -279,15 +280,6 @@ def _name_of(dense: nn.Module | str | Path | BreadthReport) -> str:
     if isinstance(dense, str | Path):
         return str(dense)
     return getattr(dense, "name_or_path", "") or type(dense).__name__
-
-
-def _model_key(model: nn.Module) -> str | None:
-    """The model's fingerprint; None for an offloaded one, whose weights are not in memory."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return None
-    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
-    scales = [m.alpha for m in model.modules() if isinstance(m, SVDLoRALinear)]  # In no state_dict.
-    return fingerprint(model=model, config=config, scales=scales)
 
 
 def _kept(

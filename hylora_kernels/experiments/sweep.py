@@ -29,6 +29,7 @@ from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import load_model, tokenizer_of
+from hylora_kernels.model.modules import model_fingerprint
 from hylora_kernels.recovery.blocks import training_blocks
 from hylora_kernels.recovery.finetune import finetune
 from hylora_kernels.recovery.options import FinetuneOptions
@@ -125,7 +126,7 @@ def sweep(model: nn.Module | str | Path, options: SweepOptions) -> SweepReport:
     dense, found = load()
     texts = _texts(dense, model, found, options)
     base = fingerprint(
-        model=dense,
+        model=model_fingerprint(dense),
         options=reported_options(options),
         version=importlib.metadata.version("hylora-kernels"),
         calibration=texts.calibration,

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.support.hashing import fingerprint
 
 _empty = threading.RLock()
 
@@ -36,6 +37,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """20 hex digits that change with all that a model's outputs depend on: weights, config, and the
+    scales of its adapters, which no state_dict holds."""
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    scales = [layer.alpha for layer in model.modules() if isinstance(layer, SVDLoRALinear)]
+    return fingerprint(model=model, config=config, scales=scales)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """True if weights are not in memory: their bytes, and so a fingerprint, would be read from disk
+    layer by layer."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def keep_unscaled(model: nn.Module) -> None:

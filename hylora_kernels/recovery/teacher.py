@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import load_model
 from hylora_kernels.model.loss import RowsOfLogits, head_inputs, head_of
+from hylora_kernels.model.modules import model_fingerprint
 from hylora_kernels.recovery.options import GivenTeacher
 from hylora_kernels.support.cache import Files, cache_dir
 from hylora_kernels.support.devices import input_device
@@ -114,9 +114,7 @@ def run_teacher(
     """
     check_blocks(dense, blocks)
     start, name = time.perf_counter(), getattr(dense, "name_or_path", "") or type(dense).__name__
-    config = {k: v for k, v in dense.config.to_dict().items() if not k.startswith("_")}
-    scales = [layer.alpha for layer in dense.modules() if isinstance(layer, SVDLoRALinear)]
-    key = fingerprint(model=dense, config=config, scales=scales)
+    key = model_fingerprint(dense)
     files = Files(cache_dir("teacher", key), key)
     with torch.no_grad():
         own = blocks.to(input_device(dense))

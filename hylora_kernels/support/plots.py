@@ -108,18 +108,13 @@ def budget_plot(
 ) -> None:
     """losses: layer type -> block -> predicted increase of the loss, nats a token; left, the blocks
     from input to output, if there are any. ranks: the same of rank / full rank; right."""
-    depth = 1 + max((block for row in ranks.values() for block in row), default=0)
     with figure(path, 9.6 if losses else 5.6, 0.3 * len(ranks) + 3) as drawing:
         panels = list(drawing.subplots(1, 1 + bool(losses), squeeze=False)[0])
         if losses:
             draw_stacks(panels[0], losses)
             panels[0].set(title=title, xlabel="block", ylabel="predicted loss (nats a token)")
             draw_legend(panels[0], columns=3)
-        shares = {
-            kind: [row.get(block, math.nan) for block in range(depth)]
-            for kind, row in ranks.items()
-        }
-        mesh = draw_heatmap(panels[-1], shares)
+        mesh = draw_heatmap(panels[-1], ranks)
         panels[-1].set(title="" if losses else title, xlabel="block")
         drawing.colorbar(mesh, ax=panels[-1], label="rank / full rank")
 
@@ -297,10 +292,13 @@ def draw_reference(axes, value: float, label: str = "") -> None:
         _annotate(axes, label, (1, value), (0, 2), **at)
 
 
-def draw_heatmap(axes, rows: Mapping[str, Sequence[float]]):
-    """rows: label -> values in [0, 1], the first row on top; returns what a colour bar needs."""
+def draw_heatmap(axes, rows: Mapping[str, Mapping[int, float]]):
+    """rows: label -> column -> value in [0, 1], the first row on top; returns what a colour bar
+    needs."""
+    width = 1 + max((column for row in rows.values() for column in row), default=0)
+    values = [[row.get(column, math.nan) for column in range(width)] for row in rows.values()]
     no_seams = {"edgecolors": "face", "linewidth": 0.3}
-    mesh = axes.pcolormesh(list(rows.values()), cmap="viridis", vmin=0, vmax=1, **no_seams)
+    mesh = axes.pcolormesh(values, cmap="viridis", vmin=0, vmax=1, **no_seams)
     axes.set_yticks([place + 0.5 for place in range(len(rows))], list(rows))
     axes.invert_yaxis()
     axes.tick_params(length=0)

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import context_length, end_tokens
-from hylora_kernels.model.modules import eval_mode
+from hylora_kernels.model.modules import eval_mode, is_offloaded, model_fingerprint
 from hylora_kernels.support.cache import (
     cache_dir,
     cache_root,
@@ -103,13 +103,11 @@ class Stream:
     ) -> None:
         self.model, self.tokenizer, self.length = model, tokenizer, length
         self.draws: dict[str, Any] = {"part": part, "seed": seed}
-        self.files = None if _is_offloaded(model) else f"self-{self._fingerprint()}"
+        self.files = None if is_offloaded(model) else f"self-{self._fingerprint()}"
 
     def _fingerprint(self) -> str:
-        config = self.model.config.to_dict().items()
         return fingerprint(
-            model=self.model,
-            config={k: v for k, v in config if not k.startswith("_")},
+            model=model_fingerprint(self.model),
             tokenizer=tokenizer_rules(self.tokenizer),
             template=str(getattr(self.tokenizer, "chat_template", None)),
             ends=end_tokens(self.model, self.tokenizer),
@@ -186,12 +184,6 @@ class Stream:
                 logits_processor=[writer],
             )
         return ids.to("cpu", torch.int64)
-
-
-def _is_offloaded(model: nn.Module) -> bool:
-    """True if weights are not in memory: their bytes, and so a fingerprint, would be read from disk
-    layer by layer."""
-    return any(parameter.is_meta for parameter in model.parameters())
 
 
 @contextmanager

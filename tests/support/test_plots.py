@@ -33,7 +33,9 @@ def bars(path, limit=100.0):
 
 def heatmap(path):
     with plots.figure(path, 4.8, 2) as drawing:
-        mesh = plots.draw_heatmap(drawing.add_subplot(), {"q": [0.1, 0.5], "k": [1.0, 0.2]})
+        mesh = plots.draw_heatmap(
+            drawing.add_subplot(), {"q": {0: 0.1, 1: 0.5}, "k": {0: 1.0, 1: 0.2}}
+        )
         drawing.colorbar(mesh)
 
 

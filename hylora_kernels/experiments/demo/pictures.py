@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hylora_kernels.evaluation.breadth import format_ratio
 from hylora_kernels.experiments.demo.stages import DemoReport, Stage, mean_ratio
+from hylora_kernels.model.structure import depth_of
 from hylora_kernels.support import plots
 from hylora_kernels.support.console import format_ppl
 from hylora_kernels.support.plots import Bar, Line
@@ -130,7 +131,7 @@ def rank_table(report: DemoReport) -> tuple[list[str], list[list[str]]]:
     for stage in stages:
         by_type: dict[tuple, list[int]] = {}
         for layer in stage.ranks:
-            key = (_place(layer["path"])[1], layer["full_rank"])
+            key = (_kind(layer["path"]), layer["full_rank"])
             by_type.setdefault(key, []).append(layer["rank"])
         for key, ranks in by_type.items():
             mean = sum(ranks) / len(ranks)
@@ -205,14 +206,9 @@ def _ranks(drawing, stages: list[Stage]) -> None:
     for axes, stage in zip(panels, stages, strict=True):
         shares: dict[str, dict[int, float]] = {}
         for layer in stage.ranks:
-            block, kind = _place(layer["path"])
-            shares.setdefault(kind, {})[block] = layer["rank"] / layer["full_rank"]
-        depth = 1 + max(max(blocks) for blocks in shares.values())
-        rows = {
-            kind: [blocks.get(block, float("nan")) for block in range(depth)]
-            for kind, blocks in shares.items()
-        }
-        mesh = plots.draw_heatmap(axes, rows)
+            row = shares.setdefault(_kind(layer["path"]), {})
+            row[depth_of(layer["path"]) or 0] = layer["rank"] / layer["full_rank"]
+        mesh = plots.draw_heatmap(axes, shares)
         axes.set_title(stage.label, loc="left")
     panels[-1].set_xlabel("block")
     drawing.colorbar(mesh, ax=list(panels), location="bottom", label="rank / full rank", aspect=40)
@@ -229,10 +225,9 @@ def _rows_height(count: int) -> float:
     return 0.44 * count + 0.4
 
 
-def _place(path: str) -> tuple[int, str]:
-    """(block, layer type) of a layer: model.layers.3.mlp.up_proj -> (3, "up_proj")."""
-    number = re.search(r"(?:^|\.)(\d+)\.", path)
-    return int(number[1]) if number else 0, path.rpartition(".")[2]
+def _kind(path: str) -> str:
+    """The type of a layer in the width of a page: model.layers.3.mlp.up_proj -> up_proj."""
+    return path.rpartition(".")[2]
 
 
 def _values(report: DemoReport, words: Callable[[Stage], str]) -> str:
