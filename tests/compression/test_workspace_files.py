@@ -229,6 +229,7 @@ SOME = {"include": ["gate_proj", "down_proj"]}
 BASE = SOME | {"tokenizer": word_tokenizer(), "length": 8, "samples": 5}
 BASE |= {"calibration": [(TEXTS, None)]}
 FACTORS, REFIT, NEITHER = "factors", "refit", "neither"
+TARGET = 19_500  # of 21,152 parameters: another keep than 0.7
 # A changed option -> the key that changes: of the factors (and so of the refit in their folder), of
 # the refit alone, or neither, since the option changes no number in the files.
 CHANGES = {
@@ -255,6 +256,10 @@ CHANGES = {
     "cache": (False, NEITHER),
     "seed": (1, FACTORS),  # It draws the blocks of text.
     "progress": (True, NEITHER),
+    "measure": (0, NEITHER),
+    "target_params": (TARGET, REFIT),
+    "target_mb": (4 * TARGET / 1e6, REFIT),
+    "embedding_rank": (4, REFIT),
     "trust_remote_code": (True, NEITHER),  # What the code makes of a model is in the key itself.
 }
 CHOOSE_TEXT = {"split", "column"}  # of tables; the tokens that come of them are in the key
@@ -268,7 +273,8 @@ def keys(folder) -> tuple[set[str], set[str]]:
 
 def keys_of(folder, **options):
     given = BASE | {"cache": folder} | options
-    keep, ids = given.pop("keep", 0.7), given.pop("calibration")
+    targeted = any(name.startswith("target_") for name in options)
+    keep, ids = given.pop("keep", None if targeted else 0.7), given.pop("calibration")
     compressed(zoo_model("llama"), keep, ids, **given)
     return keys(folder)
 
