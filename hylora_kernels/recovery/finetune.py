@@ -139,14 +139,15 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     check_model(model, "train")
     by_factors = options.train == "factors"
     is_merged = not by_factors and _is_merged(model, options.lora_rank)
-    if not is_merged:  # Both raise if there is nothing to train.
-        starting_tensors(model) if by_factors else adapter_parameters(model)
+    to_train = starting_tensors if by_factors else adapter_parameters
+    if not is_merged:
+        to_train(model)  # raises if there is nothing
     accelerator = Accelerator(mixed_precision="no")
     blocks, sources, teacher = _prepare(model, options, accelerator)
     if is_merged:
         renew_adapters(model, options.lora_rank or LORA_RANK, options.seed)
     freeze_all_but_adapters(model)
-    start = starting_tensors(model) if by_factors else adapter_parameters(model)
+    start = to_train(model)
     key = teacher.key if teacher else ""
     recipe = Recipe.of(options, model, start, blocks, key, accelerator.num_processes)
     shown = options.progress and accelerator.is_main_process

@@ -9,8 +9,11 @@ import math
 import pytest
 import torch
 from helpers import tiny
+from helpers.compressing import compressed
 from helpers.finetuning import BLOCKS, assert_differ, assert_same, log_of, model_of, state, train
+from helpers.mixtures import mixture
 from helpers.numerics import dense_weight
+from helpers.zoo import ZOO, tokens, zoo_model
 from transformers import GPT2Config
 
 from hylora_kernels.evaluation.perplexity import perplexity
@@ -109,6 +112,17 @@ def test_biases_dense_linears_and_layernorms_biases_stay_frozen():
     for name, tensor in state(model).items():
         if "c_attn" not in name:
             assert torch.equal(tensor, before[name]) != (".ln_" in name and "weight" in name), name
+
+
+@pytest.mark.parametrize("make", ["gemma3", "gpt2", "opt", "mixtral"])
+def test_other_architectures_in_bfloat16(make):
+    """Norms that add 1 to their weight or have a bias, Conv1D, experts that few tokens reach."""
+    model = zoo_model(make, torch.bfloat16) if make in ZOO else mixture(make, torch.bfloat16)
+    data = tokens(8, 16)
+    compressed(model, ids=data, refit=False)
+    report = train(model, data, steps=12, lr=1e-3)
+    assert report.stopped == "" and report.last_loss < report.first_loss
+    assert not any("parametrizations" in name or "left" in name for name in state(model))
 
 
 def test_a_small_step_is_not_lost_in_bfloat16():
