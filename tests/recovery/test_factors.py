@@ -295,7 +295,9 @@ def test_a_dense_model_is_refused():
 
 def test_a_checkpoint_of_another_start_is_refused_and_the_model_left_alone(tmp_path):
     train(model_of(), BLOCKS, steps=2, output_dir=tmp_path)
-    for model in (model_of(lora_rank=3), model_of(alpha=0.5)):
+    scaled = model_of()
+    layers_of(scaled).popitem()[1].alpha = 0.5  # with the same tensors
+    for model in (model_of(lora_rank=3), scaled):
         before = state(model)
         with pytest.raises(ValueError, match=r"can't be resumed: trained was .* there and is "):
             train(model, BLOCKS, steps=2, output_dir=tmp_path)
