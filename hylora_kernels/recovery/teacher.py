@@ -110,7 +110,7 @@ def run_teacher(
     device: of the training, where the head will be.
 
     Raises FloatingPointError if the teacher's states are not finite, OSError if the disk has no
-    room for them.
+    space for them.
     """
     check_blocks(dense, blocks)
     start, name = time.perf_counter(), getattr(dense, "name_or_path", "") or type(dense).__name__

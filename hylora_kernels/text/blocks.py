@@ -180,6 +180,7 @@ def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
     # A slow tokenizer's rules stand in its arguments; a fast one is told to split special tokens
     # (or not) at each call.
     options = tokenizer.init_kwargs | {"split": tokenizer.split_special_tokens}
+    options.pop("name_or_path", None)  # A copy beside a compressed model gives the same tokens.
     return rules + json.dumps(options, sort_keys=True, default=str)
 
 

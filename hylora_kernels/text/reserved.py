@@ -1,4 +1,4 @@
-"""A key-value cache with room for a whole text."""
+"""A key-value cache whose memory is reserved for a whole text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class ReservedLayer(DynamicLayer):
-    """Keys and values [rows, heads, tokens, width] as the filled part of room for `length` tokens.
+    """Keys and values [rows, heads, tokens, width] in memory reserved for `length` tokens.
 
     transformers' dynamic layer copies all tokens for each new one: 90 of 400 ms a step for 32 rows
     of SmolLM2-135M behind 256 tokens. Its static layer has attention run over what is not filled.
@@ -21,7 +21,7 @@ class ReservedLayer(DynamicLayer):
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
-        self.room: tuple[Tensor, Tensor] | None = None
+        self.reserved: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -29,21 +29,21 @@ class ReservedLayer(DynamicLayer):
         """Add the keys and values of new tokens; returns those of all tokens."""
         new = key_states, value_states
         start = self.get_seq_length()
-        if self.room is None:
+        if self.reserved is None:
             keys, values = (t.new_empty(*t.shape[:-2], self.length, t.shape[-1]) for t in new)
-            self.room = keys, values
+            self.reserved = keys, values
             self.dtype, self.device = keys.dtype, keys.device
             self.is_initialized = True
         end = start + key_states.shape[-2]
-        for room, states in zip(self.room, new, strict=True):
-            room[..., start:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        for tensor, states in zip(self.reserved, new, strict=True):
+            tensor[..., start:end, :] = states
+        self.keys, self.values = (tensor[..., :end, :] for tensor in self.reserved)
         return self.keys, self.values
 
 
 @contextmanager
 def reserved_cache(model: nn.Module, length: int) -> Iterator[None]:
-    """Caches that the model is called with inside get room for `length` tokens at once.
+    """Caches that the model is called with inside reserve memory for `length` tokens at once.
 
     Layers of another kind, such as a sliding window or the state of a Mamba, stay as they are, and
     so does a model without a cache.

@@ -231,6 +231,16 @@ def count_batches(monkeypatch) -> list[int]:
     return numbers
 
 
+def test_a_copy_of_the_tokenizer_in_another_folder_writes_nothing_again(
+    model, tokenizer, monkeypatch
+):
+    numbers = count_batches(monkeypatch)
+    first = self_blocks(model, tokenizer, 1, 24, progress=False)
+    monkeypatch.setitem(tokenizer.init_kwargs, "name_or_path", "elsewhere")
+    assert self_blocks(model, tokenizer, 1, 24, progress=False).equal(first)
+    assert numbers == [0]
+
+
 def test_a_batch_is_written_once(model, tokenizer, monkeypatch):
     numbers = count_batches(monkeypatch)
     first = own_text(model, tokenizer, 2 * BATCH)
