@@ -104,6 +104,13 @@ struct Packing {
   void* panels;
 };
 
+struct AttentionCall;  // row_calls.h: what stands between the layers of a decoder block
+struct NormCall;
+struct RotaryCall;
+struct ActivationCall;
+struct AddCall;
+struct ArgmaxCall;
+
 // The kernels of one instruction set. With many rows threads split the rows: `rows` does the whole
 // layer for rows [m0, m1). With few rows they share one block in memory of block_bytes, which
 // `prepare` fills with x; then they split the panels of `shrink`, those of `expand`, and in the
@@ -120,6 +127,15 @@ struct Kernels {
   void (*adapter_gradients)(const AdapterGradients&, int64_t col0, int64_t col1);
   void (*pack)(const Packing&, int64_t panel0, int64_t panel1);
   void (*unpack)(const Packing&, int64_t panel0, int64_t panel1);
+  // Parts [begin, end) of a call of row_calls.h.
+  void (*attention)(const AttentionCall&, int64_t begin, int64_t end);
+  void (*join_attention)(const AttentionCall&, int64_t begin, int64_t end);
+  void (*norm)(const NormCall&, int64_t begin, int64_t end);
+  void (*rotary)(const RotaryCall&, int64_t begin, int64_t end);
+  void (*activation)(const ActivationCall&, int64_t begin, int64_t end);
+  void (*add)(const AddCall&, int64_t begin, int64_t end);
+  void (*argmax)(const ArgmaxCall&, int64_t begin, int64_t end);
+  void (*join_argmax)(const ArgmaxCall&, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kFewRows = 64;  // at most so many rows: threads split panels, else rows
