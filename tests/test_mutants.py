@@ -197,7 +197,10 @@ KERNELS = {
         BATTERY,
     ),
     "the last of few rows not merged": Mutant(
-        "csrc/cpu/threads.cpp", "merges ? call.M : 0};", "merges ? call.M - 1 : 0};", BATTERY
+        "csrc/cpu/threads.cpp",
+        "split(call.M, k.merge_pivots);",
+        "split(call.M - 1, k.merge_pivots);",
+        BATTERY,
     ),
     "alpha lost by a packed layer": Mutant(
         "csrc/cpu/packed_layer.cpp",

@@ -12,6 +12,15 @@ namespace {
 // costs little.
 constexpr int64_t kRowsPerPart = 512;
 
+// How many threads a layer is worth.
+int64_t useful_threads(const LayerCall& call) {
+  if (call.M > kFewRows) return call.M / 32;
+  const int64_t size = call.type == Type::fp32 ? 4 : 2;
+  const int64_t weights =
+      call.shrink.n * call.shrink.k + call.expand.n * call.expand.k + call.ra * (call.K + call.N);
+  return std::max<int64_t>(1, size * weights / kBytesPerThread);
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -47,51 +56,46 @@ const Kernels& kernels() {
 namespace {
 
 // Threads split the rows.
-void run_many_rows(const LayerCall& call) {
+void run_many_rows(const LayerCall& call, Team& team) {
   const Kernels& k = kernels();
-  const int64_t used = std::min<int64_t>(torch::stable::get_num_threads(), call.M / 32);
+  const int64_t used = std::min<int64_t>(team.threads(), call.M / 32);
   const int64_t parts = used > 1 ? std::max(used, call.M / kRowsPerPart / used * used) : 1;
-  in_parallel(parts, [&](int64_t i, int64_t) {
+  team.stage(parts, [&](int64_t i) {
     const int64_t end = i + 1 == parts ? call.M : call.M * (i + 1) / parts / 32 * 32;
     k.rows(call, call.M * i / parts / 32 * 32, end);
   });
 }
 
 // Threads share one block of all rows and split its panels.
-void run_few_rows(const LayerCall& call) {
+void run_few_rows(const LayerCall& call, Team& team) {
   const Kernels& k = kernels();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t size = call.type == Type::fp32 ? 4 : 2;
-  const int64_t weights =
-      call.shrink.n * call.shrink.k + call.expand.n * call.expand.k + call.ra * (call.K + call.N);
-  const int64_t useful = std::min(threads, std::max<int64_t>(1, size * weights / kBytesPerThread));
-  const int64_t merges = call.merges_pivots();
-  enum Stage : size_t { shrink, pivots, expand, merge_pivots };
-  // A stage splits panels, merge_pivots rows.
-  const int64_t items[4] = {call.shrink.n ? shrink_panels(call) : 0, merges, expand_panels(call),
-                            merges ? call.M : 0};
-  int64_t parts[4];
-  for (int stage = 0; stage < 4; stage++)
-    parts[stage] = std::min(useful, items[stage]);
   void* block = scratch(Scratch::shared_block, k.block_bytes(call));
+  // Calls run(call, block, begin, end) on parts of [0, items).
+  const auto split = [&](int64_t items, auto run) {
+    const int64_t parts = std::min({team.threads(), useful_threads(call), items});
+    team.stage(parts,
+               [&](int64_t i) { run(call, block, items * i / parts, items * (i + 1) / parts); });
+  };
   k.prepare(call, block);
-  in_stages(parts, [&](size_t stage, int64_t i) {
-    if (stage == pivots) return k.pivots(call, block);
-    const int64_t begin = items[stage] * i / parts[stage];
-    const int64_t end = items[stage] * (i + 1) / parts[stage];
-    const auto run = stage == shrink ? k.shrink : stage == expand ? k.expand : k.merge_pivots;
-    run(call, block, begin, end);
-  });
+  if (call.shrink.n) split(shrink_panels(call), k.shrink);
+  if (call.merges_pivots()) k.pivots(call, block);
+  split(expand_panels(call), k.expand);
+  if (call.merges_pivots()) split(call.M, k.merge_pivots);
 }
 
 }  // namespace
 
 void run_layer(const LayerCall& call) {
+  Team team(std::min<int64_t>(torch::stable::get_num_threads(), useful_threads(call)));
+  run_layer(call, team);
+}
+
+void run_layer(const LayerCall& call, Team& team) {
   if (call.M == 0 || call.N == 0) return;
   if (call.M > kFewRows)
-    run_many_rows(call);
+    run_many_rows(call, team);
   else
-    run_few_rows(call);
+    run_few_rows(call, team);
 }
 
 }  // namespace hylora

@@ -38,15 +38,13 @@ void product(int64_t M, const float* a, int64_t lda, const Panels& W, const floa
              int64_t ldout, float* memory) {
   const Kernels& kernel = kernels();
   const int64_t chunk = std::max<int64_t>(kUnpackedBytes / 4 / W.k / 32, 1) * 32;
-  const int64_t threads = torch::stable::get_num_threads();
   const Tensor left = matrix(a, M, W.k, lda);
   for (int64_t n0 = 0; n0 < W.n; n0 += chunk) {
     const int64_t n = std::min(chunk, W.n - n0), panels = ceil_div(n, 32);
     Packing rows{Type::fp32, memory, n, W.k, W.k, 1, nullptr};
     rows.panels = const_cast<float*>(static_cast<const float*>(W.data)) + n0 * W.k;
-    in_parallel(std::min(threads, panels), [&](int64_t i, int64_t parts) {
-      kernel.unpack(rows, panels * i / parts, panels * (i + 1) / parts);
-    });
+    split_among_threads(panels, n * W.k * int64_t(sizeof(float)),
+                        [&](int64_t begin, int64_t end) { kernel.unpack(rows, begin, end); });
     const Tensor right = matrix(memory, W.k, n, 1, W.k), to = matrix(out + n0, M, n, ldout);
     if (bias) {
       const Tensor added = matrix(bias + n0, M, n, 0);

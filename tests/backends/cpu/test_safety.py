@@ -225,10 +225,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @linux
-@pytest.mark.parametrize("parent, child", [("1", "as it is"), ("2", "1")])
+@pytest.mark.parametrize("parent, child", [("1", "as it is"), ("2", "1"), ("2", "as it is")])
 def test_a_forked_child_computes_the_same_bits(parent, child):
-    """With one thread each, or one in the child: OpenMP's pool doesn't outlive fork(), so torch's
-    own products need that too, and the DataLoader sees to it."""
+    """The child makes worker threads of its own. (torch's OpenMP does not: its own products need a
+    single thread in a child.)"""
     done = python("-c", FORK, parent, child, limit=120)
     assert done.stdout.split() == ["0"], done.stderr
 
