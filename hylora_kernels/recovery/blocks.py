@@ -11,7 +11,7 @@ from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import tokenizer_of
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.text.mix import Part, default_mix, mixed_blocks
-from hylora_kernels.text.sources import SELF, Mix, Source, is_mix
+from hylora_kernels.text.sources import Mix, Source, is_mix
 
 
 def training_blocks(
@@ -42,16 +42,13 @@ def training_blocks(
 def training_mix(data: Source | Mix, objective: str, needed: int) -> list[tuple[Source, int]]:
     """The sources and the blocks of each, together `needed` or fewer.
 
-    "keep" takes half of a text and half of what the teacher writes. A mix, and token ids, are taken
-    as they are, a larger mix in proportion.
+    "keep" reads a text with the others of default_mix, as calibration does. Token ids are taken as
+    they are, a mix as well, a larger one in proportion.
     """
     if isinstance(data, Tensor):
         return [(data, len(data))]
-    if is_mix(data):
-        mix = default_mix(data, needed)
-    else:
-        sources = [data, SELF] if objective == "keep" and data != SELF else [data]
-        mix = [(source, needed) for source in sources]
+    alone = objective == "adapt" and not is_mix(data)
+    mix = [(data, needed)] if alone else default_mix(data, needed)
     ends = list(accumulate((n for _, n in mix), initial=0))
     scale = min(1.0, needed / ends[-1])
     counts = [round(end * scale) - round(start * scale) for start, end in pairwise(ends)]

@@ -102,12 +102,13 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     """Train the compressed layers of `model`, in place, on its device.
 
     objective "adapt" is next-token cross-entropy on a text. "keep" is KL(teacher || model) from the
-    dense model, on the text and on as much that the dense model writes: it keeps what the text
-    lacks. The teacher runs before training, over the blocks that the steps will take. What its
-    output head reads is stored in the cache, predictions x d numbers in its dtype, and in training
-    the head alone is in memory, or the model's own where that is the same. A model whose logits are
-    more than its head's product (capped or scaled ones) is stored as logits, words / d times as
-    large. One that was given by name is freed before the first step.
+    dense model on the text, on text that the dense model writes, and on "stdlib", in 4 : 2 : 1 as
+    in calibration: it keeps what the text lacks. The teacher runs before training, over the blocks
+    that the steps will take. What its output head reads is stored in the cache, predictions x d
+    numbers in its dtype, and in training the head alone is in memory, or the model's own where that
+    is the same. A model whose logits are more than its head's product (capped or scaled ones) is
+    stored as logits, words / d times as large. One that was given by name is freed before the first
+    step.
 
     train "adapters" is A and B of every SVDLoRALinear. "factors" is the factors themselves, and the
     norms' weights at ten times the rate. A layer of rank R, its adapter merged, becomes U sqrt(S)

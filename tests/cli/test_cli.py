@@ -123,7 +123,7 @@ def test_finetune_trains_the_factors(home, compressed, tmp_path):
     words += ("--data", home / "text.txt")
     run("finetune", compressed[0], "--out", out, *words)
     options = json.loads((out / "finetune.json").read_text())["options"]
-    assert (options["train"], options["lr"]) == ("factors", 2e-5)
+    assert (options["train"], options["lr"]) == ("factors", 3e-5)
     refused = run("finetune", compressed[0], "--out", tmp_path / "b", *words, "--no-merge", code=2)
     assert "keeps adapters beside the base, but --train factors" in refused.stderr
 

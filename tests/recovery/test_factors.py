@@ -306,5 +306,20 @@ def test_a_checkpoint_of_another_start_is_refused_and_the_model_left_alone(tmp_p
 
 @pytest.mark.parametrize("steps", [60, 61])
 def test_the_default_rate_is_that_of_factors(steps):
-    assert FinetuneOptions(steps=steps, train="factors").lr == 2e-5
+    assert FinetuneOptions(steps=steps, train="factors").lr == 3e-5
     assert FinetuneOptions(steps=steps, train="factors", lr=0.5).lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "lr"),
+    [
+        ({}, "factors", 3e-5),
+        ({"train": "adapters"}, "adapters", 2e-4),
+        ({"lora_rank": 8}, "adapters", 2e-4),
+        ({"merge": False}, "adapters", 2e-4),
+        ({"objective": "adapt", "teacher": None}, "adapters", 1e-3),
+    ],
+)
+def test_what_keeps_breadth_are_the_factors_unless_adapters_are_asked_for(options, train, lr):
+    found = FinetuneOptions(**({"objective": "keep", "teacher": "dense"} | options))
+    assert (found.train, found.lr) == (train, lr)

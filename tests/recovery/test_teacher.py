@@ -296,7 +296,7 @@ def test_the_teacher_runs_on_the_blocks_that_are_taken_alone(forwards):
     ("data", "objective", "needed", "found"),
     [
         ("brown", "adapt", 60, [("brown", 60)]),
-        ("brown", "keep", 60, [("brown", 30), ("self", 30)]),
+        ("brown", "keep", 60, [("brown", 34), ("self", 17), ("stdlib", 9)]),
         ("self", "keep", 60, [("self", 60)]),
         ([("a", 30), ("self", 20)], "keep", 60, [("a", 30), ("self", 20)]),
         ([("a", 128), ("self", 64), ("b", 32)], "keep", 7, [("a", 4), ("self", 2), ("b", 1)]),
@@ -332,14 +332,15 @@ def test_blocks_are_none_of_calibrations(objective, spoken):
     assert not seen & {tuple(row) for row in blocks.tolist()}
 
 
-def test_keep_trains_on_the_text_and_on_what_the_teacher_writes(spoken):
+def test_keep_trains_on_the_mix_that_calibration_reads(spoken):
     dense, student, tokenizer = spoken
     before = divergence(student, dense)
     report = train(
         student, [TEXT], tokenizer, steps=12, length=16, lr=1e-2, objective="keep", teacher=dense
     )
-    assert [(part.name, part.blocks) for part in report.sources] == [("list", 6), ("self", 6)]
-    assert report.text == "list; self" and divergence(student, dense) < before
+    found = [(part.name, part.blocks) for part in report.sources]
+    assert found == [("list", 7), ("self", 3), ("stdlib, train", 2)]
+    assert report.text == "list; self; stdlib, train" and divergence(student, dense) < before
 
 
 # ------------------------------------------------------------------------------------- refusals

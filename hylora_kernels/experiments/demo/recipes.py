@@ -20,6 +20,7 @@ from hylora_kernels.experiments.demo.stages import Settings, stage_label
 from hylora_kernels.model import load as models
 from hylora_kernels.model.adapters import add_adapters
 from hylora_kernels.model.saving import save_pretrained
+from hylora_kernels.recovery.blocks import training_mix
 from hylora_kernels.recovery.finetune import FinetuneReport, finetune
 from hylora_kernels.support.devices import fast_dtype, resolve_device
 from hylora_kernels.support.hashing import fingerprint
@@ -255,7 +256,9 @@ def _recovered(setup: Setup, recipe: Recipe, alone: bool = False) -> StageModel:
     s = setup.settings
     made = _compress(setup, recipe, alone, **REFITTED, lora_rank=s.lora_rank)
     steps = s.steps if recipe.target > 0.7 else s.deep_steps
-    setup.own_text("recovery", -(-steps // 2))  # Half of what the steps read.
+    for source, count in training_mix(s.train, "keep", steps):
+        if source == SELF:
+            setup.own_text("recovery", count)
     _recover(setup, recipe, made, steps, objective="keep", teacher=setup.dense)
     return made
 
