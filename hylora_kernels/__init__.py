@@ -29,6 +29,7 @@ __all__ = [
     "finetune",
     "evaluate",
     "generate",
+    "Decoder",
     "save_pretrained",
     "load_pretrained",
     "optimize_for_inference",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from hylora_kernels.compression.spectrum import analyze_spectrum
     from hylora_kernels.compression.tie import tie_embeddings
     from hylora_kernels.evaluation.evaluate import evaluate
+    from hylora_kernels.inference.decoder import Decoder
     from hylora_kernels.inference.generate import generate
     from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
     from hylora_kernels.model.adapters import add_adapters, merge_adapters
@@ -60,6 +62,7 @@ else:
         "finetune": "recovery.finetune",
         "evaluate": "evaluation.evaluate",
         "generate": "inference.generate",
+        "Decoder": "inference.decoder",
         "save_pretrained": "model.saving",
         "load_pretrained": "model.checkpoint",
         "optimize_for_inference": "inference.optimize",

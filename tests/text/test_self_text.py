@@ -15,6 +15,7 @@ from transformers import ByT5Tokenizer, DynamicCache, GenerationConfig
 
 from hylora_kernels.model.context import end_tokens
 from hylora_kernels.support.cache import cache_root
+from hylora_kernels.model import cache as reserving
 from hylora_kernels.text import reserved, self_text, writer
 from hylora_kernels.text.self_text import BATCH, self_blocks
 from hylora_kernels.text.turns import turns_of
@@ -303,19 +304,19 @@ def test_the_reserved_cache_changes_no_token(name, tokenizer, monkeypatch):
     ids = own_text(model, tokenizer)
     monkeypatch.setattr(self_text.Stream, "_find", lambda *_: None)
     with monkeypatch.context() as patch:
-        patch.setattr(reserved, "DynamicCache", dict)
+        patch.setattr(reserving, "DynamicCache", dict)
         assert torch.equal(own_text(model, tokenizer), ids)
 
 
 def test_keys_and_values_are_written_in_place(model, tokenizer, monkeypatch):
-    pointers, update = set(), reserved.ReservedLayer.update
+    pointers, update = set(), reserving.ReservedLayer.update
 
     def seen(layer, *args, **kwargs):
         keys, values = update(layer, *args, **kwargs)
         pointers.update((keys.data_ptr(), values.data_ptr()))
         return keys, values
 
-    monkeypatch.setattr(reserved.ReservedLayer, "update", seen)
+    monkeypatch.setattr(reserving.ReservedLayer, "update", seen)
     own_text(model, tokenizer)
     assert len(pointers) == 2 * model.config.num_hidden_layers
 
@@ -327,7 +328,7 @@ def test_a_cache_that_gets_its_layers_in_a_call_keeps_what_it_holds(model):
     cache = DynamicCache()
     with reserved.reserved_cache(model, 12):
         found = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(5, 1)]
-    assert {type(layer) for layer in cache.layers} == {reserved.ReservedLayer}
+    assert {type(layer) for layer in cache.layers} == {reserving.ReservedLayer}
     torch.testing.assert_close(torch.cat(found, 1), want)
 
 

@@ -1,0 +1,189 @@
+"""Decoder: tokens of one or several sequences, one step after another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from hylora_kernels.inference.modules import Modules
+from hylora_kernels.model.check import check_model
+from hylora_kernels.model.context import check_context, check_ids, context_length
+from hylora_kernels.model.modules import eval_mode
+from hylora_kernels.support.devices import input_device
+
+_log = logging.getLogger(__name__)
+MAX_BATCH = 64
+
+
+class Decoder:
+    """Decodes up to `batch` sequences of a causal language model together.
+
+    batch:  most sequences, 1 to 64.
+    length: most tokens of a sequence, prompt and new ones together; None: the model's context.
+            Memory for keys and values grows with the tokens, 256 at first and then twice as many
+            each time, and never beyond `length`.
+
+    runtime says how a step is computed, and `reason` why not otherwise:
+        "transformers"  by the model's own modules. Any model, on any device.
+
+    The weights stay the model's: two decoders of one model share them, and a model that is changed,
+    moved or restored goes on as it then is. The model must be in eval mode while tokens are made.
+    Raises TypeError or ValueError for a model that can't generate, or an argument out of its range.
+
+        decoder = Decoder(model, batch=2)
+        logits = decoder.prefill(ids, attention_mask)  # [2, words]
+        for _ in range(32):
+            logits = decoder.step(decoder.likeliest)
+    """
+
+    def __init__(self, model: nn.Module, batch: int = 1, length: int | None = None) -> None:
+        check_model(model, "generate")
+        if not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
+            raise ValueError(f"batch must be an int from 1 to {MAX_BATCH}, got {batch!r}")
+        if length is not None:
+            if not isinstance(length, int) or length < 1:
+                raise ValueError(f"length must be a positive int or None, got {length!r}")
+            check_context(model, length)
+        self.model, self.batch = model, batch
+        self.length = context_length(model) if length is None else length
+        self.reason = ""
+        self._runtime = Modules(model)
+        self.reset()
+
+    @property
+    def runtime(self) -> str:
+        """How a step is computed."""
+        return self._runtime.name
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens each sequence has so far, padding included."""
+        return self._tokens
+
+    @property
+    def likeliest(self) -> Tensor:
+        """int64 [n]: the likeliest token after each sequence, the first of equals."""
+        if self._logits is None:
+            raise RuntimeError("prefill(ids) must come before a step")
+        return self._logits.argmax(-1)
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self._runtime.reset()
+        self._tokens = 0
+        self._logits: Tensor | None = None
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Begin new sequences with these prompts; what was there before is forgotten.
+
+        ids:            int64 [n, L], 1 <= n <= batch. Shorter prompts are padded on the left.
+        attention_mask: [n, L], 0 where ids are padding; None: there is none.
+        Returns logits [n, words] of the token after each prompt, in the model's dtype.
+
+        Raises ValueError for a mask that is not padding on the left, ids that are no tokens of the
+        model, or more of them than `length`.
+        """
+        mask = _checked_mask(ids, attention_mask)
+        if not 1 <= len(ids) <= self.batch:
+            raise ValueError(f"ids must have 1 to {self.batch} rows, the batch, got {len(ids)}")
+        check_ids(self.model, ids, "ids")
+        self._check_length(ids.shape[1], "ids have")
+        device = input_device(self.model)
+        self.reset()
+        self._logits = self._runtime.prefill(ids.to(device, torch.int64), mask.to(device))
+        self._tokens = ids.shape[1]
+        return self._logits
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each sequence: int64 [n] -> logits [n, words] of the token after it.
+
+        Raises ValueError for tokens of another shape, and for one more than `length` allows.
+        """
+        if self._logits is None:
+            raise RuntimeError("prefill(ids) must come before a step")
+        if tokens.shape != (len(self._logits),):
+            n = len(self._logits)
+            raise ValueError(f"tokens must be [{n}], one a sequence, got {list(tokens.shape)}")
+        self._check_length(self._tokens + 1, "a step leads to")
+        self._logits = self._runtime.step(tokens.to(self._logits.device))
+        self._tokens += 1
+        return self._logits
+
+    def stream(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        ends: Collection[int] = (),
+    ) -> Iterator[Tensor]:
+        """Yield the next token of each sequence, int64 [n], up to max_new_tokens times.
+
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn by torch's random state.
+        top_p:       draw from the likeliest tokens that together have this probability.
+        ends:        tokens that end a sequence. A sequence that has ended repeats its end, and when
+                     all have, the iterator does.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self._check_length(ids.shape[-1] + max_new_tokens, "ids and max_new_tokens are")
+        shape_logits = _shaping(temperature, top_p)
+        with eval_mode(self.model):
+            logits = self.prefill(ids, attention_mask)
+        stops = torch.tensor(sorted(ends), dtype=torch.int64, device=logits.device)
+        last = ended = None
+        for count in range(1, max_new_tokens + 1):
+            tokens = self.likeliest if shape_logits is None else _drawn(shape_logits(logits))
+            if last is not None:
+                tokens = torch.where(ended, last, tokens)
+            yield tokens
+            last, ended = tokens, torch.isin(tokens, stops)
+            if count == max_new_tokens or bool(ended.all()):
+                return
+            with eval_mode(self.model):
+                logits = self.step(tokens)
+
+    def _check_length(self, tokens: int, what: str) -> None:
+        if self.length is not None and tokens > self.length:
+            raise ValueError(
+                f"{what} {tokens} tokens, but length, the decoder's limit, is {self.length}"
+            )
+
+
+def _checked_mask(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """int64 [n, L]: the mask, or ones."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or 0 in ids.shape:
+        got = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"ids must be token ids [n >= 1, L >= 1], got {got}")
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.int64)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must be {list(ids.shape)} as ids, got {list(mask.shape)}")
+    mask = (mask != 0).long()
+    if not bool(mask[:, -1].all()) or bool((mask.diff(dim=1) < 0).any()):
+        raise ValueError(
+            "attention_mask must be zeros on the left and then ones in each row: pad on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+    return mask
+
+
+def _shaping(temperature: float, top_p: float):
+    """logits [n, words] -> those that tokens are drawn from; None at temperature 0."""
+    if not temperature:
+        return None
+    processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    return lambda logits: processors(None, logits.float())
+
+
+def _drawn(logits: Tensor) -> Tensor:
+    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
