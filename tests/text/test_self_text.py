@@ -13,9 +13,9 @@ from helpers.words import word_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, DynamicCache, GenerationConfig
 
+from hylora_kernels.model import cache as reserving
 from hylora_kernels.model.context import end_tokens
 from hylora_kernels.support.cache import cache_root
-from hylora_kernels.model import cache as reserving
 from hylora_kernels.text import reserved, self_text, writer
 from hylora_kernels.text.self_text import BATCH, self_blocks
 from hylora_kernels.text.turns import turns_of
