@@ -4,12 +4,13 @@
 #   TORCH_INDEX  package index for torch alone. On Linux, PyPI's torch is the CUDA build; the small
 #                CPU build: make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   DIST         folder for make wheel (default: dist)
-#   DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS    passed on, e.g. make test PYTEST_ARGS="-k merge"
+#   DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS, PEERS_ARGS    passed on, e.g. make test PYTEST_ARGS="-k merge"
 PYTHON ?= python3
 TORCH_INDEX ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
+PEERS_ARGS ?=
 DIST ?= dist
 
 # --compile writes bytecode even under PYTHONDONTWRITEBYTECODE, where every process would otherwise
@@ -22,7 +23,7 @@ SANITIZED = $(filter-out %/test_safety.py %/test_isa.py,$(wildcard tests/backend
 FOR_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 BENCH_JSON = runs/bench/$(shell date +%Y%m%d-%H%M%S).json
 
-.PHONY: venv build demo test test-all lint bench wheel sanitize clean
+.PHONY: venv build demo test test-all lint bench peers wheel sanitize clean
 
 venv: .venv/.stamp
 
@@ -70,6 +71,10 @@ lint: .venv/.stamp
 bench: build
 	@mkdir -p $(dir $(BENCH_JSON))
 	.venv/bin/python -m pytest benchmarks -s --benchmark-only --benchmark-json=$(BENCH_JSON) $(BENCH_ARGS)
+
+# SmolLM2 beside llama.cpp and onnxruntime-genai, which come from npm and PyPI the first time.
+peers: build
+	.venv/bin/python benchmarks/peers.py $(PEERS_ARGS)
 
 # A wheel for every Python 3 and every torch from 2.10 on. auditwheel finds the
 # oldest glibc that the library runs with and names the wheel after it; torch's libraries are not

@@ -99,9 +99,12 @@ def settle(file: Path, mode: int) -> None:
 
 
 def settle_folder(folder: Path) -> None:
-    """settle() all files in `folder`, at any depth, and the folders."""
+    """settle() all files in `folder`, at any depth, and the folders; a link's target is left
+    alone, which may be another program's file."""
     mode = mode_of_new_files(folder)
     for path in folder.rglob("*"):
+        if path.is_symlink():
+            continue
         if path.is_file():
             settle(path, mode)
         elif path.is_dir():

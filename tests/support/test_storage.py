@@ -112,6 +112,16 @@ def test_atomic_folder(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="permissions are others on Windows")
+def test_atomic_folder_leaves_a_links_target_alone(tmp_path):
+    program = tmp_path / "program"
+    program.touch(0o755)
+    with storage.atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "link").symlink_to(program)
+    assert program.stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "folder" / "link").is_symlink()
+
+
 def test_write_json_and_text(tmp_path):
     storage.write_json(tmp_path / "a.json", {"π": [1, 2.5, None]})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"π": [1, 2.5, None]}

@@ -1,0 +1,67 @@
+"""This project and transformers as engines of peers.py.
+
+    python peers_ours.py '{"threads": N, "length": N, "models": {NAME: {"path": ..., "dtype": ...,
+                          "runtime": "ours" or "transformers"}}}'
+
+"ours" is optimize_for_inference; "transformers" the model as it was loaded. Both through the
+model's own forward, with the cache that transformers' generate uses.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import transformers
+from peers_child import answers, serve
+from timing import keep_freed_memory
+from torch import Tensor, nn
+
+from hylora_kernels import load_model, merge_adapters, optimize_for_inference
+
+
+class TransformersSequence:
+    def __init__(self, model: nn.Module, length: int):
+        self.model = model
+
+    def start(self, ids: list[int]) -> int:
+        self.cache = transformers.DynamicCache(config=self.model.config)
+        return self._forward(torch.tensor([ids]))
+
+    def step(self) -> int:
+        return self._forward(self.token)
+
+    @torch.inference_mode()
+    def _forward(self, ids: Tensor) -> int:
+        found = self.model(
+            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        self.token = found.logits[:, -1].argmax(-1, keepdim=True)
+        return int(self.token)
+
+
+class OurSequence(TransformersSequence):
+    def __init__(self, model: nn.Module, length: int):
+        super().__init__(optimize_for_inference(model), length)
+
+
+RUNTIMES = {"ours": OurSequence, "transformers": TransformersSequence}
+
+
+def main(words: list[str]) -> None:
+    out, given = answers(), json.loads(words[0])
+    torch.set_num_threads(given["threads"])
+    keep_freed_memory()
+    sequences, sizes = {}, {}
+    for name, wanted in given["models"].items():
+        model, _ = load_model(wanted["path"], "cpu", wanted["dtype"])
+        merge_adapters(model)
+        sizes[name] = sum(parameter.nbytes for parameter in model.parameters())
+        sequences[name] = RUNTIMES[wanted["runtime"]](model, given["length"])
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    serve(sequences, versions, sizes, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
