@@ -29,6 +29,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,13 +69,14 @@ COMPILED_KEEPS = (0.5,)  # compiling takes half a minute a model and batch
 @dataclass(frozen=True)
 class Sizes:
     """prefill: tokens. context: tokens in the cache before those decoded. steps: decoded in a row.
-    training: tokens a step. seconds: of measuring a contest, after the least rounds."""
+    training: sequences and tokens of each in a step. seconds: of measuring a contest, after the
+    least rounds."""
 
     prefill: int = 2048
     context: int = 512
     batches: tuple[int, ...] = (1, 8, 32)
     steps: int = 4
-    training: int = 2048
+    training: tuple[int, int] = (4, 1024)
     seconds: float = 1.5
     least_rounds: int = 5
     lora_rank: int = LORA_RANK
@@ -85,7 +87,7 @@ TINY = Sizes(
     context=6,
     batches=(2,),
     steps=2,
-    training=10,
+    training=(2, 5),
     seconds=0,
     least_rounds=1,
     lora_rank=8,
@@ -171,7 +173,10 @@ class Bench:
             found[f"keep {keep} {form}"] = compressed(self.dense, keep, form, lora_rank)
         if self.on_gpu and triton.is_available():
             sizes = self.sizes
-            rows, training = [*sizes.batches, sizes.prefill], [sizes.training] * (lora_rank > 0)
+            rows, training = (
+                [*sizes.batches, sizes.prefill],
+                [math.prod(sizes.training)] * (lora_rank > 0),
+            )
             self.attempt(
                 "compiling", 0, compile_ahead, [*found.values()], rows, training, self.device
             )
@@ -214,7 +219,7 @@ class Bench:
 
     def training_step(self, models: dict[str, nn.Module]) -> None:
         """Forward, backward and AdamW of the adapters; the dense model's are peft's."""
-        ids = random_ids(self.dense, 1, self.sizes.training)
+        ids = random_ids(self.dense, *self.sizes.training)
         models = {**models, "dense": sharing_copy(self.dense)}
         add_lora(models["dense"], list(linears(models["dense"])), self.sizes.lora_rank)
         with contextlib.ExitStack() as stack:

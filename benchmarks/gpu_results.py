@@ -19,6 +19,8 @@ def render(folder: Path) -> str:
     sections = [
         _title(session.get("machine", {}), session.get("started", "")),
         _models(_read(folder, "models.json") or []),
+        _host_cost(_read(folder, "host_cost.json") or {}),
+        one_row(_read(folder, "one_row.json") or {}),
         _layers(_read(folder, "layers.json") or {}),
         *(_selftest(_read(folder, name)) for name in ("selftest.json", "selftest-full.json")),
         _tuned(_read(folder, "tune.json") or {}),
@@ -108,6 +110,8 @@ def _head(column: tuple) -> str:
     unit = UNITS.get(what, ("",))[0]
     if what == "decode":
         return f"decode {mode}, batch {batch}"
+    if mode != "eager":
+        what = f"{what} {mode}"
     return f"{what}, {unit}" if unit else what
 
 
@@ -129,8 +133,52 @@ def _layers(report: dict) -> str:
         f"faster. Memory {limits.get('hbm', 0) / 1e12:.2f} TB/s, a large bf16 product "
         f"{limits.get('product', 0) / 1e12:.0f} TFLOP/s."
     )
-    failed = "".join(f"\n* FAILED: {failure}" for failure in report.get("failures", []))
-    return f"#### One layer\n\n{note}\n\n{markdown(['', *rivals], rows)}{failed}"
+    listed = [f"FAILED: {failure}" for failure in report.get("failures", [])]
+    listed += behind_two_products(report.get("forward", []))
+    items = "".join(f"\n* {item}" for item in listed)
+    return f"#### One layer\n\n{note}\n\n{markdown(['', *rivals], rows)}\n{items}".rstrip()
+
+
+def behind_two_products(rows: list[dict], least: float = 0.97) -> list[str]:
+    """Each layer and regime in which ours has less than `least` times the speed of two torch
+    products, in words, the slowest first."""
+    seconds = {}
+    for r in rows:
+        where = (r["K"], r["N"], r["r"], r["ra"], r["form"], r["M"], r["regime"])
+        seconds.setdefault(where, {})[r["candidate"]] = r["seconds"]
+    found = []
+    for (K, N, rank, lora_rank, form, M, regime), by_name in seconds.items():
+        for name in ("optimised", "auto"):
+            if name in by_name and "two_products" in by_name:
+                speed = by_name["two_products"] / by_name[name]
+                layer = f"{K} to {N} ({rank} + {lora_rank}) {form}, M = {M}, {regime}"
+                found.append((speed, f"{layer}: {name} has {speed:.2f} of two products' speed"))
+    return [words for speed, words in sorted(found) if speed < least]
+
+
+def _host_cost(report: dict) -> str:
+    found = report.get("microseconds", {})
+    if not found:
+        return ""
+    note = "" if report["on_gpu"] else " Without a GPU: all but the driver's launch."
+    rows = [[name, f"{us:.1f}"] for name, us in found.items()]
+    return f"#### Host, µs a call{note}\n\n{markdown(['layer', 'µs'], rows)}"
+
+
+def one_row(report: dict) -> str:
+    """Variants of one launch at M = 1: cold and warm, by blocks on a multiprocessor."""
+    rows = report.get("rows", [])
+    if not rows:
+        return ""
+    blocks = list(dict.fromkeys(row["blocks"] for row in rows))
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        times = f"{row['cold_us']:.1f} / {row['warm_us']:.1f}"
+        cells.setdefault(row["variant"], {})[row["blocks"]] = times
+    lines = [[name, *(found.get(b, "") for b in blocks)] for name, found in cells.items()]
+    heads = ["µs of a pass, cold / warm", *(f"{b} blocks" for b in blocks)]
+    title = f"#### One row: {report['K']} to {report['N']}, rank {report['rank']}"
+    return f"{title}\n\n{markdown(heads, lines)}"
 
 
 def _selftest(report: dict | None) -> str:

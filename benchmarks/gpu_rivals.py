@@ -1,6 +1,7 @@
 """The rivals of one layer on a GPU: functions of x and of weights in the layout that suits each.
 
 auto        svd_lora_linear as a user calls it
+optimised   the layer as optimize_for_inference packs it
 one_launch  the Triton kernel, whatever the table says
 cuda_launch the CUDA C++ kernels, whatever the backend cuda would choose
 four_products  the formula, product by product
@@ -23,13 +24,16 @@ from torch import Tensor, nn
 
 from hylora_kernels import reference, svd_lora_linear, use_backend
 from hylora_kernels.backends import cuda, triton
-from hylora_kernels.backends.shared import torch_products
+from hylora_kernels.backends.shared import packed_gpu, torch_products
 from hylora_kernels.backends.triton import config as configs
 from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.weights import Weights
 
 ALPHA = 0.7
-FORWARD = ("auto", "one_launch", "cuda_launch", "four_products", "two_products", "dense", "peft")
+FORWARD = (
+    *("auto", "optimised", "one_launch", "cuda_launch"),
+    *("four_products", "two_products", "dense", "peft"),
+)
 TRAINING = ("auto", "cuda_launch", "four_products", "peft")
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
@@ -153,6 +157,7 @@ def maker(name: str) -> Callable[[Weights, Layer], tuple[Callable, list[Tensor]]
     """From weights and layer to (a function of x, the A and B that it trains)."""
     return {
         "auto": _auto,
+        "optimised": _optimised,
         "one_launch": _auto,
         "cuda_launch": lambda w, layer: (by_cuda(_auto(w, layer)[0]), [w.A, w.B]),
         "four_products": _four_products,
@@ -169,6 +174,12 @@ def _dense(w: Weights, _: Layer):
 def _auto(w: Weights, _: Layer):
     arguments = tuple(w)  # torch.compile (2.11) can't unpack the Weights itself
     return lambda x: svd_lora_linear(x, *arguments), [w.A, w.B]
+
+
+def _optimised(w: Weights, _: Layer):
+    packed = packed_gpu.pack(w, "triton")
+    assert packed is not None
+    return lambda x: packed_gpu.forward_packed(x, packed, w.bias, triton.forward), []
 
 
 def _four_products(w: Weights, layer: Layer):

@@ -104,14 +104,19 @@ def steps(machine: dict, out: Path, scale: float) -> list[Step]:
     too_small = "" if machine["memory"] > 60e9 else "needs 60 GB on the GPU"
     unknown = "" if card else f"gpu_roofline.py doesn't know {machine['card']}"
     on_time = {"stops_by_itself": True}
+    decode = "benchmarks/gpu_decode.py"
     found = [
         Step("build", ["setup.py", "--quiet", "build_csrc"], 150, 20),
-        Step("selftest", [*selftest, f"{out}/selftest.json"], 90, 30, **on_time),
-        Step("tinyllama", [models, "tinyllama", *at], 100, 40, **on_time),
-        Step("llama-3.2-1b", [models, "llama-3.2-1b", *at], 75, 40, **on_time),
-        Step("7b", [models, "7b", *at], 110, 50, too_small, **on_time),
-        Step("compiled", [models, "tinyllama", "--compiled", *at], 125, 60, **on_time),
+        Step("decode", [decode, "llama-3.2-1b", *at], 130, 40, **on_time),
+        Step("host-cost", ["benchmarks/gpu_host_cost.py", *at], 30, 15, **on_time),
+        Step("one-row", ["benchmarks/gpu_one_row.py", *at], 45, 30),
+        Step("selftest", [*selftest, f"{out}/selftest.json"], 60, 30, **on_time),
+        Step("tinyllama", [models, "tinyllama", *at], 90, 40, **on_time),
         Step("layers", layers, 90, 40),
+        Step("decode-7b", [decode, "7b", *at], 100, 50, too_small, **on_time),
+        Step("7b", [models, "7b", *at], 100, 50, too_small, **on_time),
+        Step("llama-3.2-1b", [models, "llama-3.2-1b", *at], 75, 40, **on_time),
+        Step("compiled", [models, "tinyllama", "--compiled", *at], 125, 60, **on_time),
         Step("predicted", compare, 20, 2, unknown),
         Step("tune", [*hylora, "tune", "--device", "cuda", "--quick"], 150, 60, has_table),
         Step("tests", ["-m", "pytest", "-m", "gpu", "-q", *workers, *files], 240, 45),

@@ -105,11 +105,11 @@ def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
             _refuse_gradient("bias")
         if bias.dtype != packed.dtype or bias.shape != packed.bias_shape:
             _check_packed_bias(bias, packed)
-    # Packed layers are on the CPU; asking for x.device.type takes three times as long.
-    if torch.is_autocast_enabled("cpu") and x.dtype in _CASTABLE:
-        with torch.autocast("cpu", enabled=False):
+    kind = packed.device_type  # asking for x.device.type takes three times as long
+    if torch.is_autocast_enabled(kind) and x.dtype in _CASTABLE:
+        with torch.autocast(kind, enabled=False):
             y = packed_linear(x.to(packed.dtype), packed, bias)
-        return y.to(torch.get_autocast_dtype("cpu"))
+        return y.to(torch.get_autocast_dtype(kind))
     if x.dtype != packed.dtype or x.requires_grad or x.shape[-1:] != packed.shape:
         x = _as_packed(x, packed)
     if forward_ad._current_level >= 0:

@@ -8,13 +8,16 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "call.h"
 
@@ -220,6 +223,72 @@ void layer(const Tensor& x, const Tensor& W1, const Maybe& W1a, const Tensor& W2
   launch(d, plan, x, arch);
 }
 
+// A contiguous tensor of `like`'s device and dtype, its values undefined.
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;)
+    strides[i] = stride, stride *= std::max<int64_t>(sizes[i], 1);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+      like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
+      like.is_cuda() ? like.get_device_index() : 0, &handle));
+  return Tensor(handle);
+}
+
+// x [..., K] -> y [..., N], a whole layer packed for inference in one launch: P [rank + lora_rank,
+// K]; Q [N, rank], in the pivoted form [others, rank]; aB [N, lora_rank] or none. The result and
+// the workspace are allocated here, since each tensor that Python makes costs the host a
+// microsecond.
+Tensor packed_layer(const Tensor& given, const Tensor& P, const Tensor& Q, const Maybe& aB,
+                    const Maybe& bias, const Maybe& pivots, const Maybe& others,
+                    const Tensor& counters, int64_t N, int64_t rank, int64_t lora_rank,
+                    int64_t multiprocessors, int64_t arch) {
+  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  const int64_t dims = x.dim(), width = pivots ? N - rank : N;
+  STD_TORCH_CHECK(dims >= 1, "x must be [..., K] with at least one dim");
+  STD_TORCH_CHECK(aB.has_value() == (lora_rank > 0), "aB must come with lora_rank ", lora_rank);
+  STD_TORCH_CHECK(pivots.has_value() == others.has_value(), "pivots and others must come together");
+  std::vector<int64_t> sizes(dims);
+  cuda::LayerCall d{};
+  d.type = type_of(x, "x"), d.alpha = 1.0f;
+  d.M = 1, d.K = x.size(dims - 1), d.N = N, d.rank = rank, d.lora_rank = lora_rank;
+  for (int64_t i = 0; i < dims - 1; i++)
+    d.M *= sizes[i] = x.size(i);
+  sizes[dims - 1] = N;
+  STD_TORCH_CHECK(d.M && d.K && rank > 0 && width > 0, "no dimension may be empty, got x ",
+                  shape_of(x), ", rank ", rank, " and ", width, " outputs");
+  const Like like{x, "x"};
+  d.x = x.data_ptr(), d.x_stride = d.K;
+  d.W1 = like.matrix(P, "P", rank + lora_rank, d.K, &d.w1_stride);
+  d.W2 = like.matrix(Q, "Q", width, rank, &d.w2_stride);
+  if (aB) {
+    d.W1a = static_cast<const char*>(d.W1) + 2 * rank * d.w1_stride, d.w1a_stride = d.w1_stride;
+    d.W2a = like.matrix(*aB, "aB", N, lora_rank, &d.w2a_stride);
+  }
+  if (pivots) {
+    d.others_count = width;
+    d.pivots = static_cast<int32_t*>(like.piece(*pivots, "pivots", ScalarType::Int, rank));
+    d.others = static_cast<int64_t*>(like.piece(*others, "others", ScalarType::Long, width));
+  }
+  d.bias = like.piece_or_null(bias, "bias", N);
+  const cuda::Plan plan = cuda::plan(d, int(multiprocessors), int(arch));
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  const Tensor y = new_tensor(x, sizes, dtype);
+  // One workspace for the split sums, which need the alignment more, and then h.
+  const int64_t h_floats = (d.M * plan.h_columns + 1) / 2;
+  const Tensor workspace =
+      new_tensor(x, {plan.partial_floats + h_floats}, aoti_torch_dtype_float32());
+  d.y = y.data_ptr(), d.partial = static_cast<float*>(workspace.data_ptr());
+  d.h = d.partial + plan.partial_floats;
+  d.counters =
+      static_cast<int32_t*>(like.piece(counters, "counters", ScalarType::Int, plan.counters, true));
+  launch(d, plan, x, arch);
+  return y;
+}
+
 void adapter_gradients(const Maybe& dh_a, const Maybe& x, const Maybe& h_a, const Maybe& dy,
                        double alpha, int64_t multiprocessors, int64_t arch, const Maybe& dA,
                        const Maybe& dB, const Maybe& db, const Maybe& partial,
@@ -283,6 +352,7 @@ Sizes adapter_gradients_sizes(int64_t M, int64_t K, int64_t N, int64_t lora_rank
 #if defined(HYLORA_EMULATION)
 STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
   m.impl("cuda_layer", TORCH_BOX(&hylora::layer));
+  m.impl("cuda_packed_layer", TORCH_BOX(&hylora::packed_layer));
   m.impl("cuda_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }
 #else
@@ -291,6 +361,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
         " Tensor? pivots, Tensor? others, float alpha, bool transposed, int multiprocessors,"
         " int arch, Tensor(a!) y, Tensor(b!) h, Tensor(c!)? h_a, Tensor(d!)? partial,"
         " Tensor(e!) counters) -> ()");
+  m.def("cuda_packed_layer(Tensor x, Tensor P, Tensor Q, Tensor? aB, Tensor? bias, Tensor? pivots,"
+        " Tensor? others, Tensor(a!) counters, int N, int rank, int lora_rank, int multiprocessors,"
+        " int arch) -> Tensor");
   m.def("cuda_adapter_gradients(Tensor? dh_a, Tensor? x, Tensor? h_a, Tensor? dy, float alpha,"
         " int multiprocessors, int arch, Tensor(a!)? dA, Tensor(b!)? dB, Tensor(c!)? db,"
         " Tensor(d!)? partial, Tensor(e!) counters) -> ()");
@@ -307,6 +380,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(hylora, CUDA, m) {
   m.impl("cuda_layer", TORCH_BOX(&hylora::layer));
+  m.impl("cuda_packed_layer", TORCH_BOX(&hylora::packed_layer));
   m.impl("cuda_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }
 

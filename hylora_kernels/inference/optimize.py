@@ -29,9 +29,10 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     """Lay out the weights of a model in eval() for the fastest decoding; in place, the same model.
 
     SVDLoRALinear and nn.Linear layers, the output head among them, are packed where a backend is
-    faster so (the CPU's, in bfloat16, float16 and float32); an embedding that is tied to the head
-    reads the head's panels. Everything else stays as it is, and one line of the log says why. The
-    plain weights are freed layer by layer; state_dict() and save_pretrained give them as before.
+    faster so: by the CPU's backend in bfloat16, float16 and float32, where an embedding that is
+    tied to the head reads the head's panels; on a GPU SVDLoRALinear layers, base and adapter side
+    by side. Everything else stays as it is, and one line of the log says why. The plain weights are
+    freed layer by layer; state_dict() and save_pretrained give them as before.
 
     There is no backward until restore_from_inference(model): all parameters stop requiring grad.
     The Parameter objects stay, emptied: they read as copies, their gradients and what an optimizer
@@ -187,7 +188,7 @@ def _why_not_plain(layer: nn.Module) -> str:
             continue
         if type(parameter) is not nn.Parameter or not parameter.is_leaf:
             return f"its {name} is no plain parameter but a {type(parameter).__name__}"
-        if parameter.layout is not torch.strided or parameter.device.type != "cpu":
+        if parameter.layout is not torch.strided or parameter.is_meta:
             return f"its {name} is on {parameter.device} with layout {parameter.layout}"
         if parameter.is_shared():
             return f"its {name} is shared with other processes"

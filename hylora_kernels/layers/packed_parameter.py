@@ -110,18 +110,18 @@ class PackedParameter(nn.Parameter):
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             state = copy.deepcopy(self.packed.state, memo)
-            memo[id(self)] = _empty(self.dtype)._with(self.packed.of_copy(state))
+            memo[id(self)] = _empty(self.dtype, self.device)._with(self.packed.of_copy(state))
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
-        return _empty, (self.dtype,), self.packed.of_copy(self.packed.state)
+        return _empty, (self.dtype, self.device), self.packed.of_copy(self.packed.state)
 
     def __setstate__(self, packed):
         self._with(packed)
 
 
-def _empty(dtype: torch.dtype) -> PackedParameter:
-    return PackedParameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False)
+def _empty(dtype: torch.dtype, device: torch.device) -> PackedParameter:
+    return PackedParameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
 
 
 @dataclass

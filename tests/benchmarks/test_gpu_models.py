@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.capturing import NoNumberAsked
 from transformers import StaticCache
 
 from hylora_kernels import SVDLoRALinear
@@ -148,15 +148,6 @@ def test_all_launches_are_compiled_ahead(monkeypatch):
         assert configs == [default_config(problem, target, c) for c in (True, False)]
         launches = [config is not TORCH_PRODUCTS for config in configs]
         assert launches == [problem.M == 1, False], "in a graph alone"
-
-
-class NoNumberAsked(TorchDispatchMode):
-    """Fails what can't be captured in a CUDA graph: to wait for a number of the device."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        name = str(function)
-        assert not any(word in name for word in ("_local_scalar", "nonzero", "is_true")), name
-        return function(*arguments, **(keywords or {}))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 
 from hylora_kernels.backends import cuda as backend
 from hylora_kernels.backends.cuda import launch
+from hylora_kernels.backends.shared import packed_gpu
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -23,19 +24,24 @@ TARGET = (3, 80)  # multiprocessors, architecture
 TORCH_TARGET = "0x020a000000000000"  # setup.py's
 
 
-def build() -> Path:
-    """The ops as a library, built once for all workers of a test run."""
+KERNELS = (CSRC / "cuda" / "kernels.cu", HERE / "fibers.cpp")
+NO_LAUNCH = (HERE / "no_launch.cpp",)
+
+
+def build(kernels: tuple[Path, ...] = KERNELS) -> Path:
+    """The ops as a library, built once for all workers of a test run; with NO_LAUNCH its launches
+    do nothing."""
     folder = Path(os.environ["HYLORA_CACHE"]) / "cuda_emulated"
-    folder.mkdir(exist_ok=True)
-    library = folder / "ops.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{kernels[0].stem}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile(library)
+            _compile(library, kernels)
     return library
 
 
-def _compile(library: Path) -> None:
+def _compile(library: Path, kernels: tuple[Path, ...]) -> None:
     torch_folder = Path(torch.__file__).parent
     command = [COMPILER, "-shared", "-fPIC", "-std=c++17", "-O1", "-fno-strict-aliasing"]
     command += [
@@ -48,9 +54,9 @@ def _compile(library: Path) -> None:
     command += [
         CSRC / "cuda" / "bindings.cpp",
         CSRC / "cuda" / "plan.cpp",
-        CSRC / "cuda" / "kernels.cu",
+        *kernels,
     ]
-    command += [HERE / "fibers.cpp", "-x", "none", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    command += ["-x", "none", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     command += ["-Wl,-z,defs", "-o", library.with_suffix(".tmp")]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -64,5 +70,6 @@ def emulated() -> Iterator[None]:
     with (
         mock.patch.multiple(backend, **on_a_cpu),
         mock.patch.object(launch, "target_of", lambda device: TARGET),
+        mock.patch.object(packed_gpu, "kernels_target", lambda device: TARGET),
     ):
         yield

@@ -38,6 +38,7 @@ class Packed:
     """
 
     backend: ClassVar[str] = "cpu"
+    device_type: ClassVar[str] = "cpu"
 
     dtype: torch.dtype
     shape: tuple[int]  # of x's last dim: (K,)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.backends.cuda import launch
-from hylora_kernels.backends.shared import torch_products
+from hylora_kernels.backends.shared import packed_gpu, torch_products
 from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.backends.shared.gpu import (
     adapter_gradients_launch_is_faster,
@@ -24,10 +24,10 @@ from hylora_kernels.backends.shared.gpu import (
 )
 from hylora_kernels.backends.shared.library import LIBRARY, MISSING
 from hylora_kernels.backends.shared.tracing import assume_constant_result
-from hylora_kernels.backends.shared.unpacked import forward_packed, pack, rows_packed, unpack
+from hylora_kernels.backends.shared.unpacked import rows_packed
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = ["forward_packed", "pack", "rows_packed", "unpack"]
+__all__ = ["rows_packed"]
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS, TORCH_PRODUCTS = "kernels", "torch products"  # arguments of forcing()
@@ -158,3 +158,25 @@ def forcing(choice: str) -> Iterator[None]:
 
 def forget(SVh: Tensor) -> None:
     """Nothing: this backend keeps nothing for a layer."""
+
+
+# ----------------------------------------------------------------------------- packed for inference
+
+
+def pack(weights: Weights) -> packed_gpu.PackedLayer | None:
+    """The weights packed, without the bias; None for a dense matrix."""
+    return packed_gpu.pack(weights, "cuda")
+
+
+def forward_packed(x: Tensor, packed: packed_gpu.PackedLayer, bias: Tensor | None) -> Tensor:
+    """x [..., K] and bias [N] of packed.dtype -> y [..., N]. A decoded token waits for it: keep it
+    short."""
+    return packed_gpu.forward_packed(x, packed, bias, forward)
+
+
+def unpack(packed: packed_gpu.PackedLayer) -> Weights:
+    """The weights as they were packed, bit for bit."""
+    return packed.unpack()
+
+
+packed_gpu.define("cuda", forward)

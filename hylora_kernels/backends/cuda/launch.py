@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.backends.shared import counters, torch_products
-from hylora_kernels.backends.shared.gpu import alpha_in_B_of_float16, on_device
+from hylora_kernels.backends.shared.gpu import alpha_in_B_of_float16, on_device, target_of
 from hylora_kernels.weights import Weights
 
 _ops = torch.ops.hylora
@@ -90,13 +90,6 @@ def _with_contiguous_rows(matrix: Tensor | None) -> Tensor | None:
     """The matrix, or a copy of it, with each row contiguous as the kernels read it."""
     fits = matrix is None or matrix.stride(1) == 1 or matrix.shape[1] == 1
     return matrix if fits else matrix.contiguous()
-
-
-@functools.cache
-def target_of(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, architecture as in sm_90)."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,8 +1,9 @@
-"""Parts of both GPU backends: when one launch beats the torch products, and the device guard."""
+"""Parts of both GPU backends: when one launch beats the torch products, the device, its guard."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,17 @@ def one_launch_is_faster(rows: int, factor_bytes: int, lora_rank: int) -> bool:
     saves_one_launch = lora_rank == 0 and is_small and rows <= 16
     saves_three_launches = lora_rank > 0 and rows <= 64
     return saves_one_launch or saves_three_launches
+
+
+def rows_of_one_launch(factor_bytes: int) -> int:
+    """The most rows for which one C++ launch serves a plain call of a packed layer faster than two
+    torch products do.
+
+    Predicted: no GPU has shown it. Called one by one the host is the limit: two products cost it
+    32 us beside an H200 (measured), so a launch that costs it less and runs for less is faster. A
+    launch that reads 64 MB runs for about as long.
+    """
+    return 64 if factor_bytes < 64e6 else 0
 
 
 def adapter_gradients_launch_is_faster(rows: int, in_features: int, out_features: int) -> bool:
@@ -45,3 +57,15 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Make `device` the current one, which a kernel launch uses, if it is another GPU's."""
     is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
     return contextlib.nullcontext() if is_current else torch.cuda.device(device)
+
+
+def is_captured(device: torch.device) -> bool:
+    """True while a CUDA graph is captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def target_of(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, architecture as in sm_90)."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor

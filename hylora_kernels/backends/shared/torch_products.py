@@ -7,16 +7,20 @@ instead of 8.2, but M = 16 0.48 ms instead of 0.40. The sizes decide.
 
 The pivoted form multiplies less and then has to put its outputs in order. A CPU gathers columns
 slowly: with r = 400 there, M = 2048 takes 28 ms gathered and 11 ms as the equivalent pair, whose U
-is built for each call; M = 16 takes 0.54 and 1.00 ms.
+is built for each call; M = 16 takes 0.54 and 1.00 ms. On an H100, 2048 x 5632, r = 800, M = 2048
+takes 77.8 us and the pair 50.9; the pair with its U built for the call is predicted to take 62.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from hylora_kernels.backends.shared import backward as steps
+from hylora_kernels.backends.shared.gpu import is_captured
 from hylora_kernels.backends.shared.kept import KeptWhileUnwritten, outside_graph_pools
 from hylora_kernels.weights import Needs, Saved, Weights
 
@@ -87,15 +91,32 @@ def _saved_pass_outweighs_copy(M, SVh, U, A) -> bool:
 
 
 def _pair_where_quicker(rows, U, pivots):
-    """(U [N, r], None) of the equivalent pair for many rows on a CPU, else (U, pivots)."""
-    if pivots is None:
+    """(U [N, r], None) of the equivalent pair for many rows, else (U, pivots)."""
+    if pivots is None or not building_U_outweighs_order(len(rows), len(pivots), rows.device):
         return U, pivots
-    # Gathering a column of y costs about three times as much a number as gathering a row of U.
-    gather_outweighs_building_U = rows.is_cpu and 3 * rows.shape[0] > U.shape[1]
-    if not gather_outweighs_building_U:
-        return U, pivots
-    eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-    return torch.cat((eye, U)).index_select(0, output_order(pivots, U.shape[0])), None
+    return pair_U(U, pivots), None
+
+
+def building_U_outweighs_order(rows: int, rank: int, device: torch.device) -> bool:
+    """True where a pivoted call is faster as the equivalent pair, whose U [N, r] is built for it.
+
+    That passes over N r numbers and saves passes over M N. On a CPU, gathering a column of y costs
+    about three times as much a number as gathering a row of U. On a GPU building passes over three
+    numbers where putting in order passes over two, and takes two launches more. Predicted from an
+    H100's times at M = 2048: 2048 to 2048, r = 544 saves 11 us of 34 and costs 7; 2048 to 5632,
+    r = 800 saves 27 of 78 and costs 11; 4096 to 11008, r = 1568 saves 29 and would cost 35.
+    """
+    return 3 * rows > rank if device.type == "cpu" else rows >= max(256, 2 * rank)
+
+
+def pair_U(U: Tensor, pivots: Tensor) -> Tensor:
+    """U [N - r, r] of the pivoted form -> [N, r] of the equivalent pair: h itself for a pivot."""
+    others_count, rank = U.shape
+    orders = _orders_of(pivots, others_count)
+    pair = U.new_zeros(others_count + rank, rank)
+    pair.index_copy_(0, orders.part[rank:], U)
+    pair.view(-1).index_fill_(0, orders.ones, 1)
+    return pair
 
 
 def add_adapter(y, x, A, B, alpha) -> tuple[Tensor, Tensor]:
@@ -108,27 +129,39 @@ def add_adapter(y, x, A, B, alpha) -> tuple[Tensor, Tensor]:
     return y.addmm_(h_a, B.T, alpha=alpha), h_a
 
 
-# pivots -> (part order, output order). Making them takes about 30 us, as much as the products of a
-# small decode step.
-_orders: KeptWhileUnwritten[tuple[Tensor, Tensor]] = KeptWhileUnwritten(compares_copies=True)
+class Orders(NamedTuple):
+    """What the pivoted form's outputs are put in order by.
+
+    part:   int64 [N]: the pivot outputs, then the others, both ascending.
+    output: int64 [N]: the place of each output in the concatenation (pivots, others).
+    ones:   int64 [r]: where the ones stand in the equivalent pair's U [N, r], counted row by row.
+    """
+
+    part: Tensor
+    output: Tensor
+    ones: Tensor
+
+
+# Making them takes about 30 us, as much as the products of a small decode step.
+_orders: KeptWhileUnwritten[Orders] = KeptWhileUnwritten(compares_copies=True)
 
 
 def part_order(pivots: Tensor, others_count: int) -> Tensor:
-    """int64 [N]: the pivot outputs, then the others, both ascending; kept while pivots live."""
-    return _both_orders(pivots, others_count)[0]
+    """Orders.part, kept while pivots live."""
+    return _orders_of(pivots, others_count).part
 
 
 def output_order(pivots: Tensor, others_count: int) -> Tensor:
-    """int64 [N]: the place of each output in the concatenation (pivots, others); kept likewise."""
-    return _both_orders(pivots, others_count)[1]
+    """Orders.output, kept likewise."""
+    return _orders_of(pivots, others_count).output
 
 
-def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
+def _orders_of(pivots: Tensor, others_count: int) -> Orders:
     # Inside a CUDA graph nothing may wait for the device, and memory belongs to the graph.
-    capturing = pivots.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = is_captured(pivots.device)
     out_features = others_count + pivots.shape[0]
     kept = _orders.get_unchecked(pivots) if capturing else _orders.get(pivots)
-    if kept is not None and len(kept[0]) == out_features:
+    if kept is not None and len(kept.part) == out_features:
         return kept
     if capturing:
         return _make_orders(pivots, out_features)
@@ -138,12 +171,12 @@ def _both_orders(pivots: Tensor, others_count: int) -> tuple[Tensor, Tensor]:
     return orders
 
 
-def _make_orders(pivots: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-    """(part order, output order)."""
+def _make_orders(pivots: Tensor, out_features: int) -> Orders:
     is_other = torch.ones(out_features, dtype=torch.uint8, device=pivots.device)
     is_other.index_fill_(0, pivots.long(), 0)  # is_other[...] = 0 would copy a 0 to the GPU
-    part_order = torch.argsort(is_other, stable=True)
-    return part_order, torch.argsort(part_order)
+    part, rank = torch.argsort(is_other, stable=True), len(pivots)
+    ones = part[:rank] * rank + torch.arange(rank, device=pivots.device)
+    return Orders(part, torch.argsort(part), ones)
 
 
 def check_pivots(pivots: Tensor, out_features: int) -> None:

@@ -16,11 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hylora_kernels.backends.shared import packed_gpu
 from hylora_kernels.backends.shared import torch_products as shared_products
 from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.backends.shared.gpu import on_device
 from hylora_kernels.backends.shared.tracing import assume_constant_result
-from hylora_kernels.backends.shared.unpacked import forward_packed, pack, rows_packed, unpack
+from hylora_kernels.backends.shared.unpacked import rows_packed
 from hylora_kernels.backends.triton import dispatch, torch_products
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
@@ -31,7 +32,7 @@ from hylora_kernels.backends.triton.config import (
 from hylora_kernels.backends.triton.dispatch import forcing
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = ["forcing", "forward_packed", "pack", "rows_packed", "unpack"]
+__all__ = ["forcing", "rows_packed"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.6 to 3.9).
@@ -190,3 +191,25 @@ def _launch():
 
 def forget(SVh: Tensor) -> None:
     """Nothing: this backend keeps nothing of a layer's factors."""
+
+
+# ----------------------------------------------------------------------------- packed for inference
+
+
+def pack(weights: Weights) -> packed_gpu.PackedLayer | None:
+    """The weights packed, without the bias; None for a dense matrix and in the interpreter."""
+    return packed_gpu.pack(weights, "triton") if weights.SVh.is_cuda else None
+
+
+def forward_packed(x: Tensor, packed: packed_gpu.PackedLayer, bias: Tensor | None) -> Tensor:
+    """x [..., K] and bias [N] of packed.dtype -> y [..., N]. A decoded token waits for it: keep it
+    short."""
+    return packed_gpu.forward_packed(x, packed, bias, forward)
+
+
+def unpack(packed: packed_gpu.PackedLayer) -> Weights:
+    """The weights as they were packed, bit for bit."""
+    return packed.unpack()
+
+
+packed_gpu.define("triton", forward)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from hylora_kernels.backends.shared.gpu import is_captured
 from hylora_kernels.backends.triton.config import (
     TORCH_PRODUCTS,
     AdapterGradientsConfig,
@@ -49,11 +50,6 @@ def adapter_gradients_config_for(
     """The same for the adapter's gradients of a backward."""
     captured = is_captured(device) if captured is None else captured
     return _cached_gradients(problem, target_of(device), captured)
-
-
-def is_captured(device: torch.device) -> bool:
-    """True while a CUDA graph is captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_first_call(problem: Problem, device: torch.device) -> bool:

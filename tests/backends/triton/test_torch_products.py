@@ -8,9 +8,11 @@ import pytest
 import torch
 from helpers.numerics import Case, assert_as_exact_as_formula, by_op, make_dy, make_inputs
 
-from hylora_kernels import svd_lora_linear, use_backend
+from hylora_kernels import reference, svd_lora_linear, use_backend
 from hylora_kernels.backends import triton as backend
-from hylora_kernels.backends.triton.config import TORCH_PRODUCTS
+from hylora_kernels.backends.shared import packed_gpu
+from hylora_kernels.backends.triton.config import TORCH_PRODUCTS, Config
+from hylora_kernels.weights import Weights
 
 pytestmark = pytest.mark.skipif(
     not (backend.INSTALLED and backend._interpreted()), reason="runs in Triton's interpreter"
@@ -45,3 +47,20 @@ def test_pivots_at_rank_n_must_be_all_outputs():
     pivots = torch.zeros(len(SVh), dtype=torch.int32)
     with pytest.raises(ValueError, match="strictly ascending"):
         svd_lora_linear(x, SVh, U, pivots=pivots)
+
+
+@pytest.mark.parametrize("form", ["pair", "pivoted"])
+@pytest.mark.parametrize("M", [3, 70])
+def test_a_packed_layer_is_served_by_one_launch_or_by_products(M, form):
+    inputs = make_inputs(replace(CASE, M=M, form=form), torch.float32)
+    packed = packed_gpu.pack(inputs.weights, "triton")
+    expected = reference.forward(inputs.x.double(), Weights(*map(_widened, inputs.weights)))[0]
+    for choice in (TORCH_PRODUCTS, Config(16, 16, 32, 16, 32, swap=True)):
+        with backend.forcing(choice):
+            y = backend.forward_packed(inputs.x, packed, inputs.bias)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def _widened(value):
+    is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if is_floating else value

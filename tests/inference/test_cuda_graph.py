@@ -1,0 +1,158 @@
+"""Decoder steps by CUDA graphs, with a stand-in for the graph: a CPU computes each replay, and a
+step that asks for a number of the device fails. What a graph itself does is not seen here."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.capturing import NoNumberAsked
+from helpers.zoo import ZOO, zoo_model
+
+from hylora_kernels.inference import cuda_graph
+from hylora_kernels.inference.cuda_graph import CudaGraphs, why_no_static_step
+
+NEW = 12
+CAPTURED = ("llama", "qwen2", "qwen3", "gpt_neox")
+
+
+class Capture:
+    """A graph's stand-in. A replay runs in the very memory that was captured."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, run, put_back, device):
+        self.count += 1
+        for _ in range(2):
+            run()
+            put_back()
+
+        def replay():
+            with NoNumberAsked():
+                run()
+
+        return replay
+
+
+@pytest.fixture
+def capture():
+    return Capture()
+
+
+@pytest.fixture
+def small_caches(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "LEAST_LENGTH", 8)
+
+
+def greedy(runtime, ids, mask=None, new=NEW):
+    """The next tokens [n, new] by a runtime."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    found = [runtime.prefill(ids, mask).argmax(-1)]
+    for _ in range(new - 1):
+        found.append(runtime.step(found[-1]).argmax(-1))
+    return torch.stack(found, 1)
+
+
+@torch.no_grad()
+def by_transformers(model, ids, mask=None, new=NEW):
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, attention_mask=mask, **options)
+    return found[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_tokens_are_those_of_transformers(batch, capture, small_caches):
+    model = tiny.adapted(tiny.llama())
+    ids, mask = tiny.tokens(batch, 5), torch.ones(batch, 5, dtype=torch.int64)
+    mask[0, :2] = 0
+    graphs = CudaGraphs(model, capture)
+    assert torch.equal(greedy(graphs, ids, mask), by_transformers(model, ids, mask))
+    rows = 4 if batch == 3 else batch
+    assert list(graphs.states) == [(rows, 8), (rows, 16)] and graphs.tokens == 5 + NEW - 1
+
+
+def test_nothing_is_captured_again_when_lengths_change(capture, small_caches):
+    model = tiny.llama()
+    graphs = CudaGraphs(model, capture)
+    for count, length, captures in ((1, 3, 1), (1, 6, 2), (1, 2, 2), (3, 3, 3), (4, 4, 3)):
+        ids = tiny.tokens(count, length)
+        assert torch.equal(greedy(graphs, ids, new=4), by_transformers(model, ids, new=4))
+        assert capture.count == captures, (count, length)
+
+
+def test_the_size_longest_unused_goes(capture, small_caches):
+    graphs = CudaGraphs(tiny.llama(), capture)
+    for count in (1, 2, 4, 1, 8, 16):
+        greedy(graphs, tiny.tokens(count, 3), new=2)
+    assert [batch for batch, _ in graphs.states] == [4, 1, 8, 16]
+    with pytest.raises(StopIteration):
+        graphs.prefill(tiny.tokens(65, 3), torch.ones(65, 3, dtype=torch.int64))
+
+
+def test_logits_stay_what_they_were(capture):
+    graphs = CudaGraphs(tiny.llama(), capture)
+    ids = tiny.tokens(2, 4)
+    first = graphs.prefill(ids, torch.ones_like(ids))
+    second = graphs.step(first.argmax(-1))
+    before = second.clone()
+    graphs.step(second.argmax(-1))
+    assert torch.equal(second, before)
+
+
+def test_weights_that_moved_are_captured_again(capture):
+    model = tiny.llama()
+    graphs = CudaGraphs(model, capture)
+    ids = tiny.tokens(1, 4)
+    greedy(graphs, ids)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)  # in place: a graph sees it
+    assert torch.equal(greedy(graphs, ids), by_transformers(model, ids))
+    assert capture.count == 1
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
+    assert torch.equal(greedy(graphs, ids), by_transformers(model, ids))
+    assert capture.count == 2
+
+
+def test_inference_mode_around_some_calls_only(capture):
+    graphs, ids = CudaGraphs(tiny.llama(), capture), tiny.tokens(1, 4)
+    with torch.inference_mode():
+        expected = greedy(graphs, ids)
+    assert torch.equal(greedy(graphs, ids), expected)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_architectures_are_captured_or_refused_with_a_reason(name, capture):
+    model = zoo_model(name)
+    reason = why_no_static_step(model)
+    if name in CAPTURED:
+        assert reason == ""
+        ids = tiny.tokens(2, 5)
+        assert torch.equal(greedy(CudaGraphs(model, capture), ids), by_transformers(model, ids))
+    elif reason:
+        assert re.search("forward takes no|a graph can't follow|needs attention 'sdpa'", reason)
+
+
+def test_reasons():
+    model = tiny.llama()
+    assert why_no_static_step(model) == ""
+    assert cuda_graph.why_not(model) == "a CUDA graph needs the model on one GPU, got cpu"
+    model.set_attn_implementation("eager")
+    assert why_no_static_step(model) == "a graph needs attention 'sdpa', the model has 'eager'"
+    model = tiny.llama()
+    attend = type(model.model.layers[0].self_attn).forward
+
+    def without_mask(self, *given, attention_mask=None, **named):
+        return attend(self, *given, attention_mask=None, **named)
+
+    for block in model.model.layers:
+        block.self_attn.forward = without_mask.__get__(block.self_attn)
+    assert "over a static cache its logits differ by" in why_no_static_step(model)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1, 256), (256, 256), (257, 512), (4097, 8192)])
+def test_lengths(tokens, length):
+    assert cuda_graph.length_for(tokens) == length
