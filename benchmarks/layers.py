@@ -51,6 +51,14 @@ TUNED = (
     Shape(576, 576, 144, 16),
 )
 UNTUNED = (Shape(4096, 11008, 1024, 16), Shape(896, 4864, 300, 8), Shape(1536, 576, 256, 0))
+# Layers of models from 0.36 to 3 billion parameters at keep 0.6, adapters merged.
+MODELS = (
+    Shape(1536, 8960, 704, 0),
+    Shape(3072, 3072, 736, 0),
+    Shape(8960, 1536, 656, 0),
+    Shape(896, 4864, 336, 0),
+    Shape(960, 2560, 416, 0),
+)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def packed(x: Tensor, factors: Weights, regime: str):
         if layout is None:  # this backend packs nothing: the op on plain factors
             calls.append(functools.partial(svd_lora_linear, x, *own))
         else:
-            calls.append(functools.partial(backend.forward_packed, x, layout))
+            calls.append(functools.partial(backend.forward_packed, x, layout, own.bias))
     return calls
 
 

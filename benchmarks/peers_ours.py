@@ -3,8 +3,8 @@
     python peers_ours.py '{"threads": N, "length": N, "models": {NAME: {"path": ..., "dtype": ...,
                           "runtime": "ours" or "transformers"}}}'
 
-"ours" is optimize_for_inference; "transformers" the model as it was loaded. Both through the
-model's own forward, with the cache that transformers' generate uses.
+"ours" is optimize_for_inference and Decoder, "transformers" the model as it was loaded, with the
+cache that its own generate uses. Adapters are merged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peers_child import answers, serve
 from timing import keep_freed_memory
 from torch import Tensor, nn
 
-from hylora_kernels import load_model, merge_adapters, optimize_for_inference
+from hylora_kernels import Decoder, load_model, merge_adapters, optimize_for_inference
 
 
 class TransformersSequence:
@@ -41,9 +41,17 @@ class TransformersSequence:
         return int(self.token)
 
 
-class OurSequence(TransformersSequence):
+class OurSequence:
     def __init__(self, model: nn.Module, length: int):
-        super().__init__(optimize_for_inference(model), length)
+        self.decoder = Decoder(optimize_for_inference(model), length=length)
+
+    def start(self, ids: list[int]) -> int:
+        self.decoder.prefill(torch.tensor([ids]))
+        return int(self.decoder.likeliest)
+
+    def step(self) -> int:
+        self.decoder.step(self.decoder.likeliest)
+        return int(self.decoder.likeliest)
 
 
 RUNTIMES = {"ours": OurSequence, "transformers": TransformersSequence}
@@ -60,6 +68,8 @@ def main(words: list[str]) -> None:
         sizes[name] = sum(parameter.nbytes for parameter in model.parameters())
         sequences[name] = RUNTIMES[wanted["runtime"]](model, given["length"])
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    ours = [sequence for sequence in sequences.values() if isinstance(sequence, OurSequence)]
+    versions["our runtime"] = ", ".join(sorted({sequence.decoder.runtime for sequence in ours}))
     serve(sequences, versions, sizes, out)
 
 

@@ -50,6 +50,7 @@ def tables(results: dict[str, list[dict]]) -> str:
     parts = [
         ("Limits measured", limits_table(results["limits"])),
         ("One layer, forward", ratio_table(results["linear"], forward_row)),
+        ("Layers of models, forward", models_table(results["models"])),
         ("One layer, backward", ratio_table(results["backward"], training_row)),
         ("One layer, forward and backward", ratio_table(results["fwd+bwd"], training_row)),
         ("Two threads over one, and the pivoted form", scaling_table(results["linear"])),
@@ -108,6 +109,25 @@ def ratio_row(label: str, group: list[dict], names: list[str]) -> list:
     cells.append(f"{geometric_mean(r['tflops'] for r in group):.3f}")
     cells.append(f"{geometric_mean(r['percent_of_limit'] for r in group):.0f}")
     return cells
+
+
+def models_table(results: list[dict]) -> str:
+    """A row for each layer, dtype and number of threads, a column for each number of rows. A cell:
+    times faster than oneDNN's products (torch's, where oneDNN prepacks no such weights), and the
+    percentage of the limit that few rows have, reading the weights from where they are."""
+    rows, columns = defaultdict(dict), {}
+    for r in results:
+        few = r["M"] <= 16
+        column = f"M = {r['M']}" + (f", {r['regime']}" if few else "")
+        columns[column] = None
+        ratios = r["times_faster_than"]
+        rival = "d" if "d" in ratios else "b"
+        share = f" {r['percent_of_limit']:.0f} %" if few else ""
+        label = f"{r['K']} to {r['N']} r{r['r']} {r['dtype']}", r["threads"], BASELINES[rival]
+        rows[label][column] = f"{ratios[rival]:.2f}{share}"
+    heads = ["layer", "threads", "over", *columns]
+    cells = [[*label, *(row.get(c, "") for c in columns)] for label, row in rows.items()]
+    return markdown(heads, cells) if cells else ""
 
 
 def scaling_table(results: list[dict]) -> str:

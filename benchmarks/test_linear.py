@@ -11,19 +11,21 @@ import baselines
 import ours
 import pytest
 from conftest import thread_counts
-from layers import FEW_ROWS, TUNED, UNTUNED, Case, Shape, check, random_factors
+from layers import FEW_ROWS, MODELS, TUNED, UNTUNED, Case, Shape, check, random_factors
 from record import record
 from timing import interleave
 
 from hylora_kernels import use_backend
 
 ROWS = (1, 4, 16, 128, 512, 2048)
+DTYPES = ("bf16", "fp32")
 MOST_FLOPS = 30e9  # of a case without --full: above, one round in fp32 takes seconds
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases(metafunc.config), ids=str)
+        make = model_cases if metafunc.function is test_layers_of_models else cases
+        metafunc.parametrize("case", make(metafunc.config), ids=str)
 
 
 def cases(config) -> list[Case]:
@@ -41,6 +43,19 @@ def cases(config) -> list[Case]:
         grid += [(s, "bf16", 1, "DRAM") for s in TUNED if s.K >= 2048]
     found = [Case(*place, count) for place in grid for count in threads]
     return found if full else [c for c in found if _affordable(c)]
+
+
+def model_cases(config) -> list[Case]:
+    """Few rows with weights from DRAM ("cold") and from L3 ("warm"), many rows as they come."""
+    shapes, kinds = (MODELS[-1:], ("bf16",)) if config.getoption("--quick") else (MODELS, DTYPES)
+    grid = [("DRAM", M) for M in (1, 7)] + [("L3", M) for M in (1, 7, 200, 1024)]
+    return [
+        Case(shape, kind, M, regime, threads)
+        for threads in thread_counts(config)
+        for shape in shapes
+        for kind in kinds
+        for regime, M in grid
+    ]
 
 
 def _affordable(case: Case) -> bool:
@@ -90,3 +105,19 @@ def test_forward(benchmark, case, rivals, backend, limits, with_threads, quick):
         times = interleave(contest, 0.2 if quick else 0.3, lead_in=case.regime != "DRAM")
         record(benchmark, "linear", case, times, limits(case.threads), "packed")
         benchmark.pedantic(contest["packed"][0], rounds=5)
+
+
+def test_layers_of_models(benchmark, case, backend, limits, with_threads, quick):
+    """Beside two products, through torch and through oneDNN with prepacked weights."""
+    with_threads(case.threads)
+    x, regime = case.x(), case.regime if case.M <= FEW_ROWS else "one copy"
+    factors = random_factors(case.shape, case.torch_dtype)
+    with use_backend(backend):
+        contest = {"packed": ours.packed(x, factors, regime)}
+        contest |= baselines.rivals(x, case.shape, factors, regime, ("b", "d"))
+        for name, calls in contest.items():
+            check(calls[-1](), x, factors, name)
+        budget = 0.2 if quick else 0.3
+        times = interleave(contest, budget, lead_in=case.regime != "DRAM")
+        record(benchmark, "models", case, times, limits(case.threads), "packed")
+        benchmark.pedantic(contest["packed"][0], rounds=1)

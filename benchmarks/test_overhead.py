@@ -26,12 +26,13 @@ def test_overhead(benchmark, backend, with_threads, quick):
     layer = SVDLoRALinear.from_factors(*factors).eval()
     weights = [panels.pack_matrix(t) for t in (SVh, A, U, B)]
     layer_op = functools.partial(torch.ops.hylora.cpu_layer.default, x, *weights, bias, None)
+    pack_forward = backends.BACKENDS[backend].forward_packed
     optimised = optimize_for_inference(SVDLoRALinear.from_factors(*factors).eval())
     calls = {
         "F.linear": lambda: F.linear(x, SVh),
         "F.linear twice": lambda: F.linear(F.linear(x, SVh), U, bias),
         "our C++ op, 6 tensors": lambda: layer_op(TINY.r, TINY.ra, TINY.N, alpha, False, False, 0),
-        "our C++ op, packed layer": lambda: backends.BACKENDS[backend].forward_packed(x, packed),
+        "our C++ op, packed layer": lambda: pack_forward(x, packed, bias),
         "svd_lora_linear (eager)": lambda: svd_lora_linear(x, *factors),
         "SVDLoRALinear (eager)": lambda: layer(x),
         "SVDLoRALinear, optimised": lambda: optimised(x),
