@@ -62,8 +62,11 @@ inline int64_t join_parts(const AttentionCall& call) {
   return call.sequences * call.queries * call.heads;
 }
 // A partial is its greatest score, the sum of its weights, and the weighted sum of its values.
+inline int64_t numbers_of_partial(const AttentionCall& call) {
+  return 2 + round_up(call.value_size, 32);
+}
 inline int64_t partial_numbers(const AttentionCall& call) {
-  return join_parts(call) * call.pieces * (2 + call.value_size);
+  return join_parts(call) * call.pieces * numbers_of_partial(call);
 }
 // Pieces that give `threads` threads about the same work. A piece has at least 256 keys, since a
 // shorter one takes less time than joining it.

@@ -1,7 +1,7 @@
 """Every op of the C++ CPU library on ragged shapes, as a program: a crash ends its process alone,
 and an instrumented copy of the library runs it too.
 
-    python tests/helpers/cpu_battery.py LIBRARY LEVEL... [--guard] [--quick]
+    PYTHONPATH=tests python tests/helpers/cpu_battery.py LIBRARY LEVEL... [--guard] [--quick]
 
 Each result is checked against float64. With --guard every operand is put into memory of its own
 between two pages that can't be touched, once flush with the one before it and once with the one
@@ -21,6 +21,8 @@ import sys
 import traceback
 
 import torch
+
+from helpers import row_ops
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 # K, N, r, ra
@@ -247,6 +249,46 @@ def run_shape(t: Battery, M: int, shape: tuple[int, ...], dtype: torch.dtype, pr
         run_adapter_gradients(t, M, ra, N, dtype)
 
 
+def run_attention(t: Battery, dtype: torch.dtype, **case) -> None:
+    case = row_ops.AttentionCase(spare=0, **case)
+    q, k, v = case.draw(dtype)
+    first = None if case.first_key is None else torch.tensor(case.first_key)
+    options = (first, case.keys, case.window, case.scale, case.softcap, case.pieces)
+    got = t.call(ops.cpu_attention, q, k, v, *options)
+    t.close(got, row_ops.attention(case, q.double(), k.double(), v.double()), case)
+
+
+def rotary(x, y, *arguments) -> torch.Tensor:
+    ops.cpu_rotary(x, y, *arguments)
+    return y.clone()
+
+
+def run_row_ops(t: Battery, width: int, dtype: torch.dtype) -> None:
+    """Rows and heads of this many numbers."""
+    for keys, queries, pieces in ((1, 1, 1), (67, 1, 3), (65, 66 - width % 60, 1)):
+        run_attention(t, dtype, size=width, keys=keys, queries=min(keys, queries), pieces=pieces)
+    run_attention(t, dtype, size=width, sequences=2, first_key=(0, 30), keys=40, window=25)
+    x, weight, bias = rows(3, width, dtype, strided=True), torch.rand(width), torch.randn(width)
+    for centers in (False, True):
+        y, _ = t.call(ops.cpu_norm, x, 1, weight, bias, 1e-5, centers, False, None, 1.0)
+        exact = row_ops.norm(x.double(), weight, bias, 1e-5, centers, False)
+        t.close(y, exact, ("norm", width, centers))
+    _, total = t.call(ops.cpu_norm, x, 1, None, None, 1e-5, False, True, x, 1.0)
+    assert torch.equal(bits(total), bits(x + x))
+    heads = torch.randn(2, 3, 4, width).to(dtype)
+    angles, positions = torch.rand(5, width // 2), torch.randint(5, (2, 3))
+    tables = (angles.cos(), angles.sin(), positions)
+    for interleaved in (False, True):
+        y = t.call(rotary, heads, torch.zeros_like(heads), *tables, interleaved)
+        t.close(y, row_ops.rotary(heads.double(), *tables, interleaved), ("rotary", width))
+    for name, function in row_ops.ACTIVATIONS.items():
+        y = t.call(ops.cpu_activation, x, x, name, 0.0)
+        t.close(y, function(x.double()) * x.double(), (name, width))
+    t.close(t.call(ops.cpu_add, x, x, 0.5), 1.5 * x.double(), ("add", width))
+    pieces = min(width, 3)
+    assert torch.equal(t.call(ops.cpu_argmax, x, pieces), x.argmax(1)), ("argmax", width)
+
+
 def run(library: str, guard: bool, quick: bool) -> None:
     torch.ops.load_library(library)
     torch.manual_seed(0)
@@ -262,6 +304,8 @@ def run(library: str, guard: bool, quick: bool) -> None:
             run_shape(t, M, shape, dtype, products)
     for dtype, products in kinds:
         run_shape(t, 100, LONG_SUMS, dtype, products)
+    for width, dtype in itertools.product((1, 7, 33, 64, 80, 529), TOLERANCE):
+        run_row_ops(t, width, dtype)
     print(ops.cpu_isa(), t.calls, flush=True)
 
 

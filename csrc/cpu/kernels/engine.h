@@ -9,6 +9,7 @@
 #pragma once
 #include "adapter_gradients.h"
 #include "expand.h"
+#include "rows.h"
 
 namespace hylora {
 namespace {
@@ -137,6 +138,7 @@ Kernels kernels_with() {
   };
   table.pack = pack;
   table.unpack = unpack;
+  add_row_kernels(table);
   return table;
 }
 

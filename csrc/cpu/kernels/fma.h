@@ -3,8 +3,6 @@
 #include "../call.h"
 #include "vector.h"
 
-#define HYLORA_LAMBDA __attribute__((always_inline))
-
 namespace hylora {
 namespace {
 

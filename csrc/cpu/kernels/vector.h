@@ -12,6 +12,7 @@
 #define HYLORA_INLINE static inline __attribute__((always_inline))
 #define HYLORA_MEMBER inline __attribute__((always_inline))
 #define HYLORA_APART static __attribute__((noinline))
+#define HYLORA_LAMBDA __attribute__((always_inline))
 
 namespace hylora {
 namespace {
@@ -73,6 +74,10 @@ HYLORA_INLINE V widen(__m256i h, fp16) { return _mm512_cvtph_ps(h); }
 HYLORA_INLINE V load(const bf16* p) {
 #if defined(__AVX512F__)
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), bf16());
+#elif defined(__AVX2__)
+  // g++ 12 makes four instructions of a conversion of vectors.
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (V)_mm256_slli_epi32(wide, 16);
 #else
   VH h = *reinterpret_cast<const VHu*>(p);
   return bits_as_float(__builtin_convertvector(h, VU) << 16);
