@@ -21,7 +21,6 @@ import sys
 import traceback
 
 import torch
-
 from helpers import row_ops
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}

@@ -49,11 +49,10 @@ class AttentionCase:
             return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
         def cache(size):
+            slots = self.keys + self.spare
             if self.heads_apart:
-                return tensor(self.sequences, self.kv_heads, self.keys + self.spare, size)
-            return tensor(self.sequences, self.keys + self.spare, self.kv_heads, size).transpose(
-                1, 2
-            )
+                return tensor(self.sequences, self.kv_heads, slots, size)
+            return tensor(self.sequences, slots, self.kv_heads, size).transpose(1, 2)
 
         rows = tensor(self.sequences, self.queries, 7 + heads * self.size) * self.magnitude
         q = rows[..., 7:].unflatten(-1, (heads, self.size))

@@ -26,7 +26,8 @@ def attention(
     """Causal attention of the last `queries` of `keys` slots of a cache.
 
     q:         [sequences, queries, heads, head_size].
-    k, v:      [sequences, kv_heads, slots, head_size] and [..., value_size]; kv_heads divides heads.
+    k, v:      [sequences, kv_heads, slots, head_size] and [..., value_size], where kv_heads divides
+               heads.
     first_key: int64 [sequences], the first slot that is no padding; None: 0.
     window:    keys that a query sees at most, its own among them; 0: all.
     pieces:    parts that the keys are cut into, for several threads.
