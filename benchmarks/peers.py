@@ -48,6 +48,7 @@ from hylora_kernels.support.storage import write_json
 HERE = Path(__file__).parent
 REFERENCE = "llama.cpp BF16"  # what ratios are over
 LENGTH = 1536  # most tokens of a sequence
+PARTS = 16  # tokens that the parts of a token are the mean of
 AGREE = 8  # greedy tokens that exact engines must share
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 EXACT = (*DTYPES, "BF16", "F16")  # ways to store weights that keep those of load_model
@@ -78,7 +79,8 @@ class Peer:
 @dataclass
 class Result:
     """weights and bytes by name. missing: name -> why. tokens: name -> the first greedy ones.
-    phases: "decode at 128, 1T" -> name -> tokens a second and times faster than the reference."""
+    phases: "decode at 128, 1T" -> name -> tokens a second and times faster than the reference.
+    parts: "name, 1T" -> kind of work -> seconds of a token, of engines that tell."""
 
     machine: dict[str, object]
     versions: dict[str, str] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Result:
     missing: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     phases: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -268,6 +271,12 @@ def run(rows: list[Peer], threads: list[int], plan: Plan, result: Result, out: P
                 for phase, times in measure(holders, ids, plan):
                     result.phases[f"{phase}, {count}T"] = speeds(times)
                     write_json(out, asdict(result))
+                for name, engine in holders.items():
+                    engine.ask(do="prefill", model=name, ids=ids[:128])
+                    parts = engine.ask(do="parts", model=name, count=PARTS)["seconds"]
+                    if parts:
+                        result.parts[f"{name}, {count}T"] = parts
+                write_json(out, asdict(result))
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -290,10 +299,22 @@ def text(result: Result) -> str:
         rows.append([name, f"{size / 1e6:.0f}", *map(cell, found)])
     facts = {**result.machine, **result.versions}
     lines = [markdown(heads, rows), "", f"Tokens a second (times as fast as {REFERENCE})."]
+    if result.parts:
+        lines += ["", parts_table(result.parts), "", "Shares of a token at 128."]
     lines.append("; ".join(f"{name} {value}" for name, value in facts.items()))
     lines += [f"not had: {name}: {reason}" for name, reason in result.missing.items()]
     lines += [f"other greedy tokens: {n}: {tokens}" for n, tokens in disagreements(result).items()]
     return "\n".join(lines)
+
+
+def parts_table(parts: dict[str, dict[str, float]]) -> str:
+    kinds = list(dict.fromkeys(kind for seconds in parts.values() for kind in seconds))
+    rows = []
+    for name, seconds in parts.items():
+        total = sum(seconds.values())
+        shares = [f"{100 * seconds.get(kind, 0) / total:.0f} %" for kind in kinds]
+        rows.append([name, f"{1e3 * total:.2f}", *shares])
+    return markdown(["", "ms a token", *kinds], rows)
 
 
 def cell(found: dict[str, float] | None) -> str:

@@ -2,9 +2,11 @@
 
     {"do": "prefill", "model": NAME, "ids": [...]}    -> {"seconds": S, "token": T}
     {"do": "decode", "model": NAME, "count": N}       -> {"seconds": [N of them], "tokens": [...]}
+    {"do": "parts", "model": NAME, "count": N}        -> {"seconds": {KIND: S, ...}}
 
 prefill begins a new sequence and gives the greedy token after it; decode makes the next ones, each
-timed, from the token to the one after it. The first line, before any request, has the versions and
+timed, from the token to the one after it. parts is the mean of N more tokens by kind of work, empty
+where an engine doesn't tell. The first line, before any request, has the versions and
 the bytes of each model's weights. Everything else that a library prints goes to stderr.
 """
 
@@ -26,6 +28,8 @@ class Sequence(Protocol):
 
     def step(self) -> int:
         """Append the likeliest token; the likeliest one after it."""
+
+    # An engine that tells has also parts(count: int) -> dict[str, float].
 
 
 def answers() -> TextIO:
@@ -51,6 +55,9 @@ def answer(sequences: Mapping[str, Sequence], request: dict) -> dict:
     if request["do"] == "prefill":
         token, seconds = _timed(lambda: sequence.start(request["ids"]))
         return {"seconds": seconds, "token": token}
+    if request["do"] == "parts":
+        parts = getattr(sequence, "parts", lambda count: {})
+        return {"seconds": parts(request["count"])}
     steps = [_timed(sequence.step) for _ in range(request["count"])]
     return {"seconds": [s for _, s in steps], "tokens": [token for token, _ in steps]}
 

@@ -50,8 +50,9 @@ async function decode({model, count}) {
     return {seconds: times, tokens};
 }
 
+const answers = {prefill, decode, parts: async () => ({seconds: {}})};
 for await (const line of createInterface({input: process.stdin})) {
     const request = JSON.parse(line);
-    say(await (request.do === "prefill" ? prefill : decode)(request));
+    say(await answers[request.do](request));
 }
 process.exit(0);

@@ -34,6 +34,9 @@ class Counting:
     def step(self):
         self.last += 1
         return self.last
+    def parts(self, count):
+        assert count == 16
+        return {"linears": 3.0, "rest": 1.0}
 out, given = answers(), json.loads(sys.argv[2])
 print("a library's chatter")
 if "absent" in given["models"]:
@@ -114,12 +117,16 @@ def test_a_run_from_processes_to_the_table(tmp_path, counting):
     assert result.versions == {"counting": "1.0"}
     assert result.tokens["ours, dense bf16"] == [*range(128, 128 + peers.AGREE)]
     assert result.phases["prefill 8, 1T"]["llama.cpp BF16"]["over_reference"] == 1
+    assert written["parts"] == {
+        f"{row.name}, 1T": {"linears": 3.0, "rest": 1.0} for row in rows[:3]
+    }
     assert "ended with 1" in result.missing["onnxruntime-genai"]
     assert "cores may be used" in result.missing["4096 threads"]
     text = peers.text(peers.Result(**written))
     assert text.splitlines()[2].startswith("| ours, dense bf16 | 10 | ")
     assert "| absent" not in text and "not had: onnxruntime-genai: its process" in text
     assert "other greedy tokens" not in text
+    assert "| ours, dense bf16, 1T | 4000.00 | 75 % | 25 % |" in text
     assert "no such library" in (tmp_path / "new" / "peers.log").read_text()
 
 
