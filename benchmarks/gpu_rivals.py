@@ -179,7 +179,7 @@ def _auto(w: Weights, _: Layer):
 def _optimised(w: Weights, _: Layer):
     packed = packed_gpu.pack(w, "triton")
     assert packed is not None
-    return lambda x: packed_gpu.forward_packed(x, packed, w.bias, triton.forward), []
+    return lambda x: packed.forward(x, w.bias, triton.forward), []
 
 
 def _four_products(w: Weights, layer: Layer):

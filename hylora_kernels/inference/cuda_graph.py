@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from hylora_kernels.inference.modules import Modules
+
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_LENGTH = 256  # tokens that a cache holds at first; it doubles when it is full
 MOST_SIZES = 4  # whose graphs and caches are kept; the one longest unused goes
@@ -88,19 +90,34 @@ def _why_not_by_numbers(model: nn.Module) -> str:
 class CudaGraphs:
     """Runs a model on the tokens of up to 64 sequences: prompts by its modules, steps by a graph.
 
-    capture: captured(), or what a test gives in its place.
+    A model that has been moved, restored or given other weights is captured again; one that can't
+    be any more is decoded by its modules from the next prompt on.
+
+    capture, why_not: captured() and why_not(), or what a test gives in their place.
     """
 
-    name = "cuda graph"
+    likeliest = None  # the likeliest tokens: found from the logits
 
-    def __init__(self, model: nn.Module, capture: Callable | None = None) -> None:
-        self.model, self.capture = model, capture or captured
+    def __init__(
+        self,
+        model: nn.Module,
+        capture: Callable | None = None,
+        why_not: Callable[[nn.Module], str] = why_not,
+    ) -> None:
+        self.model, self.capture, self.why_not = model, capture or captured, why_not
         self.states: OrderedDict[tuple[int, int], _State] = OrderedDict()
         self.seen: list[Tensor] = []
+        self.modules: Modules | None = None
         self.reset()
+
+    @property
+    def name(self) -> str:
+        return "cuda graph" if self.modules is None else self.modules.name
 
     def reset(self) -> None:
         """Forget the sequences; graphs and caches stay for the next ones."""
+        if self.modules is not None:
+            self.modules.reset()
         self.count = self.tokens = 0  # sequences, tokens of each
         self.state: _State | None = None
 
@@ -111,6 +128,8 @@ class CudaGraphs:
         sequence's last token."""
         self.reset()
         self._follow_weights()
+        if self.modules is not None:
+            return self.modules.prefill(ids, mask)
         given, output = _prefill(self.model, ids, mask)
         self.count, self.tokens = ids.shape
         self.state = self._state_for(self.count, self.tokens + 1, ids.device)
@@ -121,6 +140,8 @@ class CudaGraphs:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """tokens int64 [n] -> logits [n, words] of the tokens after them."""
+        if self.modules is not None:
+            return self.modules.step(tokens)
         assert self.state is not None, "prefill comes first"
         if self.tokens == self.state.length:
             larger = self._state_for(self.count, self.tokens + 1, tokens.device)
@@ -151,8 +172,9 @@ class CudaGraphs:
         `seen` holds on to the memory, so that a graph never reads what has been freed.
         """
         now = [tensor.detach() for tensor in _tensors(self.model)]
-        if [t.data_ptr() for t in now] != [t.data_ptr() for t in self.seen]:
+        if self.seen and [t.data_ptr() for t in now] != [t.data_ptr() for t in self.seen]:
             self.states.clear()
+            self.modules = Modules(self.model) if self.why_not(self.model) else None
         self.seen = now
 
 
@@ -246,16 +268,17 @@ def captured(
     run: Callable[[], None], put_back: Callable[[], None], device: torch.device
 ) -> Callable[[], None]:
     """run() in a CUDA graph; put_back() undoes what a run changes."""
-    here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        for _ in range(2):  # compiles what it launches, and allocates what is kept from then on
+    with torch.cuda.device(device):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # compiles what it launches, allocates what is kept from then on
+                run()
+                put_back()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside):
             run()
-            put_back()
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=aside):
-        run()
     return graph.replay
 
 

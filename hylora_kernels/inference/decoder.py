@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from hylora_kernels.inference import cuda_graph
+from hylora_kernels.inference.cuda_graph import CudaGraphs
 from hylora_kernels.inference.modules import Modules
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_context, check_ids, context_length
@@ -28,6 +30,7 @@ class Decoder:
             each time, and never beyond `length`.
 
     runtime says how a step is computed, and `reason` why not otherwise:
+        "cuda graph"    a GPU replays all of the model's modules at once, over a static cache.
         "transformers"  by the model's own modules. Any model, on any device.
 
     The weights stay the model's: two decoders of one model share them, and a model that is changed,
@@ -50,8 +53,7 @@ class Decoder:
             check_context(model, length)
         self.model, self.batch = model, batch
         self.length = context_length(model) if length is None else length
-        self.reason = ""
-        self._runtime = Modules(model)
+        self._runtime = self._best_runtime()
         self.reset()
 
     @property
@@ -149,6 +151,18 @@ class Decoder:
                 return
             with eval_mode(self.model):
                 logits = self.step(tokens)
+
+    def _best_runtime(self) -> CudaGraphs | Modules:
+        """What computes the steps; sets `reason`."""
+        self.reason = ""
+        if input_device(self.model).type != "cuda":
+            return Modules(self.model)
+        with eval_mode(self.model):
+            self.reason = cuda_graph.why_not(self.model)
+        if not self.reason:
+            return CudaGraphs(self.model)
+        _log.info("Decoder: by the model's own modules: %s", self.reason)
+        return Modules(self.model)
 
     def _check_length(self, tokens: int, what: str) -> None:
         if self.length is not None and tokens > self.length:

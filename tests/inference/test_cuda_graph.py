@@ -11,7 +11,8 @@ from helpers import tiny
 from helpers.capturing import NoNumberAsked
 from helpers.zoo import ZOO, zoo_model
 
-from hylora_kernels.inference import cuda_graph
+from hylora_kernels import Decoder
+from hylora_kernels.inference import cuda_graph, decoder
 from hylora_kernels.inference.cuda_graph import CudaGraphs, why_no_static_step
 
 NEW = 12
@@ -105,7 +106,8 @@ def test_logits_stay_what_they_were(capture):
 
 def test_weights_that_moved_are_captured_again(capture):
     model = tiny.llama()
-    graphs = CudaGraphs(model, capture)
+    reasons = []
+    graphs = CudaGraphs(model, capture, lambda model: "".join(reasons))
     ids = tiny.tokens(1, 4)
     greedy(graphs, ids)
     with torch.no_grad():
@@ -114,7 +116,29 @@ def test_weights_that_moved_are_captured_again(capture):
     assert capture.count == 1
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
     assert torch.equal(greedy(graphs, ids), by_transformers(model, ids))
-    assert capture.count == 2
+    assert capture.count == 2 and graphs.name == "cuda graph"
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
+    reasons.append("it has moved")
+    assert torch.equal(greedy(graphs, ids), by_transformers(model, ids))
+    assert capture.count == 2 and graphs.name == "transformers"
+
+
+def test_a_decoder_takes_graphs_where_there_are_any(capture, monkeypatch):
+    model, ids = tiny.llama(), tiny.tokens(2, 5)
+    assert Decoder(model).runtime == "transformers"
+    expected = torch.stack([*Decoder(model, 2).stream(ids, max_new_tokens=NEW)], 1)
+    on_gpu = torch.device("cuda", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "input_device", lambda model: on_gpu)
+        refused = Decoder(model)
+        assert refused.runtime == "transformers"
+        assert refused.reason == "a CUDA graph needs the model on one GPU, got cpu"
+        patch.setattr(cuda_graph, "why_not", lambda model: "")
+        by_graphs = Decoder(model, 2)
+    by_graphs._runtime.capture = capture
+    assert by_graphs.runtime == "cuda graph" and by_graphs.reason == ""
+    assert torch.equal(torch.stack([*by_graphs.stream(ids, max_new_tokens=NEW)], 1), expected)
+    assert capture.count == 1
 
 
 def test_inference_mode_around_some_calls_only(capture):

@@ -153,7 +153,9 @@ def test_tuned_tables_stay(root):
 
 
 def test_the_first_level_has_fixed_names(root):
-    with pytest.raises(ValueError, match=r"parts\[0\] must be one of benchmarks, compress, .* got 'mine'"):
+    with pytest.raises(
+        ValueError, match=r"parts\[0\] must be one of benchmarks, compress, .* got 'mine'"
+    ):
         cache.cache_dir("mine")
 
 

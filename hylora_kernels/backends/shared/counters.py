@@ -7,10 +7,11 @@ import threading
 import torch
 from torch import Tensor
 
+from hylora_kernels.backends.shared.gpu import is_captured
 from hylora_kernels.backends.shared.kept import outside_graph_pools
 
-# (device, stream, thread) -> counters. Launches of one stream follow one another and each resets
-# them, so they are cleared only once, when they are made.
+# (device index, stream), on a CPU (None, thread) -> counters. Launches of one stream follow one
+# another and each resets them, so they are cleared only once, when they are made.
 _kept: dict[tuple, Tensor] = {}
 _LEAST = 1024
 
@@ -23,17 +24,21 @@ _lock = threading.Lock()
 
 def zeros(device: torch.device, count: int) -> Tensor:
     """At least `count` int32 zeros that no other launch counts in at the same time."""
-    if device.type != "cuda":
-        key = device, 0, threading.get_ident()
-    elif torch.cuda.is_current_stream_capturing():
-        return _reserved(device, count)
-    else:
+    return (_reserved if is_captured(device) else zeros_of_stream)(device, count)
+
+
+def zeros_of_stream(device: torch.device, count: int) -> Tensor:
+    """The same for a launch that is not captured."""
+    index = device.index  # hashing a device takes longer
+    if device.type == "cuda":
         # torch.cuda.current_stream makes an object of it, which takes longer.
-        key = device, torch._C._cuda_getCurrentRawStream(device.index), 0
-        if device not in _reserves:
-            _make_reserve(device)
+        key = index, torch._C._cuda_getCurrentRawStream(index)
+    else:
+        key = None, threading.get_ident()
     kept = _kept.get(key)
-    if kept is None or len(kept) < count:
+    if kept is None or kept.numel() < count:
+        if device.type == "cuda":
+            _make_reserve(device)
         kept = _kept[key] = _lasting_zeros(max(count, _LEAST), device)
     return kept
 

@@ -78,11 +78,15 @@ class PackedLayer:
         return [t for t in (self.P, self.Q, self.aB, self.B) if t is not None]
 
     def forward(self, x: Tensor, bias: Tensor | None, by_backend: Forward) -> Tensor:
-        """x [..., K] and bias [N] of dtype -> y [..., N]."""
-        rows = x.numel() // self.shape[0]
-        if rows in self.seen and not is_captured(x.device):
+        """x [..., K] and bias [N] of dtype -> y [..., N]. A decoded token waits for it: keep it
+        short."""
+        if torch.compiler.is_compiling():
+            op = getattr(torch.ops.hylora, f"{self.backend}_packed").default
+            return op(x, self.P, self.Q, self.aB, bias, self.pivots, self.out_features)
+        rows, device = x.numel() // self.shape[0], x.device
+        if rows in self.seen and not is_captured(device):
             if rows <= self.launched_rows:
-                zeros = counters.zeros(x.device, self.counters)
+                zeros = counters.zeros_of_stream(device, self.counters)
                 return _LAUNCH(
                     *(x, self.P, self.Q, self.aB, bias, self.pivots, self.others, zeros),
                     *self.sizes,
@@ -91,7 +95,7 @@ class PackedLayer:
                 return F.linear(F.linear(x, self.P), self.Q, bias)
         weights = (self.P, self.Q, self.aB, bias, self.pivots)
         y = _forward(by_backend, x, *weights, self.out_features)
-        if rows and not is_captured(x.device):
+        if rows and not is_captured(device):
             self.seen.add(rows)
         return y
 
@@ -130,7 +134,8 @@ def pack(weights: Weights, backend: str) -> PackedLayer | None:
         Q, in_kernel = U, (rank, lora_rank)
     else:
         Q, aB, in_kernel = U if aB is None else torch.cat((U, aB), 1), None, (rank + lora_rank, 0)
-    target = kernels_target(SVh.device) if SVh.dtype in HALVES else None
+    launches = _LAUNCH is not None and SVh.dtype in HALVES
+    target = kernels_target(SVh.device) if launches else None
     return PackedLayer(
         backend=backend,
         device_type=SVh.device.type,
@@ -156,21 +161,11 @@ def pack(weights: Weights, backend: str) -> PackedLayer | None:
 
 def kernels_target(device: torch.device) -> tuple[int, int] | None:
     """(multiprocessors, architecture) of a device that the C++ kernels serve, else None."""
-    if _LAUNCH is None or device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda" or torch.version.hip:
         return None
     ops, target = torch.ops.hylora, target_of(device)
     lacks = ops.cuda_driver_lacks.default() or ops.cuda_lacks.default(target[1])
     return None if lacks or not ops.cuda_archs.default() else target
-
-
-def forward_packed(
-    x: Tensor, packed: PackedLayer, bias: Tensor | None, by_backend: Forward
-) -> Tensor:
-    """x [..., K] and bias [N] of packed.dtype -> y [..., N]."""
-    if torch.compiler.is_compiling():
-        op = getattr(torch.ops.hylora, f"{packed.backend}_packed").default
-        return op(x, packed.P, packed.Q, packed.aB, bias, packed.pivots, packed.out_features)
-    return packed.forward(x, bias, by_backend)
 
 
 def define(backend: str, by_backend: Forward) -> None:

@@ -202,9 +202,8 @@ def pack(weights: Weights) -> packed_gpu.PackedLayer | None:
 
 
 def forward_packed(x: Tensor, packed: packed_gpu.PackedLayer, bias: Tensor | None) -> Tensor:
-    """x [..., K] and bias [N] of packed.dtype -> y [..., N]. A decoded token waits for it: keep it
-    short."""
-    return packed_gpu.forward_packed(x, packed, bias, forward)
+    """x [..., K] and bias [N] of packed.dtype -> y [..., N]."""
+    return packed.forward(x, bias, forward)
 
 
 def unpack(packed: packed_gpu.PackedLayer) -> Weights:
