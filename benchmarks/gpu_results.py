@@ -136,7 +136,7 @@ def _layers(report: dict) -> str:
     listed = [f"FAILED: {failure}" for failure in report.get("failures", [])]
     listed += behind_two_products(report.get("forward", []))
     items = "".join(f"\n* {item}" for item in listed)
-    return f"#### One layer\n\n{note}\n\n{markdown(['', *rivals], rows)}\n{items}".rstrip()
+    return f"#### One layer\n\n{note}\n\n{markdown(['', *rivals], rows)}{items}"
 
 
 def behind_two_products(rows: list[dict], least: float = 0.97) -> list[str]:

@@ -60,7 +60,8 @@ def greedy(runtime, ids, mask=None, new=NEW):
 @torch.no_grad()
 def by_transformers(model, ids, mask=None, new=NEW):
     mask = torch.ones_like(ids) if mask is None else mask
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     found = model.generate(ids, attention_mask=mask, **options)
     return found[:, ids.shape[1] :]
 

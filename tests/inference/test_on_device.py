@@ -34,6 +34,7 @@ def test_a_decoder_makes_the_tokens_of_transformers(optimised, device):
     model = tiny.adapted(tiny.llama(max_position_embeddings=512)).to(device)
     if optimised:
         optimize_for_inference(model)
+    model.generation_config.eos_token_id = None
     decoder = Decoder(model, 4)
     if device == "cuda":
         assert decoder.runtime == "cuda graph", decoder.reason
@@ -41,7 +42,7 @@ def test_a_decoder_makes_the_tokens_of_transformers(optimised, device):
         ids = tiny.tokens(count, length).to(device)
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
-        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        options = {"max_new_tokens": new, "do_sample": False}
         whole = model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
         found = torch.stack([*decoder.stream(ids, mask, max_new_tokens=new)], 1)
         assert torch.equal(found, whole[:, length:])
