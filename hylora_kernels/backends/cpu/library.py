@@ -16,6 +16,7 @@ OPS = (
     *("cpu_isa", "cpu_isa_reason", "cpu_pack", "cpu_unpack", "cpu_rows", "cpu_linear", "cpu_layer"),
     *("cpu_pack_layer", "cpu_packed_layer", "cpu_unpack_part", "cpu_pivot_table"),
     *("cpu_adapter_gradients", "cpu_fingerprint"),
+    *("cpu_attention", "cpu_norm", "cpu_rotary", "cpu_activation", "cpu_add", "cpu_argmax"),
 )
 
 

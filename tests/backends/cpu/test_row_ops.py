@@ -18,7 +18,7 @@ from hylora_kernels.backends import cpu
 from hylora_kernels.backends.cpu import rows
 from hylora_kernels.backends.cpu.library import LEVEL
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.ops.hylora, "cpu_attention"), reason="no ops")
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
 every_dtype = pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
 
 
