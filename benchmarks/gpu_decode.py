@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gpu_compressed import FORMS, SHAPES, compile_ahead, compressed
+from gpu_compressed import FORMS, SHAPES, check_layer, compile_ahead, compressed
 from gpu_models import TINY, Bench, Sizes, growing_decode, random_ids, static_decode
 from torch import nn
 from transformers import DynamicCache, StaticCache
@@ -71,6 +71,8 @@ class DecodeBench(Bench):
         for name, model in found.items():
             if name != "dense":
                 optimize_for_inference(model)
+                for way in ("first call", "later call"):  # by the backend; by the C++ op
+                    self.attempt(f"{name}, {way}", 0, check_layer, model, name)
         return found
 
     @torch.no_grad()
