@@ -88,7 +88,18 @@ def _packed_layer(x, layer, bias, n, limb_products, *, out_val: Any = None) -> i
     return 2 * _rows(x) * (_numbers(P, Q) + rank * (len(P) - rank))
 
 
-_PACKED = {"cpu_linear": _packed_matrix, "cpu_packed_layer": _packed_layer}
+def _packed_group(x, weights, matrix_outputs, biases, limbs, width, *, out_val: Any = None) -> int:
+    return sum(
+        _packed_matrix(x, packed, None, n, 0) if n else _packed_layer(x, packed, None, 0, 0)
+        for packed, n in zip(weights, matrix_outputs, strict=True)
+    )
+
+
+_PACKED = {
+    "cpu_linear": _packed_matrix,
+    "cpu_packed_layer": _packed_layer,
+    "cpu_packed_group": _packed_group,
+}
 
 
 def _rows(x: Tensor) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -115,6 +115,33 @@ def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
     if forward_ad._current_level >= 0:
         _refuse_forward_mode({"x": x})
     return backends.forward_packed(x, packed, bias)
+
+
+def packed_group(x: Tensor, group: Any, biases: Sequence[Tensor | None] = ()) -> Tensor:
+    """x [..., K] -> y [..., group.width]: packed_linear of layers on one x, computed as one.
+
+    group:  what backends.group made of them. Their outputs stand side by side, in their order; the
+            columns behind them are undefined.
+    biases: [N] of the packed dtype or None for each layer; empty for none.
+
+    Autocast and errors are packed_linear's.
+    """
+    first = group.members[0]
+    for packed, bias in zip(group.members, biases, strict=False):
+        if bias is not None:
+            if bias.requires_grad:
+                _refuse_gradient("bias")
+            if bias.dtype != packed.dtype or bias.shape != packed.bias_shape:
+                _check_packed_bias(bias, packed)
+    if torch.is_autocast_enabled("cpu") and x.dtype in _CASTABLE:
+        with torch.autocast("cpu", enabled=False):
+            y = packed_group(x.to(first.dtype), group, biases)
+        return y.to(torch.get_autocast_dtype("cpu"))
+    if x.dtype != first.dtype or x.requires_grad or x.shape[-1:] != first.shape:
+        x = _as_packed(x, first)
+    if forward_ad._current_level >= 0:
+        _refuse_forward_mode({"x": x})
+    return backends.forward_group(x, group, biases)
 
 
 def packed_embedding(ids: Tensor, packed: Any) -> Tensor:

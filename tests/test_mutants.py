@@ -197,9 +197,9 @@ KERNELS = {
         BATTERY,
     ),
     "the last of few rows not merged": Mutant(
-        "csrc/cpu/threads.cpp",
-        "split(call.M, k.merge_pivots);",
-        "split(call.M - 1, k.merge_pivots);",
+        "csrc/cpu/group.cpp",
+        "call.merges_pivots() ? call.M : 0,",
+        "call.merges_pivots() ? call.M - 1 : 0,",
         BATTERY,
     ),
     "alpha lost by a packed layer": Mutant(

@@ -10,11 +10,11 @@
 #include <tuple>
 
 #include "fingerprint.h"
+#include "group.h"
 #include "kernels/isa.h"
 #include "kernels/panels.h"
 #include "packed_layer.h"
 #include "threads.h"
-#include "torch_products.h"
 
 namespace hylora {
 namespace {
@@ -30,19 +30,28 @@ const void* bias_of(const std::optional<Tensor>& bias, Type type, int64_t n, Ten
   return copy.data_ptr();
 }
 
-// Completes the call with x, a new y [..., N] and the bias, and computes it.
-Tensor apply(LayerCall& call, InputRows& x, const std::optional<Tensor>& bias,
-             int64_t limb_products) {
-  Tensor bias_copy = x.tensor;
+// A new y [..., width] for the rows of x.
+Tensor new_output(const InputRows& x, int64_t width) {
+  std::vector<int64_t> sizes = x.sizes;
+  sizes.back() = width;
+  return new_tensor(x.tensor, sizes);
+}
+
+// Completes the call with x, y [..., N] and the bias. The caller keeps bias_copy until it has run.
+void complete(LayerCall& call, const InputRows& x, void* y, int64_t ldy,
+              const std::optional<Tensor>& bias, Tensor& bias_copy, int64_t limb_products) {
+  call.x = x.data, call.M = x.M, call.ldx = x.stride;
+  call.y = y, call.ldy = ldy;
   call.bias = bias_of(bias, call.type, call.N, bias_copy);
-  x.sizes.back() = call.N;
-  Tensor y = new_tensor(x.tensor, x.sizes);
-  call.x = x.data, call.M = x.M, call.ldx = x.stride, call.y = y.data_ptr();
   call.limb_products = int(limb_products);
-  if (torch_products_are_faster(call))
-    run_torch_products(call);
-  else
-    run_layer(call);
+}
+
+// Computes the call on x with the bias into a new y [..., N].
+Tensor apply(LayerCall& call, const InputRows& x, const std::optional<Tensor>& bias,
+             int64_t limb_products) {
+  Tensor y = new_output(x, call.N), bias_copy = y;
+  complete(call, x, y.data_ptr(), call.N, bias, bias_copy, limb_products);
+  run_group(&call, 1);
   return y;
 }
 
@@ -69,23 +78,68 @@ Tensor pack_layer_op(const Tensor& shrink, const std::optional<Tensor>& adapter_
                     k);
 }
 
+LayerCall call_on_packed(const InputRows& x, const Tensor& layer) {
+  const LayerCall call = call_of_packed(layer);
+  STD_TORCH_CHECK(x.K == call.K && x.type == call.type, "x must be [..., ", call.K,
+                  "] of the layer's dtype, got ", x.K, " columns");
+  return call;
+}
+
+LayerCall call_on_matrix(const InputRows& x, const Tensor& panels, int64_t n) {
+  LayerCall call{};
+  call.type = x.type, call.K = x.K, call.N = n;
+  call.expand = panels_of(panels, call.type, "panels", n, x.K);
+  return call;
+}
+
 Tensor packed_layer(const Tensor& x, const Tensor& layer, const std::optional<Tensor>& bias,
                     int64_t n, int64_t limb_products) {
-  LayerCall call = call_of_packed(layer);
-  InputRows rows = rows_of(x);
-  STD_TORCH_CHECK(rows.K == call.K && rows.type == call.type, "x must be [..., ", call.K,
-                  "] of the layer's dtype, got ", rows.K, " columns");
+  const InputRows rows = rows_of(x);
+  LayerCall call = call_on_packed(rows, layer);
   STD_TORCH_CHECK(n == call.N, "n must be the layer's ", call.N, ", got ", n);
   return apply(call, rows, bias, limb_products);
 }
 
 Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias, int64_t n,
               int64_t limb_products) {
-  InputRows rows = rows_of(x);
-  LayerCall call{};
-  call.type = rows.type, call.K = rows.K, call.N = n;
-  call.expand = panels_of(panels, call.type, "panels", n, rows.K);
+  const InputRows rows = rows_of(x);
+  LayerCall call = call_on_matrix(rows, panels, n);
   return apply(call, rows, bias, limb_products);
+}
+
+// biases and limb_products may be empty: none, and 0.
+Tensor packed_group(const Tensor& x, const std::vector<Tensor>& weights,
+                    const std::vector<int64_t>& matrix_outputs,
+                    const std::vector<std::optional<Tensor>>& biases,
+                    const std::vector<int64_t>& limb_products, int64_t width) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(matrix_outputs.size() == count && (biases.empty() || biases.size() == count) &&
+                      (limb_products.empty() || limb_products.size() == count),
+                  "matrix_outputs, biases and limb_products must have one value for each of the ",
+                  count, " weights");
+  const InputRows rows = rows_of(x);
+  std::vector<LayerCall> calls;
+  int64_t columns = 0;
+  for (size_t i = 0; i < count; i++) {
+    calls.push_back(matrix_outputs[i] ? call_on_matrix(rows, weights[i], matrix_outputs[i])
+                                      : call_on_packed(rows, weights[i]));
+    columns += calls[i].N;
+  }
+  STD_TORCH_CHECK(columns <= width, "width must be at least the members' ", columns,
+                  " outputs, got ", width);
+  Tensor y = new_output(rows, width);
+  char* to = static_cast<char*>(y.data_ptr());
+  std::vector<Tensor> bias_copies(biases.size(), y);
+  for (size_t i = 0; i < count; i++) {
+    const int64_t products = limb_products.empty() ? 0 : limb_products[i];
+    if (biases.empty())
+      complete(calls[i], rows, to, width, std::nullopt, y, products);
+    else
+      complete(calls[i], rows, to, width, biases[i], bias_copies[i], products);
+    to += calls[i].N * y.element_size();
+  }
+  run_group(calls.data(), int64_t(count));
+  return y;
 }
 
 Tensor adapter_gradients(const Tensor& a, const Tensor& b, double scale, bool sums) {
@@ -223,6 +277,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
         " -> Tensor");
   m.def("cpu_packed_layer(Tensor x, Tensor layer, Tensor? bias, int n, int limb_products)"
         " -> Tensor");
+  // Layers on the same x, computed as one: y [..., width], the members' outputs side by side; the
+  // columns behind them are undefined. Each of `weights` is a packed layer, or the panels of a
+  // matrix of so many outputs; matrix_outputs is 0 for a layer. biases and limb_products: for each,
+  // or empty for none.
+  m.def("cpu_packed_group(Tensor x, Tensor[] weights, int[] matrix_outputs, Tensor?[] biases,"
+        " int[] limb_products, int width) -> Tensor");
   m.def("cpu_unpack_part(Tensor layer, int part) -> Tensor");
   // pivots int32 [r], ascending -> the pivot table of n outputs (PivotPanel in call.h), as int32.
   m.def("cpu_pivot_table(Tensor pivots, int n) -> Tensor");
@@ -242,6 +302,7 @@ STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
   m.impl("cpu_layer", TORCH_BOX(&hylora::layer));
   m.impl("cpu_pack_layer", TORCH_BOX(&hylora::pack_layer_op));
   m.impl("cpu_packed_layer", TORCH_BOX(&hylora::packed_layer));
+  m.impl("cpu_packed_group", TORCH_BOX(&hylora::packed_group));
   m.impl("cpu_unpack_part", TORCH_BOX(&hylora::unpack_part));
   m.impl("cpu_pivot_table", TORCH_BOX(&hylora::pivot_table));
   m.impl("cpu_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));

@@ -63,11 +63,13 @@ struct LayerCall {
   bool backward;
   const void* x;  // [M, K], rows ldx apart
   int64_t M, K, ldx;
+  void* x_block;     // few rows: the shared block of a layer on the same x, which has prepared x
+                     // already; or null
   Panels shrink;     // SVh, or joined [SVh; A]; empty: a plain linear layer, y = x expand^T + bias
   Panels expand;     // U, or joined [U, B]; in the pivoted form the rows of the others
   const void* bias;  // [N] or null
-  void* y;           // [M, N], rows N apart
-  int64_t N;
+  void* y;           // [M, N], rows ldy apart
+  int64_t N, ldy;
   Adapter adapter;
   int64_t ra;
   float alpha;

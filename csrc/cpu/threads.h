@@ -15,10 +15,6 @@ constexpr int64_t kBytesPerThread = 256 << 10;
 // The kernels of the instruction set in use. Throws the reason if HYLORA_ISA can't be followed.
 const Kernels& kernels();
 
-// Computes a layer, the second as stages of a team.
-void run_layer(const LayerCall& call);
-void run_layer(const LayerCall& call, Team& team);
-
 // Calls work(begin, end) on parts of [0, count), one for each thread that `bytes` are worth.
 template <class F>
 void split_among_threads(int64_t count, int64_t bytes, const F& work) {

@@ -76,16 +76,16 @@ void run_torch_products(const LayerCall& call) {
   for (int64_t m0 = 0; m0 < call.M; m0 += most) {
     const int64_t rows = std::min(most, call.M - m0);
     const float* x = static_cast<const float*>(call.x) + m0 * call.ldx;
-    float* y = static_cast<float*>(call.y) + m0 * call.N;
+    float* y = static_cast<float*>(call.y) + m0 * call.ldy;
     if (!h_columns) {
-      product(rows, x, call.ldx, call.expand, bias, y, call.N, memory);
+      product(rows, x, call.ldx, call.expand, bias, y, call.ldy, memory);
       continue;
     }
     product(rows, x, call.ldx, call.shrink, nullptr, h, h_columns, memory);
     for (int64_t m = 0; m < rows && call.ra && call.alpha != 1.0f; m++)
       for (int64_t c = call.adapter_column; c < h_columns; c++)
         h[m * h_columns + c] *= call.alpha;
-    product(rows, h, h_columns, call.expand, bias, y, call.N, memory);
+    product(rows, h, h_columns, call.expand, bias, y, call.ldy, memory);
   }
 }
 

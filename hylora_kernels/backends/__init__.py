@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -121,11 +121,33 @@ def forward_packed(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
     Raises ValueError where the user has forced another one.
     """
     if _forced is not None and _forced not in ("auto", packed.backend):
-        raise ValueError(
-            f"backend {_forced!r} can't serve this call: the layer is packed for backend "
-            f"{packed.backend!r}: restore_from_inference(model) first"
-        )
+        _refuse_packed(packed.backend)
     return BACKENDS[packed.backend].forward_packed(x, packed, bias)
+
+
+def why_no_group(members: Sequence[Any]) -> str:
+    """The reason why these packed layers on the same x can't be computed as one, or ""."""
+    if len({(packed.backend, packed.dtype, packed.shape) for packed in members}) > 1:
+        return "they differ in backend, dtype or K"
+    return BACKENDS[members[0].backend].why_no_group(members)
+
+
+def group(members: Sequence[Any]) -> Any:
+    """Packed layers on the same x for which why_no_group gives "", as one. It has members and
+    width, which is at least the sum of their outputs and never K."""
+    return BACKENDS[members[0].backend].group(members)
+
+
+def forward_group(x: Tensor, group: Any, biases: Sequence[Tensor | None]) -> Tensor:
+    """x [..., K] -> y [..., group.width]: the members' outputs side by side, by the backend that
+    packed them; the columns behind them are undefined.
+
+    biases: [N] or None for each member; empty for none. Raises ValueError where the user has forced
+            another backend.
+    """
+    if _forced is not None and _forced not in ("auto", group.backend):
+        _refuse_packed(group.backend)
+    return BACKENDS[group.backend].forward_group(x, group, biases)
 
 
 def rows_packed(ids: Tensor, packed: Any) -> Tensor:
@@ -136,6 +158,13 @@ def rows_packed(ids: Tensor, packed: Any) -> Tensor:
 def unpack(packed: Any) -> Weights:
     """The weights as they went into pack, bit for bit, but for the bias, which stays outside."""
     return BACKENDS[packed.backend].unpack(packed)
+
+
+def _refuse_packed(backend: str) -> NoReturn:
+    raise ValueError(
+        f"backend {_forced!r} can't serve this call: the layer is packed for backend {backend!r}: "
+        "restore_from_inference(model) first"
+    )
 
 
 def _wanted() -> str:

@@ -6,10 +6,27 @@ from torch import Tensor
 
 from hylora_kernels.backends.shared import torch_products
 from hylora_kernels.backends.shared.torch_products import backward
-from hylora_kernels.backends.shared.unpacked import forward_packed, pack, rows_packed, unpack
+from hylora_kernels.backends.shared.unpacked import (
+    forward_group,
+    forward_packed,
+    group,
+    pack,
+    rows_packed,
+    unpack,
+    why_no_group,
+)
 from hylora_kernels.weights import Weights
 
-__all__ = ["backward", "forward_packed", "pack", "rows_packed", "unpack"]
+__all__ = [
+    "backward",
+    "forward_group",
+    "forward_packed",
+    "group",
+    "pack",
+    "rows_packed",
+    "unpack",
+    "why_no_group",
+]
 
 
 def is_available() -> bool:

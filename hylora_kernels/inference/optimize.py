@@ -2,6 +2,7 @@
 
 A packed layer keeps its place, its name, its hooks and its Parameter objects; its class changes
 (SVDLoRALinear to PackedSVDLoRALinear), its weights lie in panels and the plain ones are freed.
+Those that read one input are computed as one (groups.py).
 `layer.U`, `layer.weight` and `state_dict()` still read as plain weights, by copies made when asked
 for.
 """
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels import backends
+from hylora_kernels.inference.groups import group_linears
+from hylora_kernels.layers.grouped import GroupedBlock, ungroup
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import PackedModule, PackedState, convert_layers, packed_class
 from hylora_kernels.layers.packed_parameter import PackedParameter
@@ -33,6 +36,8 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     tied to the head reads the head's panels; on a GPU SVDLoRALinear layers, base and adapter side
     by side. Everything else stays as it is, and one line of the log says why. The plain weights are
     freed layer by layer; state_dict() and save_pretrained give them as before.
+    Packed linears on one input, such as q, k and v, are computed as one on a CPU: eight tokens run
+    through the model, without its hooks, to find them and to verify each block that calls them.
 
     There is no backward until restore_from_inference(model): all parameters stop requiring grad.
     The Parameter objects stay, emptied: they read as copies, their gradients and what an optimizer
@@ -50,6 +55,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     _check(model)
     layers, left = _layers_to_pack(model)
     packed: list[PackedState] = []
+    blocks: list[GroupedBlock] = []
     try:
         for modules in tqdm(layers, desc="packing", unit="layer", delay=2):
             # Made under inference_mode, panels and all restored from them would be inference
@@ -61,13 +67,14 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
                 else:
                     packed.append(state)
                     convert_layers(modules, state)
+        blocks, ungrouped = group_linears(model)
     except BaseException:
         for state in packed:
             state.restore()
         raise
     if packed:
         _freeze(model)
-    _log_summary(packed, left)
+    _log_summary(packed, left, blocks, ungrouped)
     return model
 
 
@@ -80,6 +87,8 @@ def restore_from_inference(model: nn.Module) -> nn.Module:
     optimised stays as it is. A failure leaves each layer either packed or plain.
     """
     for module in list(model.modules()):
+        if isinstance(module, GroupedBlock):
+            ungroup(module)
         if isinstance(module, PackedModule):
             module.restore()
         for parameter in module._parameters.values():
@@ -104,19 +113,31 @@ def _freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-def _log_summary(packed: list[PackedState], left: list[tuple[str, str]]) -> None:
-    """One line of the log: what was packed, and why the others were not."""
+def _log_summary(
+    packed: list[PackedState],
+    left: list[tuple[str, str]],
+    blocks: list[GroupedBlock],
+    ungrouped: list[tuple[str, str]],
+) -> None:
+    """One line of the log: what was packed and grouped, and why the others were not."""
+    plain, panels = sum(h.plain_bytes for h in packed), sum(h.nbytes for h in packed)
+    groups = sum(len(block.packed_groups) for block in blocks)
+    _log.log(
+        logging.WARNING if left and not packed else logging.INFO,
+        "optimize_for_inference: packed %d layers, %.1f MB in %.1f MB; left %d as they are%s;"
+        " %d groups computed as one%s",
+        *(len(packed), plain / 1e6, panels / 1e6, len(left), _reasons(left)),
+        *(groups, _reasons(ungrouped)),
+    )
+
+
+def _reasons(left: list[tuple[str, str]]) -> str:
+    """(path, reason) of several -> each reason once, in brackets."""
     paths = defaultdict(list)
     for path, reason in left:
         paths[reason].append(path)
-    reasons = [_located(reason, *where) for reason, where in paths.items()]
-    why = f" ({'; '.join(reasons)})" if left else ""
-    plain, panels = sum(h.plain_bytes for h in packed), sum(h.nbytes for h in packed)
-    _log.log(
-        logging.WARNING if left and not packed else logging.INFO,
-        "optimize_for_inference: packed %d layers, %.1f MB in %.1f MB; left %d as they are%s",
-        *(len(packed), plain / 1e6, panels / 1e6, len(left), why),
-    )
+    located = [_located(reason, *where) for reason, where in paths.items()]
+    return f" ({'; '.join(located)})" if left else ""
 
 
 def _located(reason: str, path: str, *others: str) -> str:

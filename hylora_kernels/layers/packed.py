@@ -6,7 +6,7 @@ its parameters give their memory up (packed_parameter.py).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary, ref
 
 import torch
@@ -71,20 +71,37 @@ class PackedState:
 _last_export: WeakKeyDictionary[PackedState, ref] = WeakKeyDictionary()
 
 
+class Columns(NamedTuple):
+    """The columns [begin, end) of a group's output [..., width]; width is never K."""
+
+    begin: int
+    end: int
+    width: int
+
+
 class PackedModule(nn.Module):
     """A layer whose parameters `names` are packed in `packed_state`.
 
     packed_parameters: these parameters, emptied. They are outside of _parameters, so that tools
                        that sum, move or replace parameters never meet them.
     order:             the names of all its parameters, in the order that optimizers count by.
+    columns:           its place in the output of its group, which its block hands to it in the
+                       place of x (grouped.py); None for a layer without a group.
     """
 
     names: tuple[str, ...]
     fixed: tuple[str, ...] = ()  # other attributes that are packed as well
     plain_class: type[nn.Module]
+    columns: Columns | None = None
     packed_state: PackedState
     packed_parameters: dict[str, PackedParameter]
     order: tuple[str, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.columns
+        if columns is not None and x.dim() and x.size(-1) == columns.width:
+            return x[..., columns.begin : columns.end]
+        return packed_linear(x, self.packed_state.packed, self._bias_now())
 
     def restore(self) -> None:
         """Turn the layer, and all that share its weights, back into their plain classes."""
@@ -99,6 +116,7 @@ class PackedModule(nn.Module):
             self._buffers["pivots"] = self._buffers["packed_pivots"]
         for name in [name for name in self._buffers if name.startswith("packed_")]:
             delattr(self, name)
+        vars(self).pop("columns", None)
         del self.packed_state, self.packed_parameters, self.order
         self.__class__ = self.plain_class  # type: ignore[assignment]
 
@@ -198,9 +216,6 @@ class PackedSVDLoRALinear(PackedModule, SVDLoRALinear):
             pivots = self._buffers.get("packed_pivots")
             return None if pivots is None else pivots.clone()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed_state.packed, self._bias_now())
-
     def merge(self) -> SVDLoRALinear:
         if self.lora_rank:
             raise RuntimeError(f"a layer packed for inference can't be merged: {RESTORE_HINT}")
@@ -212,9 +227,6 @@ class PackedLinear(PackedModule, nn.Linear):
 
     names, plain_class = ("weight",), nn.Linear
     weight = _packed_parameter("weight")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed_state.packed, self._bias_now())
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):

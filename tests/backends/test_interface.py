@@ -26,6 +26,9 @@ INTERFACE = {
     "forget": "SVh",
     "pack": "weights",
     "forward_packed": "x, packed, bias",
+    "why_no_group": "members",
+    "group": "members",
+    "forward_group": "x, group, biases",
     "rows_packed": "ids, packed",
     "unpack": "packed",
 }

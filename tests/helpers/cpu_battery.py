@@ -22,6 +22,7 @@ import traceback
 
 import torch
 from helpers import row_ops
+from torch.utils._pytree import tree_map_only
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 # K, N, r, ra
@@ -79,9 +80,9 @@ class Battery:
         if self.fence is None:
             return result
         for at_end in (True, False):
-            fenced = [
-                self.fence.copy(a, at_end) if isinstance(a, torch.Tensor) else a for a in arguments
-            ]
+            fenced = tree_map_only(
+                torch.Tensor, lambda t, at_end=at_end: self.fence.copy(t, at_end), arguments
+            )
             again = op(*fenced)
             for one, other in zip(tensors(result), tensors(again), strict=True):
                 assert torch.equal(bits(one), bits(other)), (op, at_end, describe(arguments))
@@ -168,11 +169,17 @@ def run_pair(t: Battery, x, SVh, U, A, B, bias, alpha, products) -> None:
 
 
 def run_packed(t: Battery, x, y, weights, sizes, products) -> None:
-    """The same layer as one tensor gives the same bits, and its parts are what was packed."""
+    """The same layer as one tensor, alone and beside itself and a matrix, gives the same bits, and
+    its parts are what was packed."""
     bias, table, r, ra, N, alpha = sizes
     layer = t.call(ops.cpu_pack_layer, *weights, table, x.shape[1], r, ra, N, alpha)
     again = t.call(ops.cpu_packed_layer, x, layer, bias, N, products)
     assert torch.equal(bits(again), bits(y)), ("packed", x.shape, N, r, ra)
+    matrix = t.pack(random(N, x.shape[1], dtype=x.dtype))
+    group = ([layer, matrix, layer], [0, N, 0], [bias, None, bias], [products] * 3, 3 * N)
+    first, _, last = t.call(ops.cpu_packed_group, x, *group).chunk(3, 1)
+    for member in (first, last):
+        assert torch.equal(bits(member), bits(y)), ("grouped", x.shape, N, r, ra)
     for part, panels in enumerate(weights):
         W = t.call(ops.cpu_unpack_part, layer, part)
         assert torch.equal(bits(t.pack(W)), bits(panels)) if panels is not None else not W.numel()

@@ -102,7 +102,7 @@ struct Block {
                    [&](bool is_others, const T* numbers, int64_t column, int) {
                      copy_32(at.bias + (is_others ? 32 * plan.base_panels : 0) + column, numbers);
                    });
-    if (plan.x != XSource::whole_copy) return;
+    if (plan.x != XSource::whole_copy || call.x_block) return;
     for (int64_t r = 0; r < plan.rows; r++) {
       if (call.sorts_x())
         sort_row(r);

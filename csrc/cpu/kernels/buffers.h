@@ -61,7 +61,7 @@ int64_t odd_lines(int64_t width) {
 template <class A, class T>
 size_t Buffers<A, T>::lay_out(const LayerCall& call, const BlockPlan& plan, const Method& method,
                               char* memory) {
-  Allotter memory_for{memory};
+  Allotter memory_for{memory};  // x first: other layers find it at the block's start (x_block)
   const int64_t padded = round_up(plan.rows, 32), tiles = padded / 32;
   const int64_t x_rows = plan.x == XSource::chunk_copy && method.rows_stay() ? 32 : padded;
   const int64_t other_columns = round_up(call.table.n - call.table.pivots, 32);
@@ -71,7 +71,8 @@ size_t Buffers<A, T>::lay_out(const LayerCall& call, const BlockPlan& plan, cons
                                                             : 0;
   x.stride = x_columns ? odd_lines<A>(x_columns) : 0;
   x.plane = x_rows * x.stride;
-  x.data = memory_for.get<A>(method.planes * x.plane);
+  x.data =
+      call.x_block ? static_cast<A*>(call.x_block) : memory_for.get<A>(method.planes * x.plane);
   h.stride = odd_lines<A>(32 * shrink_panels(call));
   h.plane = padded * h.stride;
   h.data = memory_for.get<A>(method.planes * h.plane + 32);

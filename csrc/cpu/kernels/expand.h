@@ -12,19 +12,19 @@ struct FinishY {
   using T = typename B::Type;
 
   T* y;
-  int64_t column, N, next_tile;
+  int64_t column, ldy, next_tile;
   int count;
   Row bias;
 
   FinishY() = default;
-  FinishY(const B& b, int64_t panel) : column(panel * 32), N(b.call.N) {
-    next_tile = b.plan.row_tiles_first ? 32 * B::kPanelsPerTile : 32 * N;
-    count = int(smaller(N - column, 32));
+  FinishY(const B& b, int64_t panel) : column(panel * 32), ldy(b.call.ldy) {
+    next_tile = b.plan.row_tiles_first ? 32 * B::kPanelsPerTile : 32 * ldy;
+    count = int(smaller(b.call.N - column, 32));
     const T* all = static_cast<const T*>(b.call.bias);
     bias = all ? load_row(all + column, count) : Row{};
   }
   FinishY& at(const B& b, int64_t row) {
-    y = static_cast<T*>(b.call.y) + (b.m0 + row) * N + column;
+    y = static_cast<T*>(b.call.y) + (b.m0 + row) * ldy + column;
     return *this;
   }
 
@@ -41,7 +41,7 @@ struct FinishY {
       store_row(y, sum);
     else
       store_row(y, sum, count);
-    y += N;
+    y += ldy;
   }
 };
 

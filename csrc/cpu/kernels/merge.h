@@ -102,20 +102,20 @@ HYLORA_INLINE void merge_some_rows(const B& b, int64_t row, int64_t begin, int64
                                    int64_t other0) {
   using T = typename B::Type;
   const PivotPanel* panels = b.call.table.panels;
-  const int64_t N = b.call.N, ragged = end * 32 > N ? N % 32 : 0;
+  const int64_t N = b.call.N, ldy = b.call.ldy, ragged = end * 32 > N ? N % 32 : 0;
   const int64_t pivots_stride = b.at.pivots_stride, others_stride = b.at.others_stride;
   const T* others = b.others_row(row) + 32 - other0;
   const T* pivots =
       b.at.biased_pivots ? biased_pivots<Count>(b, row, begin, end) : b.pivots_row(row);
-  T* y = static_cast<T*>(b.call.y) + (b.m0 + row) * N;
+  T* y = static_cast<T*>(b.call.y) + (b.m0 + row) * ldy;
   for (int64_t p = begin; p < end - (ragged > 0); p++)
-    merge_pivots<Count>(panels[p], pivots, pivots_stride, others, others_stride, y + p * 32, N);
+    merge_pivots<Count>(panels[p], pivots, pivots_stride, others, others_stride, y + p * 32, ldy);
   if (!ragged) return;
   T merged[Count][32];
   merge_pivots<Count>(panels[end - 1], pivots, pivots_stride, others, others_stride, merged[0], 32);
   for (int r = 0; r < Count; r++)
     for (int64_t i = 0; i < ragged; i++)
-      y[r * N + (end - 1) * 32 + i] = merged[r][i];
+      y[r * ldy + (end - 1) * 32 + i] = merged[r][i];
 }
 
 template <class B>
@@ -176,12 +176,13 @@ struct MergeOutputs {
   // K = 576, N = 1536, r = 224: 0.86 of the pair form's speed without, 1.04 with).
   static void fetch_y(B& b, Pipeline<FinishRow>& pipe, int64_t tile_begin, int64_t tile_end,
                       int64_t q0, int64_t q1) {
-    const int64_t N = b.call.N, panels = expand_panels(b.call), size = sizeof(typename B::Type);
+    const int64_t N = b.call.N, ldy = b.call.ldy, size = sizeof(typename B::Type);
+    const int64_t panels = expand_panels(b.call);
     const int64_t from = N * q0 / panels, to = N * q1 / panels, row0 = tile_begin * 32;
     const int64_t rows = smaller(b.plan.rows - row0, (tile_end - tile_begin) * 32);
-    pipe.rows_ahead =
-        Fetch(static_cast<const char*>(b.call.y) + ((b.m0 + row0) * N + from) * size, rows,
-              (to - from) * size, N * size, (q1 - q0) * ceil_div(rows, 32) * expand_blocks(b.call));
+    pipe.rows_ahead = Fetch(
+        static_cast<const char*>(b.call.y) + ((b.m0 + row0) * ldy + from) * size, rows,
+        (to - from) * size, ldy * size, (q1 - q0) * ceil_div(rows, 32) * expand_blocks(b.call));
   }
 };
 

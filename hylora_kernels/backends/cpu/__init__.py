@@ -18,7 +18,15 @@ from torch import Tensor
 
 from hylora_kernels.backends.cpu.library import LEVEL, LEVELS, REFUSAL, op
 from hylora_kernels.backends.cpu.limbs import fit_limbs, limb_products_for
-from hylora_kernels.backends.cpu.packed import forward_packed, pack, rows_packed, unpack
+from hylora_kernels.backends.cpu.packed import (
+    forward_group,
+    forward_packed,
+    group,
+    pack,
+    rows_packed,
+    unpack,
+    why_no_group,
+)
 from hylora_kernels.backends.cpu.panels import (
     FactorPanels,
     forget,
@@ -31,7 +39,16 @@ from hylora_kernels.backends.cpu.panels import (
 from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = ["forget", "forward_packed", "pack", "rows_packed", "unpack"]
+__all__ = [
+    "forget",
+    "forward_group",
+    "forward_packed",
+    "group",
+    "pack",
+    "rows_packed",
+    "unpack",
+    "why_no_group",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # From this many rows on, a call wins back the time to pack all its weights: bf16, K=576 N=1536

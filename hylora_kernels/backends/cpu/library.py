@@ -14,8 +14,8 @@ from hylora_kernels.backends.shared.library import in_words, lacks
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 OPS = (
     *("cpu_isa", "cpu_isa_reason", "cpu_pack", "cpu_unpack", "cpu_rows", "cpu_linear", "cpu_layer"),
-    *("cpu_pack_layer", "cpu_packed_layer", "cpu_unpack_part", "cpu_pivot_table"),
-    *("cpu_adapter_gradients", "cpu_fingerprint"),
+    *("cpu_pack_layer", "cpu_packed_layer", "cpu_packed_group", "cpu_unpack_part"),
+    *("cpu_pivot_table", "cpu_adapter_gradients", "cpu_fingerprint"),
     *("cpu_attention", "cpu_norm", "cpu_rotary", "cpu_activation", "cpu_add", "cpu_argmax"),
 )
 
@@ -39,6 +39,10 @@ def op(name: str) -> torch._ops.OpOverload:
 
 def _fake_linear(x, weights, bias, n, limb_products):
     return x.new_empty((*x.shape[:-1], n))
+
+
+def _fake_group(x, weights, matrix_outputs, biases, limb_products, width):
+    return x.new_empty((*x.shape[:-1], width))
 
 
 def _fake_layer(
@@ -75,6 +79,7 @@ if not REFUSAL:
     for _name, _fake in (
         ("linear", _fake_linear),
         ("packed_layer", _fake_linear),
+        ("packed_group", _fake_group),
         ("layer", _fake_layer),
         ("rows", _fake_rows),
     ):

@@ -9,6 +9,7 @@ Each has forward, rows, unpack and tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -27,7 +28,9 @@ from hylora_kernels.backends.cpu.panels import pack_matrix, pivot_table
 from hylora_kernels.weights import Weights
 
 # Looked up once: a decoded token waits for every layer's call.
-_LINEAR, _PACKED_LAYER = (None, None) if REFUSAL else (op("linear"), op("packed_layer"))
+_LINEAR, _PACKED_LAYER, _PACKED_GROUP = (
+    (None, None, None) if REFUSAL else (op("linear"), op("packed_layer"), op("packed_group"))
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +84,12 @@ class _Panels(Packed):
     limb_products: int
     follows_settings: bool
 
+    def products_now(self) -> int:
+        """The number of limb products of a call."""
+        if self.follows_settings:
+            return limb_products_of_packed(self.limb_products)
+        return self.limb_products
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLayer(_Panels):
@@ -115,10 +124,7 @@ class PackedLayer(_Panels):
         return cls(**_common(weights), **_limbs(weights), layer=layer)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        products = self.limb_products
-        if self.follows_settings:
-            products = limb_products_of_packed(products)
-        return _PACKED_LAYER(x, self.layer, bias, self.out_features, products)
+        return _PACKED_LAYER(x, self.layer, bias, self.out_features, self.products_now())
 
     def unpack(self) -> Weights:
         rank, lora_rank, N, pivots = self.rank, self.lora_rank, self.out_features, self.pivots
@@ -150,10 +156,7 @@ class PackedMatrix(_Panels):
         return cls(**_common(weights), **_limbs(weights), panels=panels)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        products = self.limb_products
-        if self.follows_settings:
-            products = limb_products_of_packed(products)
-        return _LINEAR(x, self.panels, bias, self.out_features, products)
+        return _LINEAR(x, self.panels, bias, self.out_features, self.products_now())
 
     def rows(self, ids: Tensor) -> Tensor:
         N = self.out_features
@@ -212,6 +215,41 @@ class TorchProducts(Packed):
         return [t for t in (self.P, self.Q, self.B) if t is not None]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedGroup:
+    """Layers on one x, as the op on a group takes them.
+
+    width: of the output [..., width], in which the members' outputs stand side by side; the columns
+           behind them are undefined. It is never K.
+    """
+
+    backend: ClassVar[str] = "cpu"
+
+    members: tuple[_Panels, ...]
+    weights: list[Tensor]
+    matrix_outputs: list[int]  # 0 for a PackedLayer
+    limb_products: list[int] | None  # None: asked at each call
+    width: int
+
+    @classmethod
+    def of(cls, members: Sequence[Packed]) -> PackedGroup:
+        outputs = sum(member.out_features for member in members)
+        products = [member.limb_products for member in members]
+        return cls(
+            tuple(members),
+            [member.tensors[0] for member in members],
+            [m.out_features if isinstance(m, PackedMatrix) else 0 for m in members],
+            None if any(m.follows_settings for m in members) else products if any(products) else [],
+            outputs + 32 * (outputs == members[0].shape[0]),
+        )
+
+    def forward(self, x: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
+        products = self.limb_products
+        if products is None:
+            products = [member.products_now() for member in self.members]
+        return _PACKED_GROUP(x, self.weights, self.matrix_outputs, biases, products, self.width)
+
+
 # ----------------------------------------------------------------------- the backend's interface
 
 
@@ -229,6 +267,23 @@ def forward_packed(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """x [..., K] and bias [N] of packed.dtype -> y [..., N]. A decoded token waits for it: keep it
     short."""
     return packed.forward(x, bias)
+
+
+def why_no_group(members: Sequence[Packed]) -> str:
+    """The reason why these layers on one x can't be computed as one, or ""."""
+    if not all(isinstance(member, _Panels) for member in members):
+        return "torch's products are faster for one of them"
+    return ""
+
+
+def group(members: Sequence[Packed]) -> PackedGroup:
+    """Layers for which why_no_group gives ""."""
+    return PackedGroup.of(members)
+
+
+def forward_group(x: Tensor, group: PackedGroup, biases: Sequence[Tensor | None]) -> Tensor:
+    """x [..., K] -> y [..., group.width]; no biases are as many Nones."""
+    return group.forward(x, biases)
 
 
 def rows_packed(ids: Tensor, packed: Packed) -> Tensor:

@@ -1,7 +1,8 @@
-"""The packing functions of a backend that packs nothing: its kernels read the weights in place."""
+"""The packing functions of a backend that packs nothing, or computes no groups."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from torch import Tensor
@@ -15,6 +16,19 @@ def pack(weights: Weights) -> None:
 
 def forward_packed(x: Tensor, packed: object, bias: Tensor | None) -> NoReturn:
     raise AssertionError("this backend packs nothing")
+
+
+def why_no_group(members: Sequence[object]) -> str:
+    """The reason why these layers on one x can't be computed as one."""
+    return "their backend computes each by itself"
+
+
+def group(members: Sequence[object]) -> NoReturn:
+    raise AssertionError("this backend computes no groups")
+
+
+def forward_group(x: Tensor, group: object, biases: Sequence[Tensor | None]) -> NoReturn:
+    raise AssertionError("this backend computes no groups")
 
 
 def rows_packed(ids: Tensor, packed: object) -> NoReturn:
