@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from hylora_kernels import backends
 from hylora_kernels.layers.experts import all_experts_called
-from hylora_kernels.layers.grouped import Argument, Group, GroupedBlock, group, is_active, ungroup
+from hylora_kernels.layers.grouped import Argument, Group, GroupedBlock, group, is_intact, ungroup
 from hylora_kernels.layers.packed import PackedEmbedding, PackedModule
 from hylora_kernels.model.context import probe_ids
 from hylora_kernels.support.devices import input_device
@@ -36,7 +36,7 @@ def group_linears(model: nn.Module) -> tuple[list[GroupedBlock], list[tuple[str,
     are not called. Raises whatever interrupts it; nothing is grouped then.
     """
     for module in model.modules():
-        if isinstance(module, GroupedBlock) and not is_active(module):
+        if isinstance(module, GroupedBlock) and not is_intact(module):
             ungroup(module)
     blocks = _blocks_with_linears(model)
     if not blocks:

@@ -99,20 +99,17 @@ class Group:
         return cls(names, tuple(columns), arguments, packed)
 
     def members(self, block: nn.Module) -> list[PackedModule] | None:
-        """The linears, None unless each is what it was when the block was grouped: packed, in its
-        columns, and without hooks, which would see the group's output as its input."""
+        """The linears, None unless each is what it was when the block was grouped."""
         modules = block._modules
         members = [modules.get(name) for name in self.names]
         for member, columns in zip(members, self.columns, strict=True):
             if getattr(member, "columns", None) is not columns:  # gone, restored or exchanged
                 return None
-            if member._forward_hooks or member._forward_pre_hooks:
-                return None
         return members
 
     def through(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The call with the group's output in the place of the input. The same call where the
-        linears have to compute for themselves: on different inputs, or no longer packed."""
+        linears compute for themselves: on different inputs, with hooks, or no longer packed."""
         x = self.arguments[0].of(args, kwargs)
         for argument in self.arguments[1:]:
             if argument.of(args, kwargs) is not x:
@@ -120,9 +117,12 @@ class Group:
         members = self.members(block)
         if members is None or not isinstance(x, Tensor):
             return args, kwargs
-        if x.shape[-1:] != self.packed.members[0].shape:
-            return args, kwargs
-        biases = [member._bias_now() for member in members]
+        biases = []
+        for member in members:
+            # A hook would see the group's output as the linear's input.
+            if member._forward_hooks or member._forward_pre_hooks:
+                return args, kwargs
+            biases.append(member._bias_now())
         y = packed_group(x, self.packed, biases if any(b is not None for b in biases) else ())
         for argument in self.arguments:
             args, kwargs = argument.replaced(y, args, kwargs)
@@ -139,7 +139,7 @@ class GroupedBlock(nn.Module):
     def _apply(self, fn, recurse=True):
         """To another dtype or device packed layers are restored, and then so is the block."""
         super()._apply(fn, recurse)
-        if not is_active(self):
+        if not is_intact(self):
             ungroup(self)
         return self
 
@@ -188,6 +188,6 @@ def ungroup(block: GroupedBlock) -> None:
     block.__class__ = block.plain_class  # type: ignore[assignment]
 
 
-def is_active(block: GroupedBlock) -> bool:
-    """True if all groups are computed as one; False once one of their linears has changed."""
+def is_intact(block: GroupedBlock) -> bool:
+    """True if all linears of its groups are what they were when it was grouped."""
     return all(group.members(block) is not None for group in block.packed_groups)

@@ -28,7 +28,7 @@ from hylora_kernels import SVDLoRALinear, optimize_for_inference, restore_from_i
 from hylora_kernels.backends.cpu import packed
 from hylora_kernels.inference import optimize
 from hylora_kernels.layers import grouped
-from hylora_kernels.layers.grouped import GroupedBlock, is_active
+from hylora_kernels.layers.grouped import GroupedBlock, is_intact
 from hylora_kernels.layers.packed import PackedLinear, PackedModule, packed_states
 
 pytestmark = packs
@@ -342,7 +342,7 @@ def test_a_hook_on_a_linear_sees_its_own_input():
     ((given, y),) = seen
     assert given is x and torch.equal(y, of_second)
     handle.remove()
-    assert is_active(model.block) and torch.equal(model.block(x), want) and len(seen) == 1
+    assert is_intact(model.block) and torch.equal(model.block(x), want) and len(seen) == 1
 
 
 def test_copies_and_pickles():
@@ -352,7 +352,7 @@ def test_copies_and_pickles():
     torch.save(model, file)
     file.seek(0)
     for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert len(blocks_of(twin)) == 4 and all(map(is_active, blocks_of(twin).values()))
+        assert len(blocks_of(twin)) == 4 and all(map(is_intact, blocks_of(twin).values()))
         assert torch.equal(logits(twin), want) and same_state(twin.state_dict(), state)
         restore_from_inference(twin)
         assert not blocks_of(twin) and same_state(twin.state_dict(), state)
@@ -377,10 +377,10 @@ def test_one_linear_restored_leaves_the_others_to_compute_alone():
     x = torch.randn(3, 32)
     want = model.block(x)
     restore_from_inference(model.block.first)
-    assert type(model.block.first) is SVDLoRALinear and not is_active(model.block)
+    assert type(model.block.first) is SVDLoRALinear and not is_intact(model.block)
     torch.testing.assert_close(model.block(x), want)
     optimize_for_inference(model)
-    assert is_active(model.block) and torch.equal(model.block(x), want)
+    assert is_intact(model.block) and torch.equal(model.block(x), want)
     restore_from_inference(model)
     assert type(model.block) is Gated
     torch.testing.assert_close(model.block(x), want)
@@ -392,10 +392,10 @@ def test_a_linear_taken_out_or_exchanged():
     x, first = torch.randn(3, 32), model.block.first
     want = model.block(x)
     model.block.first = nn.Linear(32, 48).eval()
-    assert not is_active(model.block)
+    assert not is_intact(model.block)
     model.block(x)
     model.block.first = first
-    assert is_active(model.block) and torch.equal(model.block(x), want)
+    assert is_intact(model.block) and torch.equal(model.block(x), want)
     model.block.first = other.block.first
     torch.testing.assert_close(model.block(x), ungrouped(model).block(x))
     del model.block.first
