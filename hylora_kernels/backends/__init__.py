@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from hylora_kernels.backends import cpu, cuda, eager, triton
+from hylora_kernels.backends.shared.decoder_form import DecoderForm
 from hylora_kernels.weights import Weights
 
 # Fastest first; eager is last, since it serves everything.
@@ -158,6 +160,12 @@ def rows_packed(ids: Tensor, packed: Any) -> Tensor:
 def unpack(packed: Any) -> Weights:
     """The weights as they went into pack, bit for bit, but for the bias, which stays outside."""
     return BACKENDS[packed.backend].unpack(packed)
+
+
+def decoder_plan(form: DecoderForm, dtype: torch.dtype) -> Any:
+    """A decoder's step as one call of the backend that its layers are packed for, which is the
+    CPU's."""
+    return BACKENDS[form.head.packed.backend].decoder_plan(form, dtype)
 
 
 def _refuse_packed(backend: str) -> NoReturn:

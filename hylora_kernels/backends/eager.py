@@ -7,6 +7,7 @@ from torch import Tensor
 from hylora_kernels.backends.shared import torch_products
 from hylora_kernels.backends.shared.torch_products import backward
 from hylora_kernels.backends.shared.unpacked import (
+    decoder_plan,
     forward_group,
     forward_packed,
     group,
@@ -19,6 +20,7 @@ from hylora_kernels.weights import Weights
 
 __all__ = [
     "backward",
+    "decoder_plan",
     "forward_group",
     "forward_packed",
     "group",

@@ -69,6 +69,7 @@ class EvaluateReport(Report):
             how = ", optimized" if self.speed.optimized else ""
             rows.append((f"prefill tokens/s{how}", self.speed.prefill_tok_s))
             rows.append((f"decode tokens/s{how}", self.speed.decode_tok_s))
+            rows.append(("decoded by", self.speed.runtime))
         rows += [(name, f"not measured: {why}") for name, why in self.not_measured.items()]
         if self.breadth is None:
             return table(self.data, ("", "value"), rows)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hylora_kernels.inference.decoder import Decoder
 from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
 from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.model.check import check_model
@@ -29,6 +28,7 @@ class Throughput(Report):
     prefill_tok_s: from the median time of three prompts of prompt_tokens.
     decode_tok_s:  from the median time of new_tokens single tokens.
     threads:       of the CPU. optimized: the model was packed by optimize_for_inference.
+    runtime:       what decoded (Decoder.runtime).
     """
 
     prefill_tok_s: float
@@ -39,6 +39,7 @@ class Throughput(Report):
     dtype: str
     threads: int
     optimized: bool
+    runtime: str
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def throughput(
     """Time a causal language model on random tokens drawn by `seed`, on its device.
 
     Three whole prompts are timed, then `new_tokens` greedy tokens, one at a time with a cache; each
-    kind is warmed up once. Logits are made for the prompt's last token only, as generate() does.
+    kind is warmed up once. They are a Decoder's, with logits for the prompt's last token only.
 
     optimize: time the model as optimize_for_inference packs it. This is undone: the same Parameter
               objects have their bits again.
@@ -69,32 +70,24 @@ def throughput(
     ids = torch.randint(vocabulary, (1, prompt_tokens), generator=generator, device="cpu").to(
         device
     )
-    has_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-    last_only = {"logits_to_keep": 1} if has_last_only else {}
     with eval_mode(model), _optimized(model) if optimize else nullcontext():
         optimized = bool(packed_states(model))
-        _timed(model, ids, last_only)
-        prefills = [_timed(model, ids, last_only)[0] for _ in range(3)]
-        _, token, state = _timed(model, ids, last_only)
-        if not state:
-            raise ValueError(
-                f"model must keep a state between tokens to be timed, a {type(model).__name__} "
-                "returns none"
-            )
-        _, token, state = _timed(model, token, last_only | state)
-        decodes = []
-        for _ in range(new_tokens):
-            seconds, token, state = _timed(model, token, last_only | state)
-            decodes.append(seconds)
+        decoder = Decoder(model, length=prompt_tokens + new_tokens + 1)
+        prefills = [_timed(device, decoder.prefill, ids) for _ in range(5)][1:4]
+        steps = []
+        for _ in range(new_tokens + 1):
+            token = decoder.likeliest
+            steps.append(_timed(device, decoder.step, token))
     return Throughput(
         prefill_tok_s=prompt_tokens / statistics.median(prefills),
-        decode_tok_s=1 / statistics.median(decodes),
+        decode_tok_s=1 / statistics.median(steps[1:]),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         device=str(device),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         optimized=optimized,
+        runtime=decoder.runtime,
     )
 
 
@@ -111,22 +104,13 @@ def _optimized(model: nn.Module) -> Iterator[None]:
             restore_from_inference(model)
 
 
-def _timed(
-    model: nn.Module, ids: Tensor, options: dict[str, Any]
-) -> tuple[float, Tensor, dict[str, Any]]:
-    """One forward on ids [1, n]: (seconds, the likeliest next token [1, 1], its state).
-
-    The state is what a forward returns under the name of an argument, to be given to the next one:
-    past_key_values of a transformer, cache_params of Mamba, state of RWKV.
-    """
-    _synchronize(ids.device)
+def _timed(device: torch.device, call: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
+    """Seconds of one call on tokens."""
+    _synchronize(device)
     start = time.perf_counter()
-    output = model(input_ids=ids, use_cache=True, **options)
-    token = output.logits[:, -1:].argmax(-1)
-    _synchronize(ids.device)
-    seconds = time.perf_counter() - start
-    arguments = inspect.signature(model.forward).parameters
-    return seconds, token, {name: value for name, value in output.items() if name in arguments}
+    call(tokens)
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:

@@ -12,6 +12,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 from hylora_kernels.inference import cuda_graph
 from hylora_kernels.inference.cuda_graph import CudaGraphs
 from hylora_kernels.inference.modules import Modules
+from hylora_kernels.inference.native import Changed, Native
+from hylora_kernels.inference.watch import NotRecognised
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_context, check_ids, context_length
 from hylora_kernels.model.modules import eval_mode
@@ -29,12 +31,21 @@ class Decoder:
             Memory for keys and values grows with the tokens, 256 at first and then twice as many
             each time, and never beyond `length`.
 
+    A model without a context has no limit, if `length` is None.
+
     runtime says how a step is computed, and `reason` why not otherwise:
+        "cpu"           all blocks, the head and the likeliest token in one call of C++. For a
+                        model that optimize_for_inference has packed, if its blocks are of the
+                        common form: RMSNorm or LayerNorm, grouped attention with rotary
+                        embeddings, a gated or plain MLP. They are recognised by what they
+                        compute, and held against the model's own modules.
         "cuda graph"    a GPU replays all of the model's modules at once, over a static cache.
         "transformers"  by the model's own modules. Any model, on any device.
 
     The weights stay the model's: two decoders of one model share them, and a model that is changed,
-    moved or restored goes on as it then is. The model must be in eval mode while tokens are made.
+    moved or restored goes on as it then is. (A head that optimize_for_inference has left plain, as
+    its weight is that of an unusual embedding, is packed once more for the steps.) The model must
+    be in eval mode while tokens are made.
     Raises TypeError or ValueError for a model that can't generate, or an argument out of its range.
 
         decoder = Decoder(model, batch=2)
@@ -56,6 +67,10 @@ class Decoder:
         self._runtime = self._best_runtime()
         self.reset()
 
+    def __reduce__(self):
+        """A copy, of any kind, has a runtime of its own and no sequences."""
+        return Decoder, (self.model, self.batch, self.length)
+
     @property
     def runtime(self) -> str:
         """How a step is computed."""
@@ -71,7 +86,8 @@ class Decoder:
         """int64 [n]: the likeliest token after each sequence, the first of equals."""
         if self._logits is None:
             raise RuntimeError("prefill(ids) must come before a step")
-        return self._logits.argmax(-1)
+        known = getattr(self._runtime, "likeliest", None)
+        return self._logits.argmax(-1) if known is None else known
 
     def reset(self) -> None:
         """Forget all sequences."""
@@ -97,7 +113,14 @@ class Decoder:
         self._check_length(ids.shape[1], "ids have")
         device = input_device(self.model)
         self.reset()
-        self._logits = self._runtime.prefill(ids.to(device, torch.int64), mask.to(device))
+        ids, mask = ids.to(device, torch.int64), mask.to(device)
+        if self._is_outdated:
+            self._runtime = self._best_runtime()
+        try:
+            self._logits = self._runtime.prefill(ids, mask)
+        except Changed:
+            self._runtime = self._best_runtime()
+            self._logits = self._runtime.prefill(ids, mask)
         self._tokens = ids.shape[1]
         return self._logits
 
@@ -113,7 +136,14 @@ class Decoder:
             n = len(self._logits)
             raise ValueError(f"tokens must be [{n}], one a sequence, got {list(tokens.shape)}")
         self._check_length(self._tokens + 1, "a step leads to")
-        self._logits = self._runtime.step(tokens.to(self._logits.device))
+        tokens = tokens.to(self._logits.device)
+        try:
+            self._logits = self._runtime.step(tokens)
+        except Changed as change:
+            assert isinstance(self._runtime, Native)
+            self._fall_back(str(change))
+            self._runtime, self._is_outdated = self._runtime.as_modules(), True
+            self._logits = self._runtime.step(tokens)
         self._tokens += 1
         return self._logits
 
@@ -139,30 +169,37 @@ class Decoder:
         shape_logits = _shaping(temperature, top_p)
         with eval_mode(self.model):
             logits = self.prefill(ids, attention_mask)
-        stops = torch.tensor(sorted(ends), dtype=torch.int64, device=logits.device)
-        last = ended = None
-        for count in range(1, max_new_tokens + 1):
-            tokens = self.likeliest if shape_logits is None else _drawn(shape_logits(logits))
-            if last is not None:
-                tokens = torch.where(ended, last, tokens)
-            yield tokens
-            last, ended = tokens, torch.isin(tokens, stops)
-            if count == max_new_tokens or bool(ended.all()):
-                return
-            with eval_mode(self.model):
+            stops = torch.tensor(sorted(ends), dtype=torch.int64, device=logits.device)
+            last = ended = None
+            for count in range(1, max_new_tokens + 1):
+                tokens = self.likeliest if shape_logits is None else _drawn(shape_logits(logits))
+                if last is not None:
+                    tokens = torch.where(ended, last, tokens)
+                yield tokens
+                last, ended = tokens, torch.isin(tokens, stops)
+                if count == max_new_tokens or bool(ended.all()):
+                    return
                 logits = self.step(tokens)
 
     def _best_runtime(self) -> CudaGraphs | Modules:
         """What computes the steps; sets `reason`."""
-        self.reason = ""
-        if input_device(self.model).type != "cuda":
-            return Modules(self.model)
+        self.reason, self._is_outdated = "", False
         with eval_mode(self.model):
-            self.reason = cuda_graph.why_not(self.model)
-        if not self.reason:
-            return CudaGraphs(self.model)
-        _log.info("Decoder: by the model's own modules: %s", self.reason)
+            if input_device(self.model).type == "cuda":
+                reason = cuda_graph.why_not(self.model)
+                if not reason:
+                    return CudaGraphs(self.model)
+            else:
+                try:
+                    return Native(self.model, self.batch, self.length)
+                except NotRecognised as error:
+                    reason = str(error)
+        self._fall_back(reason)
         return Modules(self.model)
+
+    def _fall_back(self, reason: str) -> None:
+        self.reason = reason
+        _log.info("Decoder: by the model's own modules: %s", reason)
 
     def _check_length(self, tokens: int, what: str) -> None:
         if self.length is not None and tokens > self.length:

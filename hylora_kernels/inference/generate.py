@@ -1,8 +1,9 @@
-"""generate(): transformers' generate with every setting given, and text streamed as it comes."""
+"""generate(): the text that continues a prompt, streamed as it comes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jinja2
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from hylora_kernels.inference.decoder import Decoder
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_ids, context_length, end_tokens
+from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.seeding import forked_rng, seed_rng
 
@@ -35,7 +38,8 @@ def generate(
     stream:      called with each piece of text as soon as no later token can change it; the pieces
                  together are the result.
 
-    Of the model's own generation settings only its end-of-text tokens count, and the tokenizer's is
+    Steps are a Decoder's where it computes them whole, and transformers' generate elsewhere. Of the
+    model's own generation settings only its end-of-text tokens count, and the tokenizer's is
     one too. The caller's random state is left unchanged.
 
     Raises ValueError for an empty prompt, a prompt beyond the model's context, an argument out of
@@ -57,33 +61,51 @@ def generate(
             f"is beyond the model's context of {context}"
         )
     device = input_device(model)
-    ids = ids.to(device)
     ends = end_tokens(model, tokenizer)
-    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
     pieces = _Pieces(tokenizer, stream)
-    was_training = model.training
-    model.eval()
-    try:
-        with forked_rng(device):
-            seed_rng(device, seed)
-            model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=pieces,
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature or None,
-                top_p=top_p if temperature else None,
-                top_k=0 if temperature else None,
-                num_beams=1,
-                repetition_penalty=1.0,
-                eos_token_id=ends or None,
-                # One prompt needs no padding, but without a token for it transformers warns.
-                pad_token_id=next(iter([*padding, *ends]), None),
+    decoder = Decoder(model, length=ids.shape[1] + max_new_tokens)
+    with eval_mode(model), forked_rng(device):
+        seed_rng(device, seed)
+        if decoder.runtime == "transformers":
+            _by_transformers(
+                *(model, tokenizer, ids.to(device), pieces),
+                *(max_new_tokens, temperature, top_p, ends),
             )
-    finally:
-        model.train(was_training)
+        else:
+            pieces.put(ids)
+            for token in decoder.stream(ids, None, max_new_tokens, temperature, top_p, ends):
+                pieces.put(token)
+            pieces.end()
     return "".join(pieces.texts)
+
+
+def _by_transformers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    pieces: _Pieces,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    ends: list[int],
+) -> None:
+    """transformers' generate with every setting given: it knows what each architecture needs."""
+    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        streamer=pieces,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_p=top_p if temperature else None,
+        top_k=0 if temperature else None,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=ends or None,
+        # One prompt needs no padding, but without a token for it transformers warns.
+        pad_token_id=next(iter([*padding, *ends]), None),
+    )
 
 
 class _Pieces(BaseStreamer):

@@ -21,6 +21,7 @@ class Modules:
     """
 
     name = "transformers"
+    likeliest: Tensor | None = None  # int64 [n], where a step has found them itself
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -28,6 +29,7 @@ class Modules:
         self.reset()
 
     def reset(self) -> None:
+        """Forget all sequences."""
         self.state: dict[str, Any] = {}
         self.mask: Tensor | None = None  # [n, tokens so far]
         self.positions: Tensor | None = None  # [n, 1], of the last tokens
@@ -36,6 +38,7 @@ class Modules:
         """ids and mask int64 [n, L], zeros of the mask on the left -> logits [n, words] of each
         sequence's last token."""
         self.reset()
+        self.state = self._first_state(len(ids))
         self.mask = mask
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.positions = positions[:, -1:]
@@ -55,9 +58,16 @@ class Modules:
         is_padded = not bool(self.mask[:, 0].all())
         return self._forward(tokens[:, None], self.positions if is_padded else None)
 
+    def _first_state(self, rows: int) -> dict[str, Any]:
+        """What a model is called with besides the prompts; it makes its own cache."""
+        return {}
+
     def _forward(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         """positions: of the tokens, where they differ from the number of tokens before them."""
-        given = {"attention_mask": self.mask, "position_ids": positions, "logits_to_keep": 1}
+        mask = self.mask if positions is not None else None
+        if mask is not None and self.state and "past_key_values" not in self.state:
+            mask = mask[:, -ids.shape[1] :]  # a recurrent state reads new tokens alone
+        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
         options = {n: v for n, v in given.items() if n in self.arguments and v is not None}
         output = self.model(input_ids=ids, use_cache=True, **options, **self.state)
         self.state = {

@@ -22,6 +22,15 @@ class ReservedLayer(DynamicLayer):
         self.length = length
         self.reserved: tuple[Tensor, Tensor] | None = None
 
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, filled: int) -> ReservedLayer:
+        """A layer whose memory is these tensors; the first `filled` tokens are there."""
+        layer = cls(keys.shape[-2])
+        layer.reserved = keys, values
+        layer.keys, layer.values = (t[..., :filled, :] for t in layer.reserved)
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        return layer
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

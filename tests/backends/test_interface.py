@@ -31,6 +31,7 @@ INTERFACE = {
     "forward_group": "x, group, biases",
     "rows_packed": "ids, packed",
     "unpack": "packed",
+    "decoder_plan": "form, dtype",
 }
 
 

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from hylora_kernels.backends.cpu.decoder import DecoderPlan as decoder_plan
 from hylora_kernels.backends.cpu.library import LEVEL, LEVELS, REFUSAL, op
 from hylora_kernels.backends.cpu.limbs import fit_limbs, limb_products_for
 from hylora_kernels.backends.cpu.packed import (
@@ -40,6 +41,7 @@ from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.weights import Needs, Saved, Weights
 
 __all__ = [
+    "decoder_plan",
     "forget",
     "forward_group",
     "forward_packed",

@@ -17,6 +17,7 @@ OPS = (
     *("cpu_pack_layer", "cpu_packed_layer", "cpu_packed_group", "cpu_unpack_part"),
     *("cpu_pivot_table", "cpu_adapter_gradients", "cpu_fingerprint"),
     *("cpu_attention", "cpu_norm", "cpu_rotary", "cpu_activation", "cpu_add", "cpu_argmax"),
+    *("cpu_decoder_plan", "cpu_decode"),
 )
 
 

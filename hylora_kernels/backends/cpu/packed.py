@@ -250,6 +250,14 @@ class PackedGroup:
         return _PACKED_GROUP(x, self.weights, self.matrix_outputs, biases, products, self.width)
 
 
+def in_panels(packed: Packed) -> PackedLayer | PackedMatrix:
+    """The same weights in panels: what torch's products read is packed once more."""
+    if isinstance(packed, PackedLayer | PackedMatrix):
+        return packed
+    weights = packed.unpack()
+    return (PackedMatrix if _is_matrix(weights) else PackedLayer).of(weights)
+
+
 # ----------------------------------------------------------------------- the backend's interface
 
 

@@ -25,6 +25,7 @@ from hylora_kernels.backends.shared.gpu import (
 from hylora_kernels.backends.shared.library import LIBRARY, MISSING
 from hylora_kernels.backends.shared.tracing import assume_constant_result
 from hylora_kernels.backends.shared.unpacked import (
+    decoder_plan,
     forward_group,
     group,
     rows_packed,
@@ -32,7 +33,7 @@ from hylora_kernels.backends.shared.unpacked import (
 )
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = ["forward_group", "group", "rows_packed", "why_no_group"]
+__all__ = ["decoder_plan", "forward_group", "group", "rows_packed", "why_no_group"]
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS, TORCH_PRODUCTS = "kernels", "torch products"  # arguments of forcing()

@@ -37,3 +37,7 @@ def rows_packed(ids: Tensor, packed: object) -> NoReturn:
 
 def unpack(packed: object) -> NoReturn:
     raise AssertionError("this backend packs nothing")
+
+
+def decoder_plan(form: object, dtype: object) -> NoReturn:
+    raise AssertionError("this backend computes no decoder as a whole")

@@ -22,6 +22,7 @@ from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.backends.shared.gpu import on_device
 from hylora_kernels.backends.shared.tracing import assume_constant_result
 from hylora_kernels.backends.shared.unpacked import (
+    decoder_plan,
     forward_group,
     group,
     rows_packed,
@@ -37,7 +38,14 @@ from hylora_kernels.backends.triton.config import (
 from hylora_kernels.backends.triton.dispatch import forcing
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = ["forcing", "forward_group", "group", "rows_packed", "why_no_group"]
+__all__ = [
+    "decoder_plan",
+    "forcing",
+    "forward_group",
+    "group",
+    "rows_packed",
+    "why_no_group",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.6 to 3.9).
