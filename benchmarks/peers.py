@@ -13,8 +13,9 @@ where a model is larger than the L3. Greedy, after a prompt of English text.
 
 The other engines come from npm and PyPI on first use, into the cache folder, and what can't be had
 is said and left out. Compressed models are made on four short blocks of text unless --model gives
-some: times don't depend on quality. For speeds that hold on a shared machine, run it as
-`chrt -r 1 python benchmarks/peers.py`.
+some: times don't depend on quality. For speeds that hold beside other processes, run it as
+`chrt -r 1 python benchmarks/peers.py`; a second process of that kind on the same core spoils it,
+most of all for an engine that hands each token from one thread to another.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Plan:
 
     decode: tuple[tuple[int, int, int], ...] = ((128, 8, 16), (1024, 4, 8))
     prefill: int = 512
-    prefills: int = 3
+    prefills: int = 2
 
 
 QUICK = Plan(decode=((128, 2, 8),), prefill=128, prefills=1)
