@@ -101,10 +101,7 @@ def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
     there. Raises TypeError or ValueError naming x or bias, RuntimeError if one needs a gradient.
     """
     if bias is not None:
-        if bias.requires_grad:
-            _refuse_gradient("bias")
-        if bias.dtype != packed.dtype or bias.shape != packed.bias_shape:
-            _check_packed_bias(bias, packed)
+        _check_packed_bias(bias, packed)
     kind = packed.device_type  # asking for x.device.type takes three times as long
     if torch.is_autocast_enabled(kind) and x.dtype in _CASTABLE:
         with torch.autocast(kind, enabled=False):
@@ -129,10 +126,7 @@ def packed_group(x: Tensor, group: Any, biases: Sequence[Tensor | None] = ()) ->
     first = group.members[0]
     for packed, bias in zip(group.members, biases, strict=False):
         if bias is not None:
-            if bias.requires_grad:
-                _refuse_gradient("bias")
-            if bias.dtype != packed.dtype or bias.shape != packed.bias_shape:
-                _check_packed_bias(bias, packed)
+            _check_packed_bias(bias, packed)
     if torch.is_autocast_enabled("cpu") and x.dtype in _CASTABLE:
         with torch.autocast("cpu", enabled=False):
             y = packed_group(x.to(first.dtype), group, biases)
@@ -165,10 +159,13 @@ def _refuse_gradient(name: str) -> None:
 
 
 def _check_packed_bias(bias: Tensor, packed: Any) -> None:
+    if bias.requires_grad:
+        _refuse_gradient("bias")
     if bias.dtype != packed.dtype:
         raise TypeError(f"bias must have the packed layer's dtype {packed.dtype}, got {bias.dtype}")
-    N = packed.out_features
-    raise ValueError(f"bias must be [N] = [{N}] (N from U), got {list(bias.shape)}")
+    if bias.shape != packed.bias_shape:
+        N = packed.out_features
+        raise ValueError(f"bias must be [N] = [{N}] (N from U), got {list(bias.shape)}")
 
 
 def _as_packed(x: Tensor, packed: Any) -> Tensor:
