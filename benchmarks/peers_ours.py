@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import torch
 import transformers
@@ -19,6 +20,7 @@ from timing import keep_freed_memory
 from torch import Tensor, nn
 
 from hylora_kernels import Decoder, load_model, merge_adapters, optimize_for_inference
+from hylora_kernels.backends.cpu.decoder import seconds_by_work
 
 
 class TransformersSequence:
@@ -52,6 +54,17 @@ class OurSequence:
     def step(self) -> int:
         self.decoder.step(self.decoder.likeliest)
         return int(self.decoder.likeliest)
+
+    def parts(self, count: int) -> dict[str, float]:
+        """Seconds of a token by kind of work, the mean of `count`; none by the model's modules."""
+        if self.decoder.runtime != "cpu":
+            return {}
+        before, start = seconds_by_work(), time.perf_counter()
+        for _ in range(count):
+            self.step()
+        seconds, after = time.perf_counter() - start, seconds_by_work()
+        spent = {work: (after[work] - before[work]) / count for work in after}
+        return spent | {"Python": seconds / count - sum(spent.values())}
 
 
 RUNTIMES = {"ours": OurSequence, "transformers": TransformersSequence}

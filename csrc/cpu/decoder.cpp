@@ -2,7 +2,10 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <type_traits>
 
 #include "group.h"
 #include "threads.h"
@@ -16,6 +19,28 @@ constexpr int64_t kNumbersPerPiece = 4096;
 constexpr int64_t kAlignment = 64;
 
 int64_t size_of(Type type) { return type == Type::fp32 ? 4 : 2; }
+
+std::atomic<int64_t> g_nanoseconds[kWorks];
+
+// Adds the time between two laps to a kind of work.
+class LapTimer {
+ public:
+  void lap(Work work) {
+    const auto now = Clock::now();
+    spent_[int64_t(work)] += now - last_;
+    last_ = now;
+  }
+  ~LapTimer() {
+    for (int64_t i = 0; i < kWorks; i++)
+      g_nanoseconds[i].fetch_add(std::chrono::nanoseconds(spent_[i]).count(),
+                                 std::memory_order_relaxed);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point last_ = Clock::now();
+  Clock::duration spent_[kWorks] = {};
+};
 
 // Where the rows between two operations lie.
 struct Rows {
@@ -262,10 +287,12 @@ class Run {
       column += calls[i].N;
     }
     run_group(calls, layers.count, team_);
+    timer_.lap(Work::linears);
   }
 
   void layer(const LayerCall& layer, const Rows& x, const Rows& y) {
     run_layer(on_rows(layer, x, y), team_);
+    timer_.lap(Work::linears);
   }
 
   LayerCall on_rows(const LayerCall& layer, const Rows& x, const Rows& y) const {
@@ -292,6 +319,9 @@ class Run {
     const int64_t pieces = std::min({parts, worth, 2 * threads_});
     team_.stage(pieces,
                 [&](int64_t i) { run(call, parts * i / pieces, parts * (i + 1) / pieces); });
+    timer_.lap(std::is_same<Call, AttentionCall>::value ? Work::attention
+               : std::is_same<Call, NormCall>::value    ? Work::norms
+                                                        : Work::others);
   }
 
   const DecoderPlan& plan_;
@@ -301,9 +331,14 @@ class Run {
   const int64_t threads_;
   const Buffers b_;
   const int64_t size_;  // of a number
+  LapTimer timer_;
 };
 
 }  // namespace
+
+int64_t nanoseconds_of(Work work) {
+  return g_nanoseconds[int64_t(work)].load(std::memory_order_relaxed);
+}
 
 int64_t decoder_memory(const DecoderPlan& plan, const DecoderStep& step, int64_t threads) {
   return buffers_of(plan, step, threads, nullptr).bytes + kAlignment;

@@ -92,6 +92,12 @@ struct DecoderStep {
   int64_t* likeliest;         // [rows] out, with it
 };
 
+// Kinds of work of a step, and the nanoseconds that all steps of this process so far spent in each,
+// as the thread that calls sees them. Telling them takes a thousandth of a step.
+enum class Work { linears, attention, norms, others };
+constexpr int64_t kWorks = 4;
+int64_t nanoseconds_of(Work work);
+
 // Bytes of memory that run_decoder needs.
 int64_t decoder_memory(const DecoderPlan& plan, const DecoderStep& step, int64_t threads);
 

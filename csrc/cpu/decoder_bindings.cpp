@@ -62,6 +62,14 @@ std::tuple<Tensor, Tensor> decode(const Tensor& plan_tensor, const Tensor& x, co
   return {y, likeliest};
 }
 
+// like: int64, of any size.
+Tensor decoder_nanoseconds(const Tensor& like) {
+  Tensor spent = new_tensor(like, {kWorks});
+  for (int64_t i = 0; i < kWorks; i++)
+    static_cast<int64_t*>(spent.data_ptr())[i] = nanoseconds_of(Work(i));
+  return spent;
+}
+
 }  // namespace
 }  // namespace hylora
 
@@ -72,9 +80,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
   m.def("cpu_decode(Tensor plan, Tensor x, Tensor(a!) cache, int sequences, int slot,"
         " Tensor positions, Tensor first_keys, int part0, int part1)"
         " -> (Tensor y, Tensor likeliest)");
+  // int64 [4]: nanoseconds of all steps so far, in the order of Work in decoder.h.
+  m.def("cpu_decoder_nanoseconds(Tensor like) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
   m.impl("cpu_decoder_plan", TORCH_BOX(&hylora::make_decoder_plan));
   m.impl("cpu_decode", TORCH_BOX(&hylora::decode));
+  m.impl("cpu_decoder_nanoseconds", TORCH_BOX(&hylora::decoder_nanoseconds));
 }

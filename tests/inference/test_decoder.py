@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hylora_kernels import (
     optimize_for_inference,
     restore_from_inference,
 )
+from hylora_kernels.backends.cpu import decoder as cpu_decoder
 from hylora_kernels.inference import modules, native
 
 LONG = {"max_position_embeddings": 320}
@@ -137,6 +139,18 @@ def test_inference_mode_around_some_calls_only():
         decoder = Decoder(model)
         assert torch.equal(stream(decoder, ids, max_new_tokens=9), want)
     assert torch.equal(stream(decoder, ids, max_new_tokens=9), want)
+
+
+@packs
+def test_the_time_of_steps_by_kind_of_work():
+    decoder = Decoder(optimize_for_inference(model_of("llama")))
+    before = cpu_decoder.seconds_by_work()
+    start = time.perf_counter()
+    stream(decoder, torch.randint(90, (1, 5)), max_new_tokens=9)
+    seconds, after = time.perf_counter() - start, cpu_decoder.seconds_by_work()
+    spent = {work: after[work] - before[work] for work in after}
+    assert list(spent) == ["linears", "attention", "norms", "others"]
+    assert all(value > 0 for value in spent.values()) and sum(spent.values()) < seconds
 
 
 @packs

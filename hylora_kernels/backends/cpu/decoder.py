@@ -20,7 +20,14 @@ from hylora_kernels.backends.shared.decoder_form import (
 _DECODE = None if REFUSAL else op("decode")
 _NORMS = ("rms", "layer")  # Norm, Pairs and Activation of csrc/cpu/row_calls.h
 _PAIRS = ("halves", "interleaved")
+_WORKS = ("linears", "attention", "norms", "others")  # Work of csrc/cpu/decoder.h
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+def seconds_by_work() -> dict[str, float]:
+    """kind of work -> seconds that all steps of this process so far spent in it."""
+    spent = op("decoder_nanoseconds")(torch.empty(0, dtype=torch.int64, device="cpu"))
+    return dict(zip(_WORKS, (spent * 1e-9).tolist(), strict=True))
 
 
 class DecoderPlan:
