@@ -65,7 +65,7 @@ def main() -> None:
                     kind: [lambda b=b, x=x: b(x) for b in blocks]
                     for kind, blocks in (("apart", apart), ("together", together))
                 }
-                times = interleave(rivals, budget=2.0)
+                times = interleave(rivals, budget=1.5)
                 micros = [1e6 * times.median(kind) for kind in rivals]
                 ratio = times.ratio("apart", "together")
                 print(f"{name:9} {form:8} M = {M:3}: {micros[0]:8.1f} {micros[1]:8.1f} {ratio:.2f}")
