@@ -115,13 +115,9 @@ def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
 
 
 def packed_group(x: Tensor, group: Any, biases: Sequence[Tensor | None] = ()) -> Tensor:
-    """x [..., K] -> y [..., group.width]: packed_linear of layers on one x, computed as one.
+    """x [..., K] -> y [..., group.width]: packed_linear of layers on one x, side by side.
 
-    group:  what backends.group made of them. Their outputs stand side by side, in their order; the
-            columns behind them are undefined.
-    biases: [N] of the packed dtype or None for each layer; empty for none.
-
-    Autocast and errors are packed_linear's.
+    group: made by backends.group. biases: [N] of the packed dtype or None each; empty for none.
     """
     first = group.members[0]
     for packed, bias in zip(group.members, biases, strict=False):

@@ -2,7 +2,7 @@
 
 A packed layer keeps its place, its name, its hooks and its Parameter objects; its class changes
 (SVDLoRALinear to PackedSVDLoRALinear), its weights lie in panels and the plain ones are freed.
-Those that read one input are computed as one (groups.py).
+Those that read one input can be computed as one (groups.py).
 `layer.U`, `layer.weight` and `state_dict()` still read as plain weights, by copies made when asked
 for.
 """
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _FROZEN = "hylora_frozen"  # on a module: names of its parameters that required grad
 
 
-def optimize_for_inference(model: nn.Module) -> nn.Module:
+def optimize_for_inference(model: nn.Module, group: bool = False) -> nn.Module:
     """Lay out the weights of a model in eval() for the fastest decoding; in place, the same model.
 
     SVDLoRALinear and nn.Linear layers, the output head among them, are packed where a backend is
@@ -36,8 +36,11 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     tied to the head reads the head's panels; on a GPU SVDLoRALinear layers, base and adapter side
     by side. Everything else stays as it is, and one line of the log says why. The plain weights are
     freed layer by layer; state_dict() and save_pretrained give them as before.
-    Packed linears on one input, such as q, k and v, are computed as one on a CPU: eight tokens run
-    through the model, without its hooks, to find them and to verify each block that calls them.
+
+    group: compute packed linears on one input, such as q, k and v, as one call on a CPU. Eight
+           tokens run through the model, without its hooks, to find them and to verify each block
+           that calls them. Not the default: called from Python it is no faster (SmolLM2's q, k, v
+           on one AVX2 thread, M = 1: 0.85 of the speed).
 
     There is no backward until restore_from_inference(model): all parameters stop requiring grad.
     The Parameter objects stay, emptied: they read as copies, their gradients and what an optimizer
@@ -67,14 +70,16 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
                 else:
                     packed.append(state)
                     convert_layers(modules, state)
-        blocks, ungrouped = group_linears(model)
+        blocks, ungrouped = group_linears(model) if group else ([], [])
     except BaseException:
         for state in packed:
             state.restore()
         raise
     if packed:
         _freeze(model)
-    _log_summary(packed, left, blocks, ungrouped)
+    groups = sum(len(block.packed_groups) for block in blocks)
+    grouping = f"; {groups} groups computed as one{_reasons(ungrouped)}" if group else ""
+    _log_summary(packed, left, grouping)
     return model
 
 
@@ -113,21 +118,13 @@ def _freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-def _log_summary(
-    packed: list[PackedState],
-    left: list[tuple[str, str]],
-    blocks: list[GroupedBlock],
-    ungrouped: list[tuple[str, str]],
-) -> None:
+def _log_summary(packed: list[PackedState], left: list[tuple[str, str]], grouping: str) -> None:
     """One line of the log: what was packed and grouped, and why the others were not."""
     plain, panels = sum(h.plain_bytes for h in packed), sum(h.nbytes for h in packed)
-    groups = sum(len(block.packed_groups) for block in blocks)
     _log.log(
         logging.WARNING if left and not packed else logging.INFO,
-        "optimize_for_inference: packed %d layers, %.1f MB in %.1f MB; left %d as they are%s;"
-        " %d groups computed as one%s",
-        *(len(packed), plain / 1e6, panels / 1e6, len(left), _reasons(left)),
-        *(groups, _reasons(ungrouped)),
+        "optimize_for_inference: packed %d layers, %.1f MB in %.1f MB; left %d as they are%s%s",
+        *(len(packed), plain / 1e6, panels / 1e6, len(left), _reasons(left), grouping),
     )
 
 

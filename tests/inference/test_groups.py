@@ -5,31 +5,22 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny
+from helpers.grouping import Attention, Calls, Gated, Toy, blocks_of, optimise, optimised, ungrouped
 from helpers.numerics import make_layer
-from helpers.optimising import (
-    FLOAT32,
-    every_dtype,
-    llama,
-    logits,
-    packs,
-    same_state,
-    state_of,
-)
+from helpers.optimising import FLOAT32, every_dtype, llama, logits, packs, same_state, state_of
 from helpers.zoo import ZOO, zoo_model
 from torch import nn
 
-from hylora_kernels import SVDLoRALinear, optimize_for_inference, restore_from_inference
+from hylora_kernels import SVDLoRALinear, restore_from_inference
 from hylora_kernels.backends.cpu import packed
 from hylora_kernels.inference import optimize
-from hylora_kernels.layers import grouped
 from hylora_kernels.layers.grouped import GroupedBlock, is_intact
-from hylora_kernels.layers.packed import PackedLinear, PackedModule, packed_states
+from hylora_kernels.layers.packed import PackedModule, packed_states
 
 pytestmark = packs
 
@@ -47,52 +38,6 @@ def _panels(monkeypatch):
     monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: weights.rank == 15)
 
 
-def blocks_of(model) -> dict[str, GroupedBlock]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, GroupedBlock)}
-
-
-def ungrouped(model) -> nn.Module:
-    """A copy whose layers are packed but computed one by one."""
-    twin = copy.deepcopy(model)
-    for block in blocks_of(twin).values():
-        grouped.ungroup(block)
-    assert packed_states(twin)
-    return twin
-
-
-class Toy(nn.Module):
-    """A language model of one block, to show `block` a hidden state [..., 32]."""
-
-    def __init__(self, block: nn.Module, width: int = 32):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding, self.block = nn.Embedding(9, width), block
-        self.head = nn.Linear(width, 9)
-
-    def get_input_embeddings(self):
-        return self.embedding
-
-    def forward(self, input_ids, use_cache=False):
-        return self.head(self.block(self.embedding(input_ids)))
-
-
-class Gated(nn.Module):
-    """down(silu(a x) * b x), of names that no list would hold."""
-
-    def __init__(self, K: int = 32, N: int = 48):
-        super().__init__()
-        self.first = make_layer("pair", N, K, min(32, N), 4, **FLOAT32)
-        self.second = make_layer("pivoted", N, K, min(30, N), 0, **FLOAT32)
-        self.down = nn.Linear(N, K)
-
-    def forward(self, x):
-        return self.down(F.silu(self.first(x)) * self.second(x))
-
-
-def optimised(block: nn.Module, width: int = 32) -> Toy:
-    return optimize_for_inference(Toy(block, width).eval())
-
-
 # ---------------------------------------------------------------------------------- what is grouped
 
 
@@ -108,7 +53,7 @@ def test_a_model_gives_the_same_numbers(form, dtype, caplog):
     state = state_of(model)
     kinds = [type(m) for m in model.modules()]
     with caplog.at_level(logging.INFO, "hylora_kernels"):
-        optimize_for_inference(model.eval())
+        optimise(model.eval())
     assert "; 4 groups computed as one" in caplog.text
     blocks = blocks_of(model)
     assert [type(b).__name__ for b in blocks.values()] == [
@@ -135,14 +80,14 @@ GROUPS = dict.fromkeys(ZOO, 2) | {"gpt2": 0, "gpt_neox": 0, "opt": 1, "phi": 1}
 
 @pytest.mark.parametrize("name", ZOO)
 def test_every_architecture_is_grouped_without_a_list_of_names(name):
-    model = optimize_for_inference(zoo_model(name))
+    model = optimise(zoo_model(name))
     per_layer = len(blocks_of(model)) / model.config.num_hidden_layers
     assert per_layer == GROUPS[name]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_generation_says_the_same(mode):
-    model = optimize_for_inference(llama(torch.float32))
+    model = optimise(llama(torch.float32))
     twin = ungrouped(model)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     with mode():
@@ -173,29 +118,6 @@ def test_a_linear_called_by_hand_computes_what_it_always_does():
 class Twice(Gated):
     def forward(self, x):
         return self.down(self.first(x) * self.second(x) + self.first(x))
-
-
-class Attention(nn.Module):
-    """Reads key and value from another input where there is one."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = (make_layer("pair", 32, 32, 32, 4, **FLOAT32) for _ in range(3))
-
-    def forward(self, query, key=None, value=None, scale=1.0):
-        key = query if key is None else key
-        value = key if value is None else value
-        q, k, v = self.q(query), self.k(key), self.v(value)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-
-class Calls(nn.Module):
-    def __init__(self, attention, *names):
-        super().__init__()
-        self.attention, self.names = attention, names
-
-    def forward(self, x):
-        return self.attention(x, **dict.fromkeys(self.names, x))
 
 
 def test_a_forward_that_calls_a_linear_twice():
@@ -284,7 +206,7 @@ def test_a_block_that_does_not_pass_stays_with_the_reason(reason, caplog):
     ids = torch.arange(8)[None]
     with torch.no_grad(), caplog.at_level(logging.INFO, "hylora_kernels"):
         before = model(ids)
-        optimize_for_inference(model)
+        optimise(model)
         torch.testing.assert_close(model(ids), before, atol=1e-4, rtol=1e-4)
     assert type(model.block) is LEFT[reason] and isinstance(model.block.first, PackedModule)
     assert f"; 0 groups computed as one (block: {reason}" in caplog.text
@@ -300,7 +222,7 @@ def test_models_without_a_forward_to_watch_are_packed_all_the_same(caplog):
             (Gated(), "no forward to watch: the model takes no token ids"),
             (Fails(Gated()), "block: a forward to watch fails: KeyError: 'no such thing'"),
         ):
-            optimize_for_inference(model.eval())
+            optimise(model.eval())
             assert not blocks_of(model) and packed_states(model)
             assert f"0 groups computed as one ({reason})" in caplog.text
 
@@ -310,7 +232,7 @@ def test_hooks_are_not_called_by_the_forwards_that_are_watched():
     for module in model.modules():
         module.register_forward_hook(lambda *_: calls.append("after"))
         module.register_forward_pre_hook(lambda *_: calls.append("before"))
-    optimize_for_inference(model)
+    optimise(model)
     assert calls == []
     model(torch.arange(4)[None])
     assert calls == ["before"] * 1 + calls[1:] and len(calls) == 14
@@ -326,7 +248,7 @@ def test_a_failure_leaves_the_model_as_it_was(step, monkeypatch):
 
     monkeypatch.setattr(optimize, step, fails)
     with pytest.raises(KeyboardInterrupt):
-        optimize_for_inference(model)
+        optimise(model)
     assert [type(m) for m in model.modules()] == kinds and same_state(model.state_dict(), state)
 
 
@@ -346,7 +268,7 @@ def test_a_hook_on_a_linear_sees_its_own_input():
 
 
 def test_copies_and_pickles():
-    model = optimize_for_inference(llama(torch.bfloat16))
+    model = optimise(llama(torch.bfloat16))
     want, state = logits(model), state_of(model)
     file = io.BytesIO()
     torch.save(model, file)
@@ -363,7 +285,7 @@ def test_copies_and_pickles():
 
 
 def test_to_another_dtype_restores_the_blocks():
-    model = optimize_for_inference(llama(torch.float32))
+    model = optimise(llama(torch.float32))
     model.to("cpu").float()
     assert len(blocks_of(model)) == 4
     model.double()
@@ -379,7 +301,7 @@ def test_one_linear_restored_leaves_the_others_to_compute_alone():
     restore_from_inference(model.block.first)
     assert type(model.block.first) is SVDLoRALinear and not is_intact(model.block)
     torch.testing.assert_close(model.block(x), want)
-    optimize_for_inference(model)
+    optimise(model)
     assert is_intact(model.block) and torch.equal(model.block(x), want)
     restore_from_inference(model)
     assert type(model.block) is Gated
@@ -404,7 +326,7 @@ def test_a_linear_taken_out_or_exchanged():
 
 
 def test_restoring_a_part_leaves_the_rest():
-    model = optimize_for_inference(llama(torch.float32))
+    model = optimise(llama(torch.float32))
     want = logits(model)
     restore_from_inference(model.model.layers[0])
     assert list(blocks_of(model)) == ["model.layers.1.self_attn", "model.layers.1.mlp"]
@@ -425,7 +347,7 @@ def test_a_block_in_two_places():
     ids = torch.arange(8)[None]
     with torch.no_grad():
         before = model(ids)
-        optimize_for_inference(model)
+        optimise(model)
         assert model.again is block and isinstance(block, GroupedBlock)
         torch.testing.assert_close(model(ids), before, atol=1e-4, rtol=1e-4)
 
@@ -454,125 +376,3 @@ def test_a_bias_that_changes_is_followed():
     torch.testing.assert_close(model.block(x), ungrouped(model).block(x))
     model.block.first.bias = None
     torch.testing.assert_close(model.block(x), ungrouped(model).block(x))
-
-
-# ------------------------------------------------------------------- one call inside of another one
-
-
-class Nested(Attention):
-    """Calls itself on another input between its linears."""
-
-    inner = None
-
-    def forward(self, query):
-        q = self.q(query)
-        if self.inner is not None:
-            inner, self.inner = self.inner, None
-            q = q + self(inner).sum()
-        return F.scaled_dot_product_attention(q, self.k(query), self.v(query))
-
-
-def test_a_block_that_calls_itself():
-    model = optimised(Nested())
-    block, twin = model.block, ungrouped(model).block
-    assert isinstance(block, GroupedBlock)
-    block.inner = twin.inner = torch.randn(2, 3, 32)
-    x = torch.randn(2, 5, 32)
-    torch.testing.assert_close(block(x), twin(x))
-
-
-def test_threads_share_a_block():
-    model = optimised(Gated())
-    inputs = [torch.randn(n + 1, 32) for n in range(4)]
-    want = [model.block(x) for x in inputs]
-    wrong = []
-
-    def work(x, y):
-        for _ in range(50):
-            if not torch.equal(model.block(x), y):
-                wrong.append(x)
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, want, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-# ------------------------------------------------------------------------------ under torch's tools
-
-
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_compile_whole_graph(dynamic):
-    model = optimised(Gated())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for rows in (3, 7, 2):
-        ids = torch.randint(9, (rows, 2))
-        assert torch.equal(compiled(ids), model(ids))
-    restore_from_inference(model)
-    torch.testing.assert_close(compiled(ids), model(ids))
-
-
-def test_compile_a_whole_attention():
-    model = optimised(Calls(Attention(), "key", "value"))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    ids = torch.randint(9, (2, 5))
-    assert torch.equal(compiled(ids), model(ids))
-
-
-def test_compile_a_language_model():
-    model = optimize_for_inference(llama(torch.float32))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    ids = tiny.tokens(2, 7)
-    with torch.no_grad():
-        got = compiled(input_ids=ids, use_cache=False).logits
-        assert torch.equal(got, model(input_ids=ids, use_cache=False).logits)
-
-
-def test_export():
-    model = optimised(Gated())
-    ids = torch.randint(9, (3, 4))
-    rows = ({0: torch.export.Dim("rows", max=99)},)
-    program = torch.export.export(model, (ids,), dynamic_shapes=(*rows, None)[:1])
-    for count in (3, 9):
-        ids = torch.randint(9, (count, 4))
-        assert torch.equal(program.module()(ids), model(ids))
-
-
-def test_autocast_and_gradients_are_as_without_groups():
-    model = optimised(Gated())
-    x = torch.randn(3, 32)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        y = model.block(x)
-        assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y, ungrouped(model).block(x))
-    with pytest.raises(RuntimeError, match=r"x requires grad.*restore_from_inference"):
-        model.block(x.requires_grad_())
-    with torch.no_grad():
-        model.block(x)
-    with pytest.raises(ValueError, match=r"x must be \[\.\.\., K\] = \[\.\.\., 32\]"):
-        model.block(torch.randn(3, 31))
-    with pytest.raises(TypeError, match=r"x must have the packed layer's dtype torch\.float32"):
-        model.block(torch.randn(3, 32).double())
-
-
-def test_products_are_counted_as_without_groups():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = optimised(Gated())
-    counts = []
-    for one in (model, ungrouped(model)):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            one(torch.arange(6)[None])
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
-
-
-def test_dense_models_are_grouped_too():
-    model = tiny.llama(torch.bfloat16)
-    want = logits(model)
-    optimize_for_inference(model)
-    up_proj = model.model.layers[0].mlp.up_proj
-    assert len(blocks_of(model)) == 4 and isinstance(up_proj, PackedLinear)
-    torch.testing.assert_close(logits(model), want, atol=0.1, rtol=0.1)
