@@ -6,10 +6,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "futex.h"
@@ -59,7 +60,7 @@ struct Pool {
   int64_t parts = 0;
   std::atomic<int64_t> wanted{0};  // workers that may take parts: those numbered below
   std::atomic<bool> failed{false};
-  std::exception_ptr error;
+  char error[1024] = "";                     // what the first part to fail has thrown
   alignas(64) std::atomic<int64_t> left{0};  // parts that nobody has taken; below 0 means 0
   alignas(64) Word unfinished{0};            // parts that are not done
   Word caller_asleep{0};
@@ -105,11 +106,18 @@ struct Pool {
     for (int64_t taken; left.load() > 0 && (taken = left.fetch_sub(1)) > 0;) {
       try {
         run(run_part, parts - taken);
+      } catch (const std::exception& thrown) {
+        keep_error(thrown.what());
       } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
+        keep_error("a part threw what is no std::exception");
       }
       if (unfinished.fetch_sub(1) == 1 && caller_asleep.load()) wake_one(unfinished);
     }
+  }
+
+  // A std::exception_ptr would need a libstdc++ of GCC 11 or newer.
+  void keep_error(const char* text) {
+    if (!failed.exchange(true)) std::strncpy(error, text, sizeof error - 1);
   }
 
   void wait_for_parts() {
@@ -164,7 +172,7 @@ void Team::share(int64_t parts, void (*run)(const void*, int64_t), const void* r
     pool.wake(*pool.workers[i]);
   pool.run_parts();
   pool.wait_for_parts();
-  if (pool.failed.exchange(false)) std::rethrow_exception(std::exchange(pool.error, nullptr));
+  if (pool.failed.exchange(false)) throw std::runtime_error(pool.error);
 }
 
 }  // namespace hylora

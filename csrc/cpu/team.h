@@ -26,7 +26,8 @@ class Team {
   int64_t threads() const { return threads_; }
 
   // Calls run_part(i) for each i in [0, parts). Each thread takes the next part that no other has
-  // taken. Returns when all parts are done; then what one of them threw is thrown here.
+  // taken. Returns when all parts are done; then the text of what the first to fail threw is thrown
+  // here as a std::runtime_error.
   template <class F>
   void stage(int64_t parts, const F& run_part) {
     if (threads_ > 1 && parts > 1)

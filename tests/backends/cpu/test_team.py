@@ -60,8 +60,8 @@ MUTANTS = {
     "a caller that nobody wakes": ("caller_asleep.load()", "false", "as_many_as_asked"),
     "a part that is left out": ("left.store(parts)", "left.store(parts - 1)", "chain"),
     "what a part throws is lost": (
-        "if (!failed.exchange(true)) error",
-        "if (false) error",
+        "if (pool.failed.exchange(false)) throw",
+        "if (false) throw",
         "exceptions",
     ),
     "workers that a child does not have": ("{ process_pool.store(nullptr); }", "{}", "fork_child"),
