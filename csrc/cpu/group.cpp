@@ -16,7 +16,6 @@ constexpr int64_t kRowsPerPart = 512;
 
 // How many threads the layers are worth.
 int64_t useful_threads(const LayerCall* calls, int64_t count) {
-  if (calls[0].M > kFewRows) return calls[0].M / 32;
   int64_t weights = 0;
   for (const LayerCall* call = calls; call < calls + count; call++)
     weights += call->shrink.n * call->shrink.k + call->expand.n * call->expand.k +
@@ -104,14 +103,19 @@ void run_few_rows(const LayerCall* calls, int64_t count, Team& team) {
 }
 
 // Threads split the rows.
-void run_many_rows(const LayerCall& call, Team& team) {
+void run_many_rows(const LayerCall& call, int64_t threads) {
   const Kernels& k = kernels();
-  const int64_t used = std::min<int64_t>(team.threads(), call.M / 32);
+  const int64_t used = std::min<int64_t>(threads, call.M / 32);
   const int64_t parts = used > 1 ? std::max(used, call.M / kRowsPerPart / used * used) : 1;
-  team.stage(parts, [&](int64_t i) {
+  on_torch_threads(used, parts, [&](int64_t i) {
     const int64_t end = i + 1 == parts ? call.M : call.M * (i + 1) / parts / 32 * 32;
     k.rows(call, call.M * i / parts / 32 * 32, end);
   });
+}
+
+void run_many_rows(const LayerCall* calls, int64_t count, int64_t threads) {
+  for (const LayerCall* call = calls; call < calls + count; call++)
+    if (call->N) run_many_rows(*call, threads);
 }
 
 }  // namespace
@@ -124,16 +128,16 @@ void run_group(const LayerCall* calls, int64_t count) {
       torch_products_are_faster(*call) ? run_torch_products(*call) : run_layer(*call);
     return;
   }
-  const int64_t useful = useful_threads(calls, count);
-  Team team(std::min<int64_t>(torch::stable::get_num_threads(), useful));
+  const int64_t threads = torch::stable::get_num_threads();
+  if (calls[0].M > kFewRows) return run_many_rows(calls, count, threads);
+  Team team(std::min(threads, useful_threads(calls, count)));
   run_group(calls, count, team);
 }
 
 void run_group(const LayerCall* calls, int64_t count, Team& team) {
   if (count == 0 || calls[0].M == 0) return;
-  if (calls[0].M <= kFewRows) return run_few_rows(calls, count, team);
-  for (const LayerCall* call = calls; call < calls + count; call++)
-    if (call->N) run_many_rows(*call, team);
+  if (calls[0].M > kFewRows) return run_many_rows(calls, count, team.threads());
+  run_few_rows(calls, count, team);
 }
 
 }  // namespace hylora

@@ -142,11 +142,18 @@ Pool& pool_of_process() {
   return *pool;
 }
 
+std::atomic<bool> is_child{false};
+
 // A child of fork() has none of its parent's workers: it makes a pool of its own.
-[[maybe_unused]] const int registered =
-    pthread_atfork(nullptr, nullptr, [] { process_pool.store(nullptr); });
+void after_fork() {
+  process_pool.store(nullptr);
+  is_child.store(true);
+}
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork);
 
 }  // namespace
+
+bool is_forked_child() { return is_child.load(std::memory_order_relaxed); }
 
 Team::Team(int64_t threads) {
   if (threads <= 1) return;

@@ -44,4 +44,7 @@ class Team {
   int64_t threads_ = 1;
 };
 
+// Whether fork() has made this process. OpenMP's threads, which are torch's, don't outlive it.
+bool is_forked_child();
+
 }  // namespace hylora

@@ -64,7 +64,7 @@ MUTANTS = {
         "if (false) throw",
         "exceptions",
     ),
-    "workers that a child does not have": ("{ process_pool.store(nullptr); }", "{}", "fork_child"),
+    "workers that a child does not have": ("  process_pool.store(nullptr);\n", "", "fork_child"),
     "workers that never sleep": ("          sleep_while(me.asleep, 1);\n", "", "idle"),
     "two callers at once": ("if (pool.has_caller.exchange(true)) return;", "", "several_callers"),
 }
