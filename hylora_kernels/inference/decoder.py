@@ -132,9 +132,12 @@ class Decoder:
         """
         if self._logits is None:
             raise RuntimeError("prefill(ids) must come before a step")
-        if tokens.shape != (len(self._logits),):
+        shape = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        if shape != [len(self._logits)]:
             n = len(self._logits)
-            raise ValueError(f"tokens must be [{n}], one a sequence, got {list(tokens.shape)}")
+            raise ValueError(f"tokens must be [{n}], one a sequence, got {shape}")
+        if tokens.device.type == "cpu":  # On a GPU the question would wait for the step before.
+            check_ids(self.model, tokens, "tokens")
         self._check_length(self._tokens + 1, "a step leads to")
         tokens = tokens.to(self._logits.device)
         try:
@@ -165,6 +168,7 @@ class Decoder:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_sampling(temperature, top_p)
         self._check_length(ids.shape[-1] + max_new_tokens, "ids and max_new_tokens are")
         shape_logits = _shaping(temperature, top_p)
         with eval_mode(self.model):
@@ -224,6 +228,16 @@ def _checked_mask(ids: Tensor, mask: Tensor | None) -> Tensor:
             "(tokenizer.padding_side = 'left')"
         )
     return mask
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise ValueError unless tokens can be drawn so."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature must be 0 (greedy) or positive and finite, got {temperature}"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
 
 def _shaping(temperature: float, top_p: float):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from hylora_kernels.inference.decoder import Decoder
+from hylora_kernels.inference.decoder import Decoder, check_sampling
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_ids, context_length, end_tokens
 from hylora_kernels.model.modules import eval_mode
@@ -181,11 +181,6 @@ def _check(
         raise ValueError(f"prompt must be a text that is not empty, got {prompt!r}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(
-            f"temperature must be 0 (greedy) or positive and finite, got {temperature}"
-        )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    check_sampling(temperature, top_p)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat needs a tokenizer with a chat template, which this one lacks")

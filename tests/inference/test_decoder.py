@@ -255,6 +255,33 @@ def test_tokens_of_another_number_are_refused():
         decoder.step(IDS[0, :1])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1, 2], r"tokens must be \[2\], one a sequence, got list"),
+        (torch.tensor([1.0, 2.0]), "tokens must be token ids, int64, got torch.float32"),
+        (torch.tensor([1, 10**6]), "tokens must hold token ids in"),
+        (torch.tensor([-1, 1]), "tokens must hold token ids in"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_that_are_none_are_refused_and_nothing_is_lost(tokens, message, packed):
+    model = zoo.zoo_model("llama")
+    decoder = Decoder(optimize_for_inference(model) if packed else model, 2)
+    decoder.prefill(IDS)
+    with pytest.raises(ValueError, match=message):
+        decoder.step(tokens)
+    good, fresh = decoder.likeliest, Decoder(model, 2)
+    fresh.prefill(IDS)
+    torch.testing.assert_close(decoder.step(good), fresh.step(good))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (float("nan"), 1.0), (1.0, 0.0)])
+def test_sampling_out_of_its_range_is_refused(temperature, top_p):
+    with pytest.raises(ValueError, match=r"(temperature|top_p) must be"):
+        next(Decoder(zoo.zoo_model("llama"), 2).stream(IDS, None, 2, temperature, top_p))
+
+
 @pytest.mark.parametrize("kind", ["mamba", "rwkv", "jamba", "bloom", "gpt_oss", "qwen3_moe"])
 def test_any_model_decodes_by_its_own_modules(kind):
     model = architectures.tiny(kind)
