@@ -6,14 +6,17 @@
 x [M, K]; the weights' shapes are those of Weights. Any floating dtype; the tests use float64. The
 pivoted form is PIFA's (arXiv:2501.19090): a matrix of rank r has r rows of which all others are
 combinations.
+
+A quantised matrix stands for the matrix that dequantize makes of it.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hylora_kernels.weights import Saved, Weights
+from hylora_kernels.weights import GROUP, PLANES, QuantizedMatrix, Saved, Weights
 
 
 def full_U(U: Tensor, pivots: Tensor | None) -> Tensor:
@@ -54,3 +57,54 @@ def backward(dy: Tensor, saved: Saved, weights: Weights) -> tuple[Tensor | None,
         return dx, None, None, dy.sum(0)
     dh_a = alpha * (dy @ B)
     return dx + dh_a @ A, dh_a.T @ x, alpha * (dy.T @ h_a), dy.sum(0)
+
+
+def quantized(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> QuantizedMatrix:
+    """codes [n, k] and zeros [n, G] of any integer dtype, in 0 .. 2^bits - 1, scales [n, G] -> the
+    matrix in its planes, scales rounded to float16. At 8 bits zeros is None."""
+    rows, k = codes.shape
+    by_zero = torch.full_like(scales, 128) if zeros is None else zeros
+    padding = by_zero[:, -1:].to(codes.dtype).expand(rows, -k % GROUP)
+    codes = torch.cat((codes, padding), 1).reshape(rows, -1, GROUP)
+    if zeros is not None:
+        zeros = pack_bits(
+            F.pad(zeros.reshape(-1), (0, -zeros.numel() % GROUP)).reshape(-1, GROUP), bits
+        )
+    return QuantizedMatrix(pack_bits(codes, bits), scales.half(), zeros, bits, k)
+
+
+def dequantize(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W [n, k]. Exact in float32, since a scale has 11 bits and code - zero 9; else rounded once."""
+    rows, groups = matrix.scales.shape
+    codes = unpack_bits(matrix.codes, matrix.bits)
+    if matrix.zeros is None:
+        zeros = codes.new_full((), 128)
+    else:
+        flat = unpack_bits(matrix.zeros, matrix.bits).reshape(-1)
+        zeros = flat[: rows * groups].reshape(rows, groups, 1)
+    exact = torch.promote_types(dtype, torch.float32)
+    values = matrix.scales.to(exact)[..., None] * (codes.short() - zeros.short())
+    return values.reshape(rows, groups * GROUP)[:, : matrix.k].to(dtype)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """codes [..., 64] in 0 .. 2^bits - 1 -> uint8 [..., 8 bits], laid out as in QuantizedMatrix."""
+    planes, done = [], 0
+    for width in PLANES[bits]:
+        parts = (codes >> done & (1 << width) - 1).unflatten(-1, (8 // width, 8 * width))
+        shifts = torch.arange(0, 8, width, device=codes.device)[:, None]
+        planes.append((parts.long() << shifts).sum(-2).to(torch.uint8))
+        done += width
+    return torch.cat(planes, -1)
+
+
+def unpack_bits(planes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., 8 bits] -> codes uint8 [..., 64]."""
+    codes, done = torch.zeros((), dtype=torch.uint8, device=planes.device), 0
+    sizes = [8 * width for width in PLANES[bits]]
+    for width, plane in zip(PLANES[bits], planes.split(sizes, -1), strict=True):
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=planes.device)[:, None]
+        parts = plane[..., None, :] >> shifts & (1 << width) - 1
+        codes = codes | parts.flatten(-2) << done
+        done += width
+    return codes

@@ -6,7 +6,46 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+GROUP = 64  # Weights along the input that share a scale and a zero point.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits -> widths, low first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedMatrix:
+    """A matrix [n, k] of integer codes, in groups of 64 along the input:
+
+        W[row, i] = scales[row, i // 64] * (code[row, i] - zero[row, i // 64])
+
+    codes:  uint8 [n, G, 8 bits], G = ceil(k / 64): each group's codes as bit planes, low bits first
+            (PLANES). A plane of w bits takes 8 w bytes; byte b holds the codes b, b + 8 w,
+            b + 16 w ... of the group, the first in its lowest bits. Codes behind k stand for 0.
+    scales: float16 [n, G], finite and at least 0.
+    zeros:  uint8 [ceil(n G / 64), 8 bits]: the zero points [n, G] in one row, as planes like codes;
+            None at 8 bits, where every zero point is 128.
+    bits:   a key of PLANES.
+    k:      the number of inputs.
+
+    reference.dequantize and reference.quantized give its meaning.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    k: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """[n, k]."""
+        return torch.Size((self.codes.shape[0], self.k))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
+        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
 
 
 @dataclass(slots=True, eq=False)
