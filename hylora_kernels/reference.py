@@ -74,7 +74,7 @@ def quantized(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) ->
 
 
 def dequantize(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W [n, k]. Exact in float32, since a scale has 11 bits and code - zero 9; else rounded once."""
+    """W [n, k]. Exact in float32: a scale has 11 bits, code - zero 9. Else rounded once."""
     rows, groups = matrix.scales.shape
     codes = unpack_bits(matrix.codes, matrix.bits)
     if matrix.zeros is None:
