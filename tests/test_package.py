@@ -229,7 +229,7 @@ MAY_IMPORT = {
     "text": "support model",
     "inference": "support weights layers model backends",
     "evaluation": "support weights layers model text inference",
-    "compression": "support weights layers model text evaluation",
+    "compression": "support weights reference layers model text evaluation",
     "recovery": "support weights layers model text",
     "__init__.py": "backends ops layers model compression recovery inference evaluation",
     "machine": "support weights reference backends ops",

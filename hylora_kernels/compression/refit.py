@@ -170,13 +170,13 @@ class _Solver:
             )
         rank = self.ranks[path]
         if not rank:
-            return _ridge_solve(T, W, own, DENSE_RIDGE * own.diagonal().mean()).float()
+            return ridge_solve(T, W, own, DENSE_RIDGE * own.diagonal().mean()).float()
         factors = self.load_factors(path)
         U, S, SVh = (to_float64(t).to(own.device) for t in (factors.U, factors.S, factors.SVh))
         S = S[:rank].clamp_min(1e-30)
         U, V = U[:, :rank] * S, SVh[:rank] / S[:, None]
         inner = V @ own @ V.T
-        return (_ridge_solve(T @ V.T, U, inner, RIDGE * inner.diagonal().mean()) / S).float()
+        return (ridge_solve(T @ V.T, U, inner, RIDGE * inner.diagonal().mean()) / S).float()
 
     def truncate(self, target: Target) -> None:
         """Cut a linear that is not refitted to its rank."""
@@ -193,7 +193,7 @@ class _Solver:
         )
 
 
-def _ridge_solve(T: Tensor, prior: Tensor, own: Tensor, ridge: Tensor) -> Tensor:
+def ridge_solve(T: Tensor, prior: Tensor, own: Tensor, ridge: Tensor) -> Tensor:
     """(T + ridge prior) (own + ridge I)^-1 for a symmetric positive own; the prior for an own
     of zeros."""
     if not ridge > 0:

@@ -92,7 +92,7 @@ def damped_cholesky(path: str, gram: Tensor | None, damping: float) -> tuple[Ten
     if gram is None or _is_dead(gram):
         return None, 0.0
     while damping <= 1.0:
-        L, info = torch.linalg.cholesky_ex(_damped(gram, damping))
+        L, info = torch.linalg.cholesky_ex(damped(gram, damping))
         if int(info) == 0:
             return L, damping
         damping *= 10
@@ -108,7 +108,7 @@ def _left_vectors(
         squares, Q = torch.linalg.eigh(add_symmetric(None, A.T, A.T), UPLO="U")
         return Q.flip(1), squares.flip(0).clamp_min(0).sqrt(), 0.0
     while damping <= 1.0:
-        weighted = A @ _damped(gram, damping)
+        weighted = A @ damped(gram, damping)
         squares, Q = torch.linalg.eigh(add_symmetric(None, weighted.T, A.T), UPLO="U")
         if squares[0] >= -ROUNDING * squares[-1]:
             return Q.flip(1), squares.flip(0).clamp_min(0).sqrt(), damping
@@ -121,7 +121,7 @@ def _is_dead(gram: Tensor) -> bool:
     return not gram.diagonal().mean() > 0
 
 
-def _damped(gram: Tensor, damping: float) -> Tensor:
+def damped(gram: Tensor, damping: float) -> Tensor:
     damped = to_float64(gram).clone()
     damped.diagonal().add_(damping * damped.diagonal().mean())
     return damped

@@ -40,7 +40,7 @@ def truncated_svd(
     Raises TypeError or ValueError for a W that is no finite real matrix, an unknown factorizer, a
     rank out of range, or "nystrom" on a matrix that is not symmetric positive semi-definite.
     """
-    _check_matrix("W", W, "[N, K]")
+    check_matrix("W", W, "[N, K]")
     full = min(W.shape)
     rank = full if rank is None else rank
     if not isinstance(rank, int) or isinstance(rank, bool):
@@ -63,7 +63,7 @@ def truncated_svd(
     return (_randomized if factorizer == "randomized" else _nystrom)(W, rank, generator)
 
 
-def _check_matrix(name: str, matrix: Tensor, letters: str) -> None:
+def check_matrix(name: str, matrix: Tensor, letters: str) -> None:
     if not isinstance(matrix, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(matrix).__name__}")
     if matrix.is_complex():
@@ -192,7 +192,7 @@ def pivot_rows(U: Tensor) -> tuple[Tensor, Tensor]:
     over the layers, 7.1 at worst) so that they survive rounding to bfloat16. Also exact where U
     lacks full column rank. Source: PIFA, arXiv:2501.19090.
     """
-    _check_matrix("U", U, "[N, r]")
+    check_matrix("U", U, "[N, r]")
     rows, rank = U.shape
     if rank > rows:
         raise ValueError(f"U must be [N, r] with r at most N, got {list(U.shape)}")
