@@ -246,7 +246,7 @@ def _want(name: str, tensor: Tensor, letters: str, shape: tuple, source: str) ->
 
 
 def _has_shape(tensor: Tensor, shape: tuple) -> bool:
-    if tensor.dim() != len(shape):
+    if len(tensor.shape) != len(shape):
         return False
     for size, want in zip(tensor.shape, shape, strict=True):  # `all` would take 0.4 us more
         if want is not None and size != want:

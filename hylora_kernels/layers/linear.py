@@ -138,7 +138,7 @@ class SVDLoRALinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        SVh, U = _without_gradient(self.SVh), _without_gradient(self.U)
+        SVh, U = self._frozen()
         A: Tensor | None = self.A
         B: Tensor | None = self.B
         if A is None or B is None:
@@ -344,15 +344,19 @@ class SVDLoRALinear(nn.Module):
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
+    def _frozen(self) -> tuple[Tensor, Tensor]:
+        """SVh and U as the op takes them."""
+        return without_gradient(self.SVh), without_gradient(self.U)
+
     def _weights(self) -> Weights:
-        SVh, U = _without_gradient(self.SVh), _without_gradient(self.U)
+        SVh, U = self._frozen()
         return Weights(SVh, U, self.A, self.B, self.bias, self.alpha, self.pivots)
 
 
 SVD_LoRA_Linear = SVDLoRALinear
 
 
-def _without_gradient(factor: Tensor) -> Tensor:
+def without_gradient(factor: Tensor) -> Tensor:
     """SVh or U as the op wants it: a slice of a larger parameter, which requires grad as a whole,
     goes without. FSDP1 keeps all parameters of a model in one. All else that requires grad goes on
     to the op, which refuses it."""
