@@ -55,12 +55,19 @@ def quantize_each(
 ) -> list[dict[int, QuantizedMatrix]]:
     """Matrices [n_i, k] that read one input -> bits -> each of them as quantize() gives it, in one
     sweep over the columns."""
+    for name, what, given_ones in (
+        ("matrices", "matrix", matrices),
+        ("widths", "width", widths),
+    ):
+        if not given_ones:
+            raise ValueError(f"{name} must have one {what} at least")
     matrices = [_checked("W", W) for W in matrices]
     k = matrices[0].shape[1]
     if any(W.shape[1] != k for W in matrices):
         raise ValueError(f"matrices must read one input, got {[list(W.shape) for W in matrices]}")
-    if not widths or any(bits not in PLANES for bits in widths):
-        raise ValueError(f"bits must be one of {[*PLANES]}, got {[*widths]}")
+    for bits in widths:
+        if bits not in PLANES:
+            raise ValueError(f"bits must be one of {[*PLANES]}, got {bits}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     given = None
