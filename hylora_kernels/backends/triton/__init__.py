@@ -25,7 +25,6 @@ from hylora_kernels.backends.shared.unpacked import (
     decoder_plan,
     forward_group,
     group,
-    rows_packed,
     why_no_group,
 )
 from hylora_kernels.backends.triton import dispatch, torch_products
@@ -36,6 +35,7 @@ from hylora_kernels.backends.triton.config import (
     Problem,
 )
 from hylora_kernels.backends.triton.dispatch import forcing
+from hylora_kernels.backends.triton.quantized.packed import PackedQuantizedLayer
 from hylora_kernels.weights import Needs, Saved, Weights
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "forcing",
     "forward_group",
     "group",
-    "rows_packed",
     "why_no_group",
 ]
 
@@ -214,12 +213,19 @@ def pack(weights: Weights) -> packed_gpu.PackedLayer | None:
     return packed_gpu.pack(weights, "triton") if weights.SVh.is_cuda else None
 
 
-def forward_packed(x: Tensor, packed: packed_gpu.PackedLayer, bias: Tensor | None) -> Tensor:
+def forward_packed(
+    x: Tensor, packed: packed_gpu.PackedLayer | PackedQuantizedLayer, bias: Tensor | None
+) -> Tensor:
     """x [..., K] and bias [N] of packed.dtype -> y [..., N]."""
     return packed.forward(x, bias, forward)
 
 
-def unpack(packed: packed_gpu.PackedLayer) -> Weights:
+def rows_packed(ids: Tensor, packed: PackedQuantizedLayer) -> Tensor:
+    """ids [...] -> [..., K]: rows of a dense quantised matrix; torch reads those of others."""
+    return packed.rows(ids)
+
+
+def unpack(packed: packed_gpu.PackedLayer | PackedQuantizedLayer) -> Weights:
     """The weights as they were packed, bit for bit."""
     return packed.unpack()
 

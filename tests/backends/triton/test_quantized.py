@@ -1,0 +1,268 @@
+"""Quantised matrices in the Triton backend, in triton's interpreter: numbers under the guards of
+triton_interpreter/, interleavings, seeded bugs, the packed layer, its ops and the choice of tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "interpreted and compiled kernels can't share a process: TRITON_INTERPRET=1 runs these",
+        allow_module_level=True,
+    )
+
+from triton_interpreter.checked import checked
+
+from hylora_kernels import reference
+from hylora_kernels.backends import triton as backend
+from hylora_kernels.backends.triton.config import Target
+from hylora_kernels.backends.triton.quantized import launch, packed
+from hylora_kernels.backends.triton.quantized.config import (
+    DEQUANTIZE,
+    Problem,
+    QuantizedConfig,
+    candidate_configs,
+    default_config,
+    why_illegal,
+)
+from hylora_kernels.backends.triton.quantized.launch import Words
+from hylora_kernels.weights import GROUP, PLANES, QuantizedMatrix, Weights
+
+BITS = tuple(PLANES)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def drawn(n: int, k: int, bits: int) -> QuantizedMatrix:
+    """Random codes, scales and zero points; outputs of about 1."""
+    groups = -(-k // GROUP)
+    codes = torch.randint(2**bits, (n, k))
+    zeros = None if bits == 8 else torch.randint(2**bits, (n, groups))
+    scales = (0.5 + torch.rand(n, groups)) * 2 / 2**bits / k**0.5
+    return reference.quantized(codes, scales, zeros, bits)
+
+
+def assert_as_exact_as_eager(y: Tensor, x, matrix, bias=None, h_a=None, B=None) -> None:
+    """y is no further from float64 than twice what eager is on the dequantised matrix."""
+
+    def formula(dtype):
+        W = reference.dequantize(matrix, dtype)
+        given = [None if t is None else t.to(dtype) for t in (x, bias, h_a, B)]
+        out = given[0] @ W.T
+        out = out if bias is None else out + given[1]
+        return out if h_a is None else out + given[2] @ given[3].T
+
+    truth = formula(torch.float64)
+    error = (y.double() - truth).abs().max()
+    allowed = 2 * (formula(x.dtype).double() - truth).abs().max()
+    # One rounding of the result, where the few numbers of eager happen to be exact.
+    allowed = max(allowed, torch.finfo(x.dtype).eps / 2 * truth.abs().max())
+    assert error <= allowed, f"{error:.2e}, {allowed:.2e} allowed"
+
+
+# -------------------------------------------------------------------------------------- the product
+
+SHAPES = {  # M, N, K, rank of the adapter
+    "one row": (1, 21, 200, 0),
+    "two blocks of rows": (17, 18, 72, 3),
+    "one column": (3, 1, 64, 17),
+}
+
+
+def call(bits: int, shape: str, dtype: torch.dtype, split: int):
+    """(y of one launch, what assert_as_exact_as_eager compares it with)."""
+    M, N, K, ra = SHAPES[shape]
+    matrix, x, bias = drawn(N, K, bits), torch.randn(M, 2 * K).to(dtype)[:, :K], torch.randn(N)
+    bias = bias.to(dtype) if shape != "one row" else None
+    h_a, B = (torch.randn(M, ra).to(dtype), torch.randn(N, ra).to(dtype)) if ra else (None, None)
+    problem = Problem(M, K, N, bits, ra, dtype)
+    config = QuantizedConfig(16, 16, min(split, problem.groups))
+    y = launch.product(x, Words.of(matrix), bias, h_a, B, problem, config)
+    return y, (x, matrix, bias, h_a, B)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numbers_with_guards_on(shape, bits):
+    for dtype, split in zip(HALVES, (1, 3), strict=True):
+        with checked() as launches:
+            y, given = call(bits, shape, dtype, split)
+        assert len(launches) == 1
+        assert_as_exact_as_eager(y, *given)
+
+
+def test_same_bits_in_any_order():
+    results, orders = [], set()
+    for seed in range(6):
+        torch.manual_seed(0)
+        with checked(seed) as launches:
+            y, given = call(4, "one row", torch.float16, 3)
+        results.append(y)
+        orders.add(tuple(launches[0]))
+    assert_as_exact_as_eager(results[0], *given)
+    assert all(torch.equal(y, results[0]) for y in results)
+    assert len(orders) > 4, "the seeds draw few orders"
+
+
+# ------------------------------------------------------------------------------------- dequantising
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantised_rows_are_the_references_bits(bits):
+    matrix = drawn(19, 130, bits)
+    W, ids = Words.of(matrix), torch.tensor([[3, 0], [18, 3]])
+    for dtype in (*HALVES, torch.float32):
+        expected = reference.dequantize(matrix, dtype)
+        with checked():
+            assert torch.equal(launch.dequantize(W, dtype, 2, 17), expected[2:])
+            assert torch.equal(launch.rows(ids, W, dtype), expected[ids])
+
+
+def test_a_row_that_is_not_there_is_nan():
+    W = Words.of(drawn(5, 64, 4))
+    with checked():
+        found = launch.rows(torch.tensor([4, 5, -1, 2**40]), W, torch.float16)
+    assert found[0].isfinite().all() and found[1:].isnan().all()
+    assert launch.rows(torch.empty(0, dtype=torch.int32), W, torch.float16).shape == (0, 64)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+def test_many_rows_dequantise_a_bounded_part_at_a_time(bias):
+    matrix, x = drawn(37, 70, 5), torch.randn(70, 70).half()
+    offset = torch.randn(37).half() if bias else None
+    with mock.patch.object(launch, "MOST_DEQUANTIZED", 16 * 70), checked() as launches:
+        y = launch.linear(x, Words.of(matrix), offset)
+    assert len(launches) == 3
+    assert_as_exact_as_eager(y, x, matrix, offset)
+
+
+# --------------------------------------------------------------------------------- the packed layer
+
+
+def quantised_weights(form: str, dtype: torch.dtype, lora_rank: int = 3) -> Weights:
+    """A layer [20, 80] of rank 8; dense: one matrix; pivoted: U is left as it is."""
+    K, N, r = 80, 20, 8
+    A, B = torch.randn(lora_rank, K).to(dtype) / 9, torch.randn(N, lora_rank).to(dtype)
+    pivots, U = None, drawn(N, r, 6)
+    if form == "dense":
+        r, U, pivots = N, torch.empty(0, N, dtype=dtype), torch.arange(N, dtype=torch.int32)
+    elif form == "pivoted":
+        U, pivots = torch.randn(N - r, r).to(dtype), torch.randperm(N)[:r].sort()[0].int()
+    return Weights(drawn(r, K, 8 if form == "pivoted" else 4), U, A, B, None, 0.37, pivots)
+
+
+def plain(weights: Weights, dtype: torch.dtype) -> Weights:
+    def made(value):
+        if isinstance(value, QuantizedMatrix):
+            return reference.dequantize(value, dtype)
+        is_floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_floating else value
+
+    return Weights(*map(made, weights))
+
+
+@pytest.mark.parametrize("M", [1, 70])
+@pytest.mark.parametrize("form", ["dense", "pair", "pivoted"])
+def test_a_packed_layer(form, M):
+    dtype = torch.float16
+    weights, x = quantised_weights(form, dtype), torch.randn(M, 1, 80).to(dtype)
+    bias = torch.randn(20).to(dtype)
+    layer = packed.pack(weights, dtype)
+    y = backend.forward_packed(x, layer, bias)
+    assert (y.shape, layer.shape, layer.bias_shape) == ((M, 1, 20), (80,), (20,))
+    truth, eager = (
+        reference.forward(x[:, 0].to(d), plain(weights, d))[0] + bias.to(d)
+        for d in (torch.float64, dtype)
+    )
+    error, allowed = ((t.double() - truth).abs().max() for t in (y[:, 0], eager))
+    assert error <= 2 * allowed
+    unpacked = backend.unpack(layer)
+    for got, given in zip(plain(unpacked, dtype), plain(weights, dtype), strict=True):
+        assert torch.equal(got, given) if isinstance(given, Tensor) else got == given
+    assert torch.equal(unpacked.SVh.codes, weights.SVh.codes)
+
+
+def test_an_embedding_reads_its_heads_rows():
+    weights, ids = quantised_weights("dense", torch.float16, 0), torch.tensor([[1, 19]])
+    rows = backend.rows_packed(ids, packed.pack(weights, torch.bfloat16))
+    assert torch.equal(rows, reference.dequantize(weights.SVh, torch.bfloat16)[ids])
+
+
+def test_codes_that_start_anywhere_are_copied_and_aligned_ones_are_not():
+    matrix = drawn(4, 64, 4)
+    assert Words.of(matrix).words.data_ptr() == matrix.codes.data_ptr()
+    bytes_ = torch.zeros(1 + matrix.codes.numel(), dtype=torch.uint8)
+    odd = bytes_[1:].view(matrix.codes.shape).copy_(matrix.codes)
+    words = Words.of(dataclasses.replace(matrix, codes=odd))
+    assert words.words.data_ptr() % 16 == 0 and torch.equal(words.matrix.codes, matrix.codes)
+
+
+def test_ops():
+    W, x = Words.of(drawn(5, 64, 3)), torch.randn(2, 64).half()
+    parts = (W.words, W.scales, W.zeros, W.bits)
+    ops = torch.ops.hylora
+    h_a, B, bias = torch.randn(2, 2).half(), torch.randn(5, 2).half(), torch.randn(5).half()
+    torch.library.opcheck(ops.triton_quantized_linear.default, (x, *parts, h_a, B, bias))
+    ids = torch.tensor([0, 4])
+    torch.library.opcheck(ops.triton_quantized_rows.default, (ids, *parts, 64, torch.float16))
+
+
+@pytest.mark.parametrize("form", ["dense", "pair"])
+def test_torch_compile_sees_one_op_a_matrix(form):
+    layer = packed.pack(quantised_weights(form, torch.float16), torch.float16)
+    x = torch.randn(2, 80).half()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: layer.forward(x, None), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer.forward(x, None))
+
+
+# ---------------------------------------------------------------------------------- choice of tiles
+
+TARGETS = [Target("cuda", arch, 108) for arch in (80, 86, 89, 90, 100, 120)]
+TARGETS += [Target("hip", "gfx942", 304), Target("interpreter", 0, 3)]
+PLAIN = Problem(1, 2048, 2048, 4, 0, torch.bfloat16)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: str(t.arch))
+def test_few_rows_have_tiles_and_many_are_dequantised(target):
+    for bits in BITS:
+        for K in (16, 576, 11008):
+            for M in (1, 16, 17, 33, 64):
+                problem = PLAIN._replace(M=M, K=K, bits=bits)
+                config = default_config(problem, target)
+                assert isinstance(config, QuantizedConfig)
+                found = candidate_configs(problem, target)
+                assert found[0] is DEQUANTIZE and config in found
+                assert not any(why_illegal(c, problem, target) for c in found[1:])
+                assert config.split == 1 or problem.groups >= 8 * config.split
+            assert default_config(PLAIN._replace(M=65, K=K, bits=bits), target) is DEQUANTIZE
+    assert default_config(PLAIN._replace(dtype=torch.float32), target) is DEQUANTIZE
+
+
+def test_sums_are_split_where_the_outputs_are_few():
+    splits = [default_config(PLAIN._replace(N=N), TARGETS[3]).split for N in (512, 2048, 65536)]
+    assert splits == [4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (QuantizedConfig(16, 48), "BN must be a power of two, at least 16, got 48"),
+        (QuantizedConfig(8, 64), "BM must be a power of two, at least 16, got 8"),
+        (QuantizedConfig(16, 64, split=33), "split must be from 1 to the 32 groups of K, got 33"),
+        (
+            QuantizedConfig(64, 256, warps=4),
+            "4 warps hold 64 sums a thread, asked for 16384 in all",
+        ),
+        (QuantizedConfig(64, 64, stages=16), "bytes of shared memory, 86 has 101376"),
+    ],
+)
+def test_why_illegal_names_what_is_wrong(config, words):
+    assert words in why_illegal(config, PLAIN, TARGETS[1])
