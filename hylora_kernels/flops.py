@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 _COUNTER = "torch.utils.flop_counter"
+_waiting: dict[str, Callable[..., int]] = {}  # op -> formula, until the counter is imported
 
 
 def register(backends: Iterable[str]) -> None:
@@ -27,17 +28,28 @@ def register(backends: Iterable[str]) -> None:
     formulas = dict(_PACKED)
     for name in backends:
         formulas |= {f"{name}_forward": _forward, f"{name}_backward": _backward}
+    _register(formulas)
 
-    def add_to(counter: ModuleType) -> None:
-        for name, formula in formulas.items():
-            if hasattr(torch.ops.hylora, name):  # those in C++ are there if it is compiled
-                op = getattr(torch.ops.hylora, name)
-                counter.register_flop_formula(op, get_raw=True)(formula)
 
+def register_quantized() -> None:
+    """As register, for the ops on codes."""
+    _register({"quantized_forward": _quantized_forward, "quantized_backward": _quantized_backward})
+
+
+def _register(formulas: dict[str, Callable[..., int]]) -> None:
     if _COUNTER in sys.modules:
-        add_to(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _AfterImport(add_to))
+        _add(sys.modules[_COUNTER], formulas)
+        return
+    if not _waiting:
+        sys.meta_path.insert(0, _AfterImport(lambda counter: _add(counter, _waiting)))
+    _waiting.update(formulas)
+
+
+def _add(counter: ModuleType, formulas: dict[str, Callable[..., int]]) -> None:
+    for name, formula in formulas.items():
+        if hasattr(torch.ops.hylora, name):  # those in C++ are there if it is compiled
+            op = getattr(torch.ops.hylora, name)
+            counter.register_flop_formula(op, get_raw=True)(formula)
 
 
 class _AfterImport(MetaPathFinder):
@@ -75,6 +87,23 @@ def _backward(dy, x, h_a, SVh, U, A, B, alpha, pivots, needs, *, out_val: Any = 
     numbers = _numbers(SVh, U, A, B) if need_dx else _numbers(B) if need_dA else 0
     numbers += (_numbers(A) if need_dA else 0) + (_numbers(B) if need_dB else 0)
     return 2 * _rows(dy) * numbers
+
+
+def _quantized_forward(x: Tensor, *inputs: Any, out_val: Any = None) -> int:
+    frozen, (A, B), K = inputs[:6], inputs[6:8], inputs[-2]
+    return 2 * _rows(x) * _numbers(*_shapes(frozen, K), A, B)
+
+
+def _quantized_backward(dy, x, h_a, *inputs: Any, out_val: Any = None) -> int:
+    frozen, (A, B, alpha, pivots, needs, K, _) = inputs[:6], inputs[6:]
+    return _backward(dy, x, h_a, *_shapes(frozen, K), A, B, alpha, pivots, needs)
+
+
+def _shapes(frozen: Sequence[Tensor], K: int) -> tuple[Tensor, Tensor]:
+    """SVh and U, without numbers, of which frozen has the codes or themselves."""
+    SVh, _, _, U, _, _ = frozen
+    rank = len(SVh)
+    return torch.empty(rank, K, device="meta"), torch.empty(len(U), rank, device="meta")
 
 
 def _packed_matrix(x, panels, bias, n, limb_products, *, out_val: Any = None) -> int:

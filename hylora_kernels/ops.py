@@ -11,8 +11,6 @@ op takes longer than two small products: at K = N = 32 and M = 1, of 48 us 20 wi
 and forward and backward take 364 us through the ops.
 
 The C++ and CUDA kernels are ops of their own, defined beside their checks in csrc/*/bindings.cpp.
-Those that a packed layer calls directly, `hylora::cpu_*`, have their fake kernels in
-backends/cpu/panels.py.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -42,7 +40,7 @@ _BACKWARD = (
 )
 # Asked once here, since torch.compile (2.11) can't trace the question.
 _AUTOCASTING = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]
-_CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
+CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST_ALPHA = torch.finfo(torch.float32).max
 
@@ -79,106 +77,19 @@ def svd_lora_linear(
         y = svd_lora_linear(torch.randn(2, 10, 64), SVh, U)  # [2, 10, 48]
     """
     weights = Weights(SVh, U, A, B, bias, alpha, pivots)
-    _check(x, weights)
+    check(x, weights)
     name, inputs = backends.choose(x, weights), (x, SVh, U, A, B, bias, float(alpha), pivots)
     if not _is_plain_call(inputs):
         return _FORWARD_OPS[name](*inputs)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, bias)):
         return _PlainCall.apply(*inputs, name)
-    return _kernel_forward(backends.BACKENDS[name], *inputs)[0]
-
-
-# ----------------------------------------------------------------------------- packed for inference
-
-
-def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] -> y [..., N]: svd_lora_linear without gradients, by what backends.pack made.
-
-    bias: [N] of the packed dtype, or None.
-
-    A decoded token waits for this call, so the checks are few. Under torch.autocast the products
-    are the packed dtype's, x is cast to it and y to the autocast dtype, which is that of any linear
-    there. Raises TypeError or ValueError naming x or bias, RuntimeError if one needs a gradient.
-    """
-    if bias is not None:
-        _check_packed_bias(bias, packed)
-    kind = packed.device_type  # asking for x.device.type takes three times as long
-    if torch.is_autocast_enabled(kind) and x.dtype in _CASTABLE:
-        with torch.autocast(kind, enabled=False):
-            y = packed_linear(x.to(packed.dtype), packed, bias)
-        return y.to(torch.get_autocast_dtype(kind))
-    if x.dtype != packed.dtype or x.requires_grad or x.shape[-1:] != packed.shape:
-        x = _as_packed(x, packed)
-    if forward_ad._current_level >= 0:
-        _refuse_forward_mode({"x": x})
-    return backends.forward_packed(x, packed, bias)
-
-
-def packed_group(x: Tensor, group: Any, biases: Sequence[Tensor | None] = ()) -> Tensor:
-    """x [..., K] -> y [..., group.width]: packed_linear of layers on one x, side by side.
-
-    group: made by backends.group. biases: [N] of the packed dtype or None each; empty for none.
-    """
-    first = group.members[0]
-    for packed, bias in zip(group.members, biases, strict=False):
-        if bias is not None:
-            _check_packed_bias(bias, packed)
-    if torch.is_autocast_enabled("cpu") and x.dtype in _CASTABLE:
-        with torch.autocast("cpu", enabled=False):
-            y = packed_group(x.to(first.dtype), group, biases)
-        return y.to(torch.get_autocast_dtype("cpu"))
-    if x.dtype != first.dtype or x.requires_grad or x.shape[-1:] != first.shape:
-        x = _as_packed(x, first)
-    if forward_ad._current_level >= 0:
-        _refuse_forward_mode({"x": x})
-    return backends.forward_group(x, group, biases)
-
-
-def packed_embedding(ids: Tensor, packed: Any) -> Tensor:
-    """ids int32 or int64 [...] -> [..., K]: rows of a dense matrix that backends.pack packed.
-
-    Raises TypeError for ids of another dtype, IndexError for ids out of range.
-    """
-    if ids.dtype != torch.int64:
-        if ids.dtype != torch.int32:
-            raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
-        ids = ids.long()
-    return backends.rows_packed(ids, packed)
-
-
-def _refuse_gradient(name: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} requires grad, but a layer packed for inference has no backward: "
-            "restore_from_inference(model) first, or run it under torch.no_grad()"
-        )
-
-
-def _check_packed_bias(bias: Tensor, packed: Any) -> None:
-    if bias.requires_grad:
-        _refuse_gradient("bias")
-    if bias.dtype != packed.dtype:
-        raise TypeError(f"bias must have the packed layer's dtype {packed.dtype}, got {bias.dtype}")
-    if bias.shape != packed.bias_shape:
-        N = packed.out_features
-        raise ValueError(f"bias must be [N] = [{N}] (N from U), got {list(bias.shape)}")
-
-
-def _as_packed(x: Tensor, packed: Any) -> Tensor:
-    if x.requires_grad:
-        _refuse_gradient("x")
-    if x.shape[-1:] != packed.shape:
-        K = packed.shape[0]
-        raise ValueError(f"x must be [..., K] = [..., {K}] (K from SVh), got {list(x.shape)}")
-    if x.dtype == packed.dtype:
-        return x
-    raise TypeError(f"x must have the packed layer's dtype {packed.dtype}, got {x.dtype}")
+    return kernel_forward(backends.BACKENDS[name], *inputs)[0]
 
 
 # ---------------------------------------------------------------------------------- argument checks
 
 
-def _check(x: Tensor, weights: Weights) -> None:
+def check(x: Tensor, weights: Weights) -> None:
     SVh, U, A, B, bias, alpha, pivots = weights
     tensors = {"x": x, "SVh": SVh, "U": U, "A": A, "B": B, "bias": bias, "pivots": pivots}
     for name, tensor in tensors.items():
@@ -197,7 +108,7 @@ def _check(x: Tensor, weights: Weights) -> None:
         raise ValueError("x must be [..., K] with at least one dim, got a scalar")
     check_shapes(x.shape[-1], "K from x", weights)
     _check_kinds(tensors)
-    _refuse_forward_mode(tensors)
+    refuse_forward_mode(tensors)
 
 
 def check_alpha(alpha: object) -> None:
@@ -279,7 +190,7 @@ def _check_kinds(tensors: dict[str, Tensor | None]) -> None:
                 )
 
 
-def _refuse_forward_mode(tensors: dict[str, Tensor | None]) -> None:
+def refuse_forward_mode(tensors: dict[str, Tensor | None]) -> None:
     """Raise NotImplementedError for a tangent: a custom op would drop it silently, and a derivative
     of zero is a wrong answer."""
     if forward_ad._current_level < 0:
@@ -338,7 +249,7 @@ class _PlainCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs_and_name: Any) -> Tensor:
         *inputs, ctx.name = inputs_and_name
-        output = _kernel_forward(backends.BACKENDS[ctx.name], *inputs)
+        output = kernel_forward(backends.BACKENDS[ctx.name], *inputs)
         _save(ctx, tuple(inputs), output)
         return output[0]
 
@@ -354,12 +265,12 @@ class _PlainCall(torch.autograd.Function):
 # ------------------------------------------------------------------------------------- registration
 
 
-def _kernel_forward(backend: ModuleType, x: Tensor, *weights: Any) -> tuple[Tensor, Tensor]:
+def kernel_forward(backend: ModuleType, x: Tensor, *weights: Any) -> tuple[Tensor, Tensor]:
     y, h_a = backend.forward(_matrix(x), Weights(*weights))
     return _with_lead(y, x.shape[:-1]), h_a
 
 
-def _kernel_backward(backend: ModuleType, dy: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def kernel_backward(backend: ModuleType, dy: Tensor, *others: Any) -> tuple[Tensor, ...]:
     """_gradients with an empty tensor for each None, which an op can't return."""
     grads = _gradients(backend, dy, *others)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
@@ -398,13 +309,13 @@ def _with_lead(tensor: Tensor, lead: torch.Size) -> Tensor:
     return torch.ops.aten._unsafe_view.default(tensor, (*lead, tensor.shape[-1]))
 
 
-def _fake_forward(x: Tensor, *factors: Any) -> tuple[Tensor, Tensor]:
+def fake_forward(x: Tensor, *factors: Any) -> tuple[Tensor, Tensor]:
     weights, lead = Weights(*factors), x.shape[:-1]
     h_a = x.new_empty(math.prod(lead), weights.lora_rank)
     return x.new_empty(*lead, weights.out_features), h_a
 
 
-def _fake_backward(
+def fake_backward(
     dy: Tensor,
     x: Tensor | None,
     h_a: Tensor | None,
@@ -427,25 +338,31 @@ def _fake_backward(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, SVh, U, A, B, _bias, alpha, pivots = inputs
-    need_x, _, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-    ctx.needs, ctx.alpha = [need_x, need_A, need_B, need_bias], alpha
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x if need_A else None, output[1] if need_B else None, SVh, U, A, B, pivots
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], frozen: int = 2
+) -> None:
+    """inputs: x, `frozen` tensors, A, B, bias, alpha, pivots, and what else the op takes."""
+    (A, B, _bias, alpha, pivots), others = inputs[1 + frozen : 6 + frozen], inputs[6 + frozen :]
+    need_x, (need_A, need_B, need_bias) = (
+        ctx.needs_input_grad[0],
+        ctx.needs_input_grad[1 + frozen : 4 + frozen],
     )
+    ctx.needs, ctx.alpha, ctx.others = [need_x, need_A, need_B, need_bias], alpha, others
+    ctx.set_materialize_grads(False)
+    x, h_a = inputs[0] if need_A else None, output[1] if need_B else None
+    ctx.save_for_backward(x, h_a, *inputs[1 : 1 + frozen], A, B, pivots)
 
 
 def _differentiate(
     backward_op: Callable[..., Any], ctx: Any, dy: Tensor | None, _dh_a: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 8
-    x, h_a, SVh, U, A, B, pivots = ctx.saved_tensors
-    grads = backward_op(dy, x, h_a, SVh, U, A, B, ctx.alpha, pivots, ctx.needs)
+    x, h_a, *frozen, A, B, pivots = ctx.saved_tensors
+    grads: Iterable[Tensor | None] = (None,) * 4
+    if dy is not None:
+        factors = (*frozen, A, B, ctx.alpha, pivots)
+        grads = backward_op(dy, x, h_a, *factors, ctx.needs, *ctx.others)
     dx, dA, dB, db = (grad if need else None for grad, need in zip(grads, ctx.needs, strict=True))
-    return dx, None, None, dA, dB, db, None, None
+    return dx, *(None for _ in frozen), dA, dB, db, None, None, *(None for _ in ctx.others)
 
 
 def _refuse_double_backward(ctx: Any, *_grads: Any) -> NoReturn:
@@ -462,27 +379,32 @@ def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
 
 def _autocast(op: Callable[..., Any], device_type: str, *args: Any) -> Any:
     dtype = torch.get_autocast_dtype(device_type)
-    cast = [a.to(dtype) if isinstance(a, Tensor) and a.dtype in _CASTABLE else a for a in args]
+    cast = [a.to(dtype) if isinstance(a, Tensor) and a.dtype in CASTABLE else a for a in args]
     with torch.autocast(device_type, enabled=False):
         return op(*cast)
 
 
-def _define(name: str, backend: ModuleType) -> Callable[..., Any]:
-    """Define and register the two ops of one backend; return its forward op."""
-    forward, backward = f"{name}_forward", f"{name}_backward"
-    for op_name, schema, kernel, fake in (
-        (forward, _FORWARD, _kernel_forward, _fake_forward),
-        (backward, _BACKWARD, _kernel_backward, _fake_backward),
-    ):
+def define(
+    name: str,
+    schemas: tuple[str, str],
+    kernels: tuple[Callable[..., Any], Callable[..., Any]],
+    fakes: tuple[Callable[..., Any], Callable[..., Any]],
+    frozen: int,
+) -> Callable[..., Any]:
+    """Define and register hylora::<name>_forward and its backward, each argument for the two of
+    them; return the forward op. frozen: the number of tensors that SVh and U are."""
+    names = (f"{name}_forward", f"{name}_backward")
+    for op_name, schema, kernel, fake in zip(names, schemas, kernels, fakes, strict=True):
         _LIBRARY.define(op_name + schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(op_name, functools.partial(kernel, backend), "CompositeExplicitAutograd")
+        _LIBRARY.impl(op_name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"hylora::{op_name}", fake, lib=_LIBRARY)
         torch.library.register_vmap(f"hylora::{op_name}", _refuse_vmap, lib=_LIBRARY)
-    forward_op, backward_op = (getattr(torch.ops.hylora, op).default for op in (forward, backward))
+    forward, backward = names
+    forward_op, backward_op = (getattr(torch.ops.hylora, op).default for op in names)
     torch.library.register_autograd(
         f"hylora::{forward}",
         functools.partial(_differentiate, backward_op),
-        setup_context=_save,
+        setup_context=functools.partial(_save, frozen=frozen),
         lib=_LIBRARY,
     )
     torch.library.register_autograd(f"hylora::{backward}", _refuse_double_backward, lib=_LIBRARY)
@@ -490,6 +412,12 @@ def _define(name: str, backend: ModuleType) -> Callable[..., Any]:
         key = "Autocast" + (device_type.upper() if device_type != "cuda" else "CUDA")
         _LIBRARY.impl(forward, functools.partial(_autocast, forward_op, device_type), key)
     return forward_op
+
+
+def _define(name: str, backend: ModuleType) -> Callable[..., Any]:
+    """The two ops of one backend."""
+    kernels = (functools.partial(k, backend) for k in (kernel_forward, kernel_backward))
+    return define(name, (_FORWARD, _BACKWARD), tuple(kernels), (fake_forward, fake_backward), 2)
 
 
 _FORWARD_OPS = {name: _define(name, backend) for name, backend in backends.BACKENDS.items()}

@@ -43,6 +43,10 @@ class QuantizedMatrix:
         return torch.Size((self.codes.shape[0], self.k))
 
     @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zeros."""
         return sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
@@ -52,8 +56,8 @@ class QuantizedMatrix:
 class Weights:
     """The terms of y = x SVh^T U^T + bias + alpha x A^T B^T besides x, in svd_lora_linear's order.
 
-    SVh:    [r, K].
-    U:      [N, r]; [N - r, r] in the pivoted form.
+    SVh:    [r, K], a Tensor; a QuantizedMatrix in a layer's own weights and where they are packed.
+    U:      [N, r]; [N - r, r] in the pivoted form; as SVh.
     A, B:   [ra, K] and [N, ra], or both None.
     bias:   [N] or None.
     alpha:  the LoRA scale.
@@ -65,8 +69,8 @@ class Weights:
     property of one.
     """
 
-    SVh: Tensor
-    U: Tensor
+    SVh: Any
+    U: Any
     A: Tensor | None = None
     B: Tensor | None = None
     bias: Tensor | None = None
@@ -104,7 +108,12 @@ class Weights:
     @property
     def is_empty(self) -> bool:
         """The base has no rank, no inputs or no outputs, so that its products have no terms."""
-        return self.SVh.numel() == 0 or (self.pivots is None and self.U.shape[0] == 0)
+        return 0 in self.SVh.shape or (self.pivots is None and self.U.shape[0] == 0)
+
+    @property
+    def is_quantized(self) -> bool:
+        """SVh, U or both are a QuantizedMatrix."""
+        return isinstance(self.SVh, QuantizedMatrix) or isinstance(self.U, QuantizedMatrix)
 
     @property
     def factor_bytes(self) -> int:

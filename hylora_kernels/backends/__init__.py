@@ -89,32 +89,39 @@ def forget(SVh: Tensor) -> None:
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def pack(weights: Weights) -> Any:
+def pack(weights: Weights, dtype: torch.dtype | None = None) -> Any:
     """The weights in the layout that their backend reads fastest, None where packing gains nothing.
     The bias stays outside.
+
+    dtype: of x and y, which a QuantizedMatrix doesn't tell; by default SVh's.
 
     Raises ValueError with the backend's own reason where the user has forced one that can't serve
     them.
     """
-    name = _wanted()
+    name, x = _wanted(), _no_rows(weights, dtype)
     if name != "auto":
-        _require(name, weights.SVh, weights)  # SVh [r, K] has the shape of an x
-        return BACKENDS[name].pack(weights)
+        _require(name, x, weights)
+        return BACKENDS[name].pack(weights, x.dtype)
     for backend in BACKENDS.values():
-        if backend.unsupported(weights.SVh, weights) is None:
-            packed = backend.pack(weights)
+        if backend.unsupported(x, weights) is None:
+            packed = backend.pack(weights, x.dtype)
             if packed is not None:
                 return packed
     return None
 
 
-def why_not_packed(weights: Weights) -> dict[str, str]:
+def why_not_packed(weights: Weights, dtype: torch.dtype | None = None) -> dict[str, str]:
     """Each backend that pack() asks -> the reason why it packs nothing."""
     names = BACKENDS if _wanted() == "auto" else (_wanted(),)
-    return {
-        name: BACKENDS[name].unsupported(weights.SVh, weights) or "gains nothing by packing"
-        for name in names
-    }
+    x = _no_rows(weights, dtype)
+    lacks = "has no kernels for these codes" if weights.is_quantized else "gains nothing by packing"
+    return {name: BACKENDS[name].unsupported(x, weights) or lacks for name in names}
+
+
+def _no_rows(weights: Weights, dtype: torch.dtype | None) -> Tensor:
+    """An x [0, K] of the layer's dtype and device."""
+    SVh = weights.SVh
+    return torch.empty(0, weights.in_features, dtype=dtype or SVh.dtype, device=SVh.device)
 
 
 def forward_packed(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:

@@ -225,22 +225,27 @@ def _why_not_shared(group: list[nn.Module]) -> str:
 
 
 def _why_not_faster(layer: nn.Module) -> str:
-    reasons = backends.why_not_packed(weights_of(layer)).items()
+    reasons = backends.why_not_packed(weights_of(layer), dtype_of(layer)).items()
     return "; ".join(f"{name}: {reason}" for name, reason in reasons)
 
 
 def _pack(layer: nn.Module) -> PackedState | None:
     """The layer's packed weights, None where no backend is faster with them."""
-    packed = backends.pack(weights_of(layer))
+    packed = backends.pack(weights_of(layer), dtype_of(layer))
     named = ((name, layer._parameters.get(name)) for name in packed_class(layer).names)
     return packed and PackedState(packed, {name: p for name, p in named if p is not None})
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The dtype that the layer computes in."""
+    return layer.SVh.dtype if isinstance(layer, SVDLoRALinear) else layer.weight.dtype
 
 
 def weights_of(layer: nn.Module) -> Weights:
     """A dense layer is the pivoted form at rank N, SVh its matrix."""
     if isinstance(layer, SVDLoRALinear):
         A, B = (None if t is None else t.to(layer.SVh.dtype) for t in (layer.A, layer.B))
-        return Weights(layer.SVh, layer.U, A, B, layer.bias, layer.alpha, layer.pivots)
+        return Weights(*layer.stored(), A, B, layer.bias, layer.alpha, layer.pivots)
     weight: Tensor = layer.weight
     pivots = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
     U = weight.new_empty(0, len(weight))

@@ -44,6 +44,7 @@ class SVDLoRALinear(nn.Module):
     """
 
     pivots: Tensor | None
+    _op = staticmethod(svd_lora_linear)
 
     def __init__(
         self,
@@ -138,21 +139,21 @@ class SVDLoRALinear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        SVh, U = self._frozen()
+        SVh, U = self.stored()
         A: Tensor | None = self.A
         B: Tensor | None = self.B
         if A is None or B is None:
-            return svd_lora_linear(x, SVh, U, bias=self.bias, pivots=self.pivots)
+            return self._op(x, SVh, U, bias=self.bias, pivots=self.pivots)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             B, alpha = B * self._alpha_input, 1.0
         else:
             alpha = self.alpha
-        if A.dtype != SVh.dtype:
-            A, B = A.to(SVh.dtype), B.to(SVh.dtype)
+        if A.dtype != self.SVh.dtype:
+            A, B = A.to(self.SVh.dtype), B.to(self.SVh.dtype)
         if self.lora_dropout and self.training:
-            y = svd_lora_linear(x, SVh, U, bias=self.bias, pivots=self.pivots)
+            y = self._op(x, SVh, U, bias=self.bias, pivots=self.pivots)
             return y + alpha * F.linear(F.linear(F.dropout(x, self.lora_dropout), A), B)
-        return svd_lora_linear(x, SVh, U, A, B, self.bias, alpha, self.pivots)
+        return self._op(x, SVh, U, A, B, self.bias, alpha, self.pivots)
 
     def train(self, mode: bool = True) -> SVDLoRALinear:
         if not mode:  # in eval() a layer keeps its factors and nothing derived from them
@@ -344,13 +345,12 @@ class SVDLoRALinear(nn.Module):
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
-    def _frozen(self) -> tuple[Tensor, Tensor]:
-        """SVh and U as the op takes them."""
+    def stored(self) -> tuple[Any, Any]:
+        """SVh and U as the op takes them; a QuantizedMatrix where they are stored as codes."""
         return without_gradient(self.SVh), without_gradient(self.U)
 
     def _weights(self) -> Weights:
-        SVh, U = self._frozen()
-        return Weights(SVh, U, self.A, self.B, self.bias, self.alpha, self.pivots)
+        return Weights(*self.stored(), self.A, self.B, self.bias, self.alpha, self.pivots)
 
 
 SVD_LoRA_Linear = SVDLoRALinear

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hylora_kernels import backends
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed_parameter import RESTORE_HINT, PackedParameter
-from hylora_kernels.ops import packed_embedding, packed_linear
+from hylora_kernels.ops_packed import packed_embedding, packed_linear
 
 
 class PackedState:

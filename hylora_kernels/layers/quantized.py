@@ -12,6 +12,7 @@ from hylora_kernels import reference
 from hylora_kernels.layers.dense_weight import DenseWeight
 from hylora_kernels.layers.linear import SVDLoRALinear, without_gradient
 from hylora_kernels.ops import check_shapes
+from hylora_kernels.ops_quantized import quantized_linear
 from hylora_kernels.weights import GROUP, PLANES, QuantizedMatrix, Weights
 
 QUANTIZABLE = ("SVh", "U")
@@ -123,6 +124,7 @@ class QuantizedLinear(SVDLoRALinear):
 
     SVh: Any
     U: Any
+    _op = staticmethod(quantized_linear)
 
     def __init__(
         self,
@@ -195,12 +197,22 @@ class QuantizedLinear(SVDLoRALinear):
         delattr(self, name)  # nn.Module refuses a module in the place of a parameter
         setattr(self, name, value)
 
-    def _frozen(self) -> tuple[Tensor, Tensor]:
+    def stored(self) -> tuple[Any, Any]:
         SVh, U = (
-            m.dequantize() if isinstance(m, QuantizedFactor) else without_gradient(m)
+            m.matrix if isinstance(m, QuantizedFactor) else without_gradient(m)
             for m in (self.SVh, self.U)
         )
         return SVh, U
+
+    def _weights(self) -> Weights:
+        weights = super()._weights()
+        weights.SVh, weights.U = map(self._dequantized, (weights.SVh, weights.U))
+        return weights
+
+    def _dequantized(self, matrix: Tensor | QuantizedMatrix) -> Tensor:
+        if isinstance(matrix, QuantizedMatrix):
+            return reference.dequantize(matrix, self.SVh.dtype)
+        return matrix
 
     def train(self, mode: bool = True) -> QuantizedLinear:
         return nn.Module.train(self, mode)  # no backend keeps anything of matrices made for a call

@@ -24,7 +24,7 @@ INTERFACE = {
     "why_not": "",
     "is_faster_than_next": "x, weights",
     "forget": "SVh",
-    "pack": "weights",
+    "pack": "weights, dtype",
     "forward_packed": "x, packed, bias",
     "why_no_group": "members",
     "group": "members",

@@ -6,46 +6,11 @@ import copy
 
 import pytest
 import torch
+from helpers.quantizing import FORMS, K, N, dequantized, random_matrix, random_weights
 
-from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear, dense_weights
-from hylora_kernels.reference import dequantize, forward, quantized
-from hylora_kernels.weights import QuantizedMatrix, Weights
-
-N, K, R, RA = 48, 100, 16, 4
-
-
-def random_matrix(n: int, k: int, bits: int, seed: int = 0) -> QuantizedMatrix:
-    g = torch.Generator().manual_seed(seed)
-    groups = -(-k // 64)
-    codes = torch.randint(0, 2**bits, (n, k), generator=g)
-    zeros = None if bits == 8 else torch.randint(0, 2**bits, (n, groups), generator=g)
-    scales = (1 + torch.rand(n, groups, generator=g)) / 2**bits
-    return quantized(codes, scales, zeros, bits)
-
-
-def random_weights(form: str) -> Weights:
-    """`form`: dense, pair, pair with SVh or U alone quantised, pivoted."""
-    torch.manual_seed(0)
-    if form == "dense":
-        return dense_weights(random_matrix(N, K, 4), torch.randn(N))
-    others = N - R if form == "pivoted" else N
-    SVh = torch.randn(R, K) if form == "U" else random_matrix(R, K, 8 if form == "pivoted" else 5)
-    U = torch.randn(others, R) if form == "SVh" else random_matrix(others, R, 6)
-    pivots = torch.arange(0, N, 3, dtype=torch.int32) if form == "pivoted" else None
-    return Weights(SVh, U, torch.randn(RA, K), torch.randn(N, RA), None, 0.5, pivots)
-
-
-FORMS = ("dense", "pair", "SVh", "U", "pivoted")
-
-
-def plain(weights: Weights, dtype: torch.dtype = torch.float64) -> Weights:
-    def of(value):
-        if isinstance(value, QuantizedMatrix):
-            return dequantize(value, dtype)
-        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(dtype) if floating else value
-
-    return Weights(*map(of, weights))
+from hylora_kernels import backends, use_backend
+from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from hylora_kernels.reference import dequantize, forward
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -53,7 +18,7 @@ def test_it_computes_with_what_the_codes_stand_for(form):
     weights = random_weights(form)
     layer = QuantizedLinear.from_weights(weights)
     x = torch.randn(2, 3, K)
-    exact, _ = forward(x.double().reshape(6, K), plain(weights))
+    exact, _ = forward(x.double().reshape(6, K), dequantized(weights))
     torch.testing.assert_close(layer(x).double(), exact.view(2, 3, N), rtol=1e-4, atol=1e-4)
 
 
@@ -76,3 +41,12 @@ def test_a_tied_pair_shares_one_matrix():
     assert torch.equal(embedding(ids), dequantize(matrix, torch.bfloat16)[ids])
     assert head.SVh is embedding.matrix
     assert torch.equal(head.weight + 0, embedding.weight + 0)
+
+
+def test_a_backend_without_kernels_for_codes_packs_nothing():
+    weights = random_weights("pair")
+    with use_backend("eager"):
+        assert backends.pack(weights, torch.bfloat16) is None
+        assert backends.why_not_packed(weights, torch.bfloat16) == {
+            "eager": "has no kernels for these codes"
+        }

@@ -261,8 +261,10 @@ def in_panels(packed: Packed) -> PackedLayer | PackedMatrix:
 # ----------------------------------------------------------------------- the backend's interface
 
 
-def pack(weights: Weights) -> Packed | None:
-    """Weights that this backend supports, packed, without the bias."""
+def pack(weights: Weights, dtype: torch.dtype | None = None) -> Packed | None:
+    """Weights that this backend supports, packed, without the bias; dtype: of x."""
+    if weights.is_quantized:
+        return None
     if torch_products_are_faster(weights):
         return TorchProducts.of(weights)
     if not _is_matrix(weights):

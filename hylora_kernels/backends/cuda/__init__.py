@@ -169,8 +169,8 @@ def forget(SVh: Tensor) -> None:
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def pack(weights: Weights) -> packed_gpu.PackedLayer | None:
-    """The weights packed, without the bias; None for a dense matrix."""
+def pack(weights: Weights, dtype: torch.dtype | None = None) -> packed_gpu.PackedLayer | None:
+    """The weights packed, without the bias; None for a dense or a quantised matrix. dtype: of x."""
     return packed_gpu.pack(weights, "cuda")
 
 

@@ -114,11 +114,12 @@ class PackedLayer:
 
 
 def pack(weights: Weights, backend: str) -> PackedLayer | None:
-    """The weights packed for a GPU; None for a dense matrix, which torch's own product serves.
+    """The weights packed for a GPU; None for a dense matrix, which torch's own product serves, and
+    for quantised ones.
 
     Raises ValueError for pivots that aren't strictly ascending within [0, N).
     """
-    if weights.is_dense:
+    if weights.is_dense or weights.is_quantized:
         return None
     SVh, U, A, B, _, alpha, pivots = (t.detach() if isinstance(t, Tensor) else t for t in weights)
     rank, lora_rank, N = weights.rank, weights.lora_rank, weights.out_features

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from hylora_kernels.weights import Weights
 
 
-def pack(weights: Weights) -> None:
+def pack(weights: Weights, dtype: torch.dtype | None = None) -> None:
     """None: packing would gain nothing."""
 
 

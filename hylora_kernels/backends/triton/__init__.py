@@ -208,9 +208,10 @@ def forget(SVh: Tensor) -> None:
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def pack(weights: Weights) -> packed_gpu.PackedLayer | None:
-    """The weights packed, without the bias; None for a dense matrix and in the interpreter."""
-    return packed_gpu.pack(weights, "triton") if weights.SVh.is_cuda else None
+def pack(weights: Weights, dtype: torch.dtype | None = None) -> packed_gpu.PackedLayer | None:
+    """The weights packed, without the bias; None for a dense or a quantised matrix and in the
+    interpreter. dtype: of x."""
+    return packed_gpu.pack(weights, "triton") if weights.SVh.device.type == "cuda" else None
 
 
 def forward_packed(
