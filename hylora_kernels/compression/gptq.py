@@ -26,7 +26,10 @@ from torch import Tensor
 from hylora_kernels.compression.whiten import damped_cholesky
 from hylora_kernels.weights import GROUP
 
-DAMPING = 1e-2  # Share of G's mean diagonal.
+# Share of G's mean diagonal. With 1e-3 the linears of a block of SmolLM2 lose 2 % more on the 4096
+# tokens of their G at 3 and 4 bits, 4 % more on others like them and 6 % more on another kind of
+# text. With 1e-1 they lose 4 to 6 % more on their own tokens, and 6 and 15 % less on the others.
+DAMPING = 1e-2
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # Shares of a group's range that a grid may span,
 MOST_CLIPPED_BITS = 5  # up to this width: a grid of 64 levels gains nothing by clipping.
 LEAST_SCALE = 2.0**-24  # float16's smallest number above 0.
@@ -64,7 +67,8 @@ def feedback(G: Tensor) -> Feedback | None:
         return None
     factor = L.flip(0, 1)
     weights = G.diagonal() + damping * G.diagonal().mean()
-    return Feedback(weights.float(), order, (factor / factor.diagonal()).float())
+    factor = (factor / factor.diagonal()).to(G.device, torch.float32)
+    return Feedback(weights.float(), order, factor)
 
 
 @dataclass(frozen=True)

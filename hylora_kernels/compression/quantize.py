@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hylora_kernels.compression.gptq import DAMPING, Grid, feedback, find_grid, round_rows
 from hylora_kernels.compression.refit import ridge_solve
-from hylora_kernels.compression.tokens import Term
+from hylora_kernels.compression.tokens import Term, row_slices
 from hylora_kernels.compression.whiten import DEAD, GRADIENT_DAMPING, INPUT_DAMPING, damped
 from hylora_kernels.layers.factorize import check_matrix, to_float64
+from hylora_kernels.layers.quantized import check_bits
 from hylora_kernels.reference import dequantize, quantized
-from hylora_kernels.weights import PLANES, QuantizedMatrix, Weights
+from hylora_kernels.weights import QuantizedMatrix, Weights
 
 METHODS = ("gptq", "rtn")
 ROWS = 8192  # Rows of all widths in one sweep: its column and what it is rounded to fit into L2.
@@ -55,38 +56,30 @@ def quantize_each(
 ) -> list[dict[int, QuantizedMatrix]]:
     """Matrices [n_i, k] that read one input -> bits -> each of them as quantize() gives it, in one
     sweep over the columns."""
-    for name, what, given_ones in (
-        ("matrices", "matrix", matrices),
-        ("widths", "width", widths),
-    ):
-        if not given_ones:
-            raise ValueError(f"{name} must have one {what} at least")
+    widths = [*dict.fromkeys(widths)]
+    for name, given in (("matrices", matrices), ("widths", widths)):
+        if not given:
+            raise ValueError(f"{name} must not be empty")
+    for bits in widths:
+        check_bits("bits", bits)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     matrices = [_checked("W", W) for W in matrices]
     k = matrices[0].shape[1]
     if any(W.shape[1] != k for W in matrices):
         raise ValueError(f"matrices must read one input, got {[list(W.shape) for W in matrices]}")
-    for bits in widths:
-        if bits not in PLANES:
-            raise ValueError(f"bits must be one of {[*PLANES]}, got {bits}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    given = None
-    if G is not None and method == "gptq":
-        G = _checked("G", G)
-        if G.shape != (k, k):
-            raise ValueError(f"G must be [{k}, {k}] for a W of {k} columns, got {list(G.shape)}")
-        given = feedback(G)
-    weights = None if given is None else given.weights
-    stacked = torch.cat(matrices)
+    by = None if G is None or method == "rtn" else feedback(_checked_gram(G, matrices[0]))
+    weights = None if by is None else by.weights
+    stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     parts: dict[int, list[tuple[Tensor, Grid]]] = {bits: [] for bits in widths}
     for rows in stacked.split(max(ROWS // len(widths), 1)):
-        grids = [find_grid(rows, bits, weights, method == "gptq") for bits in widths]
-        for bits, grid, codes in zip(widths, grids, round_rows(rows, grids, given), strict=True):
+        grids = [find_grid(rows, bits, weights, clip=method == "gptq") for bits in widths]
+        for bits, grid, codes in zip(widths, grids, round_rows(rows, grids, by), strict=True):
             parts[bits].append((codes, grid))
     sizes = [len(W) for W in matrices]
     by_width = {bits: _packed(bits, sizes, parts.pop(bits)) for bits in widths}
     return [
-        dict(zip(by_width, of_one, strict=True)) for of_one in zip(*by_width.values(), strict=True)
+        dict(zip(widths, of_one, strict=True)) for of_one in zip(*by_width.values(), strict=True)
     ]
 
 
@@ -99,6 +92,13 @@ def _packed(bits: int, sizes: list[int], parts: list[tuple[Tensor, Grid]]) -> li
         quantized(c, s, None if bits == 8 else z, bits)
         for c, s, z in zip(codes, scales, zeros, strict=True)
     ]
+
+
+def _checked_gram(G: Tensor, W: Tensor) -> Tensor:
+    G, k = _checked("G", G), W.shape[1]
+    if G.shape != (k, k):
+        raise ValueError(f"G must be [{k}, {k}] for a W of {k} columns, got {list(G.shape)}")
+    return G.to(W.device)
 
 
 def _checked(name: str, matrix: Tensor) -> Tensor:
@@ -203,4 +203,14 @@ def quantize_embedding(
     every text but the calibration's.
     """
     found = quantize_each([E], widths, embedding_metric(terms), method=method)[0]
-    return {b: (q, sum(t.error(E, dequantize(q)) for t in terms)) for b, q in found.items()}
+    return {bits: (matrix, _embedding_error(E, matrix, terms)) for bits, matrix in found.items()}
+
+
+def _embedding_error(E: Tensor, matrix: QuantizedMatrix, terms: Sequence[Term]) -> float:
+    """Term.error of all terms, its products in float32: 1e-6 of the sum."""
+    D, total = E.detach().float() - dequantize(matrix), 0.0
+    for rows in row_slices(len(E)):
+        for term in terms:
+            squares = (D[rows] @ term.metric.float()).mul_(D[rows]).sum(1, dtype=torch.float64)
+            total += float(term.weight[rows] @ squares)
+    return total

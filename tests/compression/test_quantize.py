@@ -254,9 +254,9 @@ PIVOTED = Weights(W[:2], W[:2, :2], pivots=torch.arange(2, dtype=torch.int32))
     [
         (lambda: quantize(NAN, 4), FloatingPointError, "W is not finite"),
         (lambda: quantize(W, 4, G / 0), FloatingPointError, "G is not finite"),
-        (lambda: quantize(W, 7), ValueError, r"bits must be one of \[2, 3, 4, 5, 6, 8\], got 7"),
-        (lambda: quantize_each([W], []), ValueError, "widths must have one width at least"),
-        (lambda: quantize_each([], [4]), ValueError, "matrices must have one matrix at least"),
+        (lambda: quantize(W, 7), ValueError, r"bits must be one of \(2, 3, 4, 5, 6, 8\), got 7"),
+        (lambda: quantize_each([W], []), ValueError, "widths must not be empty"),
+        (lambda: quantize_each([], [4]), ValueError, "matrices must not be empty"),
         (lambda: quantize(W, 4, method="awq"), ValueError, "method must be one of .*got 'awq'"),
         (lambda: quantize(W, 4, G[:9]), ValueError, r"G must be \[70, 70\] .*got \[9, 70\]"),
         (
