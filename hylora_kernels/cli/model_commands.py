@@ -33,6 +33,7 @@ from hylora_kernels.cli.options import (
 from hylora_kernels.cli.output import write_report
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.experiments.options import SweepOptions, TargetOptions
+from hylora_kernels.model.modules import parameter_count
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.console import (
     format_bytes,
@@ -110,7 +111,7 @@ def compress(
         found = {"frontier": frontier.to_dict()}
     save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
     show(report.render())
-    show(report_lines(loaded))
+    show(report_lines(loaded, parameter_count(loaded)))
     if report.sources:
         show(report.text_line())
     seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
@@ -253,7 +254,7 @@ def evaluate(
         dense=dense,
     )
     show(report.render())
-    show(report_lines(loaded))
+    show(report_lines(loaded, parameter_count(loaded)))
     if png is not None and report.breadth is not None:
         report.breadth.plot(png)
         show(f"picture in {png}")
@@ -287,7 +288,7 @@ def generate(
     from hylora_kernels.inference.optimize import optimize_for_inference
 
     loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
-    typer.echo(report_lines(loaded), err=True)
+    typer.echo(report_lines(loaded, parameter_count(loaded)), err=True)
     if optimize and loaded.device.type == "cpu":
         optimize_for_inference(loaded)
     text = continue_text(
@@ -337,7 +338,7 @@ def analyze(
     loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
     report = analyze_spectrum(loaded, method, tokenizer=tokenizer, **options)
     show(report.render())
-    show(report_lines(loaded))
+    show(report_lines(loaded, parameter_count(loaded)))
     if png is not None:
         report.plot(png)
         show(f"picture in {png}")

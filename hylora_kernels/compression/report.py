@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hylora_kernels.model.coverage import Skipped, skipped_table
+from hylora_kernels.model.modules import parameter_count
 from hylora_kernels.model.structure import depth_of, layer_type
 from hylora_kernels.support.console import format_bytes, kept_table, table
 from hylora_kernels.support.plots import budget_plot
@@ -201,7 +202,7 @@ class CompressReport(Report):
         self.predicted_loss = None if None in losses else sum(filter(None, losses))
         self.keep = self.parameters / self.dense_parameters
         self.keep_as_is = self.parameters_as_is / self.dense_parameters
-        self.model_parameters_as_is = sum(p.numel() for p in model.parameters())
+        self.model_parameters_as_is = parameter_count(model)
         merging_saves = self.parameters_as_is - self.parameters
         self.model_parameters = self.model_parameters_as_is - merging_saves
         self.model_keep = self.model_parameters / self.model_dense_parameters

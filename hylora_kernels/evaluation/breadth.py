@@ -31,7 +31,7 @@ from hylora_kernels.support.cache import (
     save_tensors,
 )
 from hylora_kernels.support.console import format_ppl, table
-from hylora_kernels.support.devices import input_device
+from hylora_kernels.support.devices import floating_dtype, input_device
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.plots import ratio_plot
 from hylora_kernels.support.report import Report
@@ -262,7 +262,7 @@ def _is_self(source: Source) -> bool:
 def _loaded(dense: nn.Module | str | Path, model: nn.Module) -> nn.Module:
     """The dense model, checked; one given by its name is loaded as `model` is."""
     if isinstance(dense, str | Path):
-        dense, _ = load_model(dense, input_device(model), next(model.parameters()).dtype)
+        dense, _ = load_model(dense, input_device(model), floating_dtype(model))
     check_model(dense, "evaluate", "dense")
     words, known = vocabulary_size(model), vocabulary_size(dense)
     if words != known:

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.packed import PackedLinear, packed_states
+from hylora_kernels.layers.packed import PackedLinear, PackedModule, packed_states
 from hylora_kernels.layers.packed_parameter import PackedParameter
 from hylora_kernels.model.format import WEIGHTS, own_files, read_index
+from hylora_kernels.model.modules import base_of, parameter_count
 from hylora_kernels.model.structure import linears
 from hylora_kernels.support.report import Report
 from hylora_kernels.support.staging import current
@@ -39,7 +40,8 @@ class Kept(Report):
 
 @dataclass
 class ModelSize(Report):
-    """Numbers of elements, and bytes. A tied weight counts once; pivots are buffers.
+    """Numbers of elements, and bytes. A tied weight counts once; pivots are buffers. A quantised
+    matrix counts as the weights that its codes stand for, and in bytes as codes, scales and zeros.
 
     resident_bytes: of the whole storages of all parameters and buffers.
     file_bytes:     of the .safetensors files that the folder's model is loaded from; None without
@@ -77,7 +79,7 @@ def model_size(model: nn.Module, path: str | Path | None = None) -> ModelSize:
     all_buffers = list(model.buffers())
     buffers = [b for b in all_buffers if id(b) not in panels]
     trainable = [p for p in parameters if p.requires_grad]
-    total = sum(p.numel() for p in parameters) + sum(state.count for state in packed)
+    total = parameter_count(model) + sum(state.count for state in packed)
     targets = linears(model).values()
     dense = sum(_count(layer, "dense") for layer in targets)
     as_is = sum(_count(layer, "as is") for layer in targets)
@@ -103,9 +105,10 @@ def _counted_twice(layers: Iterable[nn.Module]) -> int:
     seen: set[int] = set()
     twice = 0
     for layer in layers:
-        if type(layer) is SVDLoRALinear:
-            twice += layer.SVh.numel() if id(layer.SVh) in seen else 0
-            seen.add(id(layer.SVh))
+        if isinstance(layer, SVDLoRALinear) and not isinstance(layer, PackedModule):
+            base, _ = base_of(layer)
+            twice += layer.SVh.numel() if base in seen else 0
+            seen.add(base)
     return twice
 
 

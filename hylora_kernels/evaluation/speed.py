@@ -17,7 +17,7 @@ from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_context, vocabulary_size
 from hylora_kernels.model.modules import eval_mode
-from hylora_kernels.support.devices import input_device
+from hylora_kernels.support.devices import floating_dtype, input_device
 from hylora_kernels.support.report import Report
 
 
@@ -84,7 +84,7 @@ def throughput(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         device=str(device),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        dtype=str(floating_dtype(model)).removeprefix("torch."),
         threads=torch.get_num_threads(),
         optimized=optimized,
         runtime=decoder.runtime,

@@ -18,6 +18,7 @@ from hylora_kernels.inference.modules import FIRST_BUCKET, Modules
 from hylora_kernels.inference.recognise import recognise
 from hylora_kernels.inference.verify import verify
 from hylora_kernels.inference.watch import NotRecognised
+from hylora_kernels.support.devices import floating_dtype
 
 _LONGEST = 1 << 17  # tokens of a model without a context, for which its windows are looked at
 
@@ -39,7 +40,7 @@ class Native(Modules):
         if reason := _why_not(model):
             raise NotRecognised(reason)
         self.sequences, self.limit = batch, length
-        self.dtype = next(model.parameters()).dtype
+        self.dtype = floating_dtype(model)
         try:
             self.found = recognise(model, length or _LONGEST)
             verify(self.found, self.dtype, length)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hylora_kernels import reference
+from hylora_kernels.layers import factors
 from hylora_kernels.layers.dense_weight import DenseWeight
 from hylora_kernels.layers.linear import SVDLoRALinear, without_gradient
 from hylora_kernels.ops import check_shapes
@@ -194,7 +195,8 @@ class QuantizedLinear(SVDLoRALinear):
         self.pivots = None if pivots is None else pivots.to(self.SVh.device, torch.int32)
 
     def _put(self, name: str, value: nn.Parameter | QuantizedFactor) -> None:
-        delattr(self, name)  # nn.Module refuses a module in the place of a parameter
+        if isinstance(value, nn.Module) and name in self._parameters:
+            delattr(self, name)  # nn.Module refuses a module in the place of a parameter
         setattr(self, name, value)
 
     def stored(self) -> tuple[Any, Any]:
@@ -217,6 +219,26 @@ class QuantizedLinear(SVDLoRALinear):
     def train(self, mode: bool = True) -> QuantizedLinear:
         return nn.Module.train(self, mode)  # no backend keeps anything of matrices made for a call
 
+    def with_adapter(
+        self,
+        lora_rank: int,
+        alpha: float = 1.0,
+        lora_dropout: float = 0.0,
+        seed: int | None = None,
+    ) -> QuantizedLinear:
+        """A layer on the same frozen matrices, pivots and bias with a new adapter: A random by
+        `seed`, B zero."""
+        factors.check_sizes(self.in_features, self.out_features, self.rank, lora_rank, self.form)
+        A, B = factors.random_adapter(self.out_features, self.in_features, lora_rank, seed)
+        kind: dict[str, Any] = {"device": self.SVh.device, "dtype": self.SVh.dtype}
+        A, B = (None if t is None else t.to(**kind) for t in (A, B))
+        weights = Weights(*self.stored(), A, B, self.bias, alpha, self.pivots)
+        layer = QuantizedLinear.from_weights(weights, lora_dropout, kind["dtype"])
+        for name in QUANTIZABLE:
+            layer._put(name, getattr(self, name))
+        layer.bias = self.bias
+        return layer.train(self.training)
+
     @property
     def bits(self) -> dict[str, int]:
         return {name: f.bits for name, f in self._modules.items() if name in QUANTIZABLE}
@@ -226,6 +248,7 @@ class QuantizedEmbedding(nn.Module):
     """ids int64 [...] -> rows [..., d] of E.
 
     matrix: QuantizedFactor [V, d], one row a token.
+    bits:   {"matrix": bits}.
 
     An output head tied to it is a QuantizedLinear that holds the same QuantizedFactor as its SVh.
     Raises ValueError or TypeError naming the argument.
@@ -237,17 +260,18 @@ class QuantizedEmbedding(nn.Module):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        bits: int,
+        bits: Mapping[str, int],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_all_bits(bits, ("matrix",))
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.matrix = QuantizedFactor(num_embeddings, embedding_dim, bits, device, dtype)
+        self.matrix = QuantizedFactor(num_embeddings, embedding_dim, bits["matrix"], device, dtype)
 
     @classmethod
     def of(cls, matrix: QuantizedMatrix, dtype: torch.dtype | None = None) -> QuantizedEmbedding:
-        embedding = cls(*matrix.shape, matrix.bits, device="meta")
+        embedding = cls(*matrix.shape, {"matrix": matrix.bits}, device="meta")
         embedding.matrix = QuantizedFactor.of(matrix, dtype)
         return embedding
 
@@ -275,6 +299,10 @@ class QuantizedEmbedding(nn.Module):
         return reference.dequantize(rows_of(self.matrix.matrix, ids), self.matrix.dtype).unflatten(
             0, ids.shape
         )
+
+    @property
+    def bits(self) -> dict[str, int]:
+        return {"matrix": self.matrix.bits}
 
     def parameter_count(self) -> int:
         """V d, which a tied head adds nothing to."""
@@ -311,9 +339,9 @@ def check_bits(name: str, bits: object) -> None:
         raise ValueError(f"{name} must be one of {tuple(PLANES)}, got {bits!r}")
 
 
-def _check_all_bits(bits: Mapping[str, int]) -> None:
-    if not bits or not set(bits) <= set(QUANTIZABLE):
-        raise ValueError(f"bits must be of SVh, U or both, got {dict(bits)}")
+def _check_all_bits(bits: Mapping[str, int], names: tuple[str, ...] = QUANTIZABLE) -> None:
+    if not isinstance(bits, Mapping) or not bits or not set(bits) <= set(names):
+        raise ValueError(f"bits must be a mapping from {' or '.join(names)}, got {bits!r}")
     for name, width in bits.items():
         check_bits(f"bits of {name}", width)
 

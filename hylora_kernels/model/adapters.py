@@ -8,6 +8,7 @@ from torch import nn
 
 from hylora_kernels.layers import factors
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.quantized import QuantizedLinear
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.coverage import body_parameters, skipped_parameters, warn_if_little
 from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled, unshared_layers
@@ -34,34 +35,33 @@ def add_adapters(
                       output head.
 
     The dense weight, which is shared and not copied, becomes a pivoted base of rank N, so the
-    adapter runs through the same op as after compress(). All else is frozen. Stacks of experts get
-    no adapter; a warning comes where the linears are under half of the body. Raises ValueError for
-    a lora_rank below 1 or a model that has been compressed already.
+    adapter runs through the same op as after compress(). A weight that is codes stays so (QLoRA,
+    arXiv:2305.14314). All else is frozen. Stacks of experts get no adapter; a warning comes where
+    the linears are under half of the body. Raises ValueError for a lora_rank below 1 or a model
+    that has been compressed to factors or has adapters already.
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
-    check_model(model, "replace")
+    check_model(model, "adapt")
     keep_unscaled(model)
     targets, reasons = select(model, include, exclude)
     for path, linear in targets.items():
-        if isinstance(linear, SVDLoRALinear):
+        if isinstance(linear, SVDLoRALinear) and not _is_dense_codes(linear):
             raise ValueError(
                 f"model must be dense to take adapters, but its layer {path} is an SVDLoRALinear"
             )
     warn_if_little(
-        sum(as_matrix(linear).numel() for linear in targets.values()),
+        sum(linear.weight.numel() for linear in targets.values()),
         body_parameters(model),
         skipped_parameters(model, targets, reasons),
     )
     for index, (path, linear) in enumerate(targets.items()):
-        layer = SVDLoRALinear.from_dense(
-            as_matrix(linear),
-            lora_rank,
-            bias=getattr(linear, "bias", None),
-            alpha=alpha,
-            lora_dropout=lora_dropout,
-            seed=seed + index,
-        )
+        kind: dict[str, Any] = {"alpha": alpha, "lora_dropout": lora_dropout, "seed": seed + index}
+        if isinstance(linear, QuantizedLinear):
+            layer: SVDLoRALinear = linear.with_adapter(lora_rank, **kind)
+        else:
+            bias = getattr(linear, "bias", None)
+            layer = SVDLoRALinear.from_dense(as_matrix(linear), lora_rank, bias=bias, **kind)
         model.set_submodule(path, layer.train(linear.training))
     return save_in_hylora_format(freeze_all_but_adapters(model))
 
@@ -72,7 +72,8 @@ def renew_adapters(model: nn.Module, lora_rank: int = 64, seed: int = 0) -> nn.M
     lora_rank: rank ra of A and B. They are made of the layer's last ra singular components (of all
                but the first, if it has no more), as compress() makes them of the next ones: the
                model has as many parameters when they are merged, and computes the same up to
-               rounding. A layer that is its dense matrix gets A random by `seed` and B zero.
+               rounding. A layer that is its dense matrix or codes gets A random by `seed` and B
+               zero.
 
     Layers that share a factor, as a head with a low-rank embedding, get none: it would be theirs no
     more. All else is frozen. Raises ValueError for a lora_rank below 1 or a layer that has an
@@ -94,6 +95,8 @@ def renew_adapters(model: nn.Module, lora_rank: int = 64, seed: int = 0) -> nn.M
 
 def _with_adapter(layer: SVDLoRALinear, lora_rank: int, seed: int) -> SVDLoRALinear:
     """A layer that computes the same, with an adapter; the bias is shared."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.with_adapter(lora_rank, lora_dropout=layer.lora_dropout, seed=seed)
     shared: dict[str, Any] = {"bias": layer.bias, "lora_dropout": layer.lora_dropout, "seed": seed}
     if layer.form == "pivoted" and layer.rank == layer.out_features:
         made = SVDLoRALinear.from_dense(layer.SVh, lora_rank, **shared)
@@ -104,6 +107,11 @@ def _with_adapter(layer: SVDLoRALinear, lora_rank: int, seed: int) -> SVDLoRALin
             U, SVh, layer.rank - adapter, adapter, form=layer.form, dtype=layer.SVh.dtype, **shared
         ).to(layer.SVh.device)
     return made.train(layer.training)
+
+
+def _is_dense_codes(layer: SVDLoRALinear) -> bool:
+    is_dense = layer.form == "pivoted" and layer.rank == layer.out_features
+    return isinstance(layer, QuantizedLinear) and is_dense and not layer.lora_rank
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hylora_kernels.layers.packed import refuse_packed
+from hylora_kernels.layers.quantized import QuantizedFactor
 from hylora_kernels.model.context import probe_ids, vocabulary_size
 from hylora_kernels.model.modules import eval_mode
 
@@ -22,13 +23,14 @@ _causal: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def check_model(
     model: nn.Module,
-    use: Literal["generate", "evaluate", "train", "replace"],
+    use: Literal["generate", "evaluate", "train", "adapt", "replace"],
     name: str = "model",
 ) -> None:
     """Raise TypeError or ValueError unless `model` is a causal language model fit for a use.
 
-    use:  "train" means its adapters, "replace" its linears by low-rank layers. A quantised model
-          can't be replaced; a compiled or offloaded one can generate and be evaluated only.
+    use:  "train" means its adapters, "adapt" to give its linears some, "replace" its linears by
+          low-rank layers. Of quantised models only ours (QuantizedLinear) can get adapters, and
+          none be replaced; a compiled or offloaded one can generate and be evaluated only.
     name: of the argument, for the message.
 
     Each use but "generate" runs a model that it sees for the first time on two rows of eight
@@ -83,9 +85,11 @@ def _has_peft_layers(model: nn.Module) -> bool:
 
 
 def _check_weights(model: nn.Module, use: str, name: str) -> None:
-    changes = use in ("train", "replace")
+    changes = use in ("train", "adapt", "replace")
     if changes:
         refuse_packed(model)
+    matrices = (m for m in model.modules() if isinstance(m, QuantizedFactor))
+    ours = {id(p) for m in matrices for p in m.parameters()} if use == "adapt" else set()
     for path, tensor in chain(model.named_parameters(), _codes(model)):
         if tensor.is_meta and (changes or not _has_offload_hooks(model)):
             raise ValueError(
@@ -97,7 +101,7 @@ def _check_weights(model: nn.Module, use: str, name: str) -> None:
                 f"{name} must be whole in each process, but {path} is sharded: pass the model "
                 "before fully_shard; only adapters are trained, and each process holds all of them"
             )
-        if use == "replace" and not _is_plain(tensor):
+        if use in ("adapt", "replace") and not (_is_plain(tensor) or id(tensor) in ours):
             kind = f"{str(tensor.dtype).removeprefix('torch.')} {type(tensor).__name__}"
             raise ValueError(
                 f"{name} must have plain floating-point weights, but {path} is a {kind}: load it "

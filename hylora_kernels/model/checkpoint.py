@@ -93,7 +93,8 @@ def load_pretrained(
 
 
 def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list[str]]:
-    """([(K, N, r, ra), ...], forms) of the SVDLoRALinears of a saved model, each of them once.
+    """([(K, N, r, ra), ...], forms) of the SVDLoRALinears of a saved model, each of them once; not
+    of those that are stored as codes.
 
     Reads config.json and the headers of the weight files. Raises CheckpointError as load_pretrained
     does, and if there are no low-rank layers.
@@ -105,7 +106,7 @@ def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list
     found = {}
     sizes |= {name: sizes[other] for name, other in ours.get("tied", {}).items() if other in sizes}
     for path, module in ours["modules"].items():
-        if module.keys() == {"rank"}:  # an embedding, which reads rows of U
+        if "form" not in module or "bits" in module:  # an embedding, which reads rows; codes
             continue
         try:
             (rank, K), others, form = sizes[f"{path}.SVh"], sizes[f"{path}.U"][0], module["form"]

@@ -5,7 +5,8 @@ config.json is the one that transformers writes, plus
     "quantization_config": {
         "quant_method": "hylora",
         "format": 2,
-        "modules": {path: {"rank", "lora_rank", "alpha", "form", "group"[, "lora_dropout"]}},
+        "modules": {path: {"rank", "lora_rank", "alpha", "form", "group"[, "lora_dropout"][, "bits"]
+            }},
         "linears": paths of all linears in the budget, those left dense included; may be absent,
         "tied": {weight: the weight that it is one tensor with, stored once}; may be absent,
         "checksums": {file: {tensor: crc32 of its bytes, 8 hex digits}},
@@ -13,10 +14,17 @@ config.json is the one that transformers writes, plus
     }
 
 A low-rank embedding's entry in modules has "rank" alone. The weights are named as in
-model.state_dict(): <path>.SVh, .U, .A, .B, .bias, .pivots. There is
-one tensor more, of shape [0], named <the first of modules>.weight, or as the stack if all are
-experts: a loader that doesn't know the format would make up the weights of such linears, and stops
-at the shape of this one. Format 1 has neither it nor "files".
+model.state_dict(): <path>.SVh, .U, .A, .B, .bias, .pivots.
+
+"bits" is {matrix: bits} of the matrices that are stored as codes (weights.QuantizedMatrix): SVh, U
+or both of a layer; a quantised embedding's entry has it alone, with its one `matrix`. In the place
+of such a matrix, <path>.SVh for example, stand uint8 <path>.SVh.codes, .scales (the bytes of its
+float16 numbers, little-endian) and, under 8 bits, .zeros, and .empty of shape [0], of the dtype
+that the layer computes in. An older reader refuses "bits" by name, so the format's number stays.
+
+There is one tensor more, of shape [0], named <the first of modules>.weight, or as the stack if all
+are experts: a loader that doesn't know the format would make up the weights of such linears, and
+stops at the shape of this one. Format 1 has neither it nor "files".
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.quantized import QuantizedFactor
 from hylora_kernels.support.hashing import fingerprint
 
 _empty = threading.RLock()
@@ -69,9 +70,32 @@ def keep_unscaled(model: nn.Module) -> None:
             module.config.rescale_every = 0
 
 
+def parameter_count(model: nn.Module) -> int:
+    """The model's parameters, each once; of a quantised matrix the weights that its codes stand
+    for."""
+    found = {id(m.codes): m for m in model.modules() if isinstance(m, QuantizedFactor)}
+    stored = {id(p) for m in found.values() for p in m.parameters()}
+    plain = sum(p.numel() for p in model.parameters() if id(p) not in stored)
+    return plain + sum(m.numel() for m in found.values())
+
+
 def holder_counts(model: nn.Module) -> Counter[int]:
-    """id of a parameter -> the number of modules that hold it themselves."""
-    return Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    """id of a parameter -> the number of modules that hold it themselves; those of a quantised
+    matrix count as its layer's."""
+    return Counter(
+        id(p)
+        for module in model.modules()
+        if not isinstance(module, QuantizedFactor)
+        for part in (module, *module.children())
+        if part is module or isinstance(part, QuantizedFactor)
+        for p in part.parameters(recurse=False)
+    )
+
+
+def base_of(layer: SVDLoRALinear) -> tuple[int, int]:
+    """Values that layers with the same SVh and U share, which another module may hold too."""
+    SVh, U = (getattr(factor, "codes", factor) for factor in (layer.SVh, layer.U))
+    return id(SVh), id(U)
 
 
 def unshared_layers(model: nn.Module) -> dict[str, SVDLoRALinear]:
@@ -79,7 +103,7 @@ def unshared_layers(model: nn.Module) -> dict[str, SVDLoRALinear]:
     low-rank embedding. A layer that is used in several places stands under each path."""
     counts, named = holder_counts(model), model.named_modules(remove_duplicate=False)
     layers = ((path, layer) for path, layer in named if isinstance(layer, SVDLoRALinear))
-    return {path: m for path, m in layers if counts[id(m.SVh)] == counts[id(m.U)] == 1}
+    return {path: m for path, m in layers if all(counts[factor] == 1 for factor in base_of(m))}
 
 
 def freeze_all_but_adapters(model: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from hylora_kernels.model.format import (
     ANY_WEIGHTS,
     CONFIG,
@@ -195,7 +196,7 @@ def _saved_config(model: PreTrainedModel) -> dict:
     config.architectures = [_class_of(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     saved = json.loads(config.to_json_string())
-    kinds = (SVDLoRALinear, LowRankEmbedding)
+    kinds = (SVDLoRALinear, LowRankEmbedding, QuantizedEmbedding)
     layers = {p: m for p, m in model.named_modules() if isinstance(m, kinds)}
     modules = {path: _describe(layer) for path, layer in layers.items()}
     # An older entry (that of a GGUF file, for example) no longer describes how weights are stored.
@@ -221,12 +222,15 @@ def _class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def _describe(layer: SVDLoRALinear | LowRankEmbedding) -> dict:
+def _describe(layer: SVDLoRALinear | LowRankEmbedding | QuantizedEmbedding) -> dict:
     if isinstance(layer, LowRankEmbedding):
         return {"rank": layer.rank}
+    if isinstance(layer, QuantizedEmbedding):
+        return {"bits": layer.bits}
     names = ("rank", "lora_rank", "alpha", "form")
     dropout = {"lora_dropout": layer.lora_dropout} if layer.lora_dropout else {}
-    return {name: getattr(layer, name) for name in names} | {"group": None} | dropout
+    bits = {"bits": layer.bits} if isinstance(layer, QuantizedLinear) else {}
+    return {name: getattr(layer, name) for name in names} | {"group": None} | dropout | bits
 
 
 def _rebuilt(model: PreTrainedModel, config: dict) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.experts import unstack_for
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from hylora_kernels.model.files import CheckpointError, reading, shown
 from hylora_kernels.model.limits import MAX_BUFFERS, check_config, few_parameters, unusual_fields
 from hylora_kernels.model.modules import empty_weights
@@ -138,13 +139,19 @@ def model_class_of(config: dict, source: str | Path) -> type[PreTrainedModel]:
     raise CheckpointError(f"{source}: transformers knows no model class {shown(name)}")
 
 
-def _empty_embedding(embedding: nn.Embedding, *, rank) -> LowRankEmbedding:
-    sizes = embedding.num_embeddings, embedding.embedding_dim, rank
-    return LowRankEmbedding(*sizes, device="meta")
+def _empty_embedding(
+    embedding: nn.Embedding, *, rank=None, bits=None
+) -> LowRankEmbedding | QuantizedEmbedding:
+    sizes = embedding.num_embeddings, embedding.embedding_dim
+    if bits is None:
+        return LowRankEmbedding(*sizes, rank, device="meta")
+    if rank is not None:
+        raise ValueError("an embedding has either rank or bits")
+    return QuantizedEmbedding(*sizes, bits, device="meta")
 
 
 def _empty_layer(
-    linear: nn.Module, *, rank, lora_rank, alpha, form, group=None, lora_dropout=0.0
+    linear: nn.Module, *, rank, lora_rank, alpha, form, group=None, lora_dropout=0.0, bits=None
 ) -> SVDLoRALinear:
     """The layer for `linear` that an entry of config.json describes, on the meta device."""
     if isinstance(linear, Conv1D):
@@ -156,4 +163,6 @@ def _empty_layer(
     if group is not None:
         raise ValueError(f"group must be null, got {group!r}")
     bias, sizes = linear.bias is not None, (in_features, out_features, rank, lora_rank)
-    return SVDLoRALinear(*sizes, bias, alpha, lora_dropout, form, device="meta")
+    if bits is None:
+        return SVDLoRALinear(*sizes, bias, alpha, lora_dropout, form, device="meta")
+    return QuantizedLinear(*sizes, bias, alpha, lora_dropout, form, device="meta", bits=bits)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from hylora_kernels.layers import factors
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.quantized import QuantizedLinear
 from hylora_kernels.model.modules import (
     freeze_all_but_adapters,
     holder_counts,
@@ -66,10 +67,15 @@ def starting_tensors(model: nn.Module) -> dict[str, Tensor]:
     """name -> tensor of all that balanced_factors() will train: of each layer everything but the
     bias, and the norms' weights.
 
-    Raises ValueError if the model has no compressed layer with factors of its own.
+    Raises ValueError if the model has no compressed layer with factors of its own, or a quantised
+    one.
     """
     tensors: dict[str, Tensor] = {}
     for path, layer in unshared_layers(model).items():
+        if isinstance(layer, QuantizedLinear):
+            raise ValueError(
+                f"train must be 'adapters' for a quantised model, got 'factors': {path} is codes"
+            )
         own = layer.state_dict(keep_vars=True) | {"alpha": torch.tensor(layer.alpha)}
         tensors |= {f"{path}.{name}": t for name, t in own.items() if name != "bias"}
     if not tensors:

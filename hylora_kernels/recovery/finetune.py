@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters, renew_adapters
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.modules import freeze_all_but_adapters
+from hylora_kernels.model.modules import freeze_all_but_adapters, parameter_count
 from hylora_kernels.recovery.blocks import training_blocks
 from hylora_kernels.recovery.factors import balanced_factors, starting_tensors
 from hylora_kernels.recovery.options import FinetuneOptions
@@ -154,7 +154,7 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     shown = options.progress and accelerator.is_main_process
     prepared = balanced_factors(model, shown) if by_factors else nullcontext(start)
     with prepared as trained, training_mode(model, trained, options.gradient_checkpointing):
-        total = sum(p.numel() for p in model.parameters())
+        total = parameter_count(model)
         run = Run(model, trained, blocks, recipe, options, accelerator, teacher)
         if options.resume:
             run.load()

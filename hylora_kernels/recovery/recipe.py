@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.model.modules import base_of
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.hashing import tensor_hash
 from hylora_kernels.support.options import reported_options
@@ -89,7 +90,7 @@ def frozen_hash(model: nn.Module, trained: Iterable[Tensor] | None = None) -> st
     if trained is None:
         trained = [p for layer in layers.values() for p in (layer.A, layer.B) if p is not None]
     seen = {id(tensor) for tensor in trained}
-    layers = {path: layer for path, layer in layers.items() if id(layer.SVh) not in seen}
+    layers = {path: layer for path, layer in layers.items() if base_of(layer)[0] not in seen}
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in seen:

@@ -47,10 +47,13 @@ def kept_removed(keep: float) -> str:
     return f"keep {keep:.3f} (removed {1 - keep:.3f})"
 
 
-def report_lines(model: nn.Module) -> str:
+def report_lines(model: nn.Module, total: int | None = None) -> str:
     """The line that every model command prints: trainable and all parameters, a tied one once. A
-    model that has nothing to train, a merged one, says so without a share."""
-    total = sum(p.numel() for p in model.parameters())
+    model that has nothing to train, a merged one, says so without a share.
+
+    total: all parameters; by default the numbers in model.parameters(), which of codes are bytes.
+    """
+    total = sum(p.numel() for p in model.parameters()) if total is None else total
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         return f"trainable none / total {total:,} parameters"

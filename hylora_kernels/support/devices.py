@@ -47,6 +47,12 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device(hook.execution_device) if device.type == "meta" and hook else device
 
 
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating parameter, the one that it computes in; parameters
+    that are codes come before it."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where `device` multiplies it fast, else float32.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from helpers.checkpoints import build
+from torch import Tensor, nn
 
-from hylora_kernels.layers.quantized import dense_weights
+from hylora_kernels.compression.quantize import quantize
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear, dense_weights
 from hylora_kernels.reference import dequantize, quantized
 from hylora_kernels.weights import QuantizedMatrix, Weights
 
@@ -48,3 +51,30 @@ def dequantized(
         return value.detach().to(dtype) if floating else value
 
     return Weights(*map(of, weights))
+
+
+def quantized_model(name: str = "llama, tied", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny model with dense linears in 4 bits, the first a pair in 5 and 8; its embedding, and
+    the head if it is tied to it, in 6."""
+    torch.manual_seed(0)
+    model = build(name, rank=0).to(dtype)
+    linears = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear)]
+    head = model.get_output_embeddings()
+    for path, linear in linears:
+        if linear is head:
+            continue
+        weights = dense_weights(rounded(linear.weight, 4), linear.bias, dtype)
+        if path == linears[0][0]:
+            plain = SVDLoRALinear.from_linear(linear, 8, lora_rank=2)
+            SVh, U = rounded(plain.SVh, 5), rounded(plain.U, 8)
+            weights = Weights(SVh, U, plain.A, plain.B, linear.bias, 0.5)
+        model.set_submodule(path, QuantizedLinear.from_weights(weights, dtype=dtype))
+    embedding, new_head = QuantizedEmbedding.tied_pair(rounded(head.weight, 6), dtype=dtype)
+    model.set_input_embeddings(embedding)
+    if model.config.tie_word_embeddings:
+        model.set_output_embeddings(new_head)
+    return model.requires_grad_(False).eval()
+
+
+def rounded(W: Tensor, bits: int) -> QuantizedMatrix:
+    return quantize(W, bits, method="rtn")

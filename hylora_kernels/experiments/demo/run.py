@@ -24,6 +24,7 @@ from hylora_kernels.inference.generate import generate
 from hylora_kernels.inference.optimize import optimize_for_inference
 from hylora_kernels.machine.info import environment
 from hylora_kernels.model import load as models
+from hylora_kernels.model.modules import parameter_count
 from hylora_kernels.support import storage
 from hylora_kernels.support.cache import cache_root
 from hylora_kernels.support.console import (
@@ -92,7 +93,7 @@ def measure(setup: Setup, recipe: Recipe) -> Stage:
     spent.clear()
     made = recipe.make(setup, recipe)
     model, recovery = made.model, made.recovery
-    setup.say(report_lines(model))
+    setup.say(report_lines(model, parameter_count(model)))
     if recipe.optimize:
         optimize_for_inference(model)
     size, speed, sample = model_size(model), None, None
