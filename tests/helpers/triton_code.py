@@ -93,6 +93,32 @@ class Case:
         tiles = [(c.BM, c.BR), (c.BM, c.BN)]
         return [tile[::-1] for tile in tiles] if c.swap else tiles
 
+    def why_illegal(self, target: configs.Target) -> str | None:
+        """The reason why config.py would refuse the config; None if it wouldn't."""
+        return self.config and configs.why_illegal(self.config, self.problem.dtype, target)
+
+    @property
+    def waiting_allowed(self) -> int:
+        """The loads of tiles that may pass through registers.
+
+        These are the parts of a split sum, where they have the problem's dtype; h at the pivots; in
+        the pivoted backward, dy by its index lists; in adapter_gradients, both operands of dB in
+        each stage, since dy is summed as well as multiplied.
+        """
+        p, c = self.problem, self.config
+        parts = 2 if c.split > 1 and p.dtype == torch.float32 else 0
+        if self.kernel == "adapter_gradients":
+            return 2 * parts + 2 * c.stages
+        if not p.pivoted:
+            return parts
+        return parts + (1 if p.direction == FORWARD else 2)
+
+    @property
+    def orders_wanted(self) -> set[str]:
+        """Of the flag that says that h is there, and of the arrivals of a split sum."""
+        arrivals = {"acq_rel"} if self.config is not None and self.config.split > 1 else set()
+        return {"acquire", "release"} | arrivals if self.kernel == "layer" else arrivals
+
     def __str__(self):
         p, c = self.problem, self.config
         dtype = "tf32" if self.tf32 else str(p.dtype).removeprefix("torch.")
@@ -136,7 +162,8 @@ def examined(kernel, case: Case, machine: Machine) -> Code:
         sass = _tool("nvdisasm", "-c", file.name)
     code = of_nvidia(resources, sass, kernel.asm["ptx"], kernel.metadata.shared)
     element = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-    load = rf"= tt\.load [^\n]*tensor<\d+x\d+x!tt\.ptr<{element[case.problem.dtype]}>"
+    kinds = f"(?:{element[case.problem.dtype]}|i32)"  # i32: the planes of a quantised matrix
+    load = rf"= tt\.load [^\n]*tensor<\d+x\d+x!tt\.ptr<{kinds}>"
     return replace(code, waiting=len(re.findall(load, kernel.asm["ttgir"])))
 
 
@@ -195,11 +222,11 @@ def faults(code: Code, case: Case, machine: Machine) -> list[str]:
     if machine.kind == "cuda" and case.tiled and case.aligned:
         if not any(code.opcodes[name] for name in ("LDGSTS", "UTMALDG", "UBLKCP")):
             found.append("no async copies")
-        if code.waiting > waiting_allowed(case):
-            found.append(f"{code.waiting - waiting_allowed(case)} loads of operands not async")
+        if code.waiting > case.waiting_allowed:
+            found.append(f"{code.waiting - case.waiting_allowed} loads of operands not async")
     if code.opcodes["WARPGROUP"] > code.opcodes["HGMMA"]:
         found.append(f"wgmma serialised: {code.opcodes['WARPGROUP']} WARPGROUP")
-    missing = sorted(orders_wanted(case) - code.orders)
+    missing = sorted(case.orders_wanted - code.orders)
     if missing:
         found.append(f"no atomic with {', '.join(missing)}")
     return found
@@ -207,32 +234,11 @@ def faults(code: Code, case: Case, machine: Machine) -> list[str]:
 
 def tensor_opcode(case: Case, machine: Machine) -> str | None:
     """The instruction that multiplies the tiles, None where there is none. Hopper's and Blackwell's
-    own take 64 rows at least; tf32 can't be transposed on its way into them."""
+    own take 64 rows and 4 warps at least; tf32 can't be transposed on its way into them."""
     if case.ieee or not case.tiled:
         return None
     if machine.kind == "hip":
         return "v_mfma" if str(machine.arch).startswith("gfx9") else "v_wmma"
-    tall = any(rows >= 64 for rows, _ in case.sums) and not case.tf32
+    is_tall = any(rows >= 64 for rows, _ in case.sums) and case.config.warps >= 4
+    tall = is_tall and not case.tf32
     return {90: "HGMMA", 100: "UTCHMMA"}.get(machine.arch, "HMMA") if tall else "HMMA"
-
-
-def waiting_allowed(case: Case) -> int:
-    """The loads of tiles that may pass through registers.
-
-    These are the parts of a split sum, where they have the problem's dtype; h at the pivots; in
-    the pivoted backward, dy by its index lists; in adapter_gradients, both operands of dB in each
-    stage, since dy is summed as well as multiplied.
-    """
-    p, c = case.problem, case.config
-    parts = 2 if c.split > 1 and p.dtype == torch.float32 else 0
-    if case.kernel == "adapter_gradients":
-        return 2 * parts + 2 * c.stages
-    if not p.pivoted:
-        return parts
-    return parts + (1 if p.direction == FORWARD else 2)
-
-
-def orders_wanted(case: Case) -> set[str]:
-    """Of the flag that says that h is there, and of the arrivals of a split sum."""
-    arrivals = {"acq_rel"} if case.config is not None and case.config.split > 1 else set()
-    return {"acquire", "release"} | arrivals if case.kernel == "layer" else arrivals

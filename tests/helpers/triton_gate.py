@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from helpers import triton_quantized
 from helpers.triton_code import KIB, MACHINES, Case, Machine, examined, faults
 
 from hylora_kernels.backends.triton import config as configs
@@ -64,7 +65,7 @@ def cases(machine: Machine, quick: bool) -> list[Case]:
             problem = Problem(M, **LAYER, lora_rank=ra, dtype=dtype, direction=BACKWARD)
             found.setdefault(Case(problem, configs.adapter_gradients_config(problem, target)))
     merged = Problem(2048, **LAYER, lora_rank=0, dtype=torch.bfloat16, pivoted=True)
-    return [*found, Case(merged, None)]
+    return [*found, Case(merged, None), *triton_quantized.cases(target, quick)]
 
 
 def problems(M: int) -> list[tuple[Problem, bool]]:
@@ -154,6 +155,9 @@ def compiled(case: Case, machine: Machine):
     stand_in = {name: _Compiled(getattr(kernels, name), kept) for name in KERNELS}
     driver.set_active(_Driver(machine))
     torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
+    if isinstance(case, triton_quantized.QuantizedCase):
+        triton_quantized.launch(case, machine, lambda kernel: _Compiled(kernel, kept))
+        return kept[0]
     with mock.patch.object(launch, "kernels", SimpleNamespace(**stand_in)):
         if case.kernel == "layer":
             launch_layer(case, machine)
@@ -212,7 +216,7 @@ def checked(case: Case, name: str) -> dict:
     """One line of the table; a kernel that doesn't compile has that for a fault."""
     machine, start = MACHINES[name], time.perf_counter()
     line = {"target": name, "kernel": case.kernel, "case": str(case), "gated": machine.gated}
-    illegal = case.config and configs.why_illegal(case.config, case.problem.dtype, machine.target)
+    illegal = case.why_illegal(machine.target)
     refused = [f"config.py would refuse it: {illegal}"] if illegal else []
     try:
         kernel = compiled(case, machine)
