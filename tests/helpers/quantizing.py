@@ -1,4 +1,4 @@
-"""Quantised matrices and layers with random codes."""
+"""Quantised matrices and layers with random codes; the bound on the error of a product."""
 
 from __future__ import annotations
 
@@ -78,3 +78,21 @@ def quantized_model(name: str = "llama, tied", dtype: torch.dtype = torch.float3
 
 def rounded(W: Tensor, bits: int) -> QuantizedMatrix:
     return quantize(W, bits, method="rtn")
+
+
+def assert_as_exact_as_eager(y: Tensor, x, matrix, bias=None, h_a=None, B=None) -> None:
+    """y is no further from float64 than twice what eager is on the dequantised matrix."""
+
+    def formula(dtype):
+        W = dequantize(matrix, dtype)
+        given = [None if t is None else t.to(dtype) for t in (x, bias, h_a, B)]
+        out = given[0] @ W.T
+        out = out if bias is None else out + given[1]
+        return out if h_a is None else out + given[2] @ given[3].T
+
+    truth = formula(torch.float64)
+    error = (y.double() - truth).abs().max()
+    allowed = 2 * (formula(x.dtype).double() - truth).abs().max()
+    # One rounding of the result, where the few numbers of eager happen to be exact.
+    allowed = max(allowed, torch.finfo(x.dtype).eps / 2 * truth.abs().max())
+    assert error <= allowed, f"{error:.2e}, {allowed:.2e} allowed"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -57,3 +60,17 @@ def forced(tiles: Tiles, kernels: ModuleType | None = None) -> Iterator[None]:
     }
     with mock.patch.multiple(launch, **made), mock.patch.object(counters, "_kept", kept):
         yield
+
+
+def load_kernels(source: str, folder: Path) -> ModuleType:
+    """Kernels from their text, which has to lie in a file: triton reads it there."""
+    path = folder / "mutant_kernels.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("mutant_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    return module

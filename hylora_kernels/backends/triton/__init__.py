@@ -35,6 +35,7 @@ from hylora_kernels.backends.triton.config import (
     Problem,
 )
 from hylora_kernels.backends.triton.dispatch import forcing
+from hylora_kernels.backends.triton.quantized import packed as quantized
 from hylora_kernels.backends.triton.quantized.packed import PackedQuantizedLayer
 from hylora_kernels.weights import Needs, Saved, Weights
 
@@ -86,7 +87,7 @@ def unsupported(x: Tensor, weights: Weights) -> str | None:
     if weights.is_empty:
         SVh, U = weights.SVh, weights.U
         return f"serves no empty factors, got SVh {list(SVh.shape)} and U {list(U.shape)}"
-    if max(weights.SVh.numel(), weights.U.numel()) >= MOST:
+    if max(weights.SVh.shape.numel(), weights.U.shape.numel()) >= MOST:
         got = list(weights.U.shape)
         return f"serves factors of less than {MOST} numbers, got U {got}"
     return None
@@ -208,10 +209,16 @@ def forget(SVh: Tensor) -> None:
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def pack(weights: Weights, dtype: torch.dtype | None = None) -> packed_gpu.PackedLayer | None:
-    """The weights packed, without the bias; None for a dense or a quantised matrix and in the
-    interpreter. dtype: of x."""
-    return packed_gpu.pack(weights, "triton") if weights.SVh.device.type == "cuda" else None
+def pack(
+    weights: Weights, dtype: torch.dtype | None = None
+) -> packed_gpu.PackedLayer | PackedQuantizedLayer | None:
+    """The weights packed, without the bias; None for a dense matrix that isn't quantised and in the
+    interpreter. dtype: of x, by default SVh's."""
+    if weights.SVh.device.type != "cuda":
+        return None
+    if weights.is_quantized:
+        return quantized.pack(weights, dtype or weights.SVh.dtype)
+    return packed_gpu.pack(weights, "triton")
 
 
 def forward_packed(

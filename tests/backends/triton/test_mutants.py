@@ -6,9 +6,7 @@ must catch it; the unchanged source must pass all checks. `pytest -s` prints the
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -26,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from helpers.numerics import Case, assert_as_exact_as_formula, by_op, make_dy, make_inputs
 from triton_interpreter import resident
 from triton_interpreter.checked import checked
-from triton_interpreter.forced import NotAllZero, Tiles, forced
+from triton_interpreter.forced import NotAllZero, Tiles, forced, load_kernels
 from triton_interpreter.guards import OutOfBounds, Race
 from triton_interpreter.resident import Deadlock
 
@@ -110,21 +108,7 @@ class Mutant(NamedTuple):
     def module(self, folder: Path) -> ModuleType:
         """kernels.py with `new` in the place of `old`, which has to be there exactly once."""
         assert SOURCE.count(self.old) == 1, f"{SOURCE.count(self.old)} places, not one: {self.old}"
-        return load(SOURCE.replace(self.old, self.new), folder)
-
-
-def load(source: str, folder: Path) -> ModuleType:
-    """Kernels from their text, which has to lie in a file: triton reads it there."""
-    path = folder / "mutant_kernels.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location("mutant_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[spec.name]
-    return module
+        return load_kernels(SOURCE.replace(self.old, self.new), folder)
 
 
 MUTANTS = {
@@ -261,7 +245,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", TRIALS)
 def test_the_kernels_as_they_are_pass(name, tmp_path):
-    assert failed_check(TRIALS[name], load(SOURCE, tmp_path)) == ""
+    assert failed_check(TRIALS[name], load_kernels(SOURCE, tmp_path)) == ""
 
 
 @pytest.mark.parametrize("name", MUTANTS)
