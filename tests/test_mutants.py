@@ -77,6 +77,42 @@ PYTHON = {
         "S = S * 1.0",
         "compression/test_whiten.py::test_a_dead_layer_is_factorized_and_outbid_by_any_other",
     ),
+    "columns rounded by rising weight": Mutant(
+        "hylora_kernels/compression/gptq.py",
+        "G.diagonal().argsort(descending=True, stable=True)",
+        "G.diagonal().argsort(stable=True)",
+        "compression/test_quantize.py::test_gptq_is_the_published_one",
+    ),
+    "groups of columns in the order in which they are rounded": Mutant(
+        "hylora_kernels/compression/gptq.py",
+        "group = group[given.order]",
+        "group = group.sort().values",
+        "compression/test_quantize.py::test_gptq_is_the_published_one",
+    ),
+    "a clipped grid chosen without the columns' weights": Mutant(
+        "hylora_kernels/compression/gptq.py",
+        "if weights is None else weights.sqrt()",
+        "if True else weights",
+        "compression/test_quantize.py::test_gptq_is_the_published_one",
+    ),
+    "a quantised dead layer that outbids others": Mutant(
+        "hylora_kernels/compression/quantize.py",
+        "scale = DEAD**2",
+        "scale = 1.0",
+        "compression/test_quantize.py::test_error_of_a_dead_layer_outbids_nobody_as_its_ranks_do",
+    ),
+    "U fitted to SVh as it was before": Mutant(
+        "hylora_kernels/compression/quantize.py",
+        "V = dequantize(codes, torch.float64).to(U.device)",
+        "V = SVh",
+        "compression/test_quantize.py::test_a_pair_is_refitted_to_what_its_quantised_SVh_became",
+    ),
+    "columns of U of any size under one scale": Mutant(
+        "hylora_kernels/compression/quantize.py",
+        "U.abs().amax(0) / LARGEST",
+        "torch.ones_like(U[0])",
+        "compression/test_quantize.py::test_a_pairs_components_may_have_any_size",
+    ),
     "an adapter that takes the base's last rank": Mutant(
         "hylora_kernels/compression/ranks.py",
         "return min(lora_rank, total_rank - 1)",
