@@ -21,6 +21,7 @@ def render(folder: Path) -> str:
         _models(_read(folder, "models.json") or []),
         _host_cost(_read(folder, "host_cost.json") or {}),
         one_row(_read(folder, "one_row.json") or {}),
+        _quantized(_read(folder, "quantized.json") or []),
         _layers(_read(folder, "layers.json") or {}),
         *(_selftest(_read(folder, name)) for name in ("selftest.json", "selftest-full.json")),
         _tuned(_read(folder, "tune.json") or {}),
@@ -179,6 +180,24 @@ def one_row(report: dict) -> str:
     heads = ["µs of a pass, cold / warm", *(f"{b} blocks" for b in blocks)]
     title = f"#### One row: {report['K']} to {report['N']}, rank {report['rank']}"
     return f"{title}\n\n{markdown(heads, lines)}"
+
+
+def _quantized(rows: list[dict]) -> str:
+    """A line for each matrix and number of rows, a column for each width."""
+    cells: dict[tuple, dict[str, str]] = {}
+    for r in rows:
+        speed, rate = r["times_faster_than_bf16"], r["bytes_per_second"] / 1e12
+        words = f"{1e6 * r['seconds']:.1f} ({speed:.2f}; {rate:.2f})"
+        cells.setdefault((r["K"], r["N"], r["M"]), {})[r["candidate"]] = words
+    if not cells:
+        return ""
+    names = list(dict.fromkeys(r["candidate"] for r in rows))
+    lines = [
+        [f"{K} to {N}, M = {M}", *(found.get(name, "") for name in names)]
+        for (K, N, M), found in cells.items()
+    ]
+    note = "µs a call (times as fast as bf16; TB/s of the matrix), weights out of memory."
+    return f"#### Quantised matrices\n\n{note}\n\n{markdown(['', *names], lines)}"
 
 
 def _selftest(report: dict | None) -> str:

@@ -47,6 +47,7 @@ def test_the_steps_in_order_of_value():
         "host-cost": "benchmarks/gpu_host_cost.py --out /out",
         "one-row": "benchmarks/gpu_one_row.py --out /out",
         "selftest": "-m hylora_kernels selftest --device cuda --json /out/selftest.json",
+        "quantized": "benchmarks/gpu_quantized.py llama-3.2-1b --out /out",
         "tinyllama": f"{models} tinyllama --out /out",
         "layers": "benchmarks/gpu_layers.py --quick --compile --out /out",
         "decode-7b": f"{decode} 7b --out /out",
@@ -195,7 +196,7 @@ def test_steps_that_can_stop_by_themselves_are_told_when():
     steps = names()
     told = {name for name, step in steps.items() if gpu_session.seconds_of(step, 100.0)}
     assert told == {
-        *("decode", "decode-7b", "host-cost", "selftest", "selftest-full"),
+        *("decode", "decode-7b", "host-cost", "quantized", "selftest", "selftest-full"),
         *("tinyllama", "llama-3.2-1b", "7b", "compiled"),
     }
     assert gpu_session.seconds_of(steps["7b"], 100.0) == ["--seconds", "90"]
