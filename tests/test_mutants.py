@@ -97,8 +97,8 @@ PYTHON = {
     ),
     "a quantised dead layer that outbids others": Mutant(
         "hylora_kernels/compression/quantize.py",
-        "scale = DEAD**2",
-        "scale = 1.0",
+        "lost * DEAD**2 if dead else lost",
+        "lost",
         "compression/test_quantize.py::test_error_of_a_dead_layer_outbids_nobody_as_its_ranks_do",
     ),
     "U fitted to SVh as it was before": Mutant(

@@ -16,7 +16,7 @@ from torch import Tensor
 from hylora_kernels.compression.gptq import DAMPING, Grid, feedback, find_grid, round_rows
 from hylora_kernels.compression.refit import ridge_solve
 from hylora_kernels.compression.tokens import Term, row_slices
-from hylora_kernels.compression.whiten import DEAD, GRADIENT_DAMPING, INPUT_DAMPING, damped
+from hylora_kernels.compression.whiten import DEAD, GRADIENT_DAMPING, INPUT_DAMPING, damped, is_dead
 from hylora_kernels.layers.factorize import check_matrix, to_float64
 from hylora_kernels.layers.quantized import check_bits
 from hylora_kernels.reference import dequantize, quantized
@@ -127,20 +127,17 @@ def error(
         error(W - dequantize(quantize(W, 4, G)), G, C) * statistics.nats(leader)
     """
     E = E.detach().float()
-    right, left, scale = E, E, 1.0
-    for gram, share, of_inputs in ((G, damping[0], True), (C, damping[1], False)):
-        if gram is None:
-            continue
-        mean = gram.diagonal().double().mean()
-        if not mean > 0:
-            scale = DEAD**2  # As whiten: it must not outbid other layers.
-            continue
-        shift = float(share * mean)
-        if of_inputs:
-            right = torch.addmm(E, E, gram.to(E), beta=shift)
-        else:
-            left = torch.addmm(E, gram.to(E), E, beta=shift)
-    return scale * float((left * right).sum(dtype=torch.float64))
+    products = _weighted(E, G, damping[0]) * _weighted(E.T, C, damping[1]).T
+    lost = float(products.sum(dtype=torch.float64))
+    dead = any(gram is not None and is_dead(gram) for gram in (G, C))
+    return lost * DEAD**2 if dead else lost  # As whiten: it must not outbid other layers.
+
+
+def _weighted(E: Tensor, gram: Tensor | None, damping: float) -> Tensor:
+    """E [n, m] times the damped Gram matrix [m, m], or the identity if that is none or of zeros."""
+    if gram is None or is_dead(gram):
+        return E
+    return torch.addmm(E, E, gram.to(E), beta=damping * float(gram.diagonal().mean()))
 
 
 def quantize_weights(
@@ -153,10 +150,10 @@ def quantize_weights(
 ) -> Weights:
     """A layer with its frozen matrices in `bits` bits; adapter, bias and alpha stay as they are.
 
-    dense    SVh in quantize(); U stays empty.
-    pair     SVh in quantize(), then U, refitted to what SVh became, in its own metric: that of
-             h = x SVh^T. Columns of U are scaled to one largest magnitude first, rows of SVh the
-             other way.
+    dense    SVh as by quantize(); U stays empty.
+    pair     SVh as by quantize(), then U, refitted to what SVh became, in the metric of its own
+             inputs, h = x SVh^T. Columns of U are scaled to one largest magnitude first, rows of
+             SVh the other way.
     pivoted  8 bits only, by rounding. Every other output is a combination of pivots, with the Gram
              matrix SVh G SVh^T, which is close to singular: 4 bits ruin the model.
 

@@ -89,7 +89,7 @@ def damped_cholesky(path: str, gram: Tensor | None, damping: float) -> tuple[Ten
     The damping grows tenfold from the given one until the factorization succeeds. For a matrix of
     zeros, or none, L is None (the identity) and the damping 0.
     """
-    if gram is None or _is_dead(gram):
+    if gram is None or is_dead(gram):
         return None, 0.0
     while damping <= 1.0:
         L, info = torch.linalg.cholesky_ex(damped(gram, damping))
@@ -104,7 +104,7 @@ def _left_vectors(
 ) -> tuple[Tensor, Tensor, float]:
     """A [n, m], gram [m, m] -> eigenvectors Q [n, n] of A gram A^T, roots of its eigenvalues [n],
     falling, and the damping used, which grows as in damped_cholesky."""
-    if gram is None or _is_dead(gram):
+    if gram is None or is_dead(gram):
         squares, Q = torch.linalg.eigh(add_symmetric(None, A.T, A.T), UPLO="U")
         return Q.flip(1), squares.flip(0).clamp_min(0).sqrt(), 0.0
     while damping <= 1.0:
@@ -116,7 +116,7 @@ def _left_vectors(
     raise _not_definite(path, gram)
 
 
-def _is_dead(gram: Tensor) -> bool:
+def is_dead(gram: Tensor) -> bool:
     """True for a matrix of zeros: every direction has the same weight then."""
     return not gram.diagonal().mean() > 0
 
