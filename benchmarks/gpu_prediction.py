@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_prediction.py                          the design's rows, on an H100
     python benchmarks/gpu_prediction.py --gpu A100 --M 1 --K 2048 --N 2048 --rank 512 --lora-rank 32
+    python benchmarks/gpu_prediction.py --bits 4 8               quantised matrices of a 1B model
     python benchmarks/gpu_prediction.py --compare measured.json  measured over predicted, row by row
 
 The model is gpu_roofline.py. A measured file is what gpu_layers.py writes, a table of `hylora
@@ -21,7 +22,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpu_roofline import FORMS, GPUS, MODES, Layer, predict
+from gpu_roofline import (
+    FORMS,
+    GPUS,
+    INSTRUCTIONS,
+    MODES,
+    Layer,
+    machine_named,
+    predict,
+    quantized,
+)
 
 # The design's first estimate, microseconds of a replayed graph on an H100, kept to compare with:
 # (K, N, r, ra) -> M -> four products, two products, h on chip, one launch; dense where it was
@@ -87,6 +97,34 @@ def design_rows(gpu: str, form: str, mode: str, warm: bool) -> str:
     title = f"PREDICTION, {gpu}, {form} form, {regime}, microseconds"
     note = " (in brackets the first estimate)" if comparable else ""
     return f"{title}{note}\n" + markdown(["layer (r+ra)", "M", *predicted], rows)
+
+
+# (K, N) -> how often a token meets it in a model of Llama 3.2's 1B shape, its output head last.
+ONE_B = {(2048, 2048): 32, (2048, 512): 32, (2048, 8192): 32, (8192, 2048): 16, (2048, 128256): 1}
+
+
+def quantized_rows(gpu: str, widths: list[int]) -> str:
+    """PREDICTION for the matrices of a 1B model in bfloat16 and in codes, replayed graphs; the last
+    line adds up all of a decoded token's."""
+    machine, rows, total = machine_named(gpu), [], defaultdict(float)
+    for (K, N), times in ONE_B.items():
+        for M in (1, 16, 64, 2048):
+            seconds = {"bf16": machine.by_torch([machine.product("x W^T", M, N, K)]).seconds()}
+            for bits in widths:
+                predicted = quantized(M, K, N, bits, machine)
+                seconds[f"{bits} bits"] = predicted.seconds()
+            if M == 1:
+                for name, value in seconds.items():
+                    total[name] += times * value
+            rows.append([f"{K} to {N}", str(M), *_over_first(seconds)])
+    rows.append(["all of a token's matrices", "1", *_over_first(total)])
+    title = f"PREDICTION, {gpu}, microseconds (times as fast as bf16)"
+    return f"{title}\n{markdown(['matrix', 'M', *total], rows)}"
+
+
+def _over_first(seconds: dict[str, float]) -> list[str]:
+    first, *others = seconds.values()
+    return [micro(first), *(f"{micro(value)} ({first / value:.2f})" for value in others)]
 
 
 def breakdown(layer: Layer, gpu: str, warm: bool) -> str:
@@ -175,10 +213,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--form", default="pair", choices=FORMS)
     parser.add_argument("--mode", default="graph", choices=MODES, help="of the table of all rows")
     parser.add_argument("--warm", action="store_true", help="what is read is in L2 already")
+    parser.add_argument("--bits", type=int, nargs="+", choices=list(INSTRUCTIONS), help="quantised")
     parser.add_argument("--compare", type=Path, metavar="JSON", help="measured times")
     given = parser.parse_args(words)
     sizes = (given.M, given.K, given.N, given.rank)
-    if given.compare is not None:
+    if given.bits is not None:
+        print(quantized_rows(given.gpu, given.bits))
+    elif given.compare is not None:
         print(comparison(measured_rows(given.compare), given.gpu))
     elif all(size is not None for size in sizes):
         layer = Layer(*sizes, given.lora_rank, given.form)

@@ -21,7 +21,8 @@ TILE = 128  # sides of the tiles that the units compute
 class Gpu:
     """hbm, l2: bytes/s. l2_bytes: shared by all units. tensor: dense bf16 FLOP/s with float32
     sums. units: SMs or CUs. gap: seconds between two kernels of a replayed graph. reuse: rows and
-    columns of the tile for which torch's product reads its operands once."""
+    columns of the tile for which torch's product reads its operands once. clock: the boost clock in
+    Hz, at which a unit issues 128 lanes' instructions a cycle."""
 
     hbm: float
     l2: float
@@ -30,21 +31,22 @@ class Gpu:
     units: int
     gap: float = 1.0e-6
     reuse: tuple[int, int] = (128, 256)
+    clock: float = 1.755e9
 
 
-# Sources of hbm, l2_bytes, tensor and units: NVIDIA's datasheets of the H100 (SXM5), the H200 (an
-# H100 with faster memory), the A100 (SXM4, 80 GB) and the L4, the Ada white paper (RTX 4090), AMD's
-# MI300X datasheet. No NVIDIA datasheet gives l2: these are estimates after published
+# Sources of hbm, l2_bytes, tensor, units and clock: NVIDIA's datasheets of the H100 (SXM5), the H200
+# (an H100 with faster memory), the A100 (SXM4, 80 GB) and the L4, the Ada white paper (RTX 4090),
+# AMD's MI300X datasheet. No NVIDIA datasheet gives l2: these are estimates after published
 # micro-benchmarks, the L4's scaled from the RTX 4090's. Each of the MI300X's eight dies has 4 MB of
 # L2; the cache that all its units share is the Infinity Cache, 17.2 TB/s by AMD's CDNA 3 white
 # paper.
 GPUS = {
     "H100": Gpu(3.35e12, 5.5e12, 50e6, 990e12, 132, reuse=(256, 256)),  # multicast between two SMs
     "H200": Gpu(4.8e12, 5.5e12, 50e6, 990e12, 132, reuse=(256, 256)),
-    "A100": Gpu(2.0e12, 4.0e12, 40e6, 312e12, 108),
-    "L4": Gpu(0.3e12, 2.5e12, 48e6, 121e12, 58),
-    "RTX 4090": Gpu(1.008e12, 5.0e12, 72e6, 165e12, 128),
-    "MI300X": Gpu(5.3e12, 17.2e12, 256e6, 1307e12, 304, gap=2.5e-6, reuse=(256, 256)),
+    "A100": Gpu(2.0e12, 4.0e12, 40e6, 312e12, 108, clock=1.41e9),
+    "L4": Gpu(0.3e12, 2.5e12, 48e6, 121e12, 58, clock=2.04e9),
+    "RTX 4090": Gpu(1.008e12, 5.0e12, 72e6, 165e12, 128, clock=2.52e9),
+    "MI300X": Gpu(5.3e12, 17.2e12, 256e6, 1307e12, 304, gap=2.5e-6, reuse=(256, 256), clock=2.1e9),
 }
 
 
@@ -70,6 +72,7 @@ class Calibration:
     kept: float = 0.60  # share of L2 that a tensor may fill and be found there by the next kernel
     ramp: float = 1.5e-6  # seconds to fill and to drain the machine, each launch
     wait: float = 1.5e-6  # seconds between the phases of the one launch
+    issue: float = 0.7  # share of the cycles in which a kernel of ours issues an instruction
     host_torch: float = 6e-6  # seconds of the host for an op of torch
     host_triton: float = 18e-6  # and for a launch through Triton
     host_cuda: float = 12e-6  # through the C++ binding, taken to cost as much as two ops of torch
@@ -143,20 +146,22 @@ class Layer:
 
 
 class Stage(NamedTuple):
-    """PREDICTION for one product or pass: the seconds of each of the three limits alone."""
+    """PREDICTION for one product or pass: the seconds of each limit alone."""
 
     what: str
     tensor: float
     hbm: float
     l2: float
+    issue: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return max(self.tensor, self.hbm, self.l2)
+        return max(self.tensor, self.hbm, self.l2, self.issue)
 
     @property
     def bound(self) -> str:
         times = {"tensor cores": self.tensor, "HBM": self.hbm, "L2": self.l2}
+        times["instructions"] = self.issue
         return max(times, key=times.__getitem__)
 
 
@@ -329,6 +334,30 @@ def on_chip(layer: Layer, machine: Machine) -> Prediction:
 def dense(layer: Layer, machine: Machine) -> Prediction:
     """PREDICTION: the one product of the layer that was factorized."""
     return machine.by_torch([machine.product("x W^T", layer.M, layer.N, layer.K)])
+
+
+# bits -> instructions a code in the loop of triton/quantized/kernels.py: sm_90's machine code, 16
+# rows of x. With 64 they were 2.0 more at 4 bits.
+INSTRUCTIONS = {2: 6.0, 3: 7.4, 4: 4.6, 5: 6.1, 6: 7.3, 8: 5.6}
+
+
+def quantized(M: int, K: int, N: int, bits: int, machine: Machine) -> Prediction:
+    """PREDICTION: x [M, K] times a matrix [N, K] of codes. To 64 rows one launch, bound by bytes or
+    by instructions; more rows pass over the matrix once to dequantise it for torch's product."""
+    gpu, calibration = machine.gpu, machine.calibration
+    numbers, matrix = N * K, N * K * (bits + (16 if bits == 8 else 24) / 64) / 8
+    lanes = 128 * gpu.units * gpu.clock * calibration.issue
+    issue = numbers * (INSTRUCTIONS[bits] + (2.0 if M > 16 else 0.0)) / lanes
+    shares = calibration.one_launch
+    if M > 64:
+        written = Stage(
+            "dequantise", 0.0, (matrix + BYTES * numbers) / (gpu.hbm * shares.hbm), 0.0, issue
+        )
+        return machine.by_torch([written, machine.product("x W^T", M, N, K)])
+    product = machine.product("x W^T", M, N, K, shares=shares)
+    far = matrix + BYTES * M * (N + K)
+    product = product._replace(hbm=far / (gpu.hbm * shares.hbm), l2=far / gpu.l2, issue=issue)
+    return machine.predict([product], 1, calibration.host_triton)
 
 
 CANDIDATES = {

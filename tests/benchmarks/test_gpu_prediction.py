@@ -184,3 +184,24 @@ def test_one_layer_needs_all_of_its_sizes(capsys):
     with pytest.raises(SystemExit):
         gpu_prediction.main(["--M", "1", "--K", "64"])
     assert "needs all of --M, --K, --N and --rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_codes_are_predicted_within_the_datasheet(gpu):
+    machine = gpu_roofline.machine_named(gpu)
+    for bits in gpu_roofline.INSTRUCTIONS:
+        before = 0.0
+        for M in (1, 16, 17, 64, 65, 2048):
+            predicted = gpu_roofline.quantized(M, 2048, 8192, bits, machine)
+            assert predicted.seconds() >= max(before, 2048 * 8192 * bits / 8 / machine.gpu.hbm)
+            before = predicted.seconds()
+        assert predicted.launches == 2, "many rows are dequantised, then multiplied"
+
+
+def test_the_table_of_quantised_matrices(capsys):
+    gpu_prediction.main(["--gpu", "A100", "--bits", "4", "8"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        "PREDICTION, A100, microseconds (times as fast as bf16)\n| matrix | M |"
+    )
+    assert "| all of a token's matrices | 1 | " in shown and "| bf16 | 4 bits | 8 bits |" in shown
