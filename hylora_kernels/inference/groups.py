@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from hylora_kernels import backends
 from hylora_kernels.layers.experts import all_experts_called
 from hylora_kernels.layers.grouped import Argument, Group, GroupedBlock, group, is_intact, ungroup
-from hylora_kernels.layers.packed import PackedEmbedding, PackedModule
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.packed import PackedModule
 from hylora_kernels.model.context import probe_ids
 from hylora_kernels.support.devices import input_device
 
@@ -68,7 +69,9 @@ def _blocks_with_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_packed_linear(module: nn.Module | None) -> bool:
-    return isinstance(module, PackedModule) and not isinstance(module, PackedEmbedding)
+    return isinstance(module, PackedModule) and issubclass(
+        module.plain_class, nn.Linear | SVDLoRALinear
+    )
 
 
 # ---------------------------------------------------------------------------------- running a model

@@ -20,8 +20,20 @@ from hylora_kernels import backends
 from hylora_kernels.inference.groups import group_linears
 from hylora_kernels.layers.grouped import GroupedBlock, ungroup
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.packed import PackedModule, PackedState, convert_layers, packed_class
+from hylora_kernels.layers.packed import (
+    PackedModule,
+    PackedState,
+    convert_layers,
+    packed_class,
+    packed_weights,
+)
 from hylora_kernels.layers.packed_parameter import PackedParameter
+from hylora_kernels.layers.quantized import (
+    QuantizedEmbedding,
+    QuantizedFactor,
+    QuantizedLinear,
+    own_parameters,
+)
 from hylora_kernels.weights import Weights
 
 _log = logging.getLogger(__name__)
@@ -167,8 +179,8 @@ def _layers_to_pack(model: nn.Module) -> tuple[list[list[nn.Module]], list[tuple
     path of each other one and why it is left, in words)."""
     holders = defaultdict(list)
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
+        if not isinstance(module, QuantizedFactor):
+            for parameter in own_parameters(module).values():
                 holders[id(parameter)].append(module)
     layers, left, seen = [], [], set()
     for path, module in model.named_modules():
@@ -178,7 +190,7 @@ def _layers_to_pack(model: nn.Module) -> tuple[list[list[nn.Module]], list[tuple
             continue
         group, why = [module], _why_not_plain(module)
         if not why:
-            weights = [module._parameters.get(name) for name in packed_class(module).names]
+            weights = packed_weights(module).values()
             sharing = {id(m): m for weight in weights for m in holders[id(weight)]}
             group += [m for key, m in sharing.items() if key != id(module)]
             why = _why_not_shared(group)
@@ -196,14 +208,13 @@ def _why_not_plain(layer: nn.Module) -> str:
     Pruning, parametrizations, weight_norm, sharding and quantisation put other things in the place
     of a parameter, or make the class another.
     """
-    if type(layer) not in (SVDLoRALinear, nn.Linear):
+    if type(layer) not in (SVDLoRALinear, QuantizedLinear, nn.Linear):
         return f"its class is {type(layer).__name__}"
     for name in (*packed_class(layer).names, "bias"):
-        parameter = layer._parameters.get(name)
-        if parameter is not getattr(layer, name, "nothing"):
+        found = getattr(layer, name, "nothing")
+        if found is not layer._parameters.get(name) and not isinstance(found, QuantizedFactor):
             return f"its {name} is no parameter"
-        if parameter is None:
-            continue
+    for name, parameter in own_parameters(layer).items():
         if type(parameter) is not nn.Parameter or not parameter.is_leaf:
             return f"its {name} is no plain parameter but a {type(parameter).__name__}"
         if parameter.layout is not torch.strided or parameter.is_meta:
@@ -218,8 +229,13 @@ def _why_not_shared(group: list[nn.Module]) -> str:
     and embeddings."""
     if any("forward" in vars(module) for module in group):  # another library has replaced it
         return "its forward has been replaced"
-    others = all(type(module) is nn.Embedding and module.max_norm is None for module in group[1:])
-    if len(group) == 1 or (type(group[0]) is nn.Linear and others):
+    first, *others = group
+    if type(first) is nn.Linear:
+        are_rows = all(type(m) is nn.Embedding and m.max_norm is None for m in others)
+    else:
+        dense = type(first) is QuantizedLinear and weights_of(first).is_dense
+        are_rows = dense and all(type(module) is QuantizedEmbedding for module in others)
+    if not others or are_rows:
         return ""
     return f"it shares a parameter with a {type(group[1]).__name__}"
 
@@ -232,8 +248,11 @@ def _why_not_faster(layer: nn.Module) -> str:
 def _pack(layer: nn.Module) -> PackedState | None:
     """The layer's packed weights, None where no backend is faster with them."""
     packed = backends.pack(weights_of(layer), dtype_of(layer))
-    named = ((name, layer._parameters.get(name)) for name in packed_class(layer).names)
-    return packed and PackedState(packed, {name: p for name, p in named if p is not None})
+    if packed is None:
+        return None
+    is_factors = isinstance(layer, SVDLoRALinear)
+    count = layer.parameter_count(merged=False) if is_factors else layer.weight.numel()
+    return PackedState(packed, packed_weights(layer), count)
 
 
 def dtype_of(layer: nn.Module) -> torch.dtype:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from hylora_kernels import backends
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed_parameter import RESTORE_HINT, PackedParameter
+from hylora_kernels.layers.quantized import (
+    QuantizedEmbedding,
+    QuantizedFactor,
+    QuantizedLinear,
+    own_parameters,
+    stored_parts,
+)
 from hylora_kernels.ops_packed import packed_embedding, packed_linear
+from hylora_kernels.weights import QuantizedMatrix
 
 
 class PackedState:
@@ -23,14 +31,15 @@ class PackedState:
 
     wider:      numbers of parameters of a wider dtype than the packed one (float32 masters of an
                 adapter), since panels would not hold them exactly.
+    count:      the parameters that it was packed from; of codes the weights that they stand for.
     tensors:    all tensors that hold numbers.
     parameters: the emptied parameters; modules: the layers. Both live elsewhere.
     """
 
-    def __init__(self, packed, parameters: dict[str, nn.Parameter]):
-        self.packed = packed
-        self.wider = {n: p.detach() for n, p in parameters.items() if p.dtype != packed.dtype}
-        self.count = sum(p.numel() for p in parameters.values())
+    def __init__(self, packed, parameters: dict[str, nn.Parameter], count: int):
+        self.packed, self.count = packed, count
+        floats = {n: p for n, p in parameters.items() if p.is_floating_point()}
+        self.wider = {n: p.detach() for n, p in floats.items() if p.dtype != packed.dtype}
         self.plain_bytes = sum(p.nbytes for p in parameters.values())
         self.tensors = [*packed.tensors, *self.wider.values()]
         self.parameters: WeakValueDictionary[str, PackedParameter] = WeakValueDictionary()
@@ -50,8 +59,15 @@ class PackedState:
     def plain(self) -> dict[str, Tensor]:
         """Parameter name -> its numbers, bit for bit as they were packed, in new memory."""
         weights = backends.unpack(self.packed)
-        plain = {name: getattr(weights, name) for name in ("SVh", "U", "A", "B")}
-        plain["weight"] = weights.SVh
+        plain: dict[str, Tensor] = {}
+        for name in ("SVh", "U", "A", "B"):
+            value = getattr(weights, name)
+            if isinstance(value, QuantizedMatrix):
+                plain |= stored_parts(name, value)
+            elif value is not None:
+                plain[name] = value
+        if isinstance(weights.SVh, Tensor):
+            plain["weight"] = weights.SVh
         return plain | {name: values.clone() for name, values in self.wider.items()}
 
     def restore(self) -> None:
@@ -66,9 +82,9 @@ class PackedState:
             module._become_plain()
 
 
-# state of layers that share a weight -> the copy that the last state_dict() call got of it, so that
-# tied layers put one tensor into a checkpoint
-_last_export: WeakKeyDictionary[PackedState, ref] = WeakKeyDictionary()
+# state of layers that share a weight -> name -> the copy that the last state_dict() call got of it,
+# so that tied layers put one tensor into a checkpoint
+_last_export: WeakKeyDictionary[PackedState, dict[str, ref]] = WeakKeyDictionary()
 
 
 class Columns(NamedTuple):
@@ -182,13 +198,15 @@ class PackedModule(nn.Module):
     def _exported(self, destination, keep_vars) -> dict[str, Tensor]:
         if keep_vars:
             return dict(self.packed_parameters)
-        last_export = _last_export.get(self.packed_state, lambda: None)()
-        if last_export is not None and any(value is last_export for value in destination.values()):
-            return {"weight": last_export.detach()}  # tied, and already there
+        names = {name: p.packed.name for name, p in self.packed_parameters.items()}
+        last = _last_export.get(self.packed_state, {})
+        exported = {name: last.get(key, lambda: None)() for name, key in names.items()}
+        there = set(map(id, destination.values()))
+        if all(value is not None and id(value) in there for value in exported.values()):
+            return {name: value.detach() for name, value in exported.items()}  # tied
         plain = self.packed_state.plain()
-        if "weight" in self.packed_parameters:
-            _last_export[self.packed_state] = ref(plain["weight"])
-        return {name: plain[name] for name in self.packed_parameters}
+        _last_export[self.packed_state] = {key: ref(value) for key, value in plain.items()}
+        return {name: plain[key] for name, key in names.items()}
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -198,15 +216,15 @@ class PackedModule(nn.Module):
 
 def _packed_parameter(name: str) -> property:
     return property(
-        lambda self: self.packed_parameters.get(name), doc=f"The emptied {name}; reads as a copy."
+        lambda self: self.packed_parameters.get(name, self._modules.get(name)),
+        doc=f"The emptied {name}; reads as a copy. A QuantizedFactor where it is codes.",
     )
 
 
-class PackedSVDLoRALinear(PackedModule, SVDLoRALinear):
-    """An SVDLoRALinear that optimize_for_inference has packed."""
+class _PackedFactors(PackedModule):
+    """What packed layers with two factors have in common."""
 
-    names, plain_class = ("SVh", "U", "A", "B"), SVDLoRALinear
-    fixed = ("alpha", "pivots")
+    names, fixed = ("SVh", "U", "A", "B"), ("alpha", "pivots")
     SVh, U, A, B = (_packed_parameter(name) for name in names)
 
     @property
@@ -216,10 +234,29 @@ class PackedSVDLoRALinear(PackedModule, SVDLoRALinear):
             pivots = self._buffers.get("packed_pivots")
             return None if pivots is None else pivots.clone()
 
-    def merge(self) -> SVDLoRALinear:
+    def merge(self):
         if self.lora_rank:
             raise RuntimeError(f"a layer packed for inference can't be merged: {RESTORE_HINT}")
         return self
+
+
+class PackedSVDLoRALinear(_PackedFactors, SVDLoRALinear):
+    """An SVDLoRALinear that optimize_for_inference has packed."""
+
+    plain_class = SVDLoRALinear
+
+
+class PackedQuantizedLinear(_PackedFactors, QuantizedLinear):
+    """A QuantizedLinear that optimize_for_inference has packed, and with it its factors."""
+
+    plain_class = QuantizedLinear
+
+
+class PackedFactor(PackedModule, QuantizedFactor):
+    """A QuantizedFactor whose codes the layers that hold it have packed."""
+
+    names, plain_class = ("codes", "scales", "zeros"), QuantizedFactor
+    codes, scales, zeros = (_packed_parameter(name) for name in names)
 
 
 class PackedLinear(PackedModule, nn.Linear):
@@ -239,34 +276,62 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         return packed_embedding(ids, self.packed_state.packed)
 
 
+class PackedQuantizedEmbedding(PackedModule, QuantizedEmbedding):
+    """A QuantizedEmbedding that reads the packed codes of the linear it is tied to."""
+
+    names, plain_class = (), QuantizedEmbedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return packed_embedding(ids, self.packed_state.packed)
+
+
+_CLASSES = (
+    *(PackedSVDLoRALinear, PackedLinear, PackedEmbedding),
+    *(PackedQuantizedLinear, PackedQuantizedEmbedding, PackedFactor),
+)
+
+
 def convert_layers(modules: list[nn.Module], state: PackedState) -> None:
     """Make the layers ones that read the packed weights, and take the memory of their own."""
-    classes = [packed_class(module) for module in modules]
     first = modules[0]
-    if isinstance(first, SVDLoRALinear):
+    if type(first) is SVDLoRALinear:
         backends.forget(first.SVh)
-    plain = {name: first._parameters.get(name) for name in classes[0].names}
-    parameters = {
-        name: PackedParameter.of(p, state, name) for name, p in plain.items() if p is not None
-    }
-    for module, new_class in zip(modules, classes, strict=True):
-        vars(module).update(
-            packed_state=state, packed_parameters=parameters, order=tuple(module._parameters)
-        )
-        for name in parameters:  # A and B stay None where a merged layer has them so
-            module._parameters.pop(name, None)
+    for name, parameter in packed_weights(first).items():
+        PackedParameter.of(parameter, state, name)
+    for module in modules:
+        _convert(module, state)
         # Buffers, so that sums of memory count them.
         for index, tensor in enumerate(state.tensors):
             module.register_buffer(f"packed_{index}", tensor, persistent=False)
         if module._buffers.get("pivots") is not None:
             module.register_buffer("packed_pivots", module._buffers.pop("pivots"), persistent=False)
-        module.__class__ = new_class
-        state.modules.add(module)  # type: ignore[arg-type]
+        for factor in module.children():
+            if type(factor) is QuantizedFactor:
+                _convert(factor, state)
+
+
+def _convert(module: nn.Module, state: PackedState) -> None:
+    own = module._parameters
+    emptied = {name: p for name, p in own.items() if isinstance(p, PackedParameter)}
+    vars(module).update(packed_state=state, packed_parameters=emptied, order=tuple(own))
+    for name in emptied:  # A and B stay None where a merged layer has them so
+        del own[name]
+    module.__class__ = packed_class(module)
+    state.modules.add(module)  # type: ignore[arg-type]
 
 
 def packed_class(module: nn.Module) -> type[PackedModule]:
-    classes = (PackedSVDLoRALinear, PackedLinear, PackedEmbedding)
-    return next(c for c in classes if c.plain_class is type(module))
+    return next(c for c in _CLASSES if c.plain_class is type(module))
+
+
+def packed_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """name -> parameter of all that packing the layer empties, SVh.codes for one of a factor's."""
+    found = {}
+    for name, parameter in own_parameters(layer).items():
+        owner, _, _ = name.rpartition(".")
+        if name.rpartition(".")[2] in packed_class(layer.get_submodule(owner)).names:
+            found[name] = parameter
+    return found
 
 
 def refuse_packed(model: nn.Module) -> None:

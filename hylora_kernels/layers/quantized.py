@@ -74,9 +74,8 @@ class QuantizedFactor(nn.Module):
                 f"matrix must be {list(self.shape)} of {self.bits} bits, got"
                 f" {list(matrix.shape)} of {matrix.bits}"
             )
-        scales = matrix.scales.contiguous()[..., None].view(torch.uint8)
-        for name, value in (("codes", matrix.codes), ("scales", scales), ("zeros", matrix.zeros)):
-            setattr(self, name, value if value is None else nn.Parameter(value, False))
+        for name, value in stored_parts("", matrix).items():
+            setattr(self, name[1:], nn.Parameter(value, requires_grad=False))
 
     @property
     def shape(self) -> torch.Size:
@@ -332,6 +331,22 @@ def rows_of(matrix: QuantizedMatrix, ids: Tensor) -> QuantizedMatrix:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).reshape(-1, GROUP)
         zeros = reference.pack_bits(flat, matrix.bits)
     return QuantizedMatrix(matrix.codes[ids], matrix.scales[ids], zeros, matrix.bits, matrix.k)
+
+
+def stored_parts(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    """Name in a state_dict -> tensor, for the matrix as the QuantizedFactor `name` of a layer."""
+    scales = matrix.scales.contiguous()[..., None].view(torch.uint8)
+    parts = {"codes": matrix.codes, "scales": scales, "zeros": matrix.zeros}
+    return {f"{name}.{part}": value for part, value in parts.items() if value is not None}
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module holds itself, those of its QuantizedFactors too, by name."""
+    found = {name: p for name, p in module._parameters.items() if p is not None}
+    for child, factor in module.named_children():
+        if isinstance(factor, QuantizedFactor):
+            found |= {f"{child}.{n}": p for n, p in factor._parameters.items() if p is not None}
+    return found
 
 
 def check_bits(name: str, bits: object) -> None:

@@ -11,7 +11,9 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.quantized import QuantizedFactor
+from hylora_kernels.layers.packed import packed_states
+from hylora_kernels.layers.packed_parameter import PackedParameter
+from hylora_kernels.layers.quantized import QuantizedFactor, own_parameters
 from hylora_kernels.support.hashing import fingerprint
 
 _empty = threading.RLock()
@@ -72,11 +74,15 @@ def keep_unscaled(model: nn.Module) -> None:
 
 def parameter_count(model: nn.Module) -> int:
     """The model's parameters, each once; of a quantised matrix the weights that its codes stand
-    for."""
-    found = {id(m.codes): m for m in model.modules() if isinstance(m, QuantizedFactor)}
-    stored = {id(p) for m in found.values() for p in m.parameters()}
-    plain = sum(p.numel() for p in model.parameters() if id(p) not in stored)
-    return plain + sum(m.numel() for m in found.values())
+    for, of a layer packed for inference those that it was packed from."""
+    factors = {id(m.codes): m for m in model.modules() if type(m) is QuantizedFactor}
+    codes = {id(p) for m in factors.values() for p in m.parameters()}
+    plain = [p for p in model.parameters() if id(p) not in codes]
+    return (
+        sum(p.numel() for p in plain if not isinstance(p, PackedParameter))
+        + sum(m.numel() for m in factors.values())
+        + sum(state.count for state in packed_states(model))
+    )
 
 
 def holder_counts(model: nn.Module) -> Counter[int]:
@@ -86,9 +92,7 @@ def holder_counts(model: nn.Module) -> Counter[int]:
         id(p)
         for module in model.modules()
         if not isinstance(module, QuantizedFactor)
-        for part in (module, *module.children())
-        if part is module or isinstance(part, QuantizedFactor)
-        for p in part.parameters(recurse=False)
+        for p in own_parameters(module).values()
     )
 
 
