@@ -34,9 +34,9 @@ class Gpu:
     clock: float = 1.755e9
 
 
-# Sources of hbm, l2_bytes, tensor, units and clock: NVIDIA's datasheets of the H100 (SXM5), the H200
-# (an H100 with faster memory), the A100 (SXM4, 80 GB) and the L4, the Ada white paper (RTX 4090),
-# AMD's MI300X datasheet. No NVIDIA datasheet gives l2: these are estimates after published
+# Sources of hbm, l2_bytes, tensor, units and clock: NVIDIA's datasheets of the H100 (SXM5), the
+# H200 (an H100 with faster memory), the A100 (SXM4, 80 GB) and the L4, the Ada white paper (RTX
+# 4090), AMD's MI300X datasheet. No NVIDIA datasheet gives l2: these are estimates after published
 # micro-benchmarks, the L4's scaled from the RTX 4090's. Each of the MI300X's eight dies has 4 MB of
 # L2; the cache that all its units share is the Infinity Cache, 17.2 TB/s by AMD's CDNA 3 white
 # paper.

@@ -33,7 +33,7 @@ from triton_interpreter.checked import checked
 from hylora_kernels import reference
 from hylora_kernels.backends import triton as backend
 from hylora_kernels.backends.triton.config import Target
-from hylora_kernels.backends.triton.quantized import launch, packed
+from hylora_kernels.backends.triton.quantized import groups, launch, packed
 from hylora_kernels.backends.triton.quantized.config import (
     DEQUANTIZE,
     Problem,
@@ -43,6 +43,7 @@ from hylora_kernels.backends.triton.quantized.config import (
     why_illegal,
 )
 from hylora_kernels.backends.triton.quantized.launch import Words
+from hylora_kernels.layers.quantized import dense_weights
 from hylora_kernels.weights import PLANES
 
 BITS = tuple(PLANES)
@@ -149,6 +150,45 @@ def test_a_packed_layer(form, M):
     unpacked = dequantized(backend.unpack(layer), dtype)
     for got, given in zip(unpacked, dequantized(weights, dtype), strict=True):
         assert torch.equal(got, given) if isinstance(given, Tensor) else got == given
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "nobias"])
+def test_dense_members_of_one_width_are_one_launch(has_bias):
+    members, sizes = [], (20, 9, 5)
+    for seed, n in enumerate(sizes):
+        matrix = random_matrix(n, 70, 3, seed)
+        members.append(packed.pack(dense_weights(matrix), torch.float16))
+    alone = [backend.unpack(member).SVh for member in members]
+    x, biases = torch.randn(4, 70).half(), []
+    if has_bias:
+        biases = [torch.randn(20).half(), None, torch.randn(5).half()]
+    assert groups.why_no_group(members) == ""
+    group = groups.PackedQuantizedGroup.of(members)
+    with checked() as launches:
+        y = group.forward(x, biases)
+    assert len(launches) == 1 and group.width == 34
+    for begin, matrix, bias, member in zip(
+        (0, 20, 29), alone, biases or [None] * 3, members, strict=True
+    ):
+        assert_as_exact_as_eager(y[:, begin : begin + matrix.shape[0]], x, matrix, bias)
+        assert torch.equal(backend.unpack(member).SVh.codes, matrix.codes)
+        assert member.SVh.words.untyped_storage().data_ptr() == group.W.words.data_ptr()
+
+
+def test_why_quantised_members_are_no_group():
+    def made(n, bits=4, **others):
+        weights = dense_weights(random_matrix(n, 64, bits), dtype=torch.float16)
+        return packed.pack(dataclasses.replace(weights, **others), torch.float16)
+
+    pair = packed.pack(random_weights("pair"), torch.float16)
+    adapter = {"A": torch.randn(2, 64), "B": torch.randn(8, 2)}
+    for members, words in (
+        ([made(8), pair], "grouped with dense quantised matrices alone"),
+        ([made(8), made(8, bits=5)], "their codes differ in width"),
+        ([made(8), made(8, **adapter)], "with an adapter is computed by itself"),
+        ([made(40), made(24)], "as many outputs as inputs"),
+    ):
+        assert words in groups.why_no_group(members)
 
 
 def test_an_embedding_reads_its_heads_rows():
