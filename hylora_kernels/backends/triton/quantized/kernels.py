@@ -41,7 +41,7 @@ def product(
     B,  # [N, lora_rank], contiguous, alpha in it, or None
     Y,  # [M, N], contiguous
     Partial,  # float32 workspace of split sums, or None
-    Counters,  # int32, all zero: arrivals at each block of Y
+    Counters,  # int32, all zero: arrivals at each block of Y; None where sums aren't split
     M, K, N, G, lora_rank, x_m,
     BITS: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):

@@ -151,12 +151,12 @@ def product(
     """One launch: x [M, K] -> y [M, N] = x W^T + h_a B^T + bias."""
     if x.stride(1) != 1:
         x = x.contiguous()
-    tiles, partial = config.tiles(problem), None
+    tiles, partial, zeros = config.tiles(problem), None, None
     if config.split > 1:
         cells = tiles * config.split * config.BM * config.BN
         partial = x.new_empty(cells, dtype=torch.float32)
+        zeros = counters.zeros(x.device, tiles)
     y = x.new_empty(problem.M, problem.N)
-    zeros = counters.zeros(x.device, tiles)
     try:
         _kernels().product[(tiles * config.split,)](
             X=x,
@@ -177,7 +177,8 @@ def product(
             **FUSION,
         )
     except BaseException:  # as in the plain layers' launch.py
-        counters.forget(zeros)
+        if zeros is not None:
+            counters.forget(zeros)
         raise
     return y
 
