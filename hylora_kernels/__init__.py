@@ -22,6 +22,7 @@ __all__ = [
     "use_backend",
     "load_model",
     "compress",
+    "quantize_model",
     "add_adapters",
     "merge_adapters",
     "analyze_spectrum",
@@ -40,6 +41,7 @@ __all__ = [
 # take any name for one of this module's.
 if TYPE_CHECKING:
     from hylora_kernels.compression.compress import compress
+    from hylora_kernels.compression.quantize_model import quantize_model
     from hylora_kernels.compression.spectrum import analyze_spectrum
     from hylora_kernels.compression.tie import tie_embeddings
     from hylora_kernels.evaluation.evaluate import evaluate
@@ -55,6 +57,7 @@ else:
     _IMPORTED_ON_FIRST_USE = {
         "load_model": "model.load",
         "compress": "compression.compress",
+        "quantize_model": "compression.quantize_model",
         "add_adapters": "model.adapters",
         "merge_adapters": "model.adapters",
         "analyze_spectrum": "compression.spectrum",

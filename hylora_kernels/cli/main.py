@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hylora_kernels.cli import machine_commands, model_commands
+from hylora_kernels.cli import compress_commands, machine_commands, model_commands
 from hylora_kernels.cli.errors import EXPECTED, one_line
 from hylora_kernels.cli.options import with_parameters
 from hylora_kernels.cli.output import check_output_files, first_process_prints, report_on_stdout
@@ -19,8 +19,13 @@ from hylora_kernels.cli.output import check_output_files, first_process_prints, 
 # verb -> (its function, the sentence that Ctrl-C prints: what is kept, and how to continue)
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "compress": (
-        model_commands.compress,
+        compress_commands.compress,
         "Finished layers are cached: repeat the command to continue.",
+    ),
+    "quantize": (
+        compress_commands.quantize,
+        "Finished matrices are cached, training is in {out}/training: repeat the command to"
+        " continue.",
     ),
     "finetune": (
         model_commands.finetune,

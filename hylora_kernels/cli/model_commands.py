@@ -30,97 +30,19 @@ from hylora_kernels.cli.options import (
     read_texts,
     refuse_foreign_folder,
 )
-from hylora_kernels.cli.output import write_report
+from hylora_kernels.cli.output import trainable_line, write_report
 from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.experiments.options import SweepOptions, TargetOptions
-from hylora_kernels.model.modules import parameter_count
+from hylora_kernels.experiments.options import SweepOptions
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.support.console import (
     format_bytes,
     format_seconds,
-    report_lines,
     show,
 )
 from hylora_kernels.support.storage import require_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# The options of compress that --target-ratio alone reads.
-SEARCH = ("texts", "limit", "evaluations")
-
-
-@library_options(
-    TargetOptions,
-    without=(
-        *("tokenizer", "device", "dtype", "refit_samples", "progress"),
-        *("target_ratio", "output_dir"),
-    ),
-)
-def compress(
-    model: Model,
-    out: Out,
-    *,
-    target_ratio: Annotated[
-        float | None,
-        Option(
-            help="In place of keep: find the smallest one whose perplexity, as the geometric mean "
-            "over --texts, is at most this multiple of the dense model's; for example 1.1."
-        ),
-    ] = None,
-    options: dict[str, Any],
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    tokenizer: Tokenizer = None,
-    json_path: Json = None,
-    png: Annotated[
-        Path | None, Option(help="Draw the predicted loss and the ranks by depth to this file.")
-    ] = None,
-) -> None:
-    """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
-    from hylora_kernels.compression.compress import compress as compress_model
-    from hylora_kernels.experiments.target import compress_to_ratio
-    from hylora_kernels.model.saving import refuse_unsavable, save_pretrained
-
-    search = {name: options.pop(name) for name in SEARCH}
-    given = [name for name in SEARCH if search[name] != getattr(TargetOptions, name)]
-    if target_ratio is None and given:
-        raise ValueError(f"{given[0]} is read for target_ratio, which is not given")
-    refuse_foreign_folder(out, model, mark="frontier", overwrite=overwrite)
-    trusted = options["trust_remote_code"]
-    loaded, tokenizer = _load(model, device, dtype, trusted, revision, tokenizer)
-    refuse_unsavable(loaded, tokenizer)
-    require_disk(out, _parameter_bytes(loaded), f"the compressed model in {out}")
-    found: dict[str, Any] = {}
-    if target_ratio is None:
-        loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
-    else:
-        loaded, report, frontier = compress_to_ratio(
-            loaded,
-            target_ratio=target_ratio,
-            output_dir=out,
-            tokenizer=tokenizer,
-            **options,
-            **search,
-        )
-        show(frontier.render())
-        if frontier.note:
-            show(frontier.note)
-        found = {"frontier": frontier.to_dict()}
-    save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
-    show(report.render())
-    show(report_lines(loaded, parameter_count(loaded)))
-    if report.sources:
-        show(report.text_line())
-    seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
-    show(f"time: {seconds}; peak memory {format_bytes(report.peak_rss)}")
-    write_report(report.to_dict() | found, out / "compress.json", json_path)
-    if png is not None:
-        report.plot(png)
-        show(f"picture in {png}")
-    show(f"written to {out}. Next: hylora finetune {out} --out {out}-recovered")
 
 
 @library_options(FinetuneOptions, without=("tokenizer", "output_dir", "progress", "on_step"))
@@ -146,11 +68,11 @@ def finetune(
     process = PartialState(cpu=device == "cpu")  # Each process of torchrun gets a GPU of its own.
     if process.is_main_process:
         refuse_foreign_folder(out, model, mark="training", overwrite=overwrite)
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
-    require_disk(out, _parameter_bytes(loaded), f"the recovered model in {out}")
+    loaded, tokenizer = load(model, device, dtype, trust_remote_code, revision, tokenizer)
+    require_disk(out, parameter_bytes(loaded), f"the recovered model in {out}")
     if teacher := options.pop("teacher"):
         kind = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
-        options["teacher"] = lambda: _load(teacher, *kind, trust_remote_code)[0]
+        options["teacher"] = lambda: load(teacher, *kind, trust_remote_code)[0]
     report = train(
         loaded,
         tokenizer=tokenizer,
@@ -236,7 +158,7 @@ def evaluate(
 
     if png is not None and dense is None:
         raise ValueError("--png draws ratios to a dense model: give --dense")
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
+    loaded, tokenizer = load(model, device, dtype, trust_remote_code, revision, tokenizer)
     report = measure(
         loaded,
         data,
@@ -254,7 +176,7 @@ def evaluate(
         dense=dense,
     )
     show(report.render())
-    show(report_lines(loaded, parameter_count(loaded)))
+    show(trainable_line(loaded))
     if png is not None and report.breadth is not None:
         report.breadth.plot(png)
         show(f"picture in {png}")
@@ -287,8 +209,8 @@ def generate(
     from hylora_kernels.inference.generate import generate as continue_text
     from hylora_kernels.inference.optimize import optimize_for_inference
 
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
-    typer.echo(report_lines(loaded, parameter_count(loaded)), err=True)
+    loaded, tokenizer = load(model, device, dtype, trust_remote_code, revision, tokenizer)
+    typer.echo(trainable_line(loaded), err=True)
     if optimize and loaded.device.type == "cpu":
         optimize_for_inference(loaded)
     text = continue_text(
@@ -335,10 +257,10 @@ def analyze(
     """Singular spectra of a model's linears: which rank keeps how much energy, and its cost."""
     from hylora_kernels.compression.spectrum import analyze_spectrum
 
-    loaded, tokenizer = _load(model, device, dtype, trust_remote_code, revision, tokenizer)
+    loaded, tokenizer = load(model, device, dtype, trust_remote_code, revision, tokenizer)
     report = analyze_spectrum(loaded, method, tokenizer=tokenizer, **options)
     show(report.render())
-    show(report_lines(loaded, parameter_count(loaded)))
+    show(trainable_line(loaded))
     if png is not None:
         report.plot(png)
         show(f"picture in {png}")
@@ -436,7 +358,7 @@ def demo(
     write_report(report, json_path)
 
 
-def _load(
+def load(
     model: str,
     device: str,
     dtype: str,
@@ -453,5 +375,5 @@ def _load(
     return loaded, own if other is None else other
 
 
-def _parameter_bytes(model: "PreTrainedModel") -> int:
+def parameter_bytes(model: "PreTrainedModel") -> int:
     return sum(p.nbytes for p in model.parameters())

@@ -79,6 +79,7 @@ FLAGS = {
     "gradient_checkpointing": ["--gradient-checkpointing"],
     "resume": ["--resume/--restart"],
     "calibration": ["--calibration", "--data"],
+    "target_mb": ["--target-mb", "--bytes"],
     "trust_remote_code": ["--trust-remote-code"],
 }
 
@@ -303,6 +304,14 @@ def read_rank(text: str, option: str) -> int | str:
         raise ValueError(f"{_flag(option)} must be a whole number or auto, got {text!r}") from None
 
 
+def read_bits(text: str, option: str) -> float | str:
+    """ "4.2" -> 4.2; "8" -> 8; "auto" as it is."""
+    try:
+        return text if text == "auto" else int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise ValueError(f"{_flag(option)} must be a number or auto, got {text!r}") from None
+
+
 def _in_units(text: str, option: str, units: dict[str, float], allowed: str) -> float:
     """The number that `text` begins with, times the unit that it ends with."""
     lower = text.strip().lower()
@@ -315,6 +324,7 @@ def _in_units(text: str, option: str, units: dict[str, float], allowed: str) -> 
 
 # Options that may be written with a unit: a sentence for their help, and what reads them.
 QUANTITIES: dict[str, tuple[str, Callable[..., float | str]]] = {
+    "bits": ("For example 4.2 or 8.", read_bits),
     "embedding_rank": ("For example 256.", read_rank),
     "max_memory": ("For example 4GB.", read_size),
     "target_mb": ("For example 80MB.", read_megabytes),

@@ -9,12 +9,20 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
 
+from hylora_kernels.support.console import report_lines
 from hylora_kernels.support.report import plain
 from hylora_kernels.support.storage import write_json
 
 STDOUT = Path("-")
 PICTURES = (".png", ".svg", ".pdf")
 _stdout: ContextVar[TextIO | None] = ContextVar("_stdout", default=None)
+
+
+def trainable_line(model: Any) -> str:
+    """The line that every model command prints: trainable and all parameters."""
+    from hylora_kernels.model.modules import parameter_count
+
+    return report_lines(model, parameter_count(model))
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ before any text is read, and a target is met from below.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.compression.ranks import DENSE, Curve, Infeasible
+from hylora_kernels.compression.ranks import DENSE, Choice, Curve, Infeasible
 from hylora_kernels.model.structure import Target
 
 MB = 1_000_000
@@ -57,11 +57,11 @@ class Budget:
             self._element[t.path] + self._pivot / max(t.shape) for t in targets
         )
 
-    def size(self, curves: Sequence[Curve], ranks: dict[str, int]) -> Size:
-        """The size with these ranks, path -> R or DENSE, counted as the curves count."""
+    def size(self, curves: Sequence[Curve], choices: Mapping[str, Choice]) -> Size:
+        """The size with these ranks, counted as the curves count; bits are not read."""
         parameters, size = self._rest.parameters, self._rest.bytes
         for c in curves:
-            rank = ranks[c.path]
+            rank = choices[c.path].rank
             count = c.dense_cost if rank == DENSE else c.cost(rank)
             parameters += count
             size += count * self._element[c.path] + rank * self._pivot
@@ -83,8 +83,8 @@ class Budget:
         dense, rest, full = self._line(name)
         if target >= dense:
             raise ValueError(
-                f"{name}={_words(target)} is at or above the dense model, which has"
-                f" {_words(dense)}: nothing would be compressed"
+                f"{name}={format_size(target)} is at or above the dense model, which has"
+                f" {format_size(dense)}: nothing would be compressed"
             )
         # Past a tie, where keep * parameters may come out slightly below the need.
         keep = max((target - rest) / full * (1 + 1e-12), 1e-12)
@@ -95,8 +95,9 @@ class Budget:
             if name == "target_mb":
                 smallest = math.ceil((rest + full * error.smallest) * 100) / 100
             raise ValueError(
-                f"{name}={_words(target)} can't be met: the smallest feasible one with this form"
-                f" and rank_multiple is {_words(smallest)}, of the dense model's {_words(dense)}"
+                f"{name}={format_size(target)} can't be met: the smallest feasible one with this"
+                f" form and rank_multiple is {format_size(smallest)}, of the dense model's"
+                f" {format_size(dense)}"
                 " (a smaller rank_multiple allows less)"
             ) from None
         return keep
@@ -110,5 +111,6 @@ class Budget:
         return self.dense.bytes / MB, (self._rest.bytes + self._header) / MB, slope / MB
 
 
-def _words(number: float) -> str:
+def format_size(number: float) -> str:
+    """12_345_678 -> 12,345,678 and 80.5 -> 80.50."""
     return f"{number:,.0f}" if number == int(number) else f"{number:,.2f}"

@@ -1,4 +1,4 @@
-"""compress(): calibrate, whiten and factorize, allocate ranks, refit, replace."""
+"""compress(): calibrate, whiten and factorize, quantise, allocate, refit, replace."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression import calibration
+from hylora_kernels.compression.bits import BitBudget
 from hylora_kernels.compression.budget import Budget
 from hylora_kernels.compression.calibration import Statistics
 from hylora_kernels.compression.chain import record
@@ -25,10 +26,10 @@ from hylora_kernels.compression.embedding import (
     replace_embedding,
 )
 from hylora_kernels.compression.factors import factor_bytes
-from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.compression.ranks import DENSE, Curve, adapter_rank, allocate, curve
+from hylora_kernels.compression.options import FACTOR_BITS, CompressOptions
+from hylora_kernels.compression.ranks import DENSE, Choice, Curve, adapter_rank, allocate, curve
 from hylora_kernels.compression.refit import refit_blocks, refit_bytes
-from hylora_kernels.compression.replace import replace_linear
+from hylora_kernels.compression.replace import replace_linear, replace_table
 from hylora_kernels.compression.report import CompressReport, LayerReport
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import Refits, open_workspace
@@ -52,13 +53,15 @@ from hylora_kernels.support.storage import require_disk
 from hylora_kernels.support.timing import timed
 from hylora_kernels.text.mix import Part, mixed_blocks
 from hylora_kernels.text.sources import texts_in
+from hylora_kernels.weights import QuantizedMatrix
 
 
 @takes_options(CompressOptions)
 def compress(
     model_or_id: nn.Module | str | Path, options: CompressOptions
 ) -> tuple[nn.Module, CompressReport]:
-    """Replace the linears of a causal language model by SVDLoRALinear, in place.
+    """Replace the linears of a causal language model by SVDLoRALinear, in place, and their matrices
+    by codes of few bits where `bits` says so.
 
     model_or_id: a transformers causal LM, or a hub id or folder to load.
 
@@ -68,13 +71,15 @@ def compress(
     CompressOptions gives the sources of the methods.
 
         model, report = compress(model, keep=0.8, calibration="brown")
+        model, report = compress(model, target_mb=80, bits="auto")
     """
     with Compression(model_or_id, options) as run:
         for statistics in run.calibrate():
             run.factorize(statistics)
-        ranks = run.allocate()
-        refitted = run.refit(ranks)
-        run.replace(ranks, refitted)
+            run.quantize(statistics)
+        choices = run.allocate()
+        refitted = run.refit(choices)
+        run.replace(choices, refitted)
     return run.model, run.report
 
 
@@ -97,7 +102,9 @@ class Compression:
             refuse_unsavable(self.model, warn_if_modified=isinstance(model_or_id, nn.Module))
             stacks, reasons = unstack(self.model)
             undo.callback(restack, self.model, stacks)
-            self.structure = discover(self.model, options.include, options.exclude)
+            self.structure = discover(
+                self.model, options.include, options.exclude, low_rank_too=not options.low_rank
+            )
             self.structure.skipped.update(reasons)
             if not self.structure.groups:
                 raise ValueError(
@@ -107,10 +114,15 @@ class Compression:
             wanted = options.embedding_rank is not None
             self.embedding = embedding_target(self.model) if wanted else None
             self.targets = [*self.structure.targets, *([self.embedding] if self.embedding else [])]
+            self.bits = None
+            if options.bits is not None:
+                self.bits = BitBudget(self.model, self.structure, options)
             self.budget = Budget(self.model, self.targets, options.form)
             # Fail early: feasibility depends on costs only, so any singular values will do here.
             any_values = {t: torch.ones(min(t.shape), device="cpu") for t in self.targets}
-            self.keep = self.budget.keep(options, partial(self._ranks, any_values))
+            self.keep = 1.0
+            if not options.chooses_bits:
+                self.keep = self.budget.keep(options, partial(self._ranks, any_values))
             self.ids: Tensor | None = None
             sources: list[Part] = []
             if options.method != "svd":
@@ -119,9 +131,11 @@ class Compression:
                 assert self.ids is not None, "a refit reads text"
                 record(self.model, self.structure.blocks, self.ids[:2, :64])
             self.workspace = open_workspace(self.model, self.structure, self.ids, options)
+            self.codes = self.workspace.codes(options.rounding)
             self._undo, self._stacks = undo.pop_all(), stacks
         self.report = CompressReport(
-            options=reported_options(options) | {"keep": self.keep},
+            options=reported_options(options)
+            | ({} if options.chooses_bits else {"keep": self.keep}),
             calibration_tokens=0 if self.ids is None else self.ids.numel(),
             dense_parameters=self.budget.linears,
             model_dense_parameters=sum(p.numel() for p in self.model.parameters()),
@@ -142,14 +156,20 @@ class Compression:
         self.workspace.close()
 
     def calibrate(self) -> Iterator[Statistics]:
-        """Yield the statistics of the groups without factors in the workspace, one pass over the
-        text at a time, as many as max_memory requires. They are freed before the next pass."""
-        options, has = self.options, self.workspace.has
-        missing = [g for g in self.structure.groups if not all(map(has, g.paths))]
+        """Yield the statistics of the groups without factors or codes in the workspace, one pass
+        over the text at a time, as many as max_memory requires. They are freed before the next
+        pass."""
+        options = self.options
+        missing = [g for g in self.structure.groups if not all(map(self._is_done, g.targets))]
         self._factorize_embedding()
+        if self.bits is not None:
+            self.bits.require_disk(self.codes)
+            with timed(self.report.seconds, "quantise"):
+                self.bits.quantize_tables(self.ids, self.codes, options.progress)
         if not missing:
             return
-        needed = sum(factor_bytes(target.shape) for g in missing for target in g.targets)
+        targets = [target for group in missing for target in group.targets]
+        needed = sum(factor_bytes(target.shape) for target in targets) if options.low_rank else 0
         if options.refit:  # What is refitted is a part of what is kept, in float32.
             needed += int(4 * self.keep * self.report.dense_parameters)
         require_disk(self.workspace.folder, needed, "factors")
@@ -170,9 +190,17 @@ class Compression:
             yield statistics
             statistics.clear()  # The caller's loop variable would keep them during the next pass.
 
+    def _is_done(self, target: Target) -> bool:
+        """True if the workspace has all that a pass makes of a linear."""
+        is_cut = not self.options.low_rank or self.workspace.has(target.path)
+        return is_cut and not (self.bits and self.bits.missing(target, self.codes))
+
     def factorize(self, statistics: Statistics) -> None:
-        """Whiten and factorize the linears of `statistics`; the workspace gets their Factors."""
+        """Whiten and factorize the linears of `statistics`; the workspace gets their Factors.
+        Without low_rank there is nothing to do."""
         options = self.options
+        if not options.low_rank:
+            return
         linears = [
             (group.leader, target)
             for group in statistics.groups
@@ -195,6 +223,13 @@ class Compression:
                 factors.S.mul_(statistics.nats(leader.path) ** 0.5)
                 self.workspace.save(target.path, factors)
 
+    def quantize(self, statistics: Statistics) -> None:
+        """Quantise the linears of `statistics` in the widths that the budget may choose; the
+        workspace gets their codes."""
+        if self.bits is not None and self.options.widths:
+            with timed(self.report.seconds, "quantise"):
+                self.bits.quantize(statistics, self.codes, self.options.progress)
+
     def _factorize_embedding(self) -> None:
         target, o = self.embedding, self.options
         if target is None or self.workspace.has(target.path):
@@ -210,23 +245,33 @@ class Compression:
 
     @cached_property
     def curves(self) -> list[Curve]:
-        """The candidates of every linear, once all are factorized."""
-        return self._curves(self._importance())
+        """The candidates of every matrix, once all are factorized and quantised."""
+        ranks = self._curves(self._importance()) if self.options.low_rank else []
+        if self.bits is None or not self.options.chooses_bits:
+            return ranks
+        errors, unreached = self.bits.errors(self.codes)
+        self.report.unreached = list(dict.fromkeys([*self.report.unreached, *unreached]))
+        return self.bits.curves(errors, {c.path: c for c in ranks})
 
-    def allocate(self, keep: float | None = None) -> dict[str, int]:
-        """path -> total rank R = r + ra of each linear, 0 for one left dense.
+    def allocate(self, keep: float | None = None) -> dict[str, Choice]:
+        """path -> the total rank R = r + ra of each matrix, 0 for one left dense, and its bits.
 
-        keep: None: that of the options.
+        keep: None: that of the options. Where bits are chosen there is none.
         """
-        return allocate(self.curves, self.keep if keep is None else keep, self.options.ranks)
+        if self.bits is not None and self.options.chooses_bits:
+            return self.bits.allocate(self.curves)
+        ranks = allocate(self.curves, self.keep if keep is None else keep, self.options.ranks)
+        if self.bits is None:
+            return {path: Choice(rank) for path, rank in ranks.items()}
+        return {p: Choice(rank, FACTOR_BITS) for p, rank in ranks.items()} | self.bits.fixed()
 
-    def refit(self, ranks: dict[str, int]) -> dict[str, Tensor]:
+    def refit(self, choices: dict[str, Choice]) -> dict[str, Tensor]:
         """path -> refitted U float32 [N, R], or weight [N, K] of a linear left dense; {} with
         refit=False."""
         options, blocks = self.options, self.structure.blocks
         if not options.refit:
             return {}
-        ids, ranks, store = self._refits(ranks)
+        ids, ranks, store = self._refits(choices)
         found = {block.path: store.find(block.path) for block in blocks}
         done = {path: matrices for path, matrices in found.items() if matrices is not None}
         with timed(self.report.seconds, "refit"):
@@ -242,26 +287,27 @@ class Compression:
                         done[block] = store.load(block)
         return {path: matrix for matrices in done.values() for path, matrix in matrices.items()}
 
-    def forget_refit(self, ranks: dict[str, int]) -> None:
+    def forget_refit(self, choices: dict[str, Choice]) -> None:
         """Delete the refitted matrices of these ranks from the workspace."""
         if self.options.refit:
-            self._refits(ranks)[2].clear()
+            self._refits(choices)[2].clear()
 
-    def _refits(self, ranks: dict[str, int]) -> tuple[Tensor, dict[str, int], Refits]:
+    def _refits(self, choices: dict[str, Choice]) -> tuple[Tensor, dict[str, int], Refits]:
         """(token ids of the refit, the ranks that are refitted, their files)."""
         assert self.ids is not None, "a refit reads text"
         o = self.options
         ids = self.ids[: o.refit_samples]
+        ranks = {target.path: choices[target.path].rank for target in self.targets}
         if o.init == "classic":  # The adapter's part of the rank starts at zero.
             ranks = {p: R and R - adapter_rank(R, o.lora_rank) for p, R in ranks.items()}
         return ids, ranks, self.workspace.refits(fingerprint(ids=ids, ranks=ranks))
 
-    def replace(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> None:
-        """Put the low-rank layers into the model, freeze all but the adapters, end the report."""
+    def replace(self, choices: dict[str, Choice], refitted: dict[str, Tensor]) -> None:
+        """Put the chosen layers into the model, freeze all but the adapters, end the report."""
         model = self.model
         self.report.dense_loss = self._measured_loss("dense")
         with timed(self.report.seconds, "replace"):
-            self.report.layers += self._put(ranks, refitted)
+            self.report.layers, self.report.tables = self._put(choices, refitted)
         self._undo.pop_all()
         _settle_experts(model, self._stacks, self.structure.paths)
         earlier = getattr(model, "hylora_linears", None) or []  # Of another part.
@@ -269,7 +315,7 @@ class Compression:
         save_in_hylora_format(freeze_all_but_adapters(model))
         self.report.count(model)
         self.report.model_dense_bytes = self.budget.dense.bytes
-        self.report.model_bytes = self.budget.size(self.curves, ranks).bytes
+        self.report.model_bytes = self._bytes(choices)
         self.report.loss = self._measured_loss("compressed")
 
     def _measured_loss(self, label: str) -> float | None:
@@ -282,60 +328,83 @@ class Compression:
         with timed(self.report.seconds, "measure"):
             return mean_loss(self.model, ids, self.options.progress, f"loss, {label}")
 
+    def _bytes(self, choices: dict[str, Choice]) -> int:
+        """Of the file of weights, adapters as the option `count` says."""
+        if self.bits is None:
+            return self.budget.size(self.curves, choices).bytes
+        return self.bits.total(choices)
+
     @contextlib.contextmanager
-    def trial(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> Iterator[nn.Module]:
-        """The model with its low-rank layers; after the block it has its own linears again.
+    def trial(self, choices: dict[str, Choice], refitted: dict[str, Tensor]) -> Iterator[nn.Module]:
+        """The model with its chosen layers; after the block it has its own linears again.
 
         Memory: the dense linears stay beside the low-rank ones, so 1 + keep times the linears.
         """
-        embedding = self._embedding_modules()
+        vocabulary = self._vocabulary_modules()
         dense = {  # Of a refitted linear that stays dense the weight is written.
             target.path: target.matrix.clone()
             for target in self.structure.targets
-            if ranks[target.path] == DENSE and target.path in refitted
+            if choices[target.path].rank == DENSE and target.path in refitted
         }
         try:
-            self._put(ranks, refitted)
+            self._put(choices, refitted)
             yield self.model
         finally:
             for target in self.structure.targets:
                 if target.path in dense:
                     target.matrix.copy_(dense[target.path])
                 self.model.set_submodule(target.path, target.module)
-            for path, module in embedding.items():
+            for path, module in vocabulary.items():
                 self.model.set_submodule(path, module)
 
     @torch.no_grad()
-    def _put(self, ranks: dict[str, int], refitted: dict[str, Tensor]) -> list[LayerReport]:
-        """Put the low-rank layers into the model."""
+    def _put(
+        self, choices: dict[str, Choice], refitted: dict[str, Tensor]
+    ) -> tuple[list[LayerReport], list[LayerReport]]:
+        """Put the chosen layers into the model -> CompressReport.layers, .tables."""
         targets, hidden = self.structure.targets, not self.options.progress
         bar = tqdm(targets, desc="replacing", disable=hidden, leave=False)
         reports = [
             replace_linear(
                 self.model,
                 target,
-                self.workspace.load(target.path),
-                ranks[target.path],
+                self.workspace.load(target.path) if self.options.low_rank else None,
+                choices[target.path],
                 refitted.get(target.path),
+                self._codes_of(target, choices[target.path]),
                 self.options,
                 self.options.seed + index,
             )
             for index, target in enumerate(bar)
         ]
+        method = self.options.method
         if (target := self.embedding) is not None:
-            factors = self.workspace.load(target.path)
-            rank, method = ranks[target.path], self.options.method
+            factors, rank = self.workspace.load(target.path), choices[target.path].rank
             reports.append(replace_embedding(self.model, target, factors, rank, method))
-        return reports
+        tables = []
+        if self.bits is not None:
+            for target in self.bits.tables:
+                choice, in_nats = choices[target.path], method == "two_sided"
+                codes = self._codes_of(target, choice)
+                tables.append(replace_table(self.model, target, choice, codes, in_nats))
+            self.bits.explain([*reports, *tables], self.curves, self.codes)
+        return reports, tables
 
-    def _embedding_modules(self) -> dict[str, nn.Module]:
-        """path -> the dense embedding, and a head tied to it, where they are in the budget."""
-        target = self.embedding
-        paths = [] if target is None else holders(self.model, target.module.weight)
+    def _codes_of(self, target: Target, choice: Choice) -> QuantizedMatrix | None:
+        """The codes of a matrix in the workspace, None for one that gets others or none."""
+        if self.bits is None or choice.rank or choice.bits not in self.bits.widths(target):
+            return None
+        return self.codes.matrix(target.path, choice.bits)
+
+    def _vocabulary_modules(self) -> dict[str, nn.Module]:
+        """path -> the dense embedding and output head that are replaced."""
+        tables = self.bits.tables if self.bits else []
+        targets = [*([self.embedding] if self.embedding else []), *tables]
+        paths = [path for t in targets for path in holders(self.model, t.module.weight)]
         return {path: self.model.get_submodule(path) for path in paths}
 
     def _selected(self) -> list[str]:
-        return [*self.structure.paths, *self._embedding_modules()]
+        return [*self.structure.paths, *self._vocabulary_modules()]
 
     def _importance(self) -> dict[Target, Tensor]:
         """The singular values that ranks are chosen by. Calibration says nothing of an expert that

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from hylora_kernels.compression.factors import Factors
 from hylora_kernels.compression.ranks import DENSE, Curve, curve
 from hylora_kernels.compression.report import LayerReport
-from hylora_kernels.compression.tokens import Term, row_slices, token_statistics
+from hylora_kernels.compression.tokens import (
+    Term,
+    TokenStatistics,
+    row_slices,
+    token_statistics,
+)
 from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.factorize import to_float64
 from hylora_kernels.model.context import probe_ids
@@ -17,13 +22,13 @@ from hylora_kernels.model.structure import Target
 
 
 @torch.no_grad()
-def embedding_target(model: nn.Module) -> Target:
+def embedding_target(model: nn.Module, name: str = "embedding_rank") -> Target:
     """The input embedding as a Target of shape (V, d).
 
-    Raises ValueError if it is none that two factors can replace.
+    Raises ValueError naming the argument `name` if it is none that factors or codes can replace.
     """
     embedding = model.get_input_embeddings()
-    what = "embedding_rank needs an nn.Embedding as input embedding"
+    what = f"{name} needs an nn.Embedding as input embedding"
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"{what}, got a {type(embedding).__name__}")
     weight, ids = embedding.weight, probe_ids(model)
@@ -69,23 +74,33 @@ def factorize_embedding(
     method: "two_sided" weighs both sides of both places (compression/tokens.py), "whitened" the
             inputs of both, one-hot rows and hidden states, "svd" nothing.
     """
-    V, d = target.shape
     statistics = None if ids is None else token_statistics(model, ids, progress)
-    tied = len(holders(model, target.module.weight)) > 1
-    if statistics is None:
-        ones = torch.ones(V, dtype=torch.float64, device=target.matrix.device)
-        eye = torch.eye(d, dtype=torch.float64, device=target.matrix.device)
-        terms = [Term(ones, eye)] * (1 + tied)
-    else:
-        embedding, head = statistics.embedding, statistics.head
-        if method == "whitened":
-            embedding.metric = torch.eye(d).to(embedding.metric)
-            head.weight = torch.ones_like(head.weight)
-        terms = [embedding.damped(), *([head.damped()] if tied else [])]
-    factors = factorize_rows(target.matrix, terms)
+    factors = factorize_rows(target.matrix, place_terms(model, target, statistics, method))
     if method == "two_sided" and statistics is not None:
         factors.S.mul_(statistics.nats(1.0) ** 0.5)
     return factors
+
+
+def place_terms(
+    model: nn.Module, target: Target, statistics: TokenStatistics | None, method: str
+) -> list[Term]:
+    """The damped terms of each place of a matrix [V, d]: as input embedding, as output head.
+
+    statistics, method: as in factorize_embedding(); None weighs nothing.
+    """
+    V, d = target.shape
+    weight = target.module.weight
+    places = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m]
+    if statistics is None:
+        ones = torch.ones(V, dtype=torch.float64, device=weight.device)
+        eye = torch.eye(d, dtype=torch.float64, device=weight.device)
+        return [Term(ones, eye) for place in places if place.weight is weight]
+    embedding, head = statistics.embedding, statistics.head
+    if method == "whitened":
+        embedding = Term(embedding.weight, torch.eye(d).to(embedding.metric))
+        head = Term(torch.ones_like(head.weight), head.metric)
+    terms = (embedding, head)
+    return [term.damped() for term, m in zip(terms, places, strict=False) if m.weight is weight]
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from hylora_kernels.text.blocks import BLOCKS
 from hylora_kernels.text.mix import check_mix
 from hylora_kernels.text.options import TextOptions
 from hylora_kernels.text.sources import Mix, Source, is_mix
+from hylora_kernels.weights import PLANES
 
 METHODS = ("two_sided", "whitened", "svd")
 POLICIES = ("global", "uniform", "energy")
@@ -23,6 +25,11 @@ FACTORIZERS = ("gram", "exact", "randomized")
 COUNTS = ("merged", "as_is")
 BUDGETS = ("keep", "target_params", "target_mb")
 KEEP = 0.8
+ROUNDINGS = ("gptq", "rtn")
+AS_IS = 16  # The bits of a matrix that is not quantised, of any dtype.
+BITS = (*PLANES, AS_IS)
+FACTOR_BITS = 8  # Of low-rank factors. In fewer bits they lose more than a dense matrix does.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,18 @@ class CompressOptions:
     target_params: parameters of the whole model, embeddings included, a tied one once.
     target_mb:   bytes of the whole model's file of weights in the dtype that it has, in units of
                  1e6. Both targets are met from below and count adapters as `count` says.
+    bits:        None quantises nothing. 8 beside keep or target_params: the factors, the linears
+                 left dense and the embedding get 8 bits each, behind the refit. "auto" beside
+                 target_mb: rank and bits (2 to 6, 8, 16) of each linear and the bits of embedding
+                 and output head are chosen together. A number alone is a budget of its own, the
+                 mean width of the linears' codes over the weights that they have now, scales aside;
+                 embedding and head have embedding_bits then. 16 stands for a matrix as it is.
+                 Where bits are chosen there is no refit, and a low-rank layer has 16 or 8.
+    low_rank:    False: each linear stays as it is but for its bits, low-rank layers of a model that
+                 was compressed before, too.
+    embedding_bits: of the embedding, and of an output head, tied or not. None: 8, or what the
+                 budget of target_mb chooses.
+    rounding:    "gptq" (arXiv:2210.17323) or "rtn", to nearest: compression.quantize.quantize.
     calibration: a list of (source, blocks) is read as it is: blocks of `length` tokens, drawn by
                  `seed`. A source is a list of texts, a name, a file, a data set, token ids, as
                  text.blocks.token_blocks says (of split and column, too), or "self", the text that
@@ -70,6 +89,26 @@ class CompressOptions:
     target_mb: float | None = option(
         None,
         "In place of keep: MB of the whole model's file, at most, adapters as count says.",
+        keyword=True,
+    )
+    bits: float | str | None = option(
+        None,
+        "Bits of the weights: 8 beside keep; auto beside target_mb, the best for each matrix; a"
+        " mean over the linears as a budget of its own.",
+        keyword=True,
+    )
+    low_rank: bool = option(
+        True, "Low-rank layers, or bits alone, which leave every rank as it is.", keyword=True
+    )
+    embedding_bits: int | None = option(
+        None,
+        "Bits of embedding and output head, with bits. By default 8, or as target_mb allows.",
+        keyword=True,
+    )
+    rounding: str = option(
+        "gptq",
+        "Rounding to less than 16 bits: with feedback of each column's error, or to nearest.",
+        choices=ROUNDINGS,
         keyword=True,
     )
     calibration: Source | Mix | None = option_of(TextOptions, "calibration")
@@ -142,13 +181,36 @@ class CompressOptions:
     seed: int = option(0, "Seed of every random choice.")
     progress: bool = option(True, "Show progress bars.", reported=False)
 
+    @property
+    def chooses_bits(self) -> bool:
+        """True where the budget is spent on bits, too."""
+        return self.bits is not None and self.keep is None and self.target_params is None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits below 16 that a dense linear may get."""
+        if not self.chooses_bits:
+            return ()
+        if isinstance(self.bits, str) or self.ranks != "uniform":
+            return tuple(PLANES)
+        return () if self.bits == AS_IS else (int(self.bits or 0),)
+
+    @property
+    def embedding_widths(self) -> tuple[int, ...]:
+        """The bits that embedding and output head may get."""
+        if self.embedding_bits is not None:
+            return (self.embedding_bits,)
+        return BITS if self.bits == AUTO else (FACTOR_BITS,)
+
     def __post_init__(self) -> None:
-        if self.refit is None:
-            object.__setattr__(self, "refit", self.method != "svd")
         check_options(self)
         if is_mix(self.calibration):
             check_mix(self.calibration, "calibration")
         self._check_budget()
+        self._check_bits()
+        if self.refit is None:
+            refit = self.method != "svd" and self.low_rank and not self.chooses_bits
+            object.__setattr__(self, "refit", refit)
         rank = self.embedding_rank
         is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
         if rank is not None and rank != "auto" and not is_rank:
@@ -165,7 +227,7 @@ class CompressOptions:
         budgets = {name: getattr(self, name) for name in BUDGETS}
         check_one(budgets)
         given = {name: value for name, value in budgets.items() if value is not None}
-        if not given:
+        if not given and self.bits is None:
             object.__setattr__(self, "keep", KEEP)
         for name, value in given.items():
             if not isinstance(value, int | float) or isinstance(value, bool):
@@ -176,6 +238,106 @@ class CompressOptions:
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
             if name != "keep":
                 check_policy(name, self.ranks)
+
+    def _check_bits(self) -> None:
+        bits, embedding = self.bits, self.embedding_bits
+        if embedding is not None and (type(embedding) is not int or embedding not in BITS):
+            raise ValueError(f"embedding_bits must be one of {BITS}, got {embedding!r}")
+        if bits is None:
+            if not self.low_rank or embedding is not None:
+                name = "embedding_bits" if self.low_rank else "low_rank=False"
+                raise ValueError(f"{name} needs bits, got None")
+            return
+        if bits != AUTO and (isinstance(bits, str | bool) or not isinstance(bits, int | float)):
+            raise TypeError(f"bits must be a number, 'auto' or None, got {bits!r}")
+        if self.embedding_rank is not None:
+            raise ValueError("embedding_rank goes without bits: a quantised embedding has no rank")
+        if (bits == AUTO) != (self.target_mb is not None):
+            raise ValueError(
+                f"bits={bits!r} and {self._budget_words()}: 'auto' goes with target_mb, and"
+                " target_mb with 'auto'"
+            )
+        if self.chooses_bits:
+            self._check_chosen_bits()
+        elif bits != FACTOR_BITS or not self.low_rank:
+            raise ValueError(
+                f"bits={bits} and {self._budget_words()}: low-rank layers have {FACTOR_BITS} bits;"
+                " other bits go alone, as a mean, or with target_mb, as 'auto'"
+            )
+
+    def _check_chosen_bits(self) -> None:
+        bits, uniform = self.bits, self.ranks == "uniform"
+        check_policy("bits", self.ranks)
+        if self.ranks not in ("global", "uniform"):
+            raise ValueError(f"ranks must be 'global' or 'uniform' with bits, got {self.ranks!r}")
+        if not isinstance(bits, str | None) and not min(BITS) <= bits <= AS_IS:
+            raise ValueError(f"bits must be in {min(BITS)}..{AS_IS}, got {bits}")
+        if uniform and (bits not in BITS or self.low_rank):
+            raise ValueError(
+                f"bits must be one of {BITS} where all linears get the same (ranks='uniform', which"
+                f" needs low_rank=False), got bits={bits!r} and low_rank={self.low_rank}"
+            )
+        if self.refit:
+            raise ValueError("refit=True goes without a choice of bits: leave it, or give keep")
+
+    def _budget_words(self) -> str:
+        given = [f"{n}={getattr(self, n)}" for n in BUDGETS if getattr(self, n) is not None]
+        return given[0] if given else "no budget beside it"
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """All arguments of quantize_model() but the model, checked; CompressOptions says the same more
+    fully.
+
+    bits:    without uniform the mean over the linears, or over the numbers that low-rank ones have.
+    uniform: gives every linear these very bits, and compares methods of rounding.
+
+    Raises the errors of CompressOptions.
+    """
+
+    target_mb: float | None = option(None, "MB of the whole model's file, at most.")
+    bits: float | None = option(
+        None,
+        "In place of target_mb: mean bits of the linears' weights. By default 4.",
+        keyword=True,
+    )
+    uniform: bool = option(False, "Give each linear the same bits.", keyword=True)
+    embedding_bits: int | None = option_of(CompressOptions, "embedding_bits")
+    rounding: str = option_of(CompressOptions, "rounding")
+    calibration: Source | Mix | None = option_of(CompressOptions, "calibration")
+    method: str = option_of(
+        CompressOptions,
+        "method",
+        help="Norm of the errors: by inputs and output gradients, by inputs, or plain.",
+    )
+    include: list[str] | None = option_of(CompressOptions, "include")
+    exclude: list[str] | None = option_of(CompressOptions, "exclude")
+    trust_remote_code: bool = option_of(CompressOptions, "trust_remote_code")
+    split: str = option_of(CompressOptions, "split")
+    column: str | None = option_of(CompressOptions, "column")
+    samples: int = option_of(CompressOptions, "samples")
+    length: int = option_of(CompressOptions, "length")
+    measure: int = option_of(CompressOptions, "measure")
+    max_memory: int | None = option_of(CompressOptions, "max_memory")
+    tokenizer: object = option_of(CompressOptions, "tokenizer")
+    device: str | torch.device | None = option_of(CompressOptions, "device")
+    dtype: str | torch.dtype | None = option_of(CompressOptions, "dtype")
+    cache: bool | str | Path = option_of(CompressOptions, "cache")
+    seed: int = option_of(CompressOptions, "seed")
+    progress: bool = option_of(CompressOptions, "progress")
+
+    def __post_init__(self) -> None:
+        check_one({"target_mb": self.target_mb, "bits": self.bits})
+        CompressOptions(**self.for_compress())
+
+    def for_compress(self) -> dict[str, Any]:
+        """The arguments of compress()."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        uniform = given.pop("uniform")
+        if self.bits is None:
+            given["bits"] = 4 if self.target_mb is None else AUTO
+        return given | {"low_rank": False, "ranks": "uniform" if uniform else "global"}
 
 
 def check_one(budgets: Mapping[str, object]) -> None:

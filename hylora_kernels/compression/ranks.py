@@ -4,6 +4,9 @@ The candidates of a layer are the total ranks R = r + ra in multiples of `multip
 has a cost in parameters and an error, the sum of the squared singular values that it drops. Under
 method "two_sided" that is the predicted increase of the loss in nats a token, one unit for all
 layers. A rank that costs as much as the dense layer is no candidate, so no layer ever grows.
+
+A budget of bytes or bits is spent in the same way on candidates that differ in bits, too
+(compression/bits.py).
 """
 
 from __future__ import annotations
@@ -13,15 +16,23 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from hylora_kernels.compression.options import POLICIES
+from hylora_kernels.compression.options import AS_IS, POLICIES
 from hylora_kernels.layers.factors import factor_count
 from hylora_kernels.model.structure import check_pattern
 
 DENSE = 0  # The rank of a layer that is left dense, without an adapter.
+
+
+class Choice(NamedTuple):
+    """A candidate of a layer: its total rank R, and the bits of its frozen matrices."""
+
+    rank: int = DENSE
+    bits: int = AS_IS
 
 
 class Infeasible(ValueError):
@@ -34,9 +45,10 @@ class Infeasible(ValueError):
 
 @dataclass(frozen=True)
 class Curve:
-    """The candidates of a layer, cheapest first; the last is always DENSE.
+    """The candidates of a layer, cheapest first; the last is always the layer as it is, DENSE.
 
-    ranks, costs, errors: of each candidate.
+    dense_cost: what its share of a budget is counted from.
+    ranks, costs, errors, bits: of each candidate; bits None: all AS_IS.
     total: the sum of all squared singular values.
     cost:  rank -> its parameters, for any rank, candidate or not.
     """
@@ -48,6 +60,11 @@ class Curve:
     errors: np.ndarray
     total: float
     cost: Callable[[int], int]
+    bits: np.ndarray | None = None
+
+    def choice(self, index: int) -> Choice:
+        """A candidate by its place."""
+        return Choice(int(self.ranks[index]), AS_IS if self.bits is None else int(self.bits[index]))
 
     def error(self, rank: int) -> float:
         """The error of a candidate."""
@@ -124,10 +141,16 @@ def allocate(
         raise ValueError(f"keep must be in (0, 1], got {keep}")
     if isinstance(policy, dict):
         return _by_pattern(curves, keep, policy)
+    chosen = choose(curves, keep, policy)
+    return {c.path: int(c.ranks[i]) for c, i in zip(curves, chosen, strict=True)}
+
+
+def choose(curves: list[Curve], keep: float, policy: str) -> list[int]:
+    """The index of the candidate of each layer by a policy that is no dict, as allocate() says."""
     if policy not in POLICIES:
         raise ValueError(f"ranks must be one of {POLICIES} or a dict, got {policy!r}")
     if not curves:
-        return {}
+        return []
     if policy == "uniform":
         chosen = [c.affordable(keep * c.dense_cost) for c in curves]
         if None in chosen:
@@ -137,7 +160,7 @@ def allocate(
         if sum(int(c.costs[0]) for c in curves) > budget:
             _infeasible(keep, least_keep(curves, policy))
         chosen = spend(curves, budget) if policy == "global" else _common_energy(curves, budget)
-    return {c.path: int(c.ranks[i]) for c, i in zip(curves, chosen, strict=True)}
+    return chosen
 
 
 def least_keep(curves: list[Curve], policy: str) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hylora_kernels.compression.options import AS_IS, AUTO
 from hylora_kernels.model.coverage import Skipped, skipped_table
 from hylora_kernels.model.modules import parameter_count
 from hylora_kernels.model.structure import depth_of, layer_type
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Candidate:
+    """What a layer could become: total rank (0: dense), bits, its cost in bytes (in bits under a
+    budget of bits), the predicted increase of the loss."""
+
+    rank: int
+    bits: int
+    cost: int
+    predicted_loss: float
+
+
+@dataclass
 class LayerReport:
     """One linear W [N, K].
 
@@ -32,8 +44,11 @@ class LayerReport:
     lost_energy:  the share of sum S^2 that was dropped, S in the whitened norm.
     largest_coefficient: the largest absolute value in U of the pivoted form; 0 of the pair form.
     damping:      shares of the mean diagonal added to the Gram matrices of inputs and gradients.
-    predicted_loss: the sum of the dropped S^2, in nats a token; None unless the method is
-                  "two_sided", the only one whose S has that unit.
+    predicted_loss: the sum of the dropped S^2 and, where bits were chosen, what rounding adds, in
+                  nats a token; None unless the method is "two_sided", the only one with that unit.
+    bits:         of the frozen matrices, 16 as they are.
+    candidates:   where bits were chosen, the next cheaper candidate, the chosen one and the next
+                  dearer one: what each costs says why.
     """
 
     path: str
@@ -47,6 +62,8 @@ class LayerReport:
     largest_coefficient: float
     damping: tuple[float, float]
     predicted_loss: float | None = None
+    bits: int = AS_IS
+    candidates: list[Candidate] = field(default_factory=list)
 
     @property
     def kept_rank(self) -> float:
@@ -63,14 +80,17 @@ class CompressReport(Report):
                       *_as_is counts separate adapters, dense_* the model before, model_* the whole
                       model. keep and removed are shares of the dense count.
     body_parameters:  of the dense model without embeddings and output head.
+    tables:           the embedding and the output head, where bits were chosen for them; they do
+                      not count in parameters and keep.
     skipped:          name -> size and reason of each parameter of two or more dimensions that was
                       left alone.
     unreached:        paths of the experts' linears that no calibration token was routed to: they
                       are cut by a plain SVD, to about the rank of the least of their siblings.
     sources:          the texts that were read, and the blocks and tokens of each; none for method
                       "svd".
-    predicted_loss:   the increase of the loss by all cuts, in nats a token: the sum over `layers`,
-                      before the refit, which lowers it. None unless the method is "two_sided".
+    predicted_loss:   the increase of the loss by all cuts, in nats a token: the sum over `layers`
+                      and `tables`, before the refit, which lowers it. None unless the method is
+                      "two_sided".
     dense_loss, loss: before and after, in nats a token, on the last `measured_blocks` blocks of the
                       calibration text; None where none was measured. The statistics have seen
                       these blocks, the refit only where it read them all.
@@ -95,6 +115,7 @@ class CompressReport(Report):
     model_keep: float = 1.0
     model_removed: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
+    tables: list[LayerReport] = field(default_factory=list)
     skipped: dict[str, Skipped] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,8 +140,14 @@ class CompressReport(Report):
                 self.model_parameters_as_is,
             ),
         }
-        parts: list[Any] = [kept_table(counts), self._types_table(), skipped_table(self.skipped)]
-        parts += [line for line in (self.size_line(), self.loss_line()) if line]
+        parts: list[Any] = [kept_table(counts)]
+        quantised = self._is_quantised
+        if not quantised or any(layer.rank for layer in self.layers):
+            parts.append(self._types_table())
+        parts += [self._bits_table()] if quantised else []
+        parts.append(skipped_table(self.skipped))
+        lines = (self.size_line(), self.loss_line(), self.price_line())
+        parts += [line for line in lines if line]
         if self.unreached:
             some = ", ".join(self.unreached[:4]) + (", ..." if len(self.unreached) > 4 else "")
             parts.append(f"no calibration token reached {len(self.unreached)} linears: {some}")
@@ -130,10 +157,11 @@ class CompressReport(Report):
         """The file of weights before and after; "" until the model is compressed."""
         if not self.model_bytes:
             return ""
-        adapters = "merged" if self.options["count"] == "merged" else "separate"
+        counted = "merged" if self.options["count"] == "merged" else "separate"
+        adapters = f" with adapters {counted}" if self.options.get("low_rank", True) else ""
         return (
             f"file of weights: {format_bytes(self.model_dense_bytes)} dense, "
-            f"{format_bytes(self.model_bytes)} with adapters {adapters}"
+            f"{format_bytes(self.model_bytes)}{adapters}"
         )
 
     def loss_line(self) -> str:
@@ -149,23 +177,47 @@ class CompressReport(Report):
             )
         return f"loss in nats a token: {', '.join(parts)}" if parts else ""
 
+    def price_line(self) -> str:
+        """The step that the budget stops before; "" where no bits were chosen."""
+        steps = []
+        for layer in (*self.layers, *self.tables):
+            at = [(c.rank, c.bits) for c in layer.candidates]
+            if at and at[-1] != (layer.rank, layer.bits):
+                now, dearer = layer.candidates[-2:]
+                saved, cost = now.predicted_loss - dearer.predicted_loss, dearer.cost - now.cost
+                steps.append((saved / cost, saved, cost, layer, dearer))
+        if not steps:
+            return ""
+        _, saved, cost, layer, dearer = max(steps, key=lambda step: step[0])
+        unit = 1 if self.options["bits"] == AUTO else 8
+        return (
+            f"why not more: {layer.path} in {_words(dearer.rank, dearer.bits)} would save the most"
+            f" for its size, {saved:.2g} for {format_bytes(cost / unit)} more than in"
+            f" {_words(layer.rank, layer.bits)}"
+        )
+
     def plot(self, path: str | Path) -> None:
-        """Draw the predicted loss and the ranks by depth and layer type."""
+        """Draw the predicted loss, the ranks and the bits by depth and layer type."""
         losses: dict[str, dict[int, float]] = {}
         ranks: dict[str, dict[int, list[float]]] = {}
+        bits: dict[str, dict[int, list[float]]] = {}
         for layer in self.layers:
             kind, depth = layer_type(layer.path), depth_of(layer.path)
             if depth is None:  # An output head stands in no block.
                 continue
             ranks.setdefault(kind, {}).setdefault(depth, []).append(layer.kept_rank)
+            bits.setdefault(kind, {}).setdefault(depth, []).append(layer.bits)
             if layer.predicted_loss is not None:
                 by_depth = losses.setdefault(kind, {})
                 by_depth[depth] = by_depth.get(depth, 0.0) + layer.predicted_loss
-        means = {
-            kind: {depth: sum(shares) / len(shares) for depth, shares in by_depth.items()}
-            for kind, by_depth in ranks.items()
-        }
-        budget_plot(losses, means, path, f"keep {self.keep:.3f} (removed {self.removed:.3f})")
+        title = f"keep {self.keep:.3f} (removed {self.removed:.3f})"
+        quantised = self._is_quantised
+        if quantised:
+            title = f"{format_bytes(self.model_bytes)} of {format_bytes(self.model_dense_bytes)}"
+        shown = not quantised or any(layer.rank for layer in self.layers)
+        budget_plot(
+            losses, _means(ranks) if shown else {}, path, title, _means(bits) if quantised else {}
+        )
 
     def _types_table(self) -> Table:
         by_type: dict[tuple[str, int, int], list[LayerReport]] = {}
@@ -190,6 +242,30 @@ class CompressReport(Report):
         columns = ["type", "layers", "N x K", "rank", "dense", "kept", "predicted loss"]
         return table("by layer type; rank: mean (lowest to highest)", columns, rows)
 
+    @property
+    def _is_quantised(self) -> bool:
+        return any(layer.bits != AS_IS for layer in (*self.layers, *self.tables))
+
+    def _bits_table(self) -> Table:
+        by_type: dict[str, list[LayerReport]] = {}
+        for layer in (*self.layers, *self.tables):
+            by_type.setdefault(layer_type(layer.path), []).append(layer)
+        widths = sorted({layer.bits for layer in (*self.layers, *self.tables)})
+        rows: list[list[object]] = []
+        for name, layers in by_type.items():
+            weights = sum(layer.parameters for layer in layers)
+            losses = [layer.predicted_loss for layer in layers if layer.predicted_loss is not None]
+            rows.append(
+                [
+                    name,
+                    *(sum(layer.bits == bits for layer in layers) or None for bits in widths),
+                    f"{sum(layer.bits * layer.parameters for layer in layers) / weights:.2f}",
+                    sum(losses) if losses else None,
+                ]
+            )
+        columns = ["type", *(f"{bits} bits" for bits in widths), "mean", "predicted loss"]
+        return table("matrices by bits (16: as they are)", columns, rows)
+
     def text_line(self) -> str:
         """The texts that were read, with the blocks and tokens of each; "" for method "svd"."""
         return calibrated_on(self.sources)
@@ -198,7 +274,7 @@ class CompressReport(Report):
         """Fill in the totals, from `layers` and the compressed model."""
         self.parameters = sum(layer.parameters for layer in self.layers)
         self.parameters_as_is = sum(layer.parameters_as_is for layer in self.layers)
-        losses = [layer.predicted_loss for layer in self.layers]
+        losses = [layer.predicted_loss for layer in (*self.layers, *self.tables)]
         self.predicted_loss = None if None in losses else sum(filter(None, losses))
         self.keep = self.parameters / self.dense_parameters
         self.keep_as_is = self.parameters_as_is / self.dense_parameters
@@ -209,3 +285,14 @@ class CompressReport(Report):
         self.removed, self.model_removed = 1 - self.keep, 1 - self.model_keep
         unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes, macOS bytes.
         self.peak_rss = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _words(rank: int, bits: int) -> str:
+    return f"{bits} bits" if rank == 0 else f"rank {rank}, {bits} bits"
+
+
+def _means(rows: dict[str, dict[int, list[float]]]) -> dict[str, dict[int, float]]:
+    return {
+        kind: {depth: sum(values) / len(values) for depth, values in by_depth.items()}
+        for kind, by_depth in rows.items()
+    }

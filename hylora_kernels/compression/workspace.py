@@ -3,7 +3,8 @@ is quick.
 
 There is one folder in the cache for each combination of weights, calibration tokens, method and
 factorizer. It holds the full-rank factors of each layer, which serve every keep, form and adapter
-rank, and one folder for each set of ranks, with the refitted blocks. All files are safetensors with
+rank, one folder for each set of ranks, with the refitted blocks, and one for each way of rounding,
+with the quantised matrices. All files are safetensors with
 a checksum. A file is read by its name alone and counts only if it is whole; another is made again.
 """
 
@@ -18,12 +19,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hylora_kernels.compression.factors import Factors
+from hylora_kernels.compression.gptq import DAMPING
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.whiten import GRADIENT_DAMPING, INPUT_DAMPING
 from hylora_kernels.model.modules import model_fingerprint
 from hylora_kernels.model.structure import Structure
 from hylora_kernels.support.cache import Files, cache_dir
 from hylora_kernels.support.hashing import fingerprint
+from hylora_kernels.weights import QuantizedMatrix
 
 
 def open_workspace(
@@ -45,6 +48,51 @@ def open_workspace(
 
 class Refits(Files):
     """The finished blocks of one refit, a file of matrices (by the path of the linear) for each."""
+
+
+class Codes(Files):
+    """The quantised matrices, a file for each width of each, with what it loses."""
+
+    def __init__(self, folder: Path, name: str):
+        super().__init__(folder, name)
+        self._whole: dict[str, bool] = {}
+
+    def has(self, path: str, bits: int) -> bool:
+        """True if a width is here and whole, for which the file is read once."""
+        part = _width(path, bits)
+        if part not in self._whole:
+            self._whole[part] = self.find(part) is not None
+        return self._whole[part]
+
+    def store(
+        self, path: str, bits: int, matrix: QuantizedMatrix | None, error: float, reached: bool
+    ) -> None:
+        """matrix: None for a low-rank layer, whose factors are rounded when it is replaced.
+        reached: False where all inputs were zero on the calibration text."""
+        numbers = {"reached": int(reached), "k": 0 if matrix is None else matrix.k}
+        tensors = {name: torch.tensor(n, device="cpu") for name, n in numbers.items()}
+        tensors["error"] = torch.tensor(error, dtype=torch.float64, device="cpu")
+        for name in ("codes", "scales", "zeros") if matrix is not None else ():
+            if (tensor := getattr(matrix, name)) is not None:
+                tensors[name] = tensor
+        self.save(_width(path, bits), tensors)
+        self._whole[_width(path, bits)] = True
+
+    def matrix(self, path: str, bits: int) -> QuantizedMatrix | None:
+        """The matrix of a width that is here; raises OSError if it is no longer."""
+        t = self.load(_width(path, bits))
+        if "codes" not in t:
+            return None
+        return QuantizedMatrix(t["codes"], t["scales"], t.get("zeros"), bits, int(t["k"]))
+
+    def error(self, path: str, bits: int) -> tuple[float, bool]:
+        """(what the width loses, whether the calibration text reached the layer)."""
+        with safe_open(self.path(_width(path, bits)), "pt") as file:
+            return float(file.get_tensor("error")), bool(file.get_tensor("reached"))
+
+
+def _width(path: str, bits: int) -> str:
+    return f"{path}-{bits}"
 
 
 class Workspace:
@@ -106,6 +154,11 @@ class Workspace:
     def _read(self, path: str, name: str) -> Tensor:
         with safe_open(self._files.path(path), "pt") as file:
             return file.get_tensor(name)
+
+    def codes(self, rounding: str) -> Codes:
+        """The quantised matrices of one way of rounding."""
+        name = f"codes-{rounding}-{DAMPING}"
+        return Codes(self.folder / name, f"{self._files.name}/{name}")
 
     def refits(self, key: str) -> Refits:
         """The refitted blocks of one set of ranks and tokens, which `key` stands for."""

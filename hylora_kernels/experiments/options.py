@@ -22,6 +22,10 @@ from hylora_kernels.text.sources import KINDS, NAMED, SELF, Mix, Source, texts_i
 class CellOptions:
     """The arguments of compress() that are the same in every cell."""
 
+    bits: float | str | None = option_of(
+        CompressOptions, "bits", help="8: factors, dense linears and embedding in 8 bits."
+    )
+    rounding: str = option_of(CompressOptions, "rounding")
     method: str = option_of(CompressOptions, "method")
     ranks: str | dict[str, int | float] = option_of(CompressOptions, "ranks")
     init: str = option_of(CompressOptions, "init")

@@ -345,7 +345,7 @@ class _Trials:
     def _dropped(self, keep: float) -> float:
         """The sum of the squared singular values that a keep drops."""
         ranks = self.run.allocate(keep)
-        return sum(c.error(ranks[c.path]) for c in self.run.curves)
+        return sum(c.error(ranks[c.path].rank) for c in self.run.curves)
 
     def _dense(self) -> BreadthReport:
         stored = self._stored(f"{self.key}-dense", lambda: self._breadth(self.run.model, None))

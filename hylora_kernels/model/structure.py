@@ -193,16 +193,20 @@ def block_list(model: nn.Module, linears: dict[str, nn.Module]) -> list[str]:
 
 @torch.no_grad()
 def discover(
-    model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None
+    model: nn.Module,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    low_rank_too: bool = False,
 ) -> Structure:
     """The structure of a dense model: eight tokens run through it show which linears read which
     tensor, in which order.
 
-    include, exclude: see `select`. Raises ValueError for a layer that is an SVDLoRALinear already.
+    include, exclude: see `select`. Raises ValueError for a layer that is an SVDLoRALinear already,
+    unless these are linears, too (low_rank_too).
     """
     linears, skipped = select(model, include, exclude)
     for path, module in linears.items():
-        if isinstance(module, SVDLoRALinear):
+        if isinstance(module, SVDLoRALinear) and not low_rank_too:
             raise ValueError(
                 f"model must be dense, but its layer {path} has been compressed already"
             )

@@ -105,18 +105,26 @@ def budget_plot(
     ranks: Mapping[str, Mapping[int, float]],
     path: str | Path,
     title: str = "",
+    bits: Mapping[str, Mapping[int, float]] | None = None,
 ) -> None:
     """losses: layer type -> block -> predicted increase of the loss, nats a token; left, the blocks
-    from input to output, if there are any. ranks: the same of rank / full rank; right."""
-    with figure(path, 9.6 if losses else 5.6, 0.3 * len(ranks) + 3) as drawing:
-        panels = list(drawing.subplots(1, 1 + bool(losses), squeeze=False)[0])
+    from input to output. ranks: the same of rank / full rank; bits: of bits; right. Each may be
+    empty."""
+    maps = [("rank / full rank", ranks, 1.0), ("bits", bits or {}, 16.0)]
+    maps = [(label, rows, most) for label, rows, most in maps if rows]
+    count = len(maps) + bool(losses)
+    with figure(path, 1.6 + 4 * count, 0.3 * max(len(rows) for _, rows, _ in maps) + 3) as drawing:
+        panels = list(drawing.subplots(1, count, squeeze=False)[0])
         if losses:
             draw_stacks(panels[0], losses)
-            panels[0].set(title=title, xlabel="block", ylabel="predicted loss (nats a token)")
+            panels[0].set(ylabel="predicted loss (nats a token)")
             draw_legend(panels[0], columns=3)
-        mesh = draw_heatmap(panels[-1], ranks)
-        panels[-1].set(title="" if losses else title, xlabel="block")
-        drawing.colorbar(mesh, ax=panels[-1], label="rank / full rank")
+        for panel, (label, rows, most) in zip(panels[-len(maps) :], maps, strict=True):
+            mesh = draw_heatmap(panel, rows, most)
+            drawing.colorbar(mesh, ax=panel, label=label)
+        for panel in panels:
+            panel.set_xlabel("block")
+        panels[0].set_title(title)
 
 
 def sweep_plot(
@@ -292,13 +300,13 @@ def draw_reference(axes, value: float, label: str = "") -> None:
         _annotate(axes, label, (1, value), (0, 2), **at)
 
 
-def draw_heatmap(axes, rows: Mapping[str, Mapping[int, float]]):
-    """rows: label -> column -> value in [0, 1], the first row on top; returns what a colour bar
+def draw_heatmap(axes, rows: Mapping[str, Mapping[int, float]], most: float = 1.0):
+    """rows: label -> column -> value in [0, most], the first row on top; returns what a colour bar
     needs."""
     width = 1 + max((column for row in rows.values() for column in row), default=0)
     values = [[row.get(column, math.nan) for column in range(width)] for row in rows.values()]
     no_seams = {"edgecolors": "face", "linewidth": 0.3}
-    mesh = axes.pcolormesh(values, cmap="viridis", vmin=0, vmax=1, **no_seams)
+    mesh = axes.pcolormesh(values, cmap="viridis", vmin=0, vmax=most, **no_seams)
     axes.set_yticks([place + 0.5 for place in range(len(rows))], list(rows))
     axes.invert_yaxis()
     axes.tick_params(length=0)

@@ -7,16 +7,19 @@ import importlib
 
 import pytest
 import torch
-from helpers.compressing import IDS, SMALL, assert_same, compressed
+from helpers.compressing import (
+    IDS,
+    SMALL,
+    Interrupted,
+    assert_same,
+    compressed,
+    interrupt_after,
+)
 from helpers.zoo import paths_of, tokens, zoo_model
 
 from hylora_kernels.compression.compress import compress
 from hylora_kernels.compression.workspace import Refits, Workspace
 from hylora_kernels.support.cache import cache_dir
-
-
-class Interrupted(Exception):
-    pass
 
 
 @pytest.fixture
@@ -44,19 +47,6 @@ def calls(monkeypatch):
     monkeypatch.setattr(refit, "_refit_block", refitting)
     monkeypatch.setattr(compression.calibration, "gather", gathering)
     return counts
-
-
-def interrupt_after(monkeypatch, kind, count):
-    """The next-but-`count` call of kind.save raises, before anything is written."""
-    original, left = kind.save, [count]
-
-    def saving(self, *args):
-        if not left[0]:
-            raise Interrupted
-        left[0] -= 1
-        return original(self, *args)
-
-    monkeypatch.setattr(kind, "save", saving)
 
 
 PATHS = [path for group in paths_of("qwen2") for path in group]

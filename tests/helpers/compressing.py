@@ -50,6 +50,23 @@ def assert_same(a, b):
         assert torch.equal(tensor, b[name]), name
 
 
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, kind, count):
+    """The next-but-`count` call of kind.save raises, before anything is written."""
+    original, left = kind.save, [count]
+
+    def saving(self, *args):
+        if not left[0]:
+            raise Interrupted
+        left[0] -= 1
+        return original(self, *args)
+
+    monkeypatch.setattr(kind, "save", saving)
+
+
 def random_terms(words=30, d=6, seed=0) -> TokenStatistics:
     """Terms of an embedding and a head whose tokens and directions differ in weight."""
     generator = torch.Generator().manual_seed(seed)

@@ -346,7 +346,7 @@ def test_refusals():
 def test_the_command_generate_optimises_on_a_cpu(optimize, monkeypatch, capsys):
     tokenizer = tiny.tokenizer("the quick brown fox")
     model = llama(torch.float32, vocab_size=len(tokenizer))
-    monkeypatch.setattr(commands, "_load", lambda *args: (model, tokenizer))
+    monkeypatch.setattr(commands, "load", lambda *args: (model, tokenizer))
     commands.generate("tiny", "the fox", max_new_tokens=3, optimize=optimize)
     assert bool(packed_states(model)) == optimize
     assert "parameters" in capsys.readouterr().err

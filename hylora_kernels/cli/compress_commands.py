@@ -1,0 +1,180 @@
+"""The commands of `hylora` that make a model smaller: compress, quantize."""
+
+# No `from __future__ import annotations`: typer reads the annotations themselves.
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from hylora_kernels.cli.model_commands import load, parameter_bytes
+from hylora_kernels.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Option,
+    Out,
+    Overwrite,
+    Revision,
+    Tokenizer,
+    library_options,
+    refuse_foreign_folder,
+)
+from hylora_kernels.cli.output import trainable_line, write_report
+from hylora_kernels.compression.options import QuantizeOptions
+from hylora_kernels.experiments.options import TargetOptions
+from hylora_kernels.support.console import format_bytes, format_seconds, show
+from hylora_kernels.support.storage import require_disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hylora_kernels.compression.report import CompressReport
+
+Png = Annotated[
+    Path | None,
+    Option(help="Draw the predicted loss, the ranks and the bits by depth to this file."),
+]
+
+# The options of compress that --target-ratio alone reads.
+SEARCH = ("texts", "limit", "evaluations")
+
+
+@library_options(
+    TargetOptions,
+    without=(
+        *("tokenizer", "device", "dtype", "refit_samples", "progress"),
+        *("target_ratio", "output_dir"),
+    ),
+)
+def compress(
+    model: Model,
+    out: Out,
+    *,
+    target_ratio: Annotated[
+        float | None,
+        Option(
+            help="In place of keep: find the smallest one whose perplexity, as the geometric mean "
+            "over --texts, is at most this multiple of the dense model's; for example 1.1."
+        ),
+    ] = None,
+    options: dict[str, Any],
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
+    json_path: Json = None,
+    png: Png = None,
+) -> None:
+    """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
+    from hylora_kernels.compression.compress import compress as compress_model
+    from hylora_kernels.experiments.target import compress_to_ratio
+    from hylora_kernels.model.saving import refuse_unsavable
+
+    search = {name: options.pop(name) for name in SEARCH}
+    given = [name for name in SEARCH if search[name] != getattr(TargetOptions, name)]
+    if target_ratio is None and given:
+        raise ValueError(f"{given[0]} is read for target_ratio, which is not given")
+    refuse_foreign_folder(out, model, mark="frontier", overwrite=overwrite)
+    trusted = options["trust_remote_code"]
+    loaded, tokenizer = load(model, device, dtype, trusted, revision, tokenizer)
+    refuse_unsavable(loaded, tokenizer)
+    require_disk(out, parameter_bytes(loaded), f"the compressed model in {out}")
+    found: dict[str, Any] = {}
+    if target_ratio is None:
+        loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
+    else:
+        loaded, report, frontier = compress_to_ratio(
+            loaded,
+            target_ratio=target_ratio,
+            output_dir=out,
+            tokenizer=tokenizer,
+            **options,
+            **search,
+        )
+        show(frontier.render())
+        if frontier.note:
+            show(frontier.note)
+        found = {"frontier": frontier.to_dict()}
+    _finish(loaded, tokenizer, report, out, overwrite, json_path, png, found)
+    show(f"written to {out}. Next: hylora finetune {out} --out {out}-recovered")
+
+
+@library_options(QuantizeOptions, without=("tokenizer", "device", "dtype", "progress"))
+def quantize(
+    model: Model,
+    out: Out,
+    *,
+    options: dict[str, Any],
+    adapt: Annotated[
+        str | None,
+        Option(
+            help="First train adapters of the dense model on this text and fold them in; it is "
+            "the calibration text, too, unless another is given."
+        ),
+    ] = None,
+    adapt_steps: Annotated[int, Option(min=1, help="Updates on the text of --adapt.")] = 60,
+    adapt_rank: Annotated[int, Option(min=1, help="Rank of the adapters of --adapt.")] = 32,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    tokenizer: Tokenizer = None,
+    json_path: Json = None,
+    png: Png = None,
+) -> None:
+    """Put a model's matrices into few bits, every rank as it is, and write the smaller model."""
+    from hylora_kernels.compression.quantize_model import quantize_model
+    from hylora_kernels.model.saving import refuse_unsavable
+    from hylora_kernels.recovery.adapt import adapt_dense
+
+    QuantizeOptions(**options)  # Before the long work.
+    refuse_foreign_folder(out, model, mark="training", overwrite=overwrite)
+    trusted = options["trust_remote_code"]
+    loaded, tokenizer = load(model, device, dtype, trusted, revision, tokenizer)
+    refuse_unsavable(loaded, tokenizer)
+    require_disk(out, parameter_bytes(loaded), f"the quantised model in {out}")
+    found: dict[str, Any] = {}
+    if adapt is not None:
+        text = {name: options[name] for name in ("split", "column", "length", "seed")}
+        trained = adapt_dense(
+            loaded,
+            adapt,
+            tokenizer,
+            lora_rank=adapt_rank,
+            steps=adapt_steps,
+            output_dir=out / "training",
+            **text,
+        )
+        show(trained.render())
+        found = {"adapt": trained.to_dict()}
+        options["calibration"] = options["calibration"] or adapt
+    loaded, report = quantize_model(loaded, tokenizer=tokenizer, **options)
+    _finish(loaded, tokenizer, report, out, overwrite, json_path, png, found)
+    show(f"written to {out}. Next: hylora evaluate {out}")
+
+
+def _finish(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    report: "CompressReport",
+    out: Path,
+    overwrite: bool,
+    json_path: Path | None,
+    png: Path | None,
+    found: dict[str, Any],
+) -> None:
+    """Write and print what was made; found: more for the report in JSON."""
+    from hylora_kernels.model.saving import save_pretrained
+
+    save_pretrained(model, out, tokenizer, overwrite=overwrite)
+    show(report.render())
+    show(trainable_line(model))
+    if report.sources:
+        show(report.text_line())
+    seconds = ", ".join(f"{stage} {format_seconds(s)}" for stage, s in report.seconds.items())
+    show(f"time: {seconds}; peak memory {format_bytes(report.peak_rss)}")
+    write_report(report.to_dict() | found, out / "compress.json", json_path)
+    if png is not None:
+        report.plot(png)
+        show(f"picture in {png}")

@@ -1,0 +1,128 @@
+"""What a matrix takes in each choice of rank and bits: bytes of the saved model, or bits of codes.
+
+The bytes are those of the layer that would be saved, built on the meta device, so that no format is
+described a second time here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from hylora_kernels.compression.budget import ENTRY_BYTES
+from hylora_kernels.compression.embedding import holders
+from hylora_kernels.compression.options import AS_IS, CompressOptions
+from hylora_kernels.compression.ranks import DENSE, Choice, adapter_rank
+from hylora_kernels.layers.factors import factor_count
+from hylora_kernels.layers.linear import SVDLoRALinear
+from hylora_kernels.layers.quantized import QuantizedFactor, QuantizedLinear
+from hylora_kernels.model.structure import Target
+
+
+class Costs:
+    """The costs of the candidates of a model's matrices.
+
+    linears, tables: the linears, and the embedding and output head, that candidates replace.
+    rest:  bytes of the saved model's weights besides theirs, with the header of the file; at most.
+    dense: bytes of the whole as it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Sequence[Target],
+        tables: Sequence[Target],
+        options: CompressOptions,
+    ):
+        self._options = options
+        self._places = {t.path: len(holders(model, t.module.weight)) for t in tables}
+        state = model.state_dict()
+        own = {(t.data_ptr(), t.shape): t for t in state.values()}  # A tied one is saved once.
+        self.dense = sum(t.nbytes for t in own.values()) + sum(map(_entry, state))
+        self._as_is = {t.path: _held(t) for t in (*linears, *tables)}
+        self.rest = self.dense - sum(self._as_is.values())
+
+    def total(self, choices: Mapping[Target, Choice]) -> int:
+        """Bytes of the saved model's weights, at most."""
+        return self.rest + sum(self.bytes(target, choice) for target, choice in choices.items())
+
+    def bytes(self, target: Target, choice: Choice) -> int:
+        """Of the matrix in the file and of its entries in the header, at most."""
+        if choice == as_is(target):
+            return self._as_is[target.path]
+        sizes = _saved(self._kind(target, choice), target.matrix.dtype)
+        return sum(size + _entry(f"{target.path}.{name}") for name, size in sizes)
+
+    def bits(self, target: Target, choice: Choice) -> int:
+        """Of all codes, scales aside; of a matrix that has no codes, of its numbers."""
+        element = 8 * target.matrix.element_size() if choice.bits == AS_IS else choice.bits
+        return element * self.numbers(target, choice)
+
+    def numbers(self, target: Target, choice: Choice) -> int:
+        """The numbers in a matrix or its factors, an adapter merged."""
+        N, K = target.shape
+        if isinstance(target.module, SVDLoRALinear):
+            return target.module.parameter_count()
+        if choice.rank == DENSE:
+            return N * K
+        return factor_count(choice.rank, K, N, self._options.form)
+
+    def _kind(self, target: Target, choice: Choice) -> tuple[Any, ...]:
+        (N, K), o, module = target.shape, self._options, target.module
+        if target.path in self._places:
+            return "table", N, K, self._places[target.path] > 1, choice.bits
+        if isinstance(module, SVDLoRALinear):
+            return "layer", N, K, module.rank, module.lora_rank, module.form, choice.bits
+        if choice.rank == DENSE:
+            return "layer", N, K, N, 0, "pivoted", choice.bits
+        adapter = adapter_rank(choice.rank, o.lora_rank) if o.count == "as_is" else 0
+        return "layer", N, K, choice.rank - adapter, adapter, o.form, choice.bits
+
+
+def as_is(target: Target) -> Choice:
+    """The candidate that changes nothing; a low-rank layer keeps its rank."""
+    module = target.module
+    is_cut = isinstance(module, SVDLoRALinear)
+    return Choice(module.rank + module.lora_rank if is_cut else DENSE)
+
+
+def _held(target: Target) -> int:
+    """Bytes of a module in the file, its bias aside."""
+    held = target.module.state_dict(prefix=f"{target.path}.")
+    return sum(t.nbytes + _entry(name) for name, t in held.items() if not name.endswith(".bias"))
+
+
+def _entry(name: str) -> int:
+    return len(name) + ENTRY_BYTES
+
+
+@cache
+def _saved(kind: tuple[Any, ...], dtype: torch.dtype) -> list[tuple[str, int]]:
+    """(name, bytes) of each tensor that a layer is saved as, without its bias."""
+    what, N, K, *rest = kind
+    on_meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
+    if what == "layer":
+        rank, adapter, form, bits = rest
+        module: nn.Module = _linear(K, N, rank, adapter, form, bits, on_meta)
+        return [(name, tensor.nbytes) for name, tensor in module.state_dict().items()]
+    tied, bits = rest
+    module = QuantizedFactor(N, K, bits, **on_meta)
+    found = [(f"matrix.{name}", tensor.nbytes) for name, tensor in module.state_dict().items()]
+    if tied:  # The head has the embedding's codes, but an empty U and pivots of its own.
+        head = _linear(K, N, N, 0, "pivoted", bits, on_meta).state_dict()
+        found += [(n, t.nbytes) for n, t in head.items() if not n.startswith("SVh.")]
+    return found
+
+
+def _linear(
+    K: int, N: int, rank: int, adapter: int, form: str, bits: int, on_meta: dict[str, Any]
+) -> SVDLoRALinear:
+    if bits == AS_IS:
+        return SVDLoRALinear(K, N, rank, adapter, bias=False, form=form, **on_meta)
+    names = ("SVh", "U") if form == "pair" or rank < N else ("SVh",)
+    by_name = dict.fromkeys(names, bits)
+    return QuantizedLinear(K, N, rank, adapter, bias=False, form=form, bits=by_name, **on_meta)
