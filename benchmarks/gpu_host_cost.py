@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 import sys
 import tempfile
@@ -24,7 +25,8 @@ import torch
 from timing import interleave
 from torch import nn
 
-from hylora_kernels import SVDLoRALinear, optimize_for_inference, use_backend
+from hylora_kernels import SVDLoRALinear, backends, optimize_for_inference, use_backend
+from hylora_kernels.ops_packed import packed_group
 from hylora_kernels.support.storage import write_json
 
 # A decoder's small projection; without a GPU a tiny one, since rivals compute there.
@@ -59,7 +61,25 @@ def layers(device: torch.device) -> dict[str, nn.Module]:
         backend = contextlib.nullcontext() if device.type == "cuda" else use_backend("cuda")
         with backend:
             found[f"{form}, optimised"] = optimize_for_inference(packed)
+    members = [copy.deepcopy(found["pair, optimised"]) for _ in range(3)]
+    found["three on one x, one by one"] = _OnOneInput(members)
+    found["three on one x, a group"] = _OnOneInput(copy.deepcopy(members), grouped=True)
     return found
+
+
+class _OnOneInput(nn.Module):
+    """Optimised layers on one x, each by itself or as a group."""
+
+    def __init__(self, layers: list[nn.Module], grouped: bool = False):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        packed = [layer.packed_state.packed for layer in layers]
+        self.group = backends.group(packed) if grouped else None
+
+    def forward(self, x):
+        if self.group is not None:
+            return packed_group(x, self.group)
+        return [layer(x) for layer in self.layers]
 
 
 def measure(device: torch.device, seconds: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
     python benchmarks/gpu_prediction.py                          the design's rows, on an H100
     python benchmarks/gpu_prediction.py --gpu A100 --M 1 --K 2048 --N 2048 --rank 512 --lora-rank 32
     python benchmarks/gpu_prediction.py --bits 4 8               quantised matrices of a 1B model
+    python benchmarks/gpu_prediction.py --groups                 q, k, v and gate, up as one launch
     python benchmarks/gpu_prediction.py --compare measured.json  measured over predicted, row by row
 
 The model is gpu_roofline.py. A measured file is what gpu_layers.py writes, a table of `hylora
@@ -28,6 +29,7 @@ from gpu_roofline import (
     INSTRUCTIONS,
     MODES,
     Layer,
+    group,
     machine_named,
     predict,
     quantized,
@@ -127,6 +129,30 @@ def _over_first(seconds: dict[str, float]) -> list[str]:
     return [micro(first), *(f"{micro(value)} ({first / value:.2f})" for value in others)]
 
 
+# TinyLlama's, half of their parameters kept: (K, N, r) of each member.
+GROUPS = {
+    "q, k, v": ((2048, 2048, 512), (2048, 256, 112), (2048, 256, 112)),
+    "gate, up": ((2048, 5632, 752), (2048, 5632, 752)),
+}
+
+
+def group_rows(gpu: str, mode: str) -> str:
+    """PREDICTION for layers on one x: one launch beside the members one by one."""
+    rows, at = [], machine_named(gpu)
+    for name, sizes in GROUPS.items():
+        for M in (1, 8, 64):
+            layers = [Layer(M, *size) for size in sizes]
+            alone = [predict(layer, gpu) for layer in layers]
+            times = [group(layers, at).seconds(mode)]
+            for candidate in ("one_launch", "two_products", "dense"):
+                times.append(sum(predicted[candidate].seconds(mode) for predicted in alone))
+            ratios = [f"{micro(time)} ({time / times[0]:.2f})" for time in times[1:]]
+            rows.append([name, str(M), micro(times[0]), *ratios])
+    heads = ["group", "M", "one launch", "a launch each", "two products each", "dense"]
+    title = f"PREDICTION, {gpu}, {mode}, microseconds (in brackets over the group's launch)"
+    return f"{title}\n{markdown(heads, rows)}"
+
+
 def breakdown(layer: Layer, gpu: str, warm: bool) -> str:
     """PREDICTION for one layer: both modes, the limit of each, and every product by itself."""
     predicted, rows, parts = predict(layer, gpu, warm), [], []
@@ -214,11 +240,14 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--mode", default="graph", choices=MODES, help="of the table of all rows")
     parser.add_argument("--warm", action="store_true", help="what is read is in L2 already")
     parser.add_argument("--bits", type=int, nargs="+", choices=list(INSTRUCTIONS), help="quantised")
+    parser.add_argument("--groups", action="store_true", help="layers on one x as one launch")
     parser.add_argument("--compare", type=Path, metavar="JSON", help="measured times")
     given = parser.parse_args(words)
     sizes = (given.M, given.K, given.N, given.rank)
     if given.bits is not None:
         print(quantized_rows(given.gpu, given.bits))
+    elif given.groups:
+        print(group_rows(given.gpu, given.mode))
     elif given.compare is not None:
         print(comparison(measured_rows(given.compare), given.gpu))
     elif all(size is not None for size in sizes):

@@ -22,6 +22,7 @@ def render(folder: Path) -> str:
         _host_cost(_read(folder, "host_cost.json") or {}),
         one_row(_read(folder, "one_row.json") or {}),
         _quantized(_read(folder, "quantized.json") or []),
+        groups(_read(folder, "groups.json") or []),
         _layers(_read(folder, "layers.json") or {}),
         *(_selftest(_read(folder, name)) for name in ("selftest.json", "selftest-full.json")),
         _tuned(_read(folder, "tune.json") or {}),
@@ -198,6 +199,31 @@ def _quantized(rows: list[dict]) -> str:
     ]
     note = "µs a call (times as fast as bf16; TB/s of the matrix), weights out of memory."
     return f"#### Quantised matrices\n\n{note}\n\n{markdown(['', *names], lines)}"
+
+
+def groups(rows: list[dict]) -> str:
+    """Layers on one x: microseconds, and how many times as fast as the members one by one."""
+    if not rows:
+        return ""
+    heads = list(dict.fromkeys(row["candidate"] for row in rows))
+    cells: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        key = row["group"], row["M"], row["regime"]
+        cells.setdefault(key, {})[row["candidate"]] = row["seconds"]
+    lines = [
+        [
+            *key,
+            *(
+                f"{1e6 * found[name]:.1f} ({found['members'] / found[name]:.2f})"
+                if name in found
+                else ""
+                for name in heads
+            ),
+        ]
+        for key, found in cells.items()
+    ]
+    note = "In brackets how many times as fast as the members one by one."
+    return f"#### Groups, µs\n\n{note}\n\n{markdown(['', 'M', 'regime', *heads], lines)}"
 
 
 def _selftest(report: dict | None) -> str:

@@ -8,6 +8,7 @@ host may take longer than all of that. bf16 or fp16, forward. gpu_prediction.py 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -358,6 +359,16 @@ def quantized(M: int, K: int, N: int, bits: int, machine: Machine) -> Prediction
     far = matrix + BYTES * M * (N + K)
     product = product._replace(hbm=far / (gpu.hbm * shares.hbm), l2=far / gpu.l2, issue=issue)
     return machine.predict([product], 1, calibration.host_triton)
+
+
+def group(layers: Sequence[Layer], machine: Machine) -> Prediction:
+    """PREDICTION: layers on one x in one launch of the Triton kernel: one shrink for all."""
+    calibration, M = machine.calibration, layers[0].M
+    shares, ranks = calibration.one_launch, sum(layer.R for layer in layers)
+    stages = [machine.product("x P^T", M, ranks, layers[0].K, shares=shares, y_near=True)]
+    for layer in layers:
+        stages += _dataflow(layer, machine, shares, 0.0).stages[1:]
+    return machine.predict(stages, 1, calibration.host_triton, calibration.wait)
 
 
 CANDIDATES = {

@@ -49,10 +49,11 @@ def packed_group(x: Tensor, group: Any, biases: Sequence[Tensor | None] = ()) ->
     for packed, bias in zip(group.members, biases, strict=False):
         if bias is not None:
             _check_packed_bias(bias, packed)
-    if torch.is_autocast_enabled("cpu") and x.dtype in CASTABLE:
-        with torch.autocast("cpu", enabled=False):
+    kind = first.device_type
+    if torch.is_autocast_enabled(kind) and x.dtype in CASTABLE:
+        with torch.autocast(kind, enabled=False):
             y = packed_group(x.to(first.dtype), group, biases)
-        return y.to(torch.get_autocast_dtype("cpu"))
+        return y.to(torch.get_autocast_dtype(kind))
     if x.dtype != first.dtype or x.requires_grad or x.shape[-1:] != first.shape:
         x = _as_packed(x, first)
     if forward_ad._current_level >= 0:

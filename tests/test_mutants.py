@@ -257,7 +257,53 @@ KERNELS = {
         BATTERY,
     ),
 }
-MUTANTS = PYTHON | KERNELS
+ROW_OPS = "backends/cpu/test_row_ops.py::"
+DECODER = "backends/cpu/test_decoder.py::"
+DECODING = {
+    "what earlier chunks of keys gave not scaled down": Mutant(
+        "csrc/cpu/kernels/attention.h",
+        "sums[0][r][c] = splat(decay[r]) * load(to + r * ldto + c * W);",
+        "sums[0][r][c] = load(to + r * ldto + c * W);",
+        f"{ROW_OPS}test_attention",
+    ),
+    "a sliding window one key wider": Mutant(
+        "csrc/cpu/kernels/attention.h",
+        "slot(query) - call.window + 1",
+        "slot(query) - call.window",
+        f"{ROW_OPS}test_attention",
+    ),
+    "partials of attention joined without their scale": Mutant(
+        "csrc/cpu/kernels/attention.h",
+        "total += partial[1] * factor;",
+        "total += partial[1];",
+        f"{ROW_OPS}test_attention",
+    ),
+    "rotary embeddings turned the other way": Mutant(
+        "csrc/cpu/kernels/rotary.h",
+        "b = b * cos + a * sin;",
+        "b = b * cos - a * sin;",
+        f"{ROW_OPS}test_rotary",
+    ),
+    "a norm without epsilon": Mutant(
+        "csrc/cpu/kernels/norm.h",
+        "__builtin_sqrtf(square + call.eps)",
+        "__builtin_sqrtf(square)",
+        f"{ROW_OPS}test_norm",
+    ),
+    "keys and values cached a slot too early": Mutant(
+        "csrc/cpu/decoder.cpp",
+        "call.y = y + step_.slot * heads.size * size_;",
+        "call.y = y + (step_.slot - 1) * heads.size * size_;",
+        f"{DECODER}test_a_step_writes_its_slot_of_its_sequences_alone",
+    ),
+    "a step that doesn't see its own key": Mutant(
+        "csrc/cpu/decoder.cpp",
+        "call.keys = step.slot + 1,",
+        "call.keys = step.slot,",
+        "inference/test_decoder.py::test_sequences_padded_on_the_left",
+    ),
+}
+MUTANTS = PYTHON | KERNELS | DECODING
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -310,11 +356,15 @@ class KernelBuild:
     def _no_gpu(self):
         raise self.setup.NoCuda("the mutants are of the CPU kernels")
 
-    def failure(self) -> str:
-        """Build, run the battery; the reason why it failed, "" if it passed."""
+    def failure(self, *tests: str) -> str:
+        """Build, run the battery, or tests of the package; why they failed, "" if they passed."""
         with pytest.MonkeyPatch.context() as environment:
             environment.delenv("HYLORA_REQUIRE_CUDA", raising=False)
             library = self.folder / self.setup.compile_csrc()
+        if tests:
+            done = run_tests(ROOT, *tests, HYLORA_CSRC=str(library))
+            assert done.returncode in (0, 1), done.stdout[-4000:] + done.stderr[-4000:]
+            return "" if done.returncode == 0 else done.stdout
         done = subprocess.run(
             [
                 sys.executable,
@@ -337,18 +387,19 @@ def build(tmp_path_factory):
         pytest.skip("needs g++ and a checkout")
     build = KernelBuild(tmp_path_factory.mktemp("kernels"))
     assert build.failure() == ""
+    assert build.failure(*{mutant.test for mutant in DECODING.values()}) == ""
     return build
 
 
 @takes_long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", KERNELS | DECODING)
 def test_a_mutant_of_the_kernels_is_caught(name, build):
-    mutant = KERNELS[name]
+    mutant = MUTANTS[name]
     mutant.write(build.folder)
     begin = time.perf_counter()
     try:
-        reason = build.failure()
+        reason = build.failure(*([] if mutant.test == BATTERY else [mutant.test]))
     finally:
         shutil.copy(ROOT / mutant.file, build.folder / mutant.file)
     print(f"{name:<60} {reason.strip().splitlines()[-2:-1]} {time.perf_counter() - begin:.0f} s")

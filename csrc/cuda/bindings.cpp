@@ -217,6 +217,7 @@ void layer(const Tensor& x, const Tensor& W1, const Maybe& W1a, const Tensor& W2
   d.h_a = like.piece_or_null(h_a, "h_a", d.M * d.lora_rank);
   d.y = like.matrix(y, "y", d.M, d.N, &y_stride);
   STD_TORCH_CHECK(y.is_contiguous(), "y must lie in one piece");
+  d.y_stride = d.N;
   const cuda::Plan plan = cuda::plan(d, int(multiprocessors), int(arch));
   d.h = like.piece(h, "h", x.scalar_type(), d.M * plan.h_columns, true);
   like.workspace(partial, counters, plan, &d.partial, &d.counters);
@@ -253,7 +254,7 @@ Tensor packed_layer(const Tensor& given, const Tensor& P, const Tensor& Q, const
   std::vector<int64_t> sizes(dims);
   cuda::LayerCall d{};
   d.type = type_of(x, "x"), d.alpha = 1.0f;
-  d.M = 1, d.K = x.size(dims - 1), d.N = N, d.rank = rank, d.lora_rank = lora_rank;
+  d.M = 1, d.K = x.size(dims - 1), d.N = d.y_stride = N, d.rank = rank, d.lora_rank = lora_rank;
   for (int64_t i = 0; i < dims - 1; i++)
     d.M *= sizes[i] = x.size(i);
   sizes[dims - 1] = N;
@@ -286,6 +287,84 @@ Tensor packed_layer(const Tensor& given, const Tensor& P, const Tensor& Q, const
   d.counters =
       static_cast<int32_t*>(like.piece(counters, "counters", ScalarType::Int, plan.counters, true));
   launch(d, plan, x, arch);
+  return y;
+}
+
+// x [..., K] of up to 16 rows -> y [..., width], several packed layers in one launch. P [R, K]; Q
+// 1-D; columns int32 and others int64, the same numbers; biases none or one for each; places: the
+// ten numbers of each member of group_gpu.Member.
+Tensor packed_group(const Tensor& given, const Tensor& P, const Tensor& Q, const Tensor& columns,
+                    const Tensor& others, const std::vector<Maybe>& biases, const Tensor& counters,
+                    const std::vector<int64_t>& places, int64_t width, int64_t multiprocessors,
+                    int64_t arch) {
+  constexpr size_t kFields = 10;
+  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  const int64_t dims = x.dim(), count = int64_t(places.size() / kFields);
+  STD_TORCH_CHECK(dims >= 1, "x must be [..., K] with at least one dim");
+  STD_TORCH_CHECK(places.size() % kFields == 0 && count >= 1 && count <= cuda::kMostMembers,
+                  "places must be ", kFields, " numbers for each of 1 to ", cuda::kMostMembers,
+                  " members, got ", places.size());
+  STD_TORCH_CHECK(biases.empty() || int64_t(biases.size()) == count, "biases must be ", count,
+                  " or none, got ", biases.size());
+  std::vector<int64_t> sizes(dims);
+  int64_t M = 1, K = x.size(dims - 1), row_stride, all_columns = 0;
+  for (int64_t i = 0; i < dims - 1; i++)
+    M *= sizes[i] = x.size(i);
+  sizes[dims - 1] = width;
+  STD_TORCH_CHECK(M >= 1 && M <= cuda::kDecodeRows && K, "x must have 1 to ", cuda::kDecodeRows,
+                  " rows, got ", shape_of(x));
+  const Like like{x, "x"};
+  const cuda::Type type = type_of(x, "x");
+  const char* p = static_cast<char*>(like.matrix(P, "P", P.size(0), K, &row_stride));
+  const char* q = static_cast<char*>(like.piece(Q, "Q", x.scalar_type(), Q.numel()));
+  for (int64_t i = 0; i < count; i++)
+    all_columns += places[i * kFields];
+  STD_TORCH_CHECK(all_columns <= width, "width must be at least the members' ", all_columns,
+                  " outputs, got ", width);
+  auto* pivots =
+      static_cast<int32_t*>(like.piece(columns, "columns", ScalarType::Int, all_columns));
+  auto* lists = static_cast<int64_t*>(like.piece(others, "others", ScalarType::Long, all_columns));
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  const Tensor y = new_tensor(x, sizes, dtype);
+  cuda::GroupCall g{};
+  g.count = int(count);
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t* at = &places[i * kFields];
+    cuda::LayerCall& d = g.members[i];
+    const int64_t is_pivoted = at[3], y_at = at[9];
+    d.type = type, d.alpha = 1.0f, d.M = M, d.K = K;
+    d.N = at[0], d.rank = at[1], d.lora_rank = at[2];
+    d.others_count = is_pivoted ? d.N - d.rank : d.N;
+    d.w2_stride = at[6], d.w2a_stride = at[8], d.y_stride = width;
+    const bool is_inside = d.N > 0 && d.rank > 0 && d.lora_rank >= 0 && d.others_count >= 0 &&
+                           at[4] >= 0 && at[4] + d.rank + d.lora_rank <= P.size(0) && at[5] >= 0 &&
+                           d.w2_stride >= d.rank &&
+                           at[5] + d.others_count * d.w2_stride <= Q.numel() && at[7] >= 0 &&
+                           d.w2a_stride >= d.lora_rank && at[7] + d.N * d.w2a_stride <= Q.numel() &&
+                           y_at >= 0 && y_at + d.N <= all_columns;
+    STD_TORCH_CHECK(is_inside, "places of member ", i, " must lie in P ", shape_of(P), ", Q ",
+                    shape_of(Q), " and ", all_columns, " columns");
+    d.x = x.data_ptr(), d.x_stride = K;
+    d.W1 = p + 2 * at[4] * row_stride, d.w1_stride = row_stride;
+    d.W2 = q + 2 * at[5];
+    if (d.lora_rank) {
+      d.W1a = static_cast<const char*>(d.W1) + 2 * d.rank * row_stride, d.w1a_stride = row_stride;
+      d.W2a = q + 2 * at[7];
+    }
+    if (is_pivoted) d.others = lists + y_at, d.pivots = pivots + y_at + d.others_count;
+    if (!biases.empty()) d.bias = like.piece_or_null(biases[i], "bias", d.N);
+    d.y = static_cast<char*>(y.data_ptr()) + 2 * y_at;
+  }
+  const cuda::Plan plan = cuda::plan(g, int(multiprocessors), int(arch));
+  const int64_t h_floats = (M * plan.h_columns + 1) / 2;
+  const Tensor workspace =
+      new_tensor(x, {plan.partial_floats + h_floats}, aoti_torch_dtype_float32());
+  auto* partial = static_cast<float*>(workspace.data_ptr());
+  cuda::complete(g, plan, partial + plan.partial_floats, partial,
+                 static_cast<int32_t*>(
+                     like.piece(counters, "counters", ScalarType::Int, plan.counters, true)));
+  launch(g, plan, x, arch);
   return y;
 }
 
@@ -353,6 +432,7 @@ Sizes adapter_gradients_sizes(int64_t M, int64_t K, int64_t N, int64_t lora_rank
 STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
   m.impl("cuda_layer", TORCH_BOX(&hylora::layer));
   m.impl("cuda_packed_layer", TORCH_BOX(&hylora::packed_layer));
+  m.impl("cuda_packed_group", TORCH_BOX(&hylora::packed_group));
   m.impl("cuda_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }
 #else
@@ -363,6 +443,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
         " Tensor(e!) counters) -> ()");
   m.def("cuda_packed_layer(Tensor x, Tensor P, Tensor Q, Tensor? aB, Tensor? bias, Tensor? pivots,"
         " Tensor? others, Tensor(a!) counters, int N, int rank, int lora_rank, int multiprocessors,"
+        " int arch) -> Tensor");
+  m.def("cuda_packed_group(Tensor x, Tensor P, Tensor Q, Tensor columns, Tensor others,"
+        " Tensor?[] biases, Tensor(a!) counters, int[] places, int width, int multiprocessors,"
         " int arch) -> Tensor");
   m.def("cuda_adapter_gradients(Tensor? dh_a, Tensor? x, Tensor? h_a, Tensor? dy, float alpha,"
         " int multiprocessors, int arch, Tensor(a!)? dA, Tensor(b!)? dB, Tensor(c!)? db,"
@@ -381,6 +464,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
 STABLE_TORCH_LIBRARY_IMPL(hylora, CUDA, m) {
   m.impl("cuda_layer", TORCH_BOX(&hylora::layer));
   m.impl("cuda_packed_layer", TORCH_BOX(&hylora::packed_layer));
+  m.impl("cuda_packed_group", TORCH_BOX(&hylora::packed_group));
   m.impl("cuda_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }
 

@@ -27,7 +27,18 @@ struct LayerCall {
   const int64_t* others;  // [others_count] ascending, or null
   int64_t M, K, N, rank, lora_rank, others_count;
   int64_t x_stride, w1_stride, w1a_stride, w2_stride, w2a_stride;  // of rows as stored
+  int64_t y_stride;  // of y's rows: N, or more where y is a member's part of a group's
   float alpha;
+};
+
+// Layers on one x of up to 16 rows, in one launch: members differ in all but type, x, M and K. A
+// dense matrix is the pivoted form without others. None is transposed.
+constexpr int kMostMembers = 8;  // a launch's arguments hold no more than 4 KB
+struct GroupCall {
+  LayerCall members[kMostMembers];
+  // The first ticket past each member's shrink tiles, then past each member's expand tiles.
+  int32_t ends[2 * kMostMembers];
+  int count;
 };
 
 // dA [lora_rank, K] = dh_a^T x, dB [N, lora_rank] = alpha dy^T h_a, db [N] = the sum of dy's rows.
@@ -52,7 +63,7 @@ struct Plan {
   int64_t shared_bytes;
 };
 
-enum Kernel : int { kTile64, kTile128, kDecode, kAdapterGradients };
+enum Kernel : int { kTile64, kTile128, kDecode, kAdapterGradients };  // kDecode of a group, too
 
 // One tile of a product: rows of x by columns of the result. The contraction goes in steps of
 // `depth`, of which `stages` are on their way from memory. `blocks_per_sm` blocks share a
@@ -74,12 +85,18 @@ constexpr int kLeastArch = 80;
 // The plan for a device; arch as in sm_90.
 Plan plan(const LayerCall&, int multiprocessors, int arch);
 Plan plan(const AdapterGradientsCall&, int multiprocessors, int arch);
+// Of a group; h_columns are those of all members.
+Plan plan(const GroupCall&, int multiprocessors, int arch);
 // The plan with a given kernel, split and number of blocks, and the workspace that goes with them.
 Plan plan_as(const LayerCall&, Kernel, int split, int64_t programs);
 Plan plan_as(const AdapterGradientsCall&, int split);
+Plan plan_as(const GroupCall&, int split, int64_t programs);
+// Gives each member its part of a plan's workspace, and counts the tiles.
+void complete(GroupCall&, const Plan&, void* h, float* partial, int32_t* counters);
 
 // Returns "" or the error's words.
 const char* launch(const LayerCall&, const Plan&, void* stream);
 const char* launch(const AdapterGradientsCall&, const Plan&, void* stream);
+const char* launch(const GroupCall&, const Plan&, void* stream);
 
 }  // namespace hylora::cuda

@@ -205,7 +205,7 @@ DEVICE void expand(const LayerLaunch& f, const Queue& q, const Expand& e, Decode
   if (row >= d.M || column >= e.limit) return;
   if (e.is_pivots) sum += widened(read_fresh(as<T>(d.h) + row * h_stride + column));
   if (d.bias) sum += widened(as<T>(d.bias)[place(column)]);
-  static_cast<T*>(d.y)[row * d.N + place(column)] = rounded<T>(sum);
+  static_cast<T*>(d.y)[row * d.y_stride + place(column)] = rounded<T>(sum);
 }
 
 template <class T>

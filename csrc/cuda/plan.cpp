@@ -93,6 +93,46 @@ Plan plan(const LayerCall& d, int multiprocessors, int arch) {
   return plan_as(d, kernel, parts(tiles, programs, d.K, least), programs);
 }
 
+// Each member has a queue of its own, in which the number of the next ticket is used by the first
+// alone.
+Plan plan_as(const GroupCall& g, int split, int64_t programs) {
+  Plan whole = plan_as(g.members[0], kDecode, split, programs);
+  int64_t tiles = whole.programs;
+  for (int i = 1; i < g.count; i++) {
+    const Plan one = plan_as(g.members[i], kDecode, split, programs);
+    tiles += one.programs, whole.h_columns += one.h_columns;
+    whole.partial_floats += one.partial_floats, whole.counters += one.counters;
+  }
+  whole.programs = std::min(programs, tiles);
+  return whole;
+}
+
+Plan plan(const GroupCall& g, int multiprocessors, int arch) {
+  const Tile& tile = kTiles[kDecode];
+  int64_t tiles = 0;
+  for (int i = 0; i < g.count; i++)
+    tiles += rank_blocks(g.members[i], tile);
+  const int64_t programs = multiprocessors * blocks_per_sm(kDecode, arch);
+  const int64_t least = tile.depth * tile.warps;
+  return plan_as(g, parts(tiles, programs, g.members[0].K, least), programs);
+}
+
+void complete(GroupCall& g, const Plan& whole, void* h, float* partial, int32_t* counters) {
+  const Tile& tile = kTiles[kDecode];
+  int64_t tiles = 0;
+  for (int i = 0; i < g.count; i++)
+    g.ends[i] = int32_t(tiles += rank_blocks(g.members[i], tile) * whole.split);
+  for (int i = 0; i < g.count; i++)
+    g.ends[g.count + i] = int32_t(tiles += column_blocks(g.members[i], tile));
+  for (int i = 0; i < g.count; i++) {
+    LayerCall& d = g.members[i];
+    const Plan one = plan_as(d, kDecode, whole.split, 1);
+    d.h = h, d.partial = partial, d.counters = counters;
+    h = static_cast<char*>(h) + 2 * d.M * one.h_columns;
+    partial += one.partial_floats, counters += one.counters;
+  }
+}
+
 Plan plan_as(const AdapterGradientsCall& t, int split) {
   const Tile& tile = kTiles[kAdapterGradients];
   const int64_t tiles = adapter_gradients_tiles(t);

@@ -89,11 +89,12 @@ def forget(SVh: Tensor) -> None:
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def pack(weights: Weights, dtype: torch.dtype | None = None) -> Any:
+def pack(weights: Weights, dtype: torch.dtype | None = None, for_group: bool = False) -> Any:
     """The weights in the layout that their backend reads fastest, None where packing gains nothing.
     The bias stays outside.
 
-    dtype: of x and y, which a QuantizedMatrix doesn't tell; by default SVh's.
+    dtype:     of x and y, which a QuantizedMatrix doesn't tell; by default SVh's.
+    for_group: pack what gains something as a member of a group alone, too.
 
     Raises ValueError with the backend's own reason where the user has forced one that can't serve
     them.
@@ -101,10 +102,10 @@ def pack(weights: Weights, dtype: torch.dtype | None = None) -> Any:
     name, x = _wanted(), _no_rows(weights, dtype)
     if name != "auto":
         _require(name, x, weights)
-        return BACKENDS[name].pack(weights, x.dtype)
+        return BACKENDS[name].pack(weights, x.dtype, for_group)
     for backend in BACKENDS.values():
         if backend.unsupported(x, weights) is None:
-            packed = backend.pack(weights, x.dtype)
+            packed = backend.pack(weights, x.dtype, for_group)
             if packed is not None:
                 return packed
     return None

@@ -5,6 +5,8 @@ replays them all at once. It is captured for sizes: a batch of 1, 2, 4, ... 64 s
 of 256, 512, ... tokens. A prompt, a batch or a length in between takes the next larger size, so
 nothing is captured or compiled again when lengths change. When the cache is full, its contents move
 to one of twice the length. A prompt is computed by the model's modules, called from Python.
+
+Groups of linears, which optimize_for_inference makes on a GPU, are one launch each in a graph.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 _FROZEN = "hylora_frozen"  # on a module: names of its parameters that required grad
 
 
-def optimize_for_inference(model: nn.Module, group: bool = False) -> nn.Module:
+def optimize_for_inference(model: nn.Module, group: bool | None = None) -> nn.Module:
     """Lay out the weights of a model in eval() for the fastest decoding; in place, the same model.
 
     SVDLoRALinear and nn.Linear layers, the output head among them, are packed where a backend is
@@ -49,10 +49,12 @@ def optimize_for_inference(model: nn.Module, group: bool = False) -> nn.Module:
     by side. Everything else stays as it is, and one line of the log says why. The plain weights are
     freed layer by layer; state_dict() and save_pretrained give them as before.
 
-    group: compute packed linears on one input, such as q, k and v, as one call on a CPU. Eight
-           tokens run through the model, without its hooks, to find them and to verify each block
-           that calls them. Not the default: called from Python it is no faster (SmolLM2's q, k, v
-           on one AVX2 thread, M = 1: 0.85 of the speed).
+    group: compute packed linears on one input, such as q, k and v, as one call. Eight tokens run
+           through the model, without its hooks, to find them and to verify each block that calls
+           them. A dense linear beside compressed ones is packed for its group. None: on a GPU, not
+           on a CPU. There it is no faster, called from Python (SmolLM2's q, k, v on one AVX2
+           thread, M = 1: 0.85 of the speed); on a GPU one launch takes the place of three
+           (predicted for TinyLlama's q, k, v on an H100, M = 1: 2.5 times as fast as one by one).
 
     There is no backward until restore_from_inference(model): all parameters stop requiring grad.
     The Parameter objects stay, emptied: they read as copies, their gradients and what an optimizer
@@ -68,8 +70,11 @@ def optimize_for_inference(model: nn.Module, group: bool = False) -> nn.Module:
         tokens = model.generate(ids)
     """
     _check(model)
+    group = any(p.is_cuda for p in model.parameters()) if group is None else group
     layers, left = _layers_to_pack(model)
+    may_be_members = _beside_compressed_ones(model) if group else set()
     packed: list[PackedState] = []
+    for_groups: list[PackedState] = []  # that gain something as members of a group alone
     blocks: list[GroupedBlock] = []
     try:
         for modules in tqdm(layers, desc="packing", unit="layer", delay=2):
@@ -77,12 +82,21 @@ def optimize_for_inference(model: nn.Module, group: bool = False) -> nn.Module:
             # tensors.
             with torch.inference_mode(False), torch.no_grad():
                 state = _pack(modules[0])
+                if state is None and len(modules) == 1 and id(modules[0]) in may_be_members:
+                    state = _pack(modules[0], for_group=True)
+                    for_groups += [state] if state else []
                 if state is None:
                     left.append(("", _why_not_faster(modules[0])))
                 else:
                     packed.append(state)
                     convert_layers(modules, state)
         blocks, ungrouped = group_linears(model) if group else ([], [])
+        for state in for_groups:
+            (linear,) = state.modules
+            if linear.columns is None:
+                state.restore()
+                packed.remove(state)
+                left.append(("", _why_not_faster(linear)))
     except BaseException:
         for state in packed:
             state.restore()
@@ -202,6 +216,16 @@ def _layers_to_pack(model: nn.Module) -> tuple[list[list[nn.Module]], list[tuple
     return layers, left
 
 
+def _beside_compressed_ones(model: nn.Module) -> set[int]:
+    """The ids of the linears that stand in one module with a compressed one."""
+    found: set[int] = set()
+    for module in model.modules():
+        linears = [m for m in module.children() if isinstance(m, SVDLoRALinear | nn.Linear)]
+        if any(isinstance(linear, SVDLoRALinear) for linear in linears):
+            found.update(map(id, linears))
+    return found
+
+
 def _why_not_plain(layer: nn.Module) -> str:
     """The reason why no packed layer can replace this one, "" if there is none.
 
@@ -245,9 +269,9 @@ def _why_not_faster(layer: nn.Module) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons)
 
 
-def _pack(layer: nn.Module) -> PackedState | None:
+def _pack(layer: nn.Module, for_group: bool = False) -> PackedState | None:
     """The layer's packed weights, None where no backend is faster with them."""
-    packed = backends.pack(weights_of(layer), dtype_of(layer))
+    packed = backends.pack(weights_of(layer), dtype_of(layer), for_group)
     if packed is None:
         return None
     is_factors = isinstance(layer, SVDLoRALinear)

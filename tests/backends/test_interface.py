@@ -24,7 +24,7 @@ INTERFACE = {
     "why_not": "",
     "is_faster_than_next": "x, weights",
     "forget": "SVh",
-    "pack": "weights, dtype",
+    "pack": "weights, dtype, for_group",
     "forward_packed": "x, packed, bias",
     "why_no_group": "members",
     "group": "members",

@@ -66,6 +66,8 @@ def test_the_host_cost_without_launches(tmp_path):
     report = json.loads((tmp_path / "host_cost.json").read_text())
     assert report["on_gpu"] is False and set(report["microseconds"]) == {
         "nn.Linear",
+        "three on one x, one by one",
+        "three on one x, a group",
         *(
             f"{form}, {kind}"
             for form in ("pair", "pivoted")

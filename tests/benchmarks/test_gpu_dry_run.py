@@ -25,8 +25,10 @@ from hylora_kernels.machine import tune
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import gpu_groups
 import gpu_layers
 import gpu_prediction
+import gpu_results
 import gpu_rivals
 
 pytestmark = [
@@ -133,6 +135,29 @@ def test_the_benchmark_runs_every_rival(bench, tmp_path, capsys):
     assert "training step, pivoted, graph: microseconds" in shown and "peft / auto" in shown
     gpu_prediction.main(["--gpu", "H100", "--compare", str(tmp_path / "layers.json")])
     assert "two_products" in capsys.readouterr().out
+
+
+def test_groups_beside_their_members(bench, tmp_path, monkeypatch, capsys):
+    small = {"DEVICE": CPU, "K": 40, "GROUPS": {"q, k, v": ((48, 16), (24, 8), (24, 8))}}
+    for name, value in (small | {"ROWS": (1, 17), "ROUNDS": 1}).items():
+        monkeypatch.setattr(gpu_groups, name, value)
+    with on_cpu.emulated():
+        gpu_groups.run(tmp_path, 1e6)
+    rows = json.loads((tmp_path / "groups.json").read_text())
+    rivals = ["group", "members", "group's products", "dense"]
+    for M, names in ((1, [*rivals, "group, C++"]), (17, rivals)):
+        for regime in ("graph cold", "eager cold"):
+            mine = [r["candidate"] for r in rows if (r["M"], r["regime"]) == (M, regime)]
+            assert mine == names
+    assert "| q, k, v | 1 | graph cold | " in capsys.readouterr().out
+    assert "#### Groups, µs" in gpu_results.render(tmp_path)
+    wrong = gpu_groups.group_gpu.torch_products_of
+    monkeypatch.setattr(
+        gpu_groups.group_gpu, "torch_products_of", lambda *given: 1.1 * wrong(*given)
+    )
+    message = "group's products of q, k, v, M = 17 is wrong"
+    with on_cpu.emulated(), pytest.raises(FloatingPointError, match=message):
+        gpu_groups.measure("q, k, v", 17)
 
 
 def test_a_rival_that_is_wrong_fails_its_layer_alone(bench, tmp_path, monkeypatch, capsys):

@@ -205,3 +205,17 @@ def test_the_table_of_quantised_matrices(capsys):
         "PREDICTION, A100, microseconds (times as fast as bf16)\n| matrix | M |"
     )
     assert "| all of a token's matrices | 1 | " in shown and "| bf16 | 4 bits | 8 bits |" in shown
+
+
+def test_a_group_is_one_shrink_and_one_launch(capsys):
+    at = gpu_roofline.machine_named("H100")
+    alone = [Layer(1, 2048, 2048, 512), Layer(1, 2048, 256, 112), Layer(1, 2048, 256, 112)]
+    grouped = gpu_roofline.group(alone, at)
+    assert grouped.launches == 1 and len(grouped.stages) == 1 + len(alone)
+    one_by_one = sum(predict(layer)["one_launch"].seconds() for layer in alone)
+    assert 2 < one_by_one / grouped.seconds() < 3, "two launches and waits saved"
+    first = alone[0]
+    assert gpu_roofline.group([first], at).seconds() == predict(first)["one_launch"].seconds()
+    gpu_prediction.main(["--groups"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("PREDICTION, H100, graph") and "| q, k, v | 1 | 8.5 | 20.9 (2." in shown

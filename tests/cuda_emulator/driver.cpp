@@ -9,6 +9,8 @@
 //   buffer name=x bytes=64 at=128 shift=2    64 bytes from byte 128 of INPUT, or NaN without `at`;
 //                                            `shift` bytes past a multiple of 16
 //   layer type=0 x=x W1=w ... M=3 ... kernel=1 split=1 programs=4 alive=4 seed=1
+//   member type=0 x=x ... y=y y_at=64 y_stride=96   one that waits for the next `group`
+//   group split=1 programs=4 M=3 seed=1      all members in one launch; split -1: the plan's own
 //   adapter_gradients type=0 x=x ... split=2 kernel or split -1: the plan's own, for processors=4 arch=90
 //   toy which=mma_bf16 in=a out=b blocks=1   one of toys.h, 32 threads a block
 //   round type=0 in=a out=b                  floats to numbers of a type
@@ -68,46 +70,73 @@ To* pointer(const Values& v, const char* name) {
 
 float alpha_of(const Values& v) { return v.count("alpha") ? std::stof(v.at("alpha")) : 1.0f; }
 
+template <class Call>
+void take_workspace(Call& call, const cuda::Plan&, void*& its_h, void* h, float* partial,
+                    int32_t* counters) {
+  its_h = h, call.partial = partial, call.counters = counters;
+}
+
+void take_workspace(cuda::GroupCall& call, const cuda::Plan& plan, void*&, void* h, float* partial,
+                    int32_t* counters) {
+  complete(call, plan, h, partial, counters);
+}
+
 // Allocates the workspace, launches, and prints the outcome.
 template <class Call>
 void launch(const Values& v, Call& call, const cuda::Plan& plan, void*& h) {
   emulation::next_order = {uint64_t(integer(v, "seed")), int(integer(v, "alive", plan.programs))};
-  Buffer workspace(size_t(call.M * plan.h_columns * 2), 0xFF);
+  Buffer workspace(size_t(integer(v, "M") * plan.h_columns * 2), 0xFF);
   Buffer partial(size_t(plan.partial_floats * 4), 0xFF), counters(size_t(plan.counters * 4), 0);
-  h = workspace.data;
-  call.partial = reinterpret_cast<float*>(partial.data);
-  call.counters = reinterpret_cast<int32_t*>(counters.data);
+  auto* counts = reinterpret_cast<int32_t*>(counters.data);
+  take_workspace(call, plan, h, workspace.data, reinterpret_cast<float*>(partial.data), counts);
   const auto begin = std::chrono::steady_clock::now();
   const char* error = cuda::launch(call, plan, nullptr);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
   int64_t left = 0;
   for (int64_t i = 0; i < plan.counters; i++)
-    left += call.counters[i] != 0;
+    left += counts[i] != 0;
   printf("kernel=%d split=%d programs=%lld order=%llx seconds=%.4f left=%lld error=%s\n",
          plan.kernel, plan.split, (long long)plan.programs,
          (unsigned long long)emulation::last_hash, took.count(), (long long)left, error);
   fflush(stdout);
 }
 
-void layer(const Values& v) {
+cuda::LayerCall layer_call(const Values& v) {
   cuda::LayerCall d{};
   d.type = cuda::Type(integer(v, "type")), d.transposed = integer(v, "transposed");
   d.x = pointer(v, "x"), d.W1 = pointer(v, "W1"), d.W1a = pointer(v, "W1a");
   d.W2 = pointer(v, "W2"), d.W2a = pointer(v, "W2a"), d.bias = pointer(v, "bias");
-  d.y = pointer(v, "y"), d.h_a = pointer(v, "h_a");
+  d.y = pointer<char>(v, "y") + integer(v, "y_at"), d.h_a = pointer(v, "h_a");
   d.pivots = pointer<int32_t>(v, "pivots"), d.others = pointer<int64_t>(v, "others");
   d.M = integer(v, "M"), d.K = integer(v, "K"), d.N = integer(v, "N"), d.rank = integer(v, "rank");
   d.lora_rank = integer(v, "lora_rank"), d.others_count = integer(v, "others_count");
   d.x_stride = integer(v, "x_stride");
   d.w1_stride = integer(v, "w1_stride"), d.w1a_stride = integer(v, "w1a_stride");
   d.w2_stride = integer(v, "w2_stride"), d.w2a_stride = integer(v, "w2a_stride");
-  d.alpha = alpha_of(v);
+  d.alpha = alpha_of(v), d.y_stride = integer(v, "y_stride", d.N);
+  return d;
+}
+
+void layer(const Values& v) {
+  cuda::LayerCall d = layer_call(v);
   const int64_t kernel = integer(v, "kernel", -1);
   const cuda::Plan plan =
       kernel < 0 ? cuda::plan(d, int(integer(v, "processors", 4)), int(integer(v, "arch", 90)))
                  : cuda::plan_as(d, cuda::Kernel(kernel), int(integer(v, "split", 1)),
                                  integer(v, "programs", 1));
   launch(v, d, plan, d.h);
+}
+
+cuda::GroupCall waiting{};  // the members of the next group
+
+void group(const Values& v) {
+  const int64_t split = integer(v, "split", -1);
+  void* none;
+  launch(v, waiting,
+         split < 0 ? cuda::plan(waiting, int(integer(v, "processors", 4)), 90)
+                   : cuda::plan_as(waiting, int(split), integer(v, "programs", 1)),
+         none);
+  waiting.count = 0;
 }
 
 void adapter_gradients(const Values& v) {
@@ -171,6 +200,10 @@ int main(int count, char** arguments) {
       }
     } else if (verb == "layer") {
       layer(v);
+    } else if (verb == "member") {
+      waiting.members[waiting.count++] = layer_call(v);
+    } else if (verb == "group") {
+      group(v);
     } else if (verb == "adapter_gradients") {
       adapter_gradients(v);
     } else if (verb == "toy") {

@@ -5,5 +5,6 @@ namespace hylora::cuda {
 
 const char* launch(const LayerCall&, const Plan&, void*) { return ""; }
 const char* launch(const AdapterGradientsCall&, const Plan&, void*) { return ""; }
+const char* launch(const GroupCall&, const Plan&, void*) { return ""; }
 
 }  // namespace hylora::cuda

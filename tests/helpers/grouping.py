@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers.numerics import make_layer
@@ -11,9 +12,19 @@ from helpers.optimising import FLOAT32
 from torch import nn
 
 from hylora_kernels import optimize_for_inference
+from hylora_kernels.backends.cpu import packed
 from hylora_kernels.layers import grouped
 from hylora_kernels.layers.grouped import GroupedBlock
 from hylora_kernels.layers.packed import packed_states
+
+
+@pytest.fixture
+def in_panels(monkeypatch):
+    """Layers as small as these go through torch's products, and are no members then, but for this:
+    those of 15 ranks alone. Compiled code is forgotten afterwards."""
+    monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: weights.rank == 15)
+    yield
+    torch.compiler.reset()
 
 
 def optimise(model: nn.Module) -> nn.Module:

@@ -56,22 +56,29 @@ MACHINES = {
 @dataclass(frozen=True)
 class Case:
     """One kernel in one configuration for one problem. config None: merge_pivots, which has none.
-    tf32: float32 may be rounded to it."""
+    tf32: float32 may be rounded to it. members: of a group, (form, N, r, ra) each."""
 
     problem: Problem
     config: Config | AdapterGradientsConfig | None
     tf32: bool = False
+    members: tuple[tuple[str, int, int, int], ...] = ()
 
     @property
     def kernel(self) -> str:
         if self.config is None:
             return "merge_pivots"
+        if self.members:
+            return "group"
         return "layer" if isinstance(self.config, Config) else "adapter_gradients"
 
     @property
     def tiled(self) -> bool:
         """True if tensor cores multiply tiles; a single row uses neither them nor shared memory."""
-        return self.kernel == "adapter_gradients" or (self.kernel == "layer" and self.config.BM > 1)
+        return self.kernel == "adapter_gradients" or (self._is_launch and self.config.BM > 1)
+
+    @property
+    def _is_launch(self) -> bool:
+        return isinstance(self.config, Config)
 
     @property
     def ieee(self) -> bool:
@@ -82,6 +89,7 @@ class Case:
         """True if every row of every matrix starts on 16 bytes."""
         p = self.problem
         sizes = (p.K, p.N, p.rank, p.others, p.lora_rank)
+        sizes += tuple(size for _, *member in self.members for size in member)
         return all(size * p.dtype.itemsize % 16 == 0 for size in sizes)
 
     @property
@@ -101,15 +109,16 @@ class Case:
     def waiting_allowed(self) -> int:
         """The loads of tiles that may pass through registers.
 
-        These are the parts of a split sum, where they have the problem's dtype; h at the pivots; in
-        the pivoted backward, dy by its index lists; in adapter_gradients, both operands of dB in
-        each stage, since dy is summed as well as multiplied.
+        These are the parts of a split sum, where they have the problem's dtype; h at the pivots,
+        which a group always may have; in the pivoted backward, dy by its index lists; in
+        adapter_gradients, both operands of dB in each stage, since dy is summed as well as
+        multiplied.
         """
         p, c = self.problem, self.config
         parts = 2 if c.split > 1 and p.dtype == torch.float32 else 0
         if self.kernel == "adapter_gradients":
             return 2 * parts + 2 * c.stages
-        if not p.pivoted:
+        if not p.pivoted and not self.members:
             return parts
         return parts + (1 if p.direction == FORWARD else 2)
 
@@ -117,12 +126,14 @@ class Case:
     def orders_wanted(self) -> set[str]:
         """Of the flag that says that h is there, and of the arrivals of a split sum."""
         arrivals = {"acq_rel"} if self.config is not None and self.config.split > 1 else set()
-        return {"acquire", "release"} | arrivals if self.kernel == "layer" else arrivals
+        hands_over = self.kernel in ("layer", "group")
+        return {"acquire", "release"} | arrivals if hands_over else arrivals
 
     def __str__(self):
         p, c = self.problem, self.config
         dtype = "tf32" if self.tf32 else str(p.dtype).removeprefix("torch.")
-        words = [self.kernel, dtype, "pivoted" if p.pivoted else "pair"]
+        forms = [form for form, *_ in self.members] or ["pivoted" if p.pivoted else "pair"]
+        words = [self.kernel, dtype, *dict.fromkeys(forms)]
         if self.kernel == "layer":
             words.append(p.direction)
         words += [*([] if self.aligned else ["odd"]), f"ra={p.lora_rank}", f"M={p.M}"]

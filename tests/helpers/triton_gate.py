@@ -37,6 +37,13 @@ from hylora_kernels.backends.triton.config import BACKWARD, FORWARD, Config, Pro
 
 LAYER = {"K": 2048, "N": 5632, "rank": 768}
 KERNELS = ("layer", "adapter_gradients", "merge_pivots")
+# q, k and v: TinyLlama's as pairs; in other forms, with adapters apart; with sizes of no multiple
+GROUPS = (
+    (("pair", 2048, 512, 0), ("pair", 256, 112, 0), ("pair", 256, 112, 0)),
+    (("pivoted", 2048, 512, 32), ("dense", 256, 256, 0), ("pivoted", 256, 96, 8)),
+    (("pivoted", 2048, 512, 32), ("pair", 256, 97, 0), ("pivoted", 256, 97, 3)),
+)
+QUICK_GROUPS = {(1, GROUPS[1]), (16, GROUPS[0])}
 ARCHES = {"NVIDIA H100 80GB HBM3": 90}  # of the devices that the package has tables for
 ROWS = (1, 16, 33, 200, 2048)  # one for each of config.py's steps
 
@@ -64,6 +71,12 @@ def cases(machine: Machine, quick: bool) -> list[Case]:
         for ra, dtype in ((32, torch.bfloat16), (8, torch.float16), (64, torch.float32)):
             problem = Problem(M, **LAYER, lora_rank=ra, dtype=dtype, direction=BACKWARD)
             found.setdefault(Case(problem, configs.adapter_gradients_config(problem, target)))
+    for M in (1, 16, configs.GROUP_ROWS):
+        for members in GROUPS:
+            if not quick or (M, members) in QUICK_GROUPS:
+                problem = group_of(members, M)[1]
+                config = configs.group_config(problem, target, captured=True)
+                found.setdefault(Case(problem, config, members=members))
     merged = Problem(2048, **LAYER, lora_rank=0, dtype=torch.bfloat16, pivoted=True)
     return [*found, Case(merged, None), *triton_quantized.cases(target, quick)]
 
@@ -149,7 +162,7 @@ def compiled(case: Case, machine: Machine):
     """Triton's CompiledKernel of the launch that launch.py would make."""
     from triton.runtime import driver
 
-    from hylora_kernels.backends.triton import kernels, launch
+    from hylora_kernels.backends.triton import group_kernels, kernels, launch
 
     kept = []
     stand_in = {name: _Compiled(getattr(kernels, name), kept) for name in KERNELS}
@@ -163,6 +176,8 @@ def compiled(case: Case, machine: Machine):
             launch_layer(case, machine)
         elif case.kernel == "adapter_gradients":
             launch_adapter_gradients(case)
+        elif case.kernel == "group":
+            launch_group(case, machine, _Compiled(group_kernels.group, kept))
         else:
             launch_merge_pivots(case.problem)
     (one,) = kept
@@ -187,6 +202,35 @@ def launch_layer(case: Case, machine: Machine) -> None:
         A, B = (None, None) if A is None else (A.T, B.T)
         factors = (tensor(p.M, p.N), U.T, B, SVh.T, A, None)
     launch.layer(*factors, 0.5, pivots, others, p, case.config, machine.target)
+
+
+def group_of(members, M: int):
+    """(operands, problem) of a group on meta tensors."""
+    from hylora_kernels.backends.shared.group_gpu import Member, Operands
+    from hylora_kernels.backends.triton import groups
+
+    places, p, q, y = [], 0, 0, 0
+    for form, N, rank, lora_rank in members:
+        others = N if form == "pair" else N - rank
+        step, lora_step = (size + -size % 8 for size in (rank, lora_rank))
+        aB = q + others * step
+        places.append(Member(N, rank, lora_rank, form != "pair", p, q, step, aB, lora_step, y))
+        p, q, y = p + step + lora_step, aB + N * lora_step, y + N
+    tensor = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    columns = torch.empty(y, dtype=torch.int32, device="meta")
+    factors = tensor(p, LAYER["K"]), tensor(q)
+    operands = Operands(*factors, columns, columns.long(), tuple(places), y)
+    return operands, groups.problem_of(tensor(M, LAYER["K"]), operands)
+
+
+def launch_group(case: Case, machine: Machine, kernel: object) -> None:
+    from hylora_kernels.backends.triton import groups
+
+    operands, problem = group_of(case.members, case.problem.M)
+    tensor = functools.partial(torch.empty, dtype=problem.dtype, device="meta")
+    biases = [tensor(member.N) if member.is_pivoted else None for member in operands.members]
+    with mock.patch.object(groups, "_kernel", lambda: kernel):
+        groups.launch(tensor(problem.M, problem.K), operands, biases, case.config, machine.target)
 
 
 def launch_adapter_gradients(case: Case) -> None:

@@ -11,31 +11,18 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny
 from helpers.grouping import Attention, Calls, Gated, Toy, blocks_of, optimise, optimised, ungrouped
+from helpers.grouping import in_panels as in_panels
 from helpers.numerics import make_layer
 from helpers.optimising import FLOAT32, every_dtype, llama, logits, packs, same_state, state_of
 from helpers.zoo import ZOO, zoo_model
 from torch import nn
 
 from hylora_kernels import SVDLoRALinear, restore_from_inference
-from hylora_kernels.backends.cpu import packed
 from hylora_kernels.inference import optimize
 from hylora_kernels.layers.grouped import GroupedBlock, is_intact
 from hylora_kernels.layers.packed import PackedModule, packed_states
 
-pytestmark = packs
-
-
-@pytest.fixture(autouse=True)
-def _forget_compiled_code():
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture(autouse=True)
-def _panels(monkeypatch):
-    """Layers as small as these go through torch's products, and are no members then, but for this:
-    those of 15 ranks alone."""
-    monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: weights.rank == 15)
+pytestmark = [packs, pytest.mark.usefixtures("in_panels")]
 
 
 # ---------------------------------------------------------------------------------- what is grouped

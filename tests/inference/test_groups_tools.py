@@ -9,27 +9,14 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny
 from helpers.grouping import Attention, Calls, Gated, blocks_of, optimise, optimised, ungrouped
+from helpers.grouping import in_panels as in_panels
 from helpers.optimising import llama, logits, packs
 
 from hylora_kernels import restore_from_inference
-from hylora_kernels.backends.cpu import packed
 from hylora_kernels.layers.grouped import GroupedBlock
 from hylora_kernels.layers.packed import PackedLinear
 
-pytestmark = packs
-
-
-@pytest.fixture(autouse=True)
-def _forget_compiled_code():
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture(autouse=True)
-def _panels(monkeypatch):
-    """Layers as small as these go through torch's products, and are no members then, but for this:
-    those of 15 ranks alone."""
-    monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: weights.rank == 15)
+pytestmark = [packs, pytest.mark.usefixtures("in_panels")]
 
 
 # ------------------------------------------------------------------- one call inside of another one

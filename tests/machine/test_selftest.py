@@ -12,7 +12,8 @@ from helpers.numerics import distance
 from typer.testing import CliRunner
 
 from hylora_kernels import backends
-from hylora_kernels.backends import eager
+from hylora_kernels.backends import cpu, eager
+from hylora_kernels.backends.cpu import packed
 from hylora_kernels.cli import main as cli
 from hylora_kernels.cli import options
 from hylora_kernels.machine import tune
@@ -60,6 +61,26 @@ def test_all_is_well(small):
         assert 0 < line.worst <= 1 and line.bit_equal and not line.failures and line.where
     assert not report.failures
     assert json.loads(report.to_json())["lines"][0]["cases"] == 1
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
+def test_layers_on_one_x_are_tested_as_a_group(monkeypatch):
+    monkeypatch.setattr(
+        selftest, "plan", lambda *given: [Entry(Case(3, (37, 53, 7, 8), "pair"), 0, ())]
+    )
+    monkeypatch.setattr(backends, "BACKENDS", {"cpu": cpu})
+    monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: False)
+    report = selftest.selftest("cpu")
+    found = [line for line in report.lines if line.form == "group"]
+    assert [line.dtype for line in found] == ["bfloat16", "float16", "float32"]
+    assert all(line.cases == 4 and line.bit_equal and not line.failures for line in found)
+    forward = cpu.forward_group
+    monkeypatch.setattr(cpu, "forward_group", lambda *given: poke(forward(*given), 1e-1))
+    failures = selftest.selftest("cpu").failures
+    assert len(failures) >= 12 and "cpu bfloat16 on cpu: group M=1: y: error" in failures[0]
+    monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: True)
+    reasons = selftest.selftest("cpu").skipped
+    assert "torch's products are faster" in reasons["cpu bfloat16 group on cpu"]
 
 
 WRONG = {

@@ -261,7 +261,9 @@ def in_panels(packed: Packed) -> PackedLayer | PackedMatrix:
 # ----------------------------------------------------------------------- the backend's interface
 
 
-def pack(weights: Weights, dtype: torch.dtype | None = None) -> Packed | None:
+def pack(
+    weights: Weights, dtype: torch.dtype | None = None, for_group: bool = False
+) -> Packed | None:
     """Weights that this backend supports, packed, without the bias; dtype: of x."""
     if weights.is_quantized:
         return None

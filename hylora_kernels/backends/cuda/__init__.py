@@ -10,30 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hylora_kernels.backends.cuda import launch
-from hylora_kernels.backends.shared import packed_gpu, torch_products
+from hylora_kernels.backends.shared import group_gpu, packed_gpu, torch_products
 from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.backends.shared.gpu import (
     adapter_gradients_launch_is_faster,
+    on_device,
     one_launch_is_faster,
 )
+from hylora_kernels.backends.shared.group_gpu import why_no_group
 from hylora_kernels.backends.shared.library import LIBRARY, MISSING
 from hylora_kernels.backends.shared.tracing import assume_constant_result
-from hylora_kernels.backends.shared.unpacked import (
-    decoder_plan,
-    forward_group,
-    group,
-    rows_packed,
-    why_no_group,
-)
+from hylora_kernels.backends.shared.unpacked import decoder_plan, rows_packed
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = ["decoder_plan", "forward_group", "group", "rows_packed", "why_no_group"]
+__all__ = ["decoder_plan", "rows_packed", "why_no_group"]
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS, TORCH_PRODUCTS = "kernels", "torch products"  # arguments of forcing()
@@ -169,14 +165,37 @@ def forget(SVh: Tensor) -> None:
 # ----------------------------------------------------------------------------- packed for inference
 
 
-def pack(weights: Weights, dtype: torch.dtype | None = None) -> packed_gpu.PackedLayer | None:
-    """The weights packed, without the bias; None for a dense or a quantised matrix. dtype: of x."""
-    return packed_gpu.pack(weights, "cuda")
+def pack(
+    weights: Weights, dtype: torch.dtype | None = None, for_group: bool = False
+) -> packed_gpu.PackedLayer | None:
+    """The weights packed, without the bias; None for a quantised matrix, and a dense one that is in
+    no group. dtype: of x."""
+    return packed_gpu.pack(weights, "cuda", for_group)
 
 
 def forward_packed(x: Tensor, packed: packed_gpu.PackedLayer, bias: Tensor | None) -> Tensor:
     """x [..., K] and bias [N] of packed.dtype -> y [..., N]."""
     return packed.forward(x, bias, forward)
+
+
+def group(members: Sequence[packed_gpu.PackedLayer]) -> group_gpu.PackedGroup:
+    """Layers for which why_no_group gives ""."""
+    return group_gpu.PackedGroup.of(members)
+
+
+def forward_group(
+    x: Tensor, group: group_gpu.PackedGroup, biases: Sequence[Tensor | None]
+) -> Tensor:
+    """x [..., K] -> y [..., group.width]; no biases are as many Nones."""
+    return group.forward(x, biases, _launch_group)
+
+
+def _launch_group(x: Tensor, operands: group_gpu.Operands, biases) -> Tensor | None:
+    target = group_gpu.target_of(operands)
+    if target is None or len(x) > group_gpu.LAUNCHED_ROWS or _forced == TORCH_PRODUCTS:
+        return None
+    with on_device(x.device):
+        return group_gpu.one_launch(x, operands, biases, target)
 
 
 def unpack(packed: packed_gpu.PackedLayer) -> Weights:
@@ -185,3 +204,4 @@ def unpack(packed: packed_gpu.PackedLayer) -> Weights:
 
 
 packed_gpu.define("cuda", forward)
+group_gpu.define("cuda", _launch_group)

@@ -113,13 +113,13 @@ class PackedLayer:
         return Weights(SVh, U, A, B, None, self.alpha, self.pivots)
 
 
-def pack(weights: Weights, backend: str) -> PackedLayer | None:
-    """The weights packed for a GPU; None for a dense matrix, which torch's own product serves, and
-    for quantised ones.
+def pack(weights: Weights, backend: str, for_group: bool = False) -> PackedLayer | None:
+    """The weights packed for a GPU; None for a dense matrix, which torch's own product serves,
+    unless it may be a member of a group, and for quantised ones.
 
     Raises ValueError for pivots that aren't strictly ascending within [0, N).
     """
-    if weights.is_dense or weights.is_quantized:
+    if weights.is_quantized or (weights.is_dense and not for_group):
         return None
     SVh, U, A, B, _, alpha, pivots = (t.detach() if isinstance(t, Tensor) else t for t in weights)
     rank, lora_rank, N = weights.rank, weights.lora_rank, weights.out_features
@@ -135,7 +135,7 @@ def pack(weights: Weights, backend: str) -> PackedLayer | None:
         Q, in_kernel = U, (rank, lora_rank)
     else:
         Q, aB, in_kernel = U if aB is None else torch.cat((U, aB), 1), None, (rank + lora_rank, 0)
-    launches = _LAUNCH is not None and SVh.dtype in HALVES
+    launches = _LAUNCH is not None and SVh.dtype in HALVES and not weights.is_dense
     target = kernels_target(SVh.device) if launches else None
     return PackedLayer(
         backend=backend,
@@ -185,7 +185,8 @@ def define(backend: str, by_backend: Forward) -> None:
 
 
 def _forward(by_backend: Forward, x, P, Q, aB, bias, pivots, N: int) -> Tensor:
-    """As the backend says, but by two products for many rows in the pivoted form."""
+    """As the backend says, but by two products for many rows in the pivoted form, and by one for a
+    dense matrix."""
     rows = x.numel() // P.shape[1]
     if pivots is None:
         weights = Weights(P, Q, bias=bias)
@@ -196,6 +197,7 @@ def _forward(by_backend: Forward, x, P, Q, aB, bias, pivots, N: int) -> Tensor:
         rank = len(pivots)
         A = None if aB is None else P[rank:]
         weights = Weights(P[:rank], Q, A, aB, bias, 1.0, pivots)
+        by_backend = by_backend if len(Q) else torch_products.forward
     y, _ = by_backend(x.reshape(rows, P.shape[1]), weights)
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], N))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hylora_kernels.weights import Weights
 
 
-def pack(weights: Weights, dtype: torch.dtype | None = None) -> None:
+def pack(weights: Weights, dtype: torch.dtype | None = None, for_group: bool = False) -> None:
     """None: packing would gain nothing."""
 
 

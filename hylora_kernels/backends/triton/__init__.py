@@ -11,23 +11,19 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hylora_kernels.backends.shared import packed_gpu
+from hylora_kernels.backends.shared import group_gpu, packed_gpu
 from hylora_kernels.backends.shared import torch_products as shared_products
 from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.backends.shared.gpu import on_device
+from hylora_kernels.backends.shared.group_gpu import why_no_group
 from hylora_kernels.backends.shared.tracing import assume_constant_result
-from hylora_kernels.backends.shared.unpacked import (
-    decoder_plan,
-    forward_group,
-    group,
-    why_no_group,
-)
-from hylora_kernels.backends.triton import dispatch, torch_products
+from hylora_kernels.backends.shared.unpacked import decoder_plan
+from hylora_kernels.backends.triton import dispatch, groups, torch_products
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
     FORWARD,
@@ -39,13 +35,7 @@ from hylora_kernels.backends.triton.quantized import packed as quantized
 from hylora_kernels.backends.triton.quantized.packed import PackedQuantizedLayer
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = [
-    "decoder_plan",
-    "forcing",
-    "forward_group",
-    "group",
-    "why_no_group",
-]
+__all__ = ["decoder_plan", "forcing", "why_no_group"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.6 to 3.9).
@@ -210,15 +200,15 @@ def forget(SVh: Tensor) -> None:
 
 
 def pack(
-    weights: Weights, dtype: torch.dtype | None = None
+    weights: Weights, dtype: torch.dtype | None = None, for_group: bool = False
 ) -> packed_gpu.PackedLayer | PackedQuantizedLayer | None:
-    """The weights packed, without the bias; None for a dense matrix that isn't quantised and in the
-    interpreter. dtype: of x, by default SVh's."""
+    """The weights packed, without the bias; None in the interpreter and for a dense matrix that
+    isn't quantised and in no group. dtype: of x, by default SVh's."""
     if weights.SVh.device.type != "cuda":
         return None
     if weights.is_quantized:
         return quantized.pack(weights, dtype or weights.SVh.dtype)
-    return packed_gpu.pack(weights, "triton")
+    return packed_gpu.pack(weights, "triton", for_group)
 
 
 def forward_packed(
@@ -226,6 +216,18 @@ def forward_packed(
 ) -> Tensor:
     """x [..., K] and bias [N] of packed.dtype -> y [..., N]."""
     return packed.forward(x, bias, forward)
+
+
+def group(members: Sequence[packed_gpu.PackedLayer]) -> group_gpu.PackedGroup:
+    """Layers for which why_no_group gives ""."""
+    return group_gpu.PackedGroup.of(members)
+
+
+def forward_group(
+    x: Tensor, group: group_gpu.PackedGroup, biases: Sequence[Tensor | None]
+) -> Tensor:
+    """x [..., K] -> y [..., group.width]; no biases are as many Nones."""
+    return group.forward(x, biases, groups.forward)
 
 
 def rows_packed(ids: Tensor, packed: PackedQuantizedLayer) -> Tensor:
@@ -239,3 +241,4 @@ def unpack(packed: packed_gpu.PackedLayer | PackedQuantizedLayer) -> Weights:
 
 
 packed_gpu.define("triton", forward)
+group_gpu.define("triton", groups.forward)

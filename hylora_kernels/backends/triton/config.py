@@ -30,6 +30,7 @@ FORWARD, BACKWARD = "forward", "backward"
 SHARED = {"cuda": {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}, "hip": {}}
 LDS = 64  # KiB of shared memory a block may use on AMD
 MOST_ROWS = 2**31
+GROUP_ROWS = 64  # the most of a group's launch
 SHIPPED_TABLES = Path(__file__).parent / "tuned"
 # Version of the tables' words. 1 said "vendor" and "residents": it is measured again.
 TABLE_FORMAT = 2
@@ -199,6 +200,21 @@ def first_candidate(problem: Problem, target: Target) -> Config:
     """The first candidate that is a launch."""
     found = candidate_configs(problem, target)
     return next(config for config in found if config is not TORCH_PRODUCTS)
+
+
+def group_config(problem: Problem, target: Target, captured: bool) -> Config | TorchProducts:
+    """The config of a group's launch, by the pair with all its members' ranks and outputs.
+
+    captured: as for default_config. Predicted: no GPU has shown it, and tables know single layers
+    alone. One launch takes the place of one product and two or three more, as with a layer whose
+    adapter is apart.
+    """
+    if target.kind == "interpreter":
+        return _largest_tiles(problem)
+    ieee = problem.dtype == torch.float32
+    if not captured or problem.M > GROUP_ROWS or (ieee and problem.M > 1):
+        return TORCH_PRODUCTS
+    return first_candidate(problem, target)
 
 
 # Most rows -> the tiles that were fastest for some layer on an H100, the best first.

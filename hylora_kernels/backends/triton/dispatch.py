@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 
@@ -23,6 +23,7 @@ from hylora_kernels.backends.triton.config import (
     TorchProducts,
     adapter_gradients_config,
     default_config,
+    group_config,
     table,
     tuned_config,
 )
@@ -52,7 +53,17 @@ def adapter_gradients_config_for(
     return _cached_gradients(problem, target_of(device), captured)
 
 
-def is_first_call(problem: Problem, device: torch.device) -> bool:
+def group_config_for(
+    problem: Problem, device: torch.device, captured: bool | None = None
+) -> Config | TorchProducts:
+    """The same for a group, whose problem is the pair with all its members' ranks and outputs."""
+    if _forced is not None:
+        return _forced
+    captured = is_captured(device) if captured is None else captured
+    return _cached_group(problem, target_of(device), captured)
+
+
+def is_first_call(problem: Hashable, device: torch.device) -> bool:
     """True once for each problem on a GPU, outside of CUDA graphs."""
     if problem in _warm or device.type != "cuda" or _forced is not None or is_captured(device):
         return False
@@ -60,7 +71,7 @@ def is_first_call(problem: Problem, device: torch.device) -> bool:
     return True
 
 
-_warm: set[Problem] = set()
+_warm: set[Hashable] = set()
 
 
 def tuned_or_default(
@@ -72,6 +83,7 @@ def tuned_or_default(
 
 
 _cached = functools.lru_cache(maxsize=4096)(tuned_or_default)
+_cached_group = functools.lru_cache(maxsize=4096)(group_config)
 _cached_gradients = functools.lru_cache(maxsize=4096)(adapter_gradients_config)
 
 

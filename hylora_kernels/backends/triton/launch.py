@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,11 +88,9 @@ def layer(
         partial = x.new_empty(cells, dtype=torch.float32)
     zeros = counters.zeros(x.device, 1 + _cdiv(M, config.BM) + shrink_blocks)
     programs = min(config.tiles(problem), config.blocks_per_sm * target.multiprocessors)
-    run = kernels.layer[(programs,)]
-    if dispatch.is_compile_only():
-        run = functools.partial(kernels.layer.warmup, grid=(1,))
-    _run(
-        run,
+    run(
+        kernels.layer,
+        programs,
         zeros,
         X=x,
         W1=W1,
@@ -118,12 +116,16 @@ def layer(
     return y, h_a
 
 
-def _run(launch: Callable[..., object], zeros: Tensor, **arguments) -> None:
-    """Launch with `zeros` as counters, and give these up if the launch is broken off.
+def run(kernel: Any, programs: int, zeros: Tensor, **arguments) -> None:
+    """Launch with `zeros` as counters, and give these up if the launch is broken off. Inside
+    dispatch.forcing(compile_only=True) compile only.
 
     Ctrl-C breaks one off in the interpreter. The next launch with the same counters would wait for
     tiles that nothing computes.
     """
+    launch = kernel[(programs,)]
+    if dispatch.is_compile_only():
+        launch = functools.partial(kernel.warmup, grid=(1,))
     try:
         launch(Counters=zeros, **arguments, **FUSION)
     except BaseException:
@@ -193,8 +195,9 @@ def adapter_gradients(
     x, (x_m, x_k) = (x, x.stride()) if dh_a is not None else (None, (0, 0))
     dy, (dy_m, dy_n) = (dy, dy.stride()) if h_a is not None else (None, (0, 0))
     zeros = counters.zeros(one.device, tiles)
-    _run(
-        kernels.adapter_gradients[(tiles * config.split,)],
+    run(
+        kernels.adapter_gradients,
+        tiles * config.split,
         zeros,
         dHa=dh_a,
         X=x,

@@ -26,6 +26,7 @@ from hylora_kernels import backends, reference
 from hylora_kernels.backends import triton as triton_backend
 from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.backends.triton.config import TORCH_PRODUCTS, Problem, candidate_configs
+from hylora_kernels.machine.selftest import groups
 from hylora_kernels.machine.selftest.grid import DTYPES, FORMS, Call, Case, Entry, plan
 from hylora_kernels.machine.selftest.races import Race, races, run
 from hylora_kernels.ops import svd_lora_linear
@@ -164,6 +165,23 @@ def _test_backend(name, device, full, repeats, seed, skipped, deadline) -> list[
                 bar.update()
             if tally.cases:
                 lines.append(tally.line(form))
+    return lines + _test_groups(name, device, repeats, seed, skipped, deadline)
+
+
+def _test_groups(name, device, repeats, seed, skipped, deadline) -> list[Line]:
+    """A line for each dtype: layers of all forms on one x as one call."""
+    lines = []
+    for dtype in DTYPES:
+        tally = _Tally(name, device, dtype, repeats, seed)
+        for M in groups.ROWS:
+            group = groups.GroupOfLayers(name, M, dtype, device, seed)
+            why_not = "out of time" if time.perf_counter() >= deadline else group.why_not
+            if group.group is not None and not why_not:
+                tally.add_group(group, f"{groups.FORM} M={M}")
+            elif group.group is not None or group.why_not:
+                skipped[f"{name} {_word(dtype)} {groups.FORM} on {device}"] = why_not
+        if tally.cases:
+            lines.append(tally.line(groups.FORM))
     return lines
 
 
@@ -233,10 +251,31 @@ class _Tally:
         try:
             with _forced(self.name, config):
                 self._judge(case, words, config is not None)
-        # A kernel may fail in any way, and the report says which one and how.
         except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            self._fail(words, f"{type(error).__name__}: {text}", float("inf"))
+            self._fail_by(error, words)
+
+    def _fail_by(self, error: Exception, words: str) -> None:
+        """A kernel may fail in any way, and the report says which one and how."""
+        text = " ".join(str(error).split())[:300]
+        self._fail(words, f"{type(error).__name__}: {text}", float("inf"))
+
+    def add_group(self, group: groups.GroupOfLayers, words: str) -> None:
+        """Judge layers on one x."""
+        self.cases += 1
+        try:
+            for poison in (True, False):
+                with poisoned(poison):
+                    x = group.calls[0].x
+                    (y,) = run(group, group.two_calls[0])
+                    for call, part in group.members_of(x, y):
+                        expected, bound = _truth(call)
+                        self._compare({"y": part}, {"y": expected["y"]}, bound, words)
+            races(group, group.two_calls, self.repeats, forced=False)
+        except Race as race:
+            self.bit_equal = False
+            self._fail(words, str(race), self.worst)
+        except Exception as error:
+            self._fail_by(error, words)
 
     def _judge(self, case: Case, words: str, forced: bool) -> None:
         calls = [case.call(self.dtype, self.device, self.seed + i) for i in range(2)]
@@ -247,12 +286,7 @@ class _Tally:
         for poison in (True,) if interpreted else (True, False):
             with poisoned(poison):
                 got = _by_autograd(self.name, calls[0])
-                for tensor, exact in expected.items():
-                    ratio = _distance(got[tensor], exact) / bound[tensor]
-                    if not ratio <= 1:
-                        self._fail(words, f"{tensor}: error {ratio:.3g} x what is allowed", ratio)
-                    elif ratio > self.worst:
-                        self.worst, self.where = ratio, f"{words}: {tensor}"
+                self._compare(got, expected, bound, words)
                 if poison and not interpreted:
                     continue
                 try:
@@ -260,6 +294,14 @@ class _Tally:
                 except Race as race:
                     self.bit_equal = False
                     self._fail(words, str(race), self.worst)
+
+    def _compare(self, got, expected, bound, words: str) -> None:
+        for tensor, exact in expected.items():
+            ratio = _distance(got[tensor], exact) / bound[tensor]
+            if not ratio <= 1:
+                self._fail(words, f"{tensor}: error {ratio:.3g} x what is allowed", ratio)
+            elif ratio > self.worst:
+                self.worst, self.where = ratio, f"{words}: {tensor}"
 
     def _fail(self, words: str, what: str, ratio: float) -> None:
         self.failures.append(f"{self.name} {_word(self.dtype)} on {self.device}: {words}: {what}")

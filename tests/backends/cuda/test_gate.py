@@ -38,7 +38,7 @@ BUDGETS = {
 }
 LEAST_BLOCKS = 2  # blocks that a multiprocessor's shared memory must hold at the least
 SHARED = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
-WAITING = {"layer", "decode"}  # kernels in which blocks wait for one another
+WAITING = {"layer", "decode", "decode_group"}  # kernels in which blocks wait for one another
 SHOWN = ("HMMA", "LDSM", "LDGSTS", "LDG", "ATOMG", "MEMBAR")
 
 
@@ -48,7 +48,7 @@ SHOWN = ("HMMA", "LDSM", "LDGSTS", "LDG", "ATOMG", "MEMBAR")
 def test_machine_code(arch):
     found, faults = kernels_in_library(arch), {}
     names = [f"layer {side}{way}" for side in (64, 128) for way in ("", " transposed")]
-    names += ["decode", "adapter_gradients"]
+    names += ["decode", "decode_group", "adapter_gradients"]
     assert sorted(found) == sorted(f"{n} {t}" for n in names for t in ("bf16", "fp16"))
     for name, code in sorted(found.items()):
         counts = " ".join(f"{opcode}={code.opcodes[opcode]}" for opcode in SHOWN)
