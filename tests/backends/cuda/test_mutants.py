@@ -8,6 +8,7 @@ table.
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import shutil
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 from cuda_emulator import emulated
 from cuda_emulator.emulated import DECODE, KERNELS, TILE_64, Choice, Fault, Script
+from helpers.gpu_groups import KINDS, Layers, add_group
 from helpers.numerics import Case, assert_as_exact_as_formula, make_dy, make_inputs
 
 if emulated.COMPILER is None or platform.machine() != "x86_64":
@@ -53,6 +55,10 @@ def failed_check(driver: Path) -> str:
         dy = make_dy(inputs)
         orders = [dataclasses.replace(choice, seed=seed, programs=2 + seed) for seed in SEEDS]
         layers.append((inputs, dy, [emulated.layer(script, inputs, dy, o) for o in orders]))
+    group, x = Layers(KINDS["odd"], torch.float16, backend="cuda"), torch.randn(3, 70).half()
+    grouped = [
+        add_group(script, group, x, Choice(split=2, programs=2 + seed, seed=seed)) for seed in SEEDS
+    ]
     try:
         results, _ = emulated.run(driver, script)
     except Fault as fault:
@@ -66,7 +72,11 @@ def failed_check(driver: Path) -> str:
             return "numbers"
         if any(not torch.equal(got[name], found[0][name]) for got in found for name in got):
             return "same bits"
-    return ""
+    try:
+        group.assert_right(results[grouped[0]], x)
+    except AssertionError:
+        return "numbers"
+    return "" if all(results[at].equal(results[grouped[0]]) for at in grouped) else "same bits"
 
 
 class Mutant(NamedTuple):
@@ -168,6 +178,24 @@ MUTANTS = {
     ),
     "pivots added by every part": Mutant("layer.h", " && s.part == 0", "", "numbers"),
 }
+# Each takes as long to compile as all launches to catch: HYLORA_TEST_ALL=1 runs these.
+OF_GROUPS = {
+    "a member's tiles counted from the first member's": Mutant(
+        "group.h", "ticket - (run ? g.ends[run - 1] : 0)", "ticket", "bounds"
+    ),
+    "ready counters of all but the first member kept": Mutant(
+        "group.h", "if (thread_index() < g.count) {", "if (thread_index() < 1) {", "counters"
+    ),
+    "a member's rows of y as if it stood alone": Mutant(
+        "decode.h", "row * d.y_stride + place(column)", "row * d.N + place(column)", "numbers"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_a_mutant_of_groups_has_its_place(name):
+    mutant = OF_GROUPS[name]
+    assert (KERNELS / mutant.file).read_text().count(mutant.old) == 1
 
 
 def test_the_kernels_as_they_are_pass():
@@ -177,9 +205,14 @@ def test_the_kernels_as_they_are_pass():
     )
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+takes_long = pytest.mark.skipif(os.environ.get("HYLORA_TEST_ALL") != "1", reason="takes minutes")
+
+
+@pytest.mark.parametrize(
+    "name", [*MUTANTS, *(pytest.param(n, marks=takes_long) for n in OF_GROUPS)]
+)
 def test_mutant_is_caught(name, tmp_path):
-    mutant = MUTANTS[name]
+    mutant = (MUTANTS | OF_GROUPS)[name]
     if mutant.sanitizer != "plain" and (reason := emulated.why_no_sanitizer(mutant.sanitizer)):
         pytest.skip(reason)
     begin = time.perf_counter()
