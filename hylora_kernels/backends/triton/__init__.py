@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from hylora_kernels.backends.shared import group_gpu, packed_gpu
 from hylora_kernels.backends.shared import torch_products as shared_products
 from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.backends.shared.gpu import on_device
-from hylora_kernels.backends.shared.group_gpu import why_no_group
 from hylora_kernels.backends.shared.tracing import assume_constant_result
 from hylora_kernels.backends.shared.unpacked import decoder_plan
 from hylora_kernels.backends.triton import dispatch, groups, torch_products
@@ -31,11 +31,13 @@ from hylora_kernels.backends.triton.config import (
     Problem,
 )
 from hylora_kernels.backends.triton.dispatch import forcing
+from hylora_kernels.backends.triton.quantized import groups as quantized_groups
 from hylora_kernels.backends.triton.quantized import packed as quantized
+from hylora_kernels.backends.triton.quantized.groups import PackedQuantizedGroup
 from hylora_kernels.backends.triton.quantized.packed import PackedQuantizedLayer
 from hylora_kernels.weights import Needs, Saved, Weights
 
-__all__ = ["decoder_plan", "forcing", "why_no_group"]
+__all__ = ["decoder_plan", "forcing"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.6 to 3.9).
@@ -218,13 +220,26 @@ def forward_packed(
     return packed.forward(x, bias, forward)
 
 
-def group(members: Sequence[packed_gpu.PackedLayer]) -> group_gpu.PackedGroup:
+def why_no_group(members: Sequence[object]) -> str:
+    """The reason why these packed layers on one x can't be computed as one, or ""."""
+    kind = quantized_groups if _are_quantized(members) else group_gpu
+    return kind.why_no_group(members)
+
+
+def group(members: Sequence[Any]) -> group_gpu.PackedGroup | PackedQuantizedGroup:
     """Layers for which why_no_group gives ""."""
-    return group_gpu.PackedGroup.of(members)
+    kind = PackedQuantizedGroup if _are_quantized(members) else group_gpu.PackedGroup
+    return kind.of(members)
+
+
+def _are_quantized(members: Sequence[object]) -> bool:
+    return any(isinstance(member, PackedQuantizedLayer) for member in members)
 
 
 def forward_group(
-    x: Tensor, group: group_gpu.PackedGroup, biases: Sequence[Tensor | None]
+    x: Tensor,
+    group: group_gpu.PackedGroup | PackedQuantizedGroup,
+    biases: Sequence[Tensor | None],
 ) -> Tensor:
     """x [..., K] -> y [..., group.width]; no biases are as many Nones."""
     return group.forward(x, biases, groups.forward)

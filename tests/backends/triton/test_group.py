@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 from helpers.gpu_groups import KINDS, Layers
+from helpers.quantizing import random_weights
 from triton_interpreter.checked import checked
 from triton_interpreter.forced import load_kernels
 from triton_interpreter.guards import OutOfBounds, Race
@@ -30,6 +31,8 @@ from hylora_kernels.backends.shared import counters
 from hylora_kernels.backends.triton import group_kernels, groups
 from hylora_kernels.backends.triton.config import GROUP_ROWS, TORCH_PRODUCTS, Config, Target
 from hylora_kernels.backends.triton.config import group_config as config_of
+from hylora_kernels.backends.triton.quantized import packed as quantised
+from hylora_kernels.backends.triton.quantized.groups import PackedQuantizedGroup
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROW = Config(1, 16, 32, 32, 32, split=2, swap=True)
@@ -171,3 +174,19 @@ def test_mutant_is_caught(name, tmp_path):
     old, new, check = MUTANTS[name]
     assert SOURCE.count(old) == 1, f"{SOURCE.count(old)} places, not one: {old}"
     assert failed_check(load_kernels(SOURCE.replace(old, new), tmp_path)) == check
+
+
+# -------------------------------------------------------------------------------- quantised members
+
+
+def test_quantised_layers_are_grouped_with_their_like_alone():
+    codes = [quantised.pack(random_weights("dense"), torch.float16) for _ in range(2)]
+    assert triton.why_no_group(codes) == ""
+    group, x = triton.group(codes), torch.randn(2, codes[0].shape[0]).half()
+    assert isinstance(group, PackedQuantizedGroup)
+    y = triton.forward_group(x, group, ())
+    assert torch.equal(y[:, : codes[0].bias_shape[0]], codes[0].forward(x, None))
+    layers = Layers(KINDS["pairs"], torch.float16)
+    assert "a quantised matrix" in triton.why_no_group([codes[0], layers.packed[0]])
+    dense = Layers([("dense", 33, 33, 0, True)] * 2, torch.float16, grouped=False)
+    assert triton.why_no_group(dense.packed).startswith("all of them are dense")
