@@ -19,7 +19,10 @@ from hylora_kernels.text.mix import Part
 FIGURES = (
     (44.81, 668, 11, 1.0, 106.2, 134.5, 269.0),
     (44.79, 1020, 21, 1.0, 106.2, 134.5, 269.7),
-    (44.84, None, None, 1.0, 106.2, 134.5, 138.8),
+    (44.84, 900, 40, 1.0, 106.2, 134.5, 138.8),
+    (62.88, None, None, 1.0, 106.2, 134.5, 89.0),
+    (50.23, None, None, 1.0, 106.2, 134.5, 86.5),
+    (47.73, 900, 60, 1.0, 106.2, 134.5, 80.0),
     (2.3e7, 1054, 23, 0.799, 84.9, 113.2, 226.4),
     (158.49, 939, 20, 0.799, 84.9, 113.2, 226.4),
     (59.86, 896, 20, 0.8, 84.9, 113.3, 226.5),
@@ -29,7 +32,9 @@ FIGURES = (
     (46.62, 1011, 25, 0.8, 84.9, 113.3, 226.8),
     (70.58, 819, 20, 0.6, 63.7, 92.0, 184.3),
     (46.62, None, None, 0.8, 84.9, 113.3, 226.8),
+    (46.7, 950, 50, 0.8, 84.9, 113.3, 120.1),
     (39.82, 257, 6, 1.0, 106.2, 134.5, 269.7),
+    (42.4, None, None, 1.0, 106.2, 134.5, 80.0),
 )
 DENSE = {"brown": 44.81, "python-docs": 14.72, "code": 6.7, "moby-dick": 48.2, "self": 40.6}
 RATIOS = {  # label -> the ratios on all texts but the first
@@ -38,6 +43,9 @@ RATIOS = {  # label -> the ratios on all texts but the first
     "two-sided SVD, pivoted 0.6": (2.18, 2.3, 2.22, 2.23),
     "HyLoRA 0.8": (1.12, 1.14, 1.15, 1.13),
     "HyLoRA 0.6": (1.6, 1.7, 1.65, 1.6),
+    "HyLoRA bits": (1.09, 1.1, 1.07, 1.08),
+    "HyLoRA, then int8 0.8": (1.12, 1.14, 1.15, 1.13),
+    "dense + LoRA, then bits": (1.01, 1.11, 1.06, 1.14),
     "HyLoRA, one text 0.8": (1.87, 3.2, 1.18, 1.6),
     "dense + LoRA (control)": (0.93, 1.02, 0.98, 1.05),
 }
@@ -106,15 +114,25 @@ def _stage(recipe, figures) -> Stage:
         ppl=ppl,
         breadth=_breadth(recipe.label, ppl) if recipe.breadth else None,
         spent={"calibration": 40.0, "evaluation": 25.0, "other": 10.0},
-        predicted_loss=0.185 if recipe.target < 1 else None,
+        predicted_loss=_predicted(recipe),
         prefill_tok_s=prefill,
         decode_tok_s=decode,
         seconds=75.0,
         optimized=recipe.optimize or recipe.target < 1,
         sample=PROMPT + text if recipe.sample else None,
         held_out=_curve(*HELD_OUT[recipe.label]) if recipe.label in HELD_OUT else [],
-        ranks=_ranks(recipe.target) if recipe.target < 1 else [],
+        ranks=_ranks(recipe.target) if _is_cut(recipe) else [],
     )
+
+
+def _is_cut(recipe) -> bool:
+    return recipe.target < 1 and recipe.name != "HyLoRA, then int8"
+
+
+def _predicted(recipe) -> float | None:
+    if recipe.name == "HyLoRA bits":
+        return 0.07
+    return 0.185 if _is_cut(recipe) else None
 
 
 def _breadth(label: str, ppl: float) -> BreadthReport:

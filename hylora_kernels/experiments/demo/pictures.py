@@ -24,13 +24,18 @@ STYLES = {  # name -> (colour, marker)
     "dense": (plots.GREY, "s"),
     "dense, optimised": (plots.GREY, "s"),
     "dense int8": (plots.OCHRE, "D"),
+    "4 bits, to nearest": (plots.OCHRE, "v"),
+    "4 bits, GPTQ": (plots.OCHRE, "^"),
+    "HyLoRA bits": (plots.GREEN, "D"),
     "plain SVD": (plots.ROSE, "^"),
     "whitened SVD": (plots.PURPLE, "v"),
     "two-sided SVD": (plots.BLUE, "P"),
     "two-sided SVD, pivoted": (plots.TEAL, "X"),
     "HyLoRA": (plots.GREEN, "o"),
     "HyLoRA, one text": (plots.GREEN, "o"),
+    "HyLoRA, then int8": (plots.GREEN, "s"),
     "dense + LoRA (control)": (plots.ORANGE, "p"),
+    "dense + LoRA, then bits": (plots.ORANGE, "D"),
 }
 
 

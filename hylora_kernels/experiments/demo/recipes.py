@@ -8,17 +8,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression.compress import compress
+from hylora_kernels.compression.quantize_model import quantize_model
+from hylora_kernels.compression.report import CompressReport
 from hylora_kernels.evaluation.breadth import TextQuality
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.experiments.demo.stages import Settings, stage_label
+from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model import load as models
 from hylora_kernels.model.adapters import add_adapters
+from hylora_kernels.model.checkpoint import load_pretrained
 from hylora_kernels.model.saving import save_pretrained
 from hylora_kernels.recovery.blocks import training_mix
 from hylora_kernels.recovery.finetune import FinetuneReport, finetune
@@ -33,7 +37,6 @@ from hylora_kernels.text.sources import SELF, held_out
 
 # Steps of compress() -> the demo's kinds of work.
 SPENT = {"calibrate": "calibration", "factorize": "factorization", "refit": "refit"}
-GROUP = 64  # weights that share one scale in the int8 stage
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Setup:
     progress: bool
     spent: dict[str, float] = field(default_factory=dict)  # seconds of the stage at work, by kind
     expected: dict[str, TextQuality] = field(default_factory=dict)  # the dense model, by text
+    control: nn.Module | None = None  # the dense model, adapted to the training text
 
     def __post_init__(self):
         _, self.tokenizer = self._load()
@@ -143,12 +147,10 @@ def _source_code() -> dict[str, str]:
 class StageModel:
     """A stage's model, and how it came to be.
 
-    size_bytes: where the tensors in memory aren't what would be stored, else None.
     recovery, held_out: of a trained model. ranks, predicted_loss: of a compressed one. See Stage.
     """
 
     model: nn.Module
-    size_bytes: int | None = None
     recovery: FinetuneReport | None = None
     held_out: list[list[float]] = field(default_factory=list)
     ranks: list[dict] = field(default_factory=list)
@@ -183,30 +185,6 @@ def _dense(setup: Setup, recipe: Recipe) -> StageModel:
     return StageModel(setup.dense())
 
 
-def _int8(setup: Setup, recipe: Recipe) -> StageModel:
-    """Every matrix, embedding included, rounded to 8 bits in place; a tied one once."""
-    model, size = setup.dense(), 0
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            rounded, count = round_to_int8(parameter.detach())
-            parameter.data, size = rounded, size + count
-        else:
-            size += parameter.nbytes
-    return StageModel(model, size_bytes=size + sum(b.nbytes for b in model.buffers()))
-
-
-def round_to_int8(weight: Tensor) -> tuple[Tensor, int]:
-    """weight [N, K] -> (its values after rounding to int8, in its own dtype; the bytes as int8).
-
-    Round to nearest, symmetric, one float16 scale for each GROUP weights along K.
-    """
-    N, K = weight.shape
-    groups = F.pad(weight.float(), (0, -K % GROUP)).view(N, -1, GROUP)
-    scales = (groups.abs().amax(-1, keepdim=True) / 127).half().float().clamp_min(1e-8)
-    rounded = (groups / scales).round().clamp(-127, 127) * scales
-    return rounded.view(N, -1)[:, :K].to(weight.dtype), N * K + 2 * scales.numel()
-
-
 # ------------------------------------------------------------------------------- compressed models
 
 
@@ -216,27 +194,68 @@ def _compressed(**options) -> Callable[[Setup, Recipe], StageModel]:
 
 def _compress(setup: Setup, recipe: Recipe, alone: bool = False, **options) -> StageModel:
     """alone: calibrated on the training text alone."""
-    s, text = setup.settings, {}
-    if options["method"] != "svd":
-        ids, _ = setup.alone if alone else setup.mix
-        text = {"calibration": ids, "samples": len(ids)}
+    given = {"rank_multiple": setup.settings.rank_multiple} | options
     model, report = compress(
-        setup.dense(),
-        keep=recipe.target,
-        tokenizer=setup.tokenizer,
-        length=s.length,
-        seed=s.seed,
-        measure=0,  # Each stage is measured on held-out text.
-        progress=setup.progress,
-        **({"rank_multiple": s.rank_multiple} | text | options),
+        setup.dense(), keep=recipe.target, **_common(setup, options["method"], alone), **given
     )
-    for step, kind in SPENT.items():
-        setup.spent[kind] = setup.spent.get(kind, 0.0) + report.seconds.get(step, 0.0)
+    _count_seconds(setup, report)
     ranks = []
     for layer in report.layers:
         full = min(layer.out_features, layer.in_features)
         ranks.append({"path": layer.path, "rank": layer.rank or full, "full_rank": full})
     return StageModel(model, ranks=ranks, predicted_loss=report.predicted_loss)
+
+
+def _common(setup: Setup, method: str, alone: bool = False) -> dict[str, Any]:
+    """Options that all compressions share; method "svd" reads no text."""
+    s = setup.settings
+    # Each stage is measured on held-out text.
+    common = {"tokenizer": setup.tokenizer, "length": s.length, "seed": s.seed, "measure": 0}
+    common["progress"] = setup.progress
+    if method != "svd":
+        ids, _ = setup.alone if alone else setup.mix
+        common |= {"calibration": ids, "samples": len(ids)}
+    return common
+
+
+def _count_seconds(setup: Setup, report: CompressReport) -> None:
+    for step, kind in SPENT.items():
+        setup.spent[kind] = setup.spent.get(kind, 0.0) + report.seconds.get(step, 0.0)
+
+
+# --------------------------------------------------------------------------------- quantised models
+
+
+def _quantized(**options) -> Callable[[Setup, Recipe], StageModel]:
+    return lambda setup, recipe: _quantize(setup, setup.dense(), **options)
+
+
+def _quantize(setup: Setup, model: nn.Module, method: str = "two_sided", **options) -> StageModel:
+    model, report = quantize_model(model, method=method, **_common(setup, method), **options)
+    _count_seconds(setup, report)
+    # Without text the metric knows no losses.
+    return StageModel(model, predicted_loss=None if method == "svd" else report.predicted_loss)
+
+
+def _bits(setup: Setup, recipe: Recipe) -> StageModel:
+    return _quantize(setup, setup.dense(), target_mb=setup.settings.target_mb)
+
+
+def _recovered_int8(setup: Setup, recipe: Recipe) -> StageModel:
+    """The recovered model, which an earlier stage saved."""
+    return _quantize(setup, load_pretrained(setup.saved(recipe.target)), **INT8)
+
+
+def _control_bits(setup: Setup, recipe: Recipe) -> StageModel:
+    """The control's model in bits: to adapt first costs nothing in bytes."""
+    if setup.control is None:  # An earlier run has trained it.
+        _control(setup, CONTROL)
+    model, setup.control = setup.control, None
+    assert model is not None
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, SVDLoRALinear):
+            model.set_submodule(path, layer.to_linear())
+    return _quantize(setup, model, target_mb=setup.settings.target_mb)
 
 
 # --------------------------------------------------------------------------------- recovered models
@@ -268,6 +287,7 @@ def _control(setup: Setup, recipe: Recipe) -> StageModel:
     s = setup.settings
     made = StageModel(add_adapters(setup.dense(), lora_rank=s.control_rank, seed=s.seed))
     _recover(setup, recipe, made, s.steps)
+    setup.control = made.model
     return made
 
 
@@ -325,12 +345,18 @@ PAIR = {"form": "pair", "lora_rank": 0, "refit": False}
 UNIFORM = {"ranks": "uniform", "rank_multiple": 1}
 REFITTED = {"method": "two_sided", "ranks": "global", "form": "pivoted", "refit": True}
 
+INT8 = {"method": "svd", "bits": 8, "uniform": True, "rounding": "rtn"}
+
 _pair = _compressed(method="two_sided", ranks="global", **PAIR)
 _pivoted = _compressed(**REFITTED, lora_rank=0)
+CONTROL = Recipe("dense + LoRA (control)", 1.0, _control, breadth=True)
 RECIPES = (
     Recipe("dense", 1.0, _dense, breadth=True, sample=True),
     Recipe("dense, optimised", 1.0, _dense, optimize=True),
-    Recipe("dense int8", 1.0, _int8, speed=False),
+    Recipe("dense int8", 1.0, _quantized(**INT8), optimize=True),
+    Recipe("4 bits, to nearest", 1.0, _quantized(**INT8 | {"bits": 4}), speed=False),
+    Recipe("4 bits, GPTQ", 1.0, _quantized(bits=4, uniform=True), speed=False),
+    Recipe("HyLoRA bits", 1.0, _bits, breadth=True, sample=True, optimize=True),
     Recipe("plain SVD", 0.8, _compressed(method="svd", **UNIFORM, **PAIR), sample=True),
     Recipe("whitened SVD", 0.8, _compressed(method="whitened", **UNIFORM, **PAIR)),
     Recipe("two-sided SVD", 0.8, _pair),
@@ -340,5 +366,7 @@ RECIPES = (
     Recipe("HyLoRA", 0.8, _hylora, breadth=True, sample=True),
     Recipe("HyLoRA", 0.6, _hylora, breadth=True, sample=True),
     Recipe("HyLoRA, one text", 0.8, _hylora_alone, breadth=True, speed=False),
-    Recipe("dense + LoRA (control)", 1.0, _control, breadth=True),
+    Recipe("HyLoRA, then int8", 0.8, _recovered_int8, breadth=True, optimize=True),
+    CONTROL,
+    Recipe("dense + LoRA, then bits", 1.0, _control_bits, breadth=True, speed=False),
 )

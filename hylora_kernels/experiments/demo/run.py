@@ -117,7 +117,7 @@ def measure(setup: Setup, recipe: Recipe) -> Stage:
         removed=size.linears.removed_merged,
         params_linear=size.linears.merged,
         params_total=size.parameters,
-        bytes_total=made.size_bytes or size.resident_bytes,
+        bytes_total=size.resident_bytes,
         trainable=recovery.trainable if recovery else 0,
         ppl=found[setup.first].ppl,
         breadth=wide,

@@ -31,6 +31,7 @@ class Settings:
     texts:         to measure on, as breadth() takes them: the first is of the kind of `train`.
     samples:       calibration blocks of `train`, with which the mix has half as many of the model's
                    own text and a quarter of the standard library.
+    target_mb: megabytes of the file of the model in mixed bits.
     steps, deep_steps: recovery steps at keep 0.8 (and of the control), and at 0.6.
     length:        tokens in a block.
     blocks:        the first blocks of each text give its perplexity.
@@ -45,6 +46,7 @@ class Settings:
         *("brown", "python-docs", "code", "moby-dick", "self"),
     )
     samples: int = 40
+    target_mb: float = 80.0
     steps: int = 30
     deep_steps: int = 50
     lora_rank: int = 64
@@ -66,7 +68,7 @@ class Stage(Report):
 
     target:        the keep asked for, 1 for an uncompressed model.
     keep, removed, params_linear: of the linears, adapters merged, biases excluded.
-    bytes_total:   parameters and buffers in memory; of int8 as it would be stored.
+    bytes_total:   parameters and buffers in memory.
     trainable:     adapter parameters trained in this stage, before merging.
     ppl:           on the first text. breadth: on all texts, beside the dense model's.
     predicted_loss: by the singular values, before the refit, in nats a token; None if not known.
