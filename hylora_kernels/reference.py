@@ -66,25 +66,31 @@ def quantized(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) ->
     by_zero = torch.full_like(scales, 128) if zeros is None else zeros
     padding = by_zero[:, -1:].to(codes.dtype).expand(rows, -k % GROUP)
     codes = torch.cat((codes, padding), 1).reshape(rows, -1, GROUP)
-    if zeros is not None:
-        zeros = pack_bits(
-            F.pad(zeros.reshape(-1), (0, -zeros.numel() % GROUP)).reshape(-1, GROUP), bits
-        )
+    zeros = None if zeros is None else pack_zero_points(zeros, bits)
     return QuantizedMatrix(pack_bits(codes, bits), scales.half(), zeros, bits, k)
 
 
 def dequantize(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
     """W [n, k]. Exact in float32: a scale has 11 bits, code - zero 9. Else rounded once."""
     rows, groups = matrix.scales.shape
-    codes = unpack_bits(matrix.codes, matrix.bits)
-    if matrix.zeros is None:
-        zeros = codes.new_full((), 128)
-    else:
-        flat = unpack_bits(matrix.zeros, matrix.bits).reshape(-1)
-        zeros = flat[: rows * groups].reshape(rows, groups, 1)
+    codes, zeros = unpack_bits(matrix.codes, matrix.bits), zero_points(matrix)[..., None]
     exact = torch.promote_types(dtype, torch.float32)
     values = matrix.scales.to(exact)[..., None] * (codes.short() - zeros.short())
     return values.reshape(rows, groups * GROUP)[:, : matrix.k].to(dtype)
+
+
+def zero_points(matrix: QuantizedMatrix) -> Tensor:
+    """The zero points uint8 [n, G]."""
+    if matrix.zeros is None:
+        return torch.full_like(matrix.scales, 128, dtype=torch.uint8)
+    flat = unpack_bits(matrix.zeros, matrix.bits).reshape(-1)
+    return flat[: matrix.scales.numel()].reshape(matrix.scales.shape)
+
+
+def pack_zero_points(zeros: Tensor, bits: int) -> Tensor:
+    """zeros [n, G] of any integer dtype -> uint8 [ceil(n G / 64), 8 bits]."""
+    flat = F.pad(zeros.reshape(-1), (0, -zeros.numel() % GROUP))
+    return pack_bits(flat.reshape(-1, GROUP), bits)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

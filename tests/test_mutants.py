@@ -90,7 +90,7 @@ PYTHON = {
         "compression/test_quantize.py::test_gptq_is_the_published_one",
     ),
     "a clipped grid chosen without the columns' weights": Mutant(
-        "hylora_kernels/compression/gptq.py",
+        "hylora_kernels/layers/grids.py",
         "if weights is None else weights.sqrt()",
         "if True else weights",
         "compression/test_quantize.py::test_gptq_is_the_published_one",

@@ -20,19 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hylora_kernels.compression.whiten import damped_cholesky
+from hylora_kernels.layers.grids import Grid
 from hylora_kernels.weights import GROUP
 
 # Share of G's mean diagonal. With 1e-3 the linears of a block of SmolLM2 lose 2 % more on the 4096
 # tokens of their G at 3 and 4 bits, 4 % more on others like them and 6 % more on another kind of
 # text. With 1e-1 they lose 4 to 6 % more on their own tokens, and 6 and 15 % less on the others.
 DAMPING = 1e-2
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # Shares of a group's range that a grid may span,
-MOST_CLIPPED_BITS = 5  # up to this width: a grid of 64 levels gains nothing by clipping.
-LEAST_SCALE = 2.0**-24  # float16's smallest number above 0.
 
 
 @dataclass(frozen=True)
@@ -71,87 +68,12 @@ def feedback(G: Tensor) -> Feedback | None:
     return Feedback(weights.float(), order, factor)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The numbers that each group of 64 weights may become: scale * (code - zero).
-
-    scales: float32 [n, G], rounded to float16.
-    zeros:  float32 [n, G], integers.
-    top:    the largest code.
-    """
-
-    scales: Tensor
-    zeros: Tensor
-    top: int
-
-    @property
-    def span(self) -> tuple[Tensor, Tensor, Tensor]:
-        """scales, and the least and the largest of code - zero, [n, G]."""
-        return self.scales, -self.zeros, self.top - self.zeros
-
-
-def find_grid(W: Tensor, bits: int, weights: Tensor | None, clip: bool) -> Grid:
-    """W float32 [n, k] -> the grid of each group that holds its range, or with `clip` the share of
-    it that rounds with the least error, columns weighted by `weights` [k].
-
-    Every grid has a 0. Raises ValueError for a range beyond float16 scales.
-    """
-    X = F.pad(W, (0, -W.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    low, high = X.amin(-1).clamp_max(0), X.amax(-1).clamp_min(0)
-    if bits == 8:
-        scales = _scales(torch.maximum(high, -low), 127, bits)
-        return Grid(scales, torch.full_like(scales, 128), 255)
-    best = _grid(low, high, 1.0, bits)
-    if not clip or bits > MOST_CLIPPED_BITS:
-        return best
-    root = torch.ones_like(W[0]) if weights is None else weights.sqrt()
-    root = F.pad(root, (0, -len(root) % GROUP)).reshape(-1, GROUP)
-    least = _rounding_error(X, best, root)
-    for share in CLIPS[1:]:
-        tried = _grid(low, high, share, bits)
-        errors = _rounding_error(X, tried, root)
-        better = errors < least
-        least = torch.where(better, errors, least)
-        scales = torch.where(better, tried.scales, best.scales)
-        best = Grid(scales, torch.where(better, tried.zeros, best.zeros), best.top)
-    return best
-
-
-def _grid(low: Tensor, high: Tensor, share: float, bits: int) -> Grid:
-    top = 2**bits - 1
-    scales = _scales((high - low) * share, top, bits)
-    return Grid(scales, (-share * low / scales).round().clamp(0, top), top)
-
-
-def _scales(span: Tensor, steps: int, bits: int) -> Tensor:
-    scales = (span / steps).half().float()
-    if not scales.isfinite().all():
-        raise ValueError(
-            f"W: a group spans {float(span.max()):.3g}, and scales of {bits} bits are float16:"
-            f" at most {65504.0 * steps:.3g}"
-        )
-    return scales.clamp_min(LEAST_SCALE)
-
-
-def _rounding_error(X: Tensor, grid: Grid, root: Tensor) -> Tensor:
-    """X [n, G, 64], root of the columns' weights [G, 64] -> the squared error of each group."""
-    scales, least, largest = (t[..., None] for t in grid.span)
-    exact = X / scales
-    error = exact.round().clamp_(least, largest).sub_(exact).mul_(root)
-    return error.square_().sum(-1) * grid.scales.square()
-
-
 def round_rows(W: Tensor, grids: Sequence[Grid], given: Feedback | None) -> list[Tensor]:
     """W float32 [n, k] -> its codes uint8 [n, k] on each of the grids, with feedback if given."""
+    if given is None:
+        return [grid.nearest(W) for grid in grids]
     n, k = W.shape
     group = torch.arange(k, device=W.device) // GROUP
-    if given is None:
-        found = []
-        for grid in grids:
-            scales, least, largest = (t[:, group] for t in grid.span)
-            codes = (W / scales).round_().clamp_(least, largest).sub_(least)
-            found.append(codes.to(torch.uint8))
-        return found
     by_grid = zip(*(grid.span for grid in grids), strict=True)
     spans = [torch.cat(parts).T.contiguous() for parts in by_grid]
     group = group[given.order]

@@ -13,11 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hylora_kernels.compression.gptq import DAMPING, Grid, feedback, find_grid, round_rows
+from hylora_kernels.compression.gptq import DAMPING, feedback, round_rows
 from hylora_kernels.compression.refit import ridge_solve
 from hylora_kernels.compression.tokens import Term, row_slices
 from hylora_kernels.compression.whiten import DEAD, GRADIENT_DAMPING, INPUT_DAMPING, damped, is_dead
 from hylora_kernels.layers.factorize import check_matrix, to_float64
+from hylora_kernels.layers.grids import Grid, find_grid
 from hylora_kernels.layers.quantized import check_bits
 from hylora_kernels.reference import dequantize, quantized
 from hylora_kernels.weights import QuantizedMatrix, Weights

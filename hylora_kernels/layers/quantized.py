@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from hylora_kernels import reference
 from hylora_kernels.layers import factors
 from hylora_kernels.layers.dense_weight import DenseWeight
+from hylora_kernels.layers.grids import requantized
 from hylora_kernels.layers.linear import SVDLoRALinear, without_gradient
 from hylora_kernels.ops import check_shapes
 from hylora_kernels.ops_quantized import quantized_linear
@@ -124,6 +126,7 @@ class QuantizedLinear(SVDLoRALinear):
 
     SVh: Any
     U: Any
+    merge_error: float | None = None  # |W made - W wanted| / |W wanted| of the last merge()
     _op = staticmethod(quantized_linear)
 
     def __init__(
@@ -181,8 +184,9 @@ class QuantizedLinear(SVDLoRALinear):
         plain = (weights.SVh, weights.U, weights.bias)
         found = [t.dtype for t in plain if isinstance(t, Tensor)]
         layer._set_factors(weights, dtype or next(iter(found), torch.get_default_dtype()))
-        if weights.bias is not None:
-            layer.bias = nn.Parameter(weights.bias)
+        bias = weights.bias
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
     def _set_factors(self, weights: Weights, dtype: torch.dtype | None = None) -> None:
@@ -221,6 +225,33 @@ class QuantizedLinear(SVDLoRALinear):
 
     def train(self, mode: bool = True) -> QuantizedLinear:
         return nn.Module.train(self, mode)  # no backend keeps anything of matrices made for a call
+
+    @torch.no_grad()
+    def merge(self, requantize: bool = True) -> QuantizedLinear:
+        """Fold the adapter into the base at rank r + ra and round that to the same bits; the same
+        layer, with the error that this made in merge_error.
+
+        requantize=False keeps the adapter. Rounding loses what quantising with error feedback won,
+        and an adapter much smaller than the steps between codes: see merge_error.
+        """
+        if self.A is None or not requantize:
+            return self
+        bits, old = self.bits, dict(zip(QUANTIZABLE, self.stored(), strict=True))
+        exact = factors.merged(self._weights())
+        kind: dict[str, Any] = {"device": self.SVh.device, "dtype": self.SVh.dtype}
+        merged = replace(exact)
+        for name, matrix in _matrices(exact):
+            if name in bits and matrix.numel():
+                same = old[name] if old[name].shape == matrix.shape else None
+                value = requantized(matrix.to(kind["device"]), bits[name], same)
+            else:
+                value = matrix.to(**kind).contiguous()
+            setattr(merged, name, value)
+        self._set_factors(merged)
+        W = reference.dense_weight(exact)
+        made = reference.dense_weight(factors.in_float64(self._weights()))
+        self.merge_error = float((made - W).norm() / W.norm())
+        return self
 
     def with_adapter(
         self,
@@ -329,11 +360,7 @@ def rows_of(matrix: QuantizedMatrix, ids: Tensor) -> QuantizedMatrix:
     """The rows `ids` [...] of the matrix, flat, as a matrix."""
     ids, zeros = ids.flatten(), matrix.zeros
     if zeros is not None:
-        groups = matrix.scales.shape[1]
-        flat = reference.unpack_bits(zeros, matrix.bits).reshape(-1)
-        flat = flat[: matrix.scales.numel()].reshape(-1, groups)[ids].reshape(-1)
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).reshape(-1, GROUP)
-        zeros = reference.pack_bits(flat, matrix.bits)
+        zeros = reference.pack_zero_points(reference.zero_points(matrix)[ids], matrix.bits)
     return QuantizedMatrix(matrix.codes[ids], matrix.scales[ids], zeros, matrix.bits, matrix.k)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled,
 from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.structure import as_matrix, select
 from hylora_kernels.weights import Weights
+
+_log = logging.getLogger(__name__)
 
 
 def add_adapters(
@@ -114,9 +117,26 @@ def _is_dense_codes(layer: SVDLoRALinear) -> bool:
     return isinstance(layer, QuantizedLinear) and is_dense and not layer.lora_rank
 
 
-def merge_adapters(model: nn.Module) -> nn.Module:
-    """Fold every adapter into its base, exactly, in place (SVDLoRALinear.merge); returns it."""
-    for module in model.modules():
-        if isinstance(module, SVDLoRALinear):
+def merge_adapters(model: nn.Module, requantize: bool = True) -> nn.Module:
+    """Fold every adapter into its base, exactly, in place (SVDLoRALinear.merge); returns the model.
+
+    requantize: a base of codes is rounded again, and a line of the log says with which errors
+                (QuantizedLinear.merge_error); False leaves such a layer its adapter.
+    """
+    errors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            had_adapter = module.lora_rank > 0
+            module.merge(requantize)
+            if had_adapter and requantize:
+                errors[path] = module.merge_error or 0.0
+        elif isinstance(module, SVDLoRALinear):
             module.merge()
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        _log.warning(
+            "merge_adapters: rounded %d layers to their bits again, relative error %.3f on average,"
+            " at most %.3f (%s)",
+            *(len(errors), sum(errors.values()) / len(errors), errors[worst], worst),
+        )
     return model

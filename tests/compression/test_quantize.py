@@ -7,7 +7,7 @@ import torch
 from helpers.compressing import random_terms
 
 from hylora_kernels.compression import quantize as quantize_module
-from hylora_kernels.compression.gptq import CLIPS, DAMPING
+from hylora_kernels.compression.gptq import DAMPING
 from hylora_kernels.compression.quantize import (
     error,
     quantize,
@@ -17,6 +17,7 @@ from hylora_kernels.compression.quantize import (
 )
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.layers.factors import truncated
+from hylora_kernels.layers.grids import CLIPS
 from hylora_kernels.reference import dense_weight, dequantize, quantized
 from hylora_kernels.weights import GROUP, PLANES, QuantizedMatrix, Weights
 

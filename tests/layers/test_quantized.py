@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers.quantizing import FORMS, K, N, dequantized, random_matrix, random_weights
+from helpers.quantizing import FORMS, RA, K, N, R, dequantized, random_matrix, random_weights
 
 from hylora_kernels import backends, use_backend
 from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
@@ -50,3 +51,50 @@ def test_a_backend_without_kernels_for_codes_packs_nothing():
         assert backends.why_not_packed(weights, torch.bfloat16) == {
             "eager": "has no kernels for these codes"
         }
+
+
+@pytest.mark.parametrize("form", ["pair", "SVh", "U", "pivoted"])
+def test_merge_rounds_again_and_says_what_that_cost(form):
+    layer = QuantizedLinear.from_weights(random_weights(form))
+    bits, wanted = layer.bits, layer.weight + 0
+    assert layer.merge(requantize=False).lora_rank == RA and layer.merge_error is None
+    merged = layer.merge()
+    assert merged is layer and layer.lora_rank == 0 and layer.bits == bits and layer.rank == R + RA
+    error = (layer.weight - wanted).norm() / wanted.norm()
+    assert 0 < layer.merge_error < 0.1
+    assert layer.merge_error == pytest.approx(error.item(), rel=0.01)
+    torch.testing.assert_close(layer.to_linear().weight.detach(), layer.weight + 0)
+
+
+def test_a_merge_keeps_the_codes_of_weights_that_stay():
+    weights = random_weights("dense")
+    A, B = torch.zeros(1, K), torch.zeros(N, 1)
+    A[0, 3], B[5, 0] = 1.0, 0.4
+    layer = QuantizedLinear.from_weights(replace(weights, A=A, B=B))
+    before, wanted = layer.SVh.matrix, layer.weight + 0
+    layer.merge()
+    now = layer.SVh.matrix
+    others = [row for row in range(N) if row != 5]
+    for part in ("codes", "scales"):
+        assert torch.equal(getattr(now, part)[others], getattr(before, part)[others])
+    assert (layer.weight - wanted).norm() < 0.4
+
+
+def test_to_linear_is_what_the_codes_stand_for():
+    weights = random_weights("dense", bias=True)
+    linear = QuantizedLinear.from_weights(weights).to_linear()
+    assert torch.equal(linear.weight, dequantize(weights.SVh))
+    assert torch.equal(linear.bias, weights.bias)
+
+
+def test_bad_bits_are_named():
+    for bits, message in (
+        ({"SVh": 7}, r"bits of SVh must be one of \(2, 3, 4, 5, 6, 8\), got 7"),
+        ({}, "bits must be a mapping from SVh or U, got {}"),
+        ({"A": 4}, "bits must be a mapping from SVh or U"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            QuantizedLinear(8, 8, 4, bits=bits)
+    with pytest.raises(ValueError, match=r"matrix must be \[4, 100\] of 4 bits, got \[5, 100\]"):
+        layer = QuantizedLinear(100, 8, 4, bits={"SVh": 4})
+        layer.SVh.matrix = random_matrix(5, 100, 4)
