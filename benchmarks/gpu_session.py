@@ -109,7 +109,7 @@ def steps(machine: dict, out: Path, scale: float) -> list[Step]:
         Step("build", ["setup.py", "--quiet", "build_csrc"], 150, 20),
         Step("decode", [decode, "llama-3.2-1b", *at], 130, 40, **on_time),
         Step("host-cost", ["benchmarks/gpu_host_cost.py", *at], 30, 15, **on_time),
-        Step("groups", ["benchmarks/gpu_groups.py", *at], 40, 20, **on_time),
+        Step("groups", ["benchmarks/gpu_groups.py", *at], 30, 20, **on_time),
         Step("one-row", ["benchmarks/gpu_one_row.py", *at], 45, 30),
         Step("selftest", [*selftest, f"{out}/selftest.json"], 60, 30, **on_time),
         Step("quantized", ["benchmarks/gpu_quantized.py", "llama-3.2-1b", *at], 120, 50, **on_time),

@@ -197,7 +197,8 @@ def test_steps_that_can_stop_by_themselves_are_told_when():
     steps = names()
     told = {name for name, step in steps.items() if gpu_session.seconds_of(step, 100.0)}
     assert told == {
-        *("decode", "decode-7b", "host-cost", "quantized", "selftest", "selftest-full"),
+        *("decode", "decode-7b", "groups", "host-cost", "quantized", "selftest"),
+        "selftest-full",
         *("tinyllama", "llama-3.2-1b", "7b", "compiled"),
     }
     assert gpu_session.seconds_of(steps["7b"], 100.0) == ["--seconds", "90"]

@@ -65,9 +65,8 @@ def test_all_is_well(small):
 
 @pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
 def test_layers_on_one_x_are_tested_as_a_group(monkeypatch):
-    monkeypatch.setattr(
-        selftest, "plan", lambda *given: [Entry(Case(3, (37, 53, 7, 8), "pair"), 0, ())]
-    )
+    one = [Entry(Case(3, (37, 53, 7, 8), "pair"), 0, (torch.float32,))]
+    monkeypatch.setattr(selftest, "plan", lambda *given: one)
     monkeypatch.setattr(backends, "BACKENDS", {"cpu": cpu})
     monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: False)
     report = selftest.selftest("cpu")
@@ -75,10 +74,10 @@ def test_layers_on_one_x_are_tested_as_a_group(monkeypatch):
     assert [line.dtype for line in found] == ["bfloat16", "float16", "float32"]
     assert all(line.cases == 4 and line.bit_equal and not line.failures for line in found)
     forward = cpu.forward_group
-    monkeypatch.setattr(cpu, "forward_group", lambda *given: poke(forward(*given), 1e-1))
+    monkeypatch.setattr(cpu, "forward_group", lambda *given: poke(forward(*given), 1.0))
     failures = selftest.selftest("cpu").failures
-    assert len(failures) >= 12 and "cpu bfloat16 on cpu: group M=1: y: error" in failures[0]
-    monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: True)
+    assert "cpu bfloat16 on cpu: group M=1: y: error" in failures[0] and len(failures) >= 12
+    monkeypatch.setattr(packed, "torch_products_are_faster", lambda w: w.pivots is None)
     reasons = selftest.selftest("cpu").skipped
     assert "torch's products are faster" in reasons["cpu bfloat16 group on cpu"]
 

@@ -50,12 +50,13 @@ def group(
     Q,  # 1-D: the members' Q and aB
     Columns,  # int32: the place of each column in its member's y
     Tiles,  # int64 [column_blocks, FIELDS]
-    Biases,  # a tuple with [N] or None for each member
+    Biases,  # a tuple with [N] for each member, anything for those without one
     Y_,  # [M, width], contiguous
     H,  # [M, h_columns], workspace
     Partial,  # float32 workspace of split sums, or None
     Counters,  # int32, all zero: the queue, Ready [m_blocks], arrivals at each block of h
     M, K, rank, h_columns, width, column_blocks, x_m, x_k,
+    BIASED: tl.constexpr,  # bit i: member i has a bias. Triton 3.6 takes no None in a tuple
     ADAPTERS: tl.constexpr,  # 0: no member has one apart; else their places count in this, 8 or 1
     SPLIT: tl.constexpr, SWAP: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
@@ -94,8 +95,8 @@ def group(
                 pass
             tl.debug_barrier()
             _expand(
-                m_block, tile, depth, H, q, Q, Columns, Biases, Y_, sizes, ADAPTERS=ADAPTERS,
-                SWAP=SWAP, PRECISION=PRECISION, BM=BM, BN=BN, BJ=BJ)
+                m_block, tile, depth, H, q, Q, Columns, Biases, Y_, sizes, BIASED=BIASED,
+                ADAPTERS=ADAPTERS, SWAP=SWAP, PRECISION=PRECISION, BM=BM, BN=BN, BJ=BJ)
         ticket = tl.atomic_add(Counters + QUEUE, 1, sem="relaxed")
 
     # As in kernels.layer: the program with the last ticket resets the queue and Ready.
@@ -107,9 +108,9 @@ def group(
 
 @triton.jit
 def _expand(
-    m_block, tile, depth, H, q, Q, Columns, Biases, Y_, sizes, ADAPTERS: tl.constexpr,
-    SWAP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BJ: tl.constexpr,
+    m_block, tile, depth, H, q, Q, Columns, Biases, Y_, sizes, BIASED: tl.constexpr,
+    ADAPTERS: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BJ: tl.constexpr,
 ):
     """Compute and store a block of y [BM, BN], of one member: h Q^T, or h itself at its pivots,
     plus its adapter part and bias."""
@@ -137,7 +138,7 @@ def _expand(
     y = tl.trans(acc) if SWAP else acc
     member = tl.load(tile + MEMBER)
     for i in tl.static_range(len(Biases)):
-        if Biases[i] is not None:
+        if BIASED >> i & 1:
             if member == i:
                 y += tl.load(Biases[i] + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     mask_y = (rows < sizes.M)[:, None] & inside[None, :]
