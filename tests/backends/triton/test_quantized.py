@@ -25,12 +25,18 @@ from helpers.quantizing import (
     N,
     assert_as_exact_as_eager,
     dequantized,
+    quantized_model,
     random_matrix,
     random_weights,
 )
 from triton_interpreter.checked import checked
 
-from hylora_kernels import reference
+from hylora_kernels import (
+    optimize_for_inference,
+    reference,
+    restore_from_inference,
+    use_backend,
+)
 from hylora_kernels.backends import triton as backend
 from hylora_kernels.backends.triton.config import Target
 from hylora_kernels.backends.triton.quantized import groups, launch, packed
@@ -43,6 +49,7 @@ from hylora_kernels.backends.triton.quantized.config import (
     why_illegal,
 )
 from hylora_kernels.backends.triton.quantized.launch import Words
+from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.layers.quantized import dense_weights
 from hylora_kernels.weights import PLANES
 
@@ -195,6 +202,27 @@ def test_an_embedding_reads_its_heads_rows():
     weights, ids = random_weights("dense"), torch.tensor([[1, 19]])
     rows = backend.rows_packed(ids, packed.pack(weights, torch.bfloat16))
     assert torch.equal(rows, reference.dequantize(weights.SVh, torch.bfloat16)[ids])
+
+
+def test_a_model_is_packed_and_restored_bit_for_bit(monkeypatch):
+    """As on a GPU: in the interpreter the backend leaves packing to the CPU's."""
+
+    def pack(weights, dtype, **others):
+        return packed.pack(weights, dtype) if weights.is_quantized else None
+
+    monkeypatch.setattr(backend, "pack", pack)
+    model, ids = quantized_model(dtype=torch.float16), torch.arange(6)[None]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad(), use_backend("triton"):
+        expected = model(ids).logits
+        optimize_for_inference(model)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-3)
+    states = packed_states(model)
+    assert states and all(isinstance(s.packed, packed.PackedQuantizedLayer) for s in states)
+    restore_from_inference(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_codes_that_start_anywhere_are_copied_and_aligned_ones_are_not():
