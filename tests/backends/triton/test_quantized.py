@@ -210,7 +210,7 @@ def test_an_embedding_reads_its_heads_rows():
 def test_a_model_is_packed_and_restored_bit_for_bit(monkeypatch):
     """As on a GPU: in the interpreter the backend leaves packing to the CPU's."""
 
-    def pack(weights, dtype, **others):
+    def pack(weights, dtype, *others):
         return packed.pack(weights, dtype) if weights.is_quantized else None
 
     monkeypatch.setattr(backend, "pack", pack)
