@@ -11,9 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hylora_kernels.compression.budget import ENTRY_BYTES
 from hylora_kernels.compression.embedding import holders
 from hylora_kernels.compression.options import AS_IS, CompressOptions
 from hylora_kernels.compression.ranks import DENSE, Choice, adapter_rank
@@ -21,6 +20,8 @@ from hylora_kernels.layers.factors import factor_count
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedFactor, QuantizedLinear
 from hylora_kernels.model.structure import Target
+
+HEADER = 256  # Bytes, at most, of a file's header besides an entry for each tensor.
 
 
 class Costs:
@@ -42,8 +43,10 @@ class Costs:
         self._places = {t.path: len(holders(model, t.module.weight)) for t in tables}
         state = model.state_dict()
         own = {(t.data_ptr(), t.shape): t for t in state.values()}  # A tied one is saved once.
-        self.dense = sum(t.nbytes for t in own.values()) + sum(map(_entry, state))
-        self._as_is = {t.path: _held(t) for t in (*linears, *tables)}
+        size = sum(t.nbytes for t in own.values())
+        self._digits = len(str(size))
+        self.dense = size + HEADER + sum(self._entry(n, t.shape) for n, t in state.items())
+        self._as_is = {t.path: self._held(t) for t in (*linears, *tables)}
         self.rest = self.dense - sum(self._as_is.values())
 
     def total(self, choices: Mapping[Target, Choice]) -> int:
@@ -54,8 +57,8 @@ class Costs:
         """Of the matrix in the file and of its entries in the header, at most."""
         if choice == as_is(target):
             return self._as_is[target.path]
-        sizes = _saved(self._kind(target, choice), target.matrix.dtype)
-        return sum(size + _entry(f"{target.path}.{name}") for name, size in sizes)
+        saved = _saved(self._kind(target, choice), target.matrix.dtype)
+        return sum(t.nbytes + self._entry(f"{target.path}.{n}", t.shape) for n, t in saved.items())
 
     def bits(self, target: Target, choice: Choice) -> int:
         """Of all codes, scales aside; of a matrix that has no codes, of its numbers."""
@@ -70,6 +73,17 @@ class Costs:
         if choice.rank == DENSE:
             return N * K
         return factor_count(choice.rank, K, N, self._options.form)
+
+    def _held(self, target: Target) -> int:
+        """Bytes of a module in the file, its bias aside."""
+        held = target.module.state_dict(prefix=f"{target.path}.")
+        matrices = ((name, t) for name, t in held.items() if not name.endswith(".bias"))
+        return sum(t.nbytes + self._entry(name, t.shape) for name, t in matrices)
+
+    def _entry(self, name: str, shape: Sequence[int]) -> int:
+        """Bytes of a tensor's entry in the header, at most:
+        "name":{"dtype":"BF16","shape":[1,2],"data_offsets":[0,4]},"""
+        return 50 + len(name) + len(",".join(map(str, shape))) + 2 * self._digits
 
     def _kind(self, target: Target, choice: Choice) -> tuple[Any, ...]:
         (N, K), o, module = target.shape, self._options, target.module
@@ -90,31 +104,21 @@ def as_is(target: Target) -> Choice:
     return Choice(module.rank + module.lora_rank if is_cut else DENSE)
 
 
-def _held(target: Target) -> int:
-    """Bytes of a module in the file, its bias aside."""
-    held = target.module.state_dict(prefix=f"{target.path}.")
-    return sum(t.nbytes + _entry(name) for name, t in held.items() if not name.endswith(".bias"))
-
-
-def _entry(name: str) -> int:
-    return len(name) + ENTRY_BYTES
-
-
 @cache
-def _saved(kind: tuple[Any, ...], dtype: torch.dtype) -> list[tuple[str, int]]:
-    """(name, bytes) of each tensor that a layer is saved as, without its bias."""
+def _saved(kind: tuple[Any, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors, on the meta device, that a layer is saved as, without its bias."""
     what, N, K, *rest = kind
     on_meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
     if what == "layer":
         rank, adapter, form, bits = rest
         module: nn.Module = _linear(K, N, rank, adapter, form, bits, on_meta)
-        return [(name, tensor.nbytes) for name, tensor in module.state_dict().items()]
+        return module.state_dict()
     tied, bits = rest
     module = QuantizedFactor(N, K, bits, **on_meta)
-    found = [(f"matrix.{name}", tensor.nbytes) for name, tensor in module.state_dict().items()]
-    if tied:  # The head has the embedding's codes, but an empty U and pivots of its own.
+    found = {f"matrix.{name}": tensor for name, tensor in module.state_dict().items()}
+    if tied:  # The head has the embedding's codes, but an empty U of its own.
         head = _linear(K, N, N, 0, "pivoted", bits, on_meta).state_dict()
-        found += [(n, t.nbytes) for n, t in head.items() if not n.startswith("SVh.")]
+        found |= {name: t for name, t in head.items() if not name.startswith("SVh.")}
     return found
 
 

@@ -71,6 +71,19 @@ def test_every_verb_is_there_and_says_what_it_does():
             assert "--device" in page
 
 
+def test_a_quantised_model_is_written_loaded_and_measured(home, tmp_path):
+    out = tmp_path / "small"
+    words = ("--bytes", "60kB", "--samples", 4, "--length", 24, "--data", home / "text.txt")
+    adapt = ("--adapt", home / "text.txt", "--adapt-steps", 2, "--adapt-rank", 4)
+    shown = run("quantize", home / "dense", "--out", out, *words, *adapt).output
+    assert "matrices by bits" in shown and "predicted" in shown and "why not more" in shown
+    assert 58_000 < (out / "model.safetensors").stat().st_size <= 60_000
+    found = json.loads((out / "compress.json").read_text())
+    assert found["adapt"]["steps"] == 2 and found["options"]["low_rank"] is False
+    assert {layer["rank"] for layer in found["layers"]} == {0}
+    run("evaluate", out, "--data", home / "text.txt", "--no-speed", "--length", 24)
+
+
 def test_as_a_module_it_is_the_same():
     done = subprocess.run(
         [sys.executable, "-m", "hylora_kernels", "info"],

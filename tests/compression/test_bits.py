@@ -31,9 +31,9 @@ from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from hylora_kernels.model.modules import parameter_count
 from hylora_kernels.model.structure import discover
 
-IDS = tiny.tokens(8, 16)
+IDS = tiny.tokens(4, 16)
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
-QUICK = {"calibration": IDS, "samples": 8, "progress": False, "cache": False}
+QUICK = {"calibration": IDS, "samples": 4, "measure": 0, "progress": False, "cache": False}
 
 
 def wide(dtype=torch.float32, tied=True):
@@ -47,7 +47,7 @@ def quantised(model=None, **options):
 @functools.cache
 def at_160_kB():
     """Model and report; the dense model takes 1 MB."""
-    return quantised(target_mb=0.16)
+    return quantised(target_mb=0.16, measure=4)
 
 
 # ------------------------------------------------------------------------------------- the budget
@@ -89,8 +89,7 @@ def test_no_choice_of_the_same_cost_has_a_smaller_error(seed):
     assert error <= 1.5 * best["same"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize(("dtype", "low_rank"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_a_target_is_the_size_of_the_file(dtype, low_rank, tmp_path):
     from hylora_kernels.model.saving import save_pretrained
 
@@ -99,16 +98,16 @@ def test_a_target_is_the_size_of_the_file(dtype, low_rank, tmp_path):
     model, report = compressed(wide(dtype), None, IDS, **options)
     save_pretrained(model, tmp_path / "small")
     written = (tmp_path / "small" / "model.safetensors").stat().st_size / MB
-    assert 0.97 * target < written <= target
+    assert 0.985 * target < written <= target
     assert written <= report.model_bytes / MB <= target
     assert len({layer.bits for layer in report.layers}) > 1
 
 
 def test_a_larger_budget_predicts_and_loses_less():
-    reports = [quantised(target_mb=0.12)[1], at_160_kB()[1], quantised(target_mb=0.25)[1]]
+    reports = [at_160_kB()[1], quantised(target_mb=0.25, measure=4)[1]]
     predicted = [report.predicted_loss for report in reports]
     measured = [abs(report.loss - report.dense_loss) for report in reports]
-    assert predicted == sorted(predicted, reverse=True) and predicted[0] > 3 * predicted[-1] > 0
+    assert predicted == sorted(predicted, reverse=True) and predicted[0] > 2 * predicted[-1] > 0
     assert measured[0] > measured[-1]
     layers = (*reports[0].layers, *reports[0].tables)
     assert predicted[0] == pytest.approx(sum(layer.predicted_loss for layer in layers))
@@ -283,7 +282,7 @@ def test_options_of_quantize_model_are_checked(given, message):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (0.001, "target_mb=0.00 can't be met: the least possible is 0.10, of the model's 1.0. MB"),
+        (0.001, "target_mb=0.00 can't be met: the least possible is 0.09, of the model's 1.0. MB"),
         (2, "target_mb=2 is at or above the dense model, which has 1.0.: nothing would be"),
     ],
 )
