@@ -195,8 +195,8 @@ PYTHON = {
     ),
     "a dropout that is not restored": Mutant(
         "hylora_kernels/model/skeleton.py",
-        "bias, alpha, lora_dropout, form, device",
-        "bias, alpha, 0.0, form, device",
+        "return SVDLoRALinear(*sizes, bias, alpha, lora_dropout, form",
+        "return SVDLoRALinear(*sizes, bias, alpha, 0.0, form",
         "model/test_checkpoint.py::test_mixed_dtypes_dropout_and_trainability",
     ),
     # ----------------------------------------------------------------------------------- evaluation

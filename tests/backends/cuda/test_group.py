@@ -23,6 +23,8 @@ from hylora_kernels import optimize_for_inference, restore_from_inference, use_b
 from hylora_kernels.backends import cuda
 from hylora_kernels.backends.shared import counters, group_gpu
 from hylora_kernels.backends.shared.group_gpu import LAUNCHED_ROWS
+from hylora_kernels.inference.cuda_graph import CudaGraphs
+from hylora_kernels.inference.modules import Modules
 
 K = 70
 HALVES = (torch.bfloat16, torch.float16)
@@ -221,6 +223,27 @@ def test_groups_are_the_default_on_a_gpu_alone(on_emulator, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.dim() == 1))
     assert any(p.is_cuda for p in model.parameters()), "the norms alone, for this test"
     assert len(blocks_of(optimize_for_inference(model))) == 4
+
+
+@torch.no_grad()
+def test_the_steps_of_a_cuda_graph_go_through_groups(calls):
+    model = optimise(mixed_llama().eval())
+    ids = tiny.tokens(2, 5) % 96
+    mask, tokens = torch.ones_like(ids), ids[:, 0]
+
+    def captured(run, put_back, device):
+        put_back()
+        return run
+
+    graphs = CudaGraphs(model, captured, lambda model: "")
+    graphs.prefill(ids, mask)
+    del calls[:]
+    got = graphs.step(tokens)
+    assert calls == ["launch"] * 4, "q, k, v and gate, up of two layers"
+    twin = Modules(ungrouped(model))
+    twin.prefill(ids, mask)
+    want = twin.step(tokens)
+    assert (got - want).norm() <= 4 * torch.finfo(torch.bfloat16).eps * want.norm()
 
 
 @torch.no_grad()
