@@ -53,7 +53,7 @@ TORCH_TARGET = (2, 10)  # the oldest torch that loads the library
 # reason at run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
-AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 AMX_BF16 = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mprfchw"]
 ISA = {
     "avx2": (AVX2, "vfmadd231ps %ymm0, %ymm0, %ymm0"),

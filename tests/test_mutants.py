@@ -250,6 +250,24 @@ KERNELS = {
         "",
         BATTERY,
     ),
+    "x of quantised layers taken from a plain one of the group": Mutant(
+        "csrc/cpu/group.cpp",
+        "bool& is_prepared = seen[call->is_quantized()];",
+        "bool& is_prepared = seen[0];",
+        BATTERY,
+    ),
+    "h not made fixed point": Mutant(
+        "csrc/cpu/kernels/engine.h",
+        "    b.fix_h();\n",
+        "",
+        BATTERY,
+    ),
+    "Inf read as a number of fixed point": Mutant(
+        "csrc/cpu/kernels/fixed_point.h",
+        "exponent == 255) {",
+        "exponent == 256) {",
+        BATTERY,
+    ),
     "one of a tile's separate sums dropped": Mutant(
         "csrc/cpu/kernels/fma.h",
         "for (int u = 1; u < U; u++)",

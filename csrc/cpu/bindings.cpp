@@ -14,6 +14,7 @@
 #include "kernels/isa.h"
 #include "kernels/panels.h"
 #include "packed_layer.h"
+#include "quantized_panels.h"
 #include "threads.h"
 
 namespace hylora {
@@ -70,12 +71,13 @@ layer(const Tensor& x, const Tensor& shrink, const std::optional<Tensor>& adapte
   return {y, h_a};
 }
 
-Tensor pack_layer_op(const Tensor& shrink, const std::optional<Tensor>& adapter_shrink,
-                     const Tensor& expand, const std::optional<Tensor>& adapter_expand,
+Tensor pack_layer_op(const Tensor& like, const Tensor& shrink,
+                     const std::optional<Tensor>& adapter_shrink, const Tensor& expand,
+                     const std::optional<Tensor>& adapter_expand,
                      const std::optional<Tensor>& pivot_table, int64_t k, int64_t r, int64_t ra,
                      int64_t n, double alpha) {
-  return pack_layer({shrink, adapter_shrink, expand, adapter_expand, pivot_table, r, ra, n, alpha},
-                    k);
+  return pack_layer(
+      like, {shrink, adapter_shrink, expand, adapter_expand, pivot_table, r, ra, n, alpha}, k);
 }
 
 LayerCall call_on_packed(const InputRows& x, const Tensor& layer) {
@@ -207,23 +209,84 @@ Tensor unpack_part(const Tensor& layer, int64_t part) {
   return unpacked(layer, call.type, *parts[part]);
 }
 
-Tensor rows(const Tensor& panels, int64_t n, int64_t k, const Tensor& ids) {
-  const Type type = type_of(panels, "panels");
-  const Panels packed = panels_of(panels, type, "panels", n, k);
+// W[ids]; `like` gives the dtype.
+Tensor rows_at(const Tensor& like, Type type, const Panels& panels, const Tensor& ids) {
+  const int64_t n = panels.n, k = panels.k;
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, "ids must be int64");
   const Tensor contiguous_ids = torch::stable::contiguous(ids);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < ids.dim(); i++)
     sizes.push_back(ids.size(i));
   sizes.push_back(k);
-  Tensor out = new_tensor(panels, sizes);
+  Tensor out = new_tensor(like, sizes);
   const auto* id = static_cast<const int64_t*>(contiguous_ids.data_ptr());
   for (int64_t i = 0; i < ids.numel(); i++) {
     STD_TORCH_CHECK(id[i] >= 0 && id[i] < n, "ids must be in [0, ", n, "), got ", id[i]);
-    copy_panel_row(type, packed, id[i],
+    copy_panel_row(type, panels, id[i],
                    static_cast<char*>(out.data_ptr()) + i * k * out.element_size());
   }
   return out;
+}
+
+Tensor rows(const Tensor& panels, int64_t n, int64_t k, const Tensor& ids) {
+  const Type type = type_of(panels, "panels");
+  return rows_at(panels, type, panels_of(panels, type, "panels", n, k), ids);
+}
+
+Tensor packed_rows(const Tensor& layer, int64_t k, const Tensor& ids) {
+  const LayerCall call = call_of_packed(layer);
+  STD_TORCH_CHECK(call.shrink.n == 0 && k == call.K, "layer must be one matrix of ", k, " columns");
+  return rows_at(layer, call.type, call.expand, ids);
+}
+
+// A quantised matrix's tensors as the plain code takes them.
+QuantizedPlanes planes_of(const Tensor& codes, const Tensor& scales,
+                          const std::optional<Tensor>& zeros, int64_t bits, int64_t k,
+                          bool packed_zeros) {
+  STD_TORCH_CHECK(std::count(std::begin(kBitWidths), std::end(kBitWidths), bits) == 1,
+                  "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
+  const int64_t n = codes.size(0), groups = ceil_div(k, kGroup);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() &&
+                      codes.numel() == n * groups * 8 * bits,
+                  "codes must be contiguous uint8 [n, ", groups, ", ", 8 * bits, "]");
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Half && scales.is_contiguous() &&
+                      scales.numel() == n * groups,
+                  "scales must be contiguous float16 [", n, ", ", groups, "]");
+  STD_TORCH_CHECK(zeros.has_value() == (bits < 8), "zeros must be given, but not for 8 bits");
+  const int64_t count = packed_zeros ? ceil_div(n * groups, kGroup) * 8 * bits : n * groups;
+  STD_TORCH_CHECK(!zeros || (zeros->scalar_type() == ScalarType::Byte && zeros->is_contiguous() &&
+                             zeros->numel() == count),
+                  "zeros must be ", count, " contiguous numbers of uint8");
+  return {int(bits),
+          n,
+          k,
+          static_cast<uint8_t*>(codes.data_ptr()),
+          static_cast<uint16_t*>(scales.data_ptr()),
+          zeros ? static_cast<uint8_t*>(zeros->data_ptr()) : nullptr};
+}
+
+Tensor pack_quantized_op(const Tensor& codes, const Tensor& scales,
+                         const std::optional<Tensor>& zeros, int64_t bits, int64_t k) {
+  const QuantizedPlanes W = planes_of(codes, scales, zeros, bits, k, true);
+  const int64_t panels = ceil_div(W.n, 32), bytes = panels * panel_bytes(W.bits, k);
+  Tensor packed = new_tensor(codes, {bytes});
+  want_huge_pages(packed.data_ptr(), size_t(bytes));
+  // Each byte costs as much as reading a hundred.
+  split_among_threads(panels, 100 * bytes, [&](int64_t begin, int64_t end) {
+    pack_quantized(W, static_cast<char*>(packed.data_ptr()), begin, end);
+  });
+  return packed;
+}
+
+void unpack_quantized_op(const Tensor& layer, int64_t part, int64_t bits, Tensor codes,
+                         Tensor scales, std::optional<Tensor> zeros) {
+  const LayerCall call = call_of_packed(layer);
+  const Panels& panels = part ? call.expand : call.shrink;
+  STD_TORCH_CHECK(bits == panels.bits && codes.size(0) == panels.n, "part ", part,
+                  " of the layer must be quantised to ", bits, " bits and have ", codes.size(0),
+                  " rows");
+  unpack_quantized(planes_of(codes, scales, zeros, bits, panels.k, false),
+                   static_cast<const char*>(panels.data), 0, ceil_div(panels.n, 32));
 }
 
 Tensor pivot_table(const Tensor& pivots, int64_t n) {
@@ -270,9 +333,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
         " Tensor? adapter_expand, Tensor? bias, Tensor? pivot_table, int r, int ra, int n,"
         " float alpha, bool emit_h_a, bool backward, int limb_products)"
         " -> (Tensor y, Tensor h_a)");
-  // A layer packed into one tensor; the call on it; and one matrix of it: part 0 is shrink, 1
-  // adapter_shrink, 2 expand, 3 adapter_expand, [0, 0] where there is none.
-  m.def("cpu_pack_layer(Tensor shrink, Tensor? adapter_shrink, Tensor expand,"
+  // A layer packed into one tensor of like's dtype; the call on it; and one matrix of it: part 0 is
+  // shrink, 1 adapter_shrink, 2 expand, 3 adapter_expand, [0, 0] where there is none.
+  m.def("cpu_pack_layer(Tensor like, Tensor shrink, Tensor? adapter_shrink, Tensor expand,"
         " Tensor? adapter_expand, Tensor? pivot_table, int k, int r, int ra, int n, float alpha)"
         " -> Tensor");
   m.def("cpu_packed_layer(Tensor x, Tensor layer, Tensor? bias, int n, int limb_products)"
@@ -284,6 +347,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
   m.def("cpu_packed_group(Tensor x, Tensor[] weights, int[] matrix_outputs, Tensor?[] biases,"
         " int[] limb_products, int width) -> Tensor");
   m.def("cpu_unpack_part(Tensor layer, int part) -> Tensor");
+  // A quantised matrix (weights.QuantizedMatrix) [n, k] -> its panels, uint8; a packed layer holds
+  // them as it does others. Back from one, part 0 is shrink, 1 expand; zeros is [n, groups], a zero
+  // point a byte. And rows of a packed layer that is one matrix of k columns.
+  m.def("cpu_pack_quantized(Tensor codes, Tensor scales, Tensor? zeros, int bits, int k)"
+        " -> Tensor");
+  m.def("cpu_unpack_quantized(Tensor layer, int part, int bits, Tensor(a!) codes,"
+        " Tensor(b!) scales, Tensor(c!)? zeros) -> ()");
+  m.def("cpu_packed_rows(Tensor layer, int k, Tensor ids) -> Tensor");
   // pivots int32 [r], ascending -> the pivot table of n outputs (PivotPanel in call.h), as int32.
   m.def("cpu_pivot_table(Tensor pivots, int n) -> Tensor");
   // a [M, ra], b [M, n] -> scale a^T b [ra, n], with sums one row more: the sum of b's rows.
@@ -304,6 +375,9 @@ STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
   m.impl("cpu_packed_layer", TORCH_BOX(&hylora::packed_layer));
   m.impl("cpu_packed_group", TORCH_BOX(&hylora::packed_group));
   m.impl("cpu_unpack_part", TORCH_BOX(&hylora::unpack_part));
+  m.impl("cpu_pack_quantized", TORCH_BOX(&hylora::pack_quantized_op));
+  m.impl("cpu_unpack_quantized", TORCH_BOX(&hylora::unpack_quantized_op));
+  m.impl("cpu_packed_rows", TORCH_BOX(&hylora::packed_rows));
   m.impl("cpu_pivot_table", TORCH_BOX(&hylora::pivot_table));
   m.impl("cpu_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }

@@ -19,9 +19,11 @@ enum class Type : int32_t { bf16, fp16, fp32 };
 // One weight matrix W [n, k] for products x W^T, cut into panels of 32 rows of W, zero padded.
 //   bf16         [n/32][k/32][2][16][16][2]   for every 32 k two AMX tiles: 16 pairs of k, 16 rows
 //   fp16, fp32   [n/32][k][32]
+//   quantised    [n/32][k/64] units (quantized_panels.h), whatever the call's type is
 struct Panels {
   const void* data = nullptr;
   int64_t n = 0, k = 0;
+  int bits = 0;  // of a quantised matrix's codes; 0: it has numbers of the call's type
 };
 
 // The pivot table's entry for 32 outputs. Outputs are numbered within the entry; pivots and others
@@ -85,6 +87,7 @@ struct LayerCall {
 
   bool sorts_x() const { return table.panels && backward; }
   bool merges_pivots() const { return table.panels && !backward; }
+  bool is_quantized() const { return shrink.bits || expand.bits; }
 };
 
 // C [ra, n] = scale * a^T b, in columns [col0, col1). With sums C has one row more: the sum of b's
@@ -116,14 +119,15 @@ struct ArgmaxCall;
 // The kernels of one instruction set. With many rows threads split the rows: `rows` does the whole
 // layer for rows [m0, m1). With few rows they share one block in memory of block_bytes, which
 // `prepare` fills with x; then they split the panels of `shrink`, those of `expand`, and in the
-// pivoted form the rows of `merge_pivots`. `pivots` adds the adapter's part to the pivots; one
-// thread does it between shrink and expand.
+// pivoted form the rows of `merge_pivots`. `between` is what one thread does between shrink and
+// expand: it adds the adapter's part to the pivots, and h becomes fixed point for a quantised
+// expand (kernels/fixed_point.h).
 struct Kernels {
   void (*rows)(const LayerCall&, int64_t m0, int64_t m1);
   size_t (*block_bytes)(const LayerCall&);
   void (*prepare)(const LayerCall&, void* block);
   void (*shrink)(const LayerCall&, void* block, int64_t panel0, int64_t panel1);
-  void (*pivots)(const LayerCall&, void* block);
+  void (*between)(const LayerCall&, void* block);
   void (*expand)(const LayerCall&, void* block, int64_t panel0, int64_t panel1);
   void (*merge_pivots)(const LayerCall&, void* block, int64_t row0, int64_t row1);
   void (*adapter_gradients)(const AdapterGradients&, int64_t col0, int64_t col1);

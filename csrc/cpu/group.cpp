@@ -16,12 +16,15 @@ constexpr int64_t kRowsPerPart = 512;
 
 // How many threads the layers are worth.
 int64_t useful_threads(const LayerCall* calls, int64_t count) {
-  int64_t weights = 0;
-  for (const LayerCall* call = calls; call < calls + count; call++)
-    weights += call->shrink.n * call->shrink.k + call->expand.n * call->expand.k +
-               call->ra * (call->K + call->N);
   const int64_t size = calls[0].type == Type::fp32 ? 4 : 2;
-  return std::max<int64_t>(1, size * weights / kBytesPerThread);
+  const auto bits_of = [&](const Panels& panels) {
+    return panels.n * panels.k * (panels.bits ? panels.bits : 8 * size);
+  };
+  int64_t bits = 0;
+  for (const LayerCall* call = calls; call < calls + count; call++)
+    bits +=
+        bits_of(call->shrink) + bits_of(call->expand) + call->ra * (call->K + call->N) * 8 * size;
+  return std::max<int64_t>(1, bits / 8 / kBytesPerThread);
 }
 
 // A layer and its block of memory.
@@ -60,22 +63,28 @@ void run_stage(Team& team, int64_t most, const std::vector<Member>& members, con
   });
 }
 
-// Each layer with a part of this thread's scratch, which holds all of its rows; x is prepared in
-// the first one's.
+// Each layer with a part of this thread's scratch, which holds all of its rows. x is prepared in
+// that of the first quantised layer for those, of the first other one for the others.
 std::vector<Member> members_of(const LayerCall* calls, int64_t count) {
   const Kernels& k = kernels();
   std::vector<Member> members;
   size_t bytes = 0;
+  bool seen[2] = {};
   for (const LayerCall* call = calls; call < calls + count; call++) {
     if (call->N == 0) continue;
     members.push_back({*call, nullptr});
+    bool& is_prepared = seen[call->is_quantized()];
     // Any address: the bytes of a block without x are counted.
-    if (members.size() > 1) members.back().call.x_block = &bytes;
+    if (is_prepared) members.back().call.x_block = &bytes;
+    is_prepared = true;
     bytes += k.block_bytes(members.back().call);
   }
   char* block = static_cast<char*>(scratch(Scratch::shared_block, bytes));
+  char* prepared[2] = {};
   for (Member& member : members) {
-    if (member.call.x_block) member.call.x_block = members[0].block;
+    char*& x = prepared[member.call.is_quantized()];
+    if (member.call.x_block) member.call.x_block = x;
+    if (!x) x = block;
     member.block = block;
     block += k.block_bytes(member.call);
     k.prepare(member.call, member.block);
@@ -92,7 +101,7 @@ void run_few_rows(const LayerCall* calls, int64_t count, Team& team) {
     return Work{k.shrink, call.shrink.n ? shrink_panels(call) : 0, 1};  // each of K numbers
   });
   for (const Member& member : members)
-    if (member.call.merges_pivots()) k.pivots(member.call, member.block);
+    k.between(member.call, member.block);
   run_stage(team, parts, members, [&](const LayerCall& call) {
     const int64_t blocks = ceil_div(call.expand.k, 32) + ceil_div(call.adapter_expand.k, 32);
     return Work{k.expand, expand_panels(call), larger(blocks, 1)};

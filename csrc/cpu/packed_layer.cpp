@@ -15,7 +15,7 @@ constexpr uint64_t kAlignment = 64;
 
 // The panels of a matrix [n, k]. `offset` counts bytes from the header's start; 0: there is none.
 struct PackedPanels {
-  uint64_t offset, n, k;
+  uint64_t offset, n, k, bits;
 };
 
 // Stands at the start of a packed layer.
@@ -42,15 +42,22 @@ PivotTable pivot_table_of(const std::optional<Tensor>& table, int64_t n, int64_t
 }
 
 Panels panels_at(const char* base, const PackedPanels& part) {
-  return {part.offset ? base + part.offset : nullptr, int64_t(part.n), int64_t(part.k)};
+  return {part.offset ? base + part.offset : nullptr, int64_t(part.n), int64_t(part.k),
+          int(part.bits)};
 }
 
 }  // namespace
 
 LayerCall call_of(const LayerWeights& w, Type type, int64_t K, bool backward) {
-  STD_TORCH_CHECK(w.r >= 1 && w.ra >= 0 && w.N >= 0, "r must be positive, ra and n not negative");
+  STD_TORCH_CHECK(w.r >= 0 && w.ra >= 0 && w.N >= 0, "r, ra and n must not be negative");
   LayerCall call{};
   call.type = type, call.backward = backward, call.K = K, call.N = w.N;
+  if (w.r == 0) {
+    STD_TORCH_CHECK(w.ra == 0 && !w.pivot_table,
+                    "ra must be 0 and pivot_table not given if r is 0");
+    call.expand = panels_of(w.expand, type, "expand", w.N, K);
+    return call;
+  }
   call.ra = w.ra, call.alpha = float(w.alpha);
   const bool separate = w.adapter_shrink.has_value(), joined = w.ra > 0 && !separate;
   call.adapter = w.ra == 0 ? Adapter::none : joined ? Adapter::joined : Adapter::separate;
@@ -77,12 +84,14 @@ LayerCall call_of(const LayerWeights& w, Type type, int64_t K, bool backward) {
     call.adapter_expand =
         panels_of(*w.adapter_expand, type, "adapter_expand", w.r, w.r % 32 + w.ra);
   }
+  STD_TORCH_CHECK(!(joined && call.is_quantized()),
+                  "adapter_shrink and adapter_expand must be given for a quantised base");
   call.adapter_column = joined ? w.r : base_columns;
   return call;
 }
 
-Tensor pack_layer(const LayerWeights& w, int64_t K) {
-  const LayerCall call = call_of(w, type_of(w.shrink, "shrink"), K, false);
+Tensor pack_layer(const Tensor& like, const LayerWeights& w, int64_t K) {
+  const LayerCall call = call_of(w, type_of(like, "like"), K, false);
   PackedHeader header{};
   header.magic = kMagic;
   header.pivots = uint64_t(call.table.pivots);
@@ -96,9 +105,9 @@ Tensor pack_layer(const LayerWeights& w, int64_t K) {
     return offset;
   };
   auto place_panels = [&](const Panels& panels, const Tensor& part) {
-    return PackedPanels{place(part), uint64_t(panels.n), uint64_t(panels.k)};
+    return PackedPanels{place(part), uint64_t(panels.n), uint64_t(panels.k), uint64_t(panels.bits)};
   };
-  header.shrink = place_panels(call.shrink, w.shrink);
+  if (w.r) header.shrink = place_panels(call.shrink, w.shrink);
   header.expand = place_panels(call.expand, w.expand);
   if (w.adapter_shrink)
     header.adapter_shrink = place_panels(call.adapter_shrink, *w.adapter_shrink);
@@ -106,15 +115,16 @@ Tensor pack_layer(const LayerWeights& w, int64_t K) {
     header.adapter_expand = place_panels(call.adapter_expand, *w.adapter_expand);
   if (w.pivot_table) header.pivot_table = place(*w.pivot_table);
 
-  Tensor layer = new_tensor(w.shrink, {int64_t(size) / int64_t(w.shrink.element_size())});
+  Tensor layer = new_tensor(like, {int64_t(size) / int64_t(like.element_size())});
   char* base = static_cast<char*>(layer.data_ptr());
   want_huge_pages(base, size);
+  std::memset(base, 0, size);  // so that equal layers have equal bytes between their parts, too
   std::memcpy(base, &header, sizeof header);
   auto copy = [&](uint64_t offset, const Tensor& part) {
     // An empty part has a null pointer, which memcpy must not be given even for no bytes.
     if (const size_t size = bytes_of(part)) std::memcpy(base + offset, part.data_ptr(), size);
   };
-  copy(header.shrink.offset, w.shrink);
+  if (w.r) copy(header.shrink.offset, w.shrink);
   copy(header.expand.offset, w.expand);
   if (w.adapter_shrink) copy(header.adapter_shrink.offset, *w.adapter_shrink);
   if (w.adapter_expand) copy(header.adapter_expand.offset, *w.adapter_expand);

@@ -4,7 +4,8 @@
 
 namespace hylora {
 
-// Panels for each matrix of LayerCall (call.h).
+// Panels for each matrix of LayerCall (call.h). With r = 0 the layer is one matrix, `expand` [N,
+// K]. shrink and expand may be quantised; an adapter is then separate.
 struct LayerWeights {
   const Tensor& shrink;
   const std::optional<Tensor>& adapter_shrink;
@@ -22,7 +23,7 @@ LayerCall call_of(const LayerWeights& weights, Type type, int64_t K, bool backwa
 // All weights in one tensor of their dtype, since an op on two tensors takes half the time of one
 // on six (3.7 us against 8.6): a header of sizes and offsets, then the parts, each at a multiple of
 // 64 bytes.
-Tensor pack_layer(const LayerWeights& weights, int64_t K);
+Tensor pack_layer(const Tensor& like, const LayerWeights& weights, int64_t K);
 
 // The call of a packed layer; its weights point into the tensor.
 LayerCall call_of_packed(const Tensor& layer);

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "quantized_panels.h"
+
 namespace hylora {
 
 Type type_of(const Tensor& t, const char* name) {
@@ -44,12 +46,19 @@ int64_t numbers_in_panels(Type type, int64_t n, int64_t k) {
 }
 
 Panels panels_of(const Tensor& t, Type type, const char* name, int64_t n, int64_t k) {
+  if (t.scalar_type() == torch::headeronly::ScalarType::Byte) {
+    for (const int bits : kBitWidths)
+      if (t.is_contiguous() && t.numel() == ceil_div(n, 32) * panel_bytes(bits, k))
+        return {t.data_ptr(), n, k, bits};
+    STD_TORCH_CHECK(false, name, " must be the quantised panels of [", n, ", ", k, "], got ",
+                    t.numel(), " bytes");
+  }
   STD_TORCH_CHECK(type_of(t, name) == type && t.is_contiguous(), name,
                   " must have x's dtype and lie in one piece");
   const int64_t wanted = numbers_in_panels(type, n, k);
   STD_TORCH_CHECK(t.numel() == wanted, name, " must be the panels of [", n, ", ", k, "], ", wanted,
                   " numbers, got ", t.numel());
-  return {t.data_ptr(), n, k};
+  return {t.data_ptr(), n, k, 0};
 }
 
 InputRows rows_of(const Tensor& x) {

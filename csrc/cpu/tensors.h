@@ -20,7 +20,8 @@ Tensor new_tensor(const Tensor& t, const std::vector<int64_t>& sizes);
 // Numbers in the panels of a matrix [n, k], padding included.
 int64_t numbers_in_panels(Type type, int64_t n, int64_t k);
 
-// The panels of a matrix [n, k] that a tensor holds.
+// The panels of a matrix [n, k] that a tensor holds: of `type`, or uint8 for a quantised matrix,
+// whose bits follow from its size.
 Panels panels_of(const Tensor& t, Type type, const char* name, int64_t n, int64_t k);
 
 // x [..., K] as M rows. `tensor` is x, or a contiguous copy if the rows are not evenly spaced or

@@ -61,7 +61,7 @@ void product(int64_t M, const float* a, int64_t lda, const Panels& W, const floa
 bool torch_products_are_faster(const LayerCall& call) {
   const bool is_fma = call.type == Type::fp32 && call.limb_products == 0;
   const bool is_pair = !call.table.panels && call.adapter != Adapter::separate;
-  return is_fma && is_pair && call.M >= kRowsForTorch;
+  return is_fma && is_pair && !call.is_quantized() && call.M >= kRowsForTorch;
 }
 
 void run_torch_products(const LayerCall& call) {

@@ -22,6 +22,7 @@ import traceback
 
 import torch
 from helpers import row_ops
+from helpers.quantized_battery import PLANES, run_quantized
 from torch.utils._pytree import tree_map_only
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
@@ -29,6 +30,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 SHAPES = [(1, 1, 1, 0), (33, 17, 5, 3), (70, 37, 16, 8), (64, 96, 32, 16), (129, 257, 48, 33)]
 SHAPES += [(576, 200, 40, 16), (31, 33, 33, 1), (40, 70, 650, 5), (40, 1400, 650, 5)]
 LONG_SUMS = (801, 833, 800, 16)  # both products in several passes
+QUANTIZED_SHAPES = [(1, 1, 1, 0), (70, 37, 16, 8), (129, 257, 48, 33), LONG_SUMS]
 ROWS = [1, 3, 16, 17, 40, 70, 300]  # up to 64 threads share a block's panels, above it split rows
 ops = torch.ops.hylora
 PAGE = mmap.PAGESIZE
@@ -172,7 +174,7 @@ def run_packed(t: Battery, x, y, weights, sizes, products) -> None:
     """The same layer as one tensor, alone and beside itself and a matrix, gives the same bits, and
     its parts are what was packed."""
     bias, table, r, ra, N, alpha = sizes
-    layer = t.call(ops.cpu_pack_layer, *weights, table, x.shape[1], r, ra, N, alpha)
+    layer = t.call(ops.cpu_pack_layer, x, *weights, table, x.shape[1], r, ra, N, alpha)
     again = t.call(ops.cpu_packed_layer, x, layer, bias, N, products)
     assert torch.equal(bits(again), bits(y)), ("packed", x.shape, N, r, ra)
     matrix = t.pack(random(N, x.shape[1], dtype=x.dtype))
@@ -310,6 +312,10 @@ def run(library: str, guard: bool, quick: bool) -> None:
             run_shape(t, M, shape, dtype, products)
     for dtype, products in kinds:
         run_shape(t, 100, LONG_SUMS, dtype, products)
+    for i, (shape, bits) in enumerate(itertools.product(QUANTIZED_SHAPES, PLANES)):
+        for M in ROWS[i % 7 :: 7 if quick else 3]:
+            dtype, products = kinds[(i + i // 6 + M) % 6]
+            run_quantized(t, rows(M, shape[0], dtype, strided=M % 2 == 1), shape, bits, products)
     for width, dtype in itertools.product((1, 7, 33, 64, 80, 529), TOLERANCE):
         run_row_ops(t, width, dtype)
     print(ops.cpu_isa(), t.calls, flush=True)

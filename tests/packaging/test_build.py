@@ -240,8 +240,9 @@ def test_flags_of_every_file(setup_py):
     avx2 = {"-mavx2", "-mfma", "-mf16c"}
     avx512 = avx2 | {"-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"}
     wanted = {"csrc/cpu/kernels/avx2.cpp": avx2, "csrc/cpu/kernels/avx512.cpp": avx512}
-    wanted["csrc/cpu/kernels/avx512_bf16.cpp"] = avx512 | {"-mavx512bf16"}
-    wanted["csrc/cpu/kernels/amx_bf16.cpp"] = avx512 | {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"}
+    bf16 = avx512 | {"-mavx512bf16", "-mavx512vnni"}
+    wanted["csrc/cpu/kernels/avx512_bf16.cpp"] = bf16
+    wanted["csrc/cpu/kernels/amx_bf16.cpp"] = bf16 | {"-mamx-tile", "-mamx-bf16"}
     assert machine == {source: wanted.get(source, set()) for source in plan}
     assert "-O2" in plan["csrc/cpu/bindings.cpp"] and "-O3" in plan["csrc/cpu/kernels/scalar.cpp"]
     rules = setup_py.ninja_file("build/csrc", False)
@@ -338,7 +339,7 @@ TOO_NEW = {
     "cpu/kernels/isa": BASELINE,
     "cpu/kernels/scalar": BASELINE,
     "cpu/kernels/avx2": f"{EVEX}|{TILES}",
-    "cpu/kernels/avx512": rf"\tv(dpbf16ps|cvtne2?ps2bf16)|{TILES}",
+    "cpu/kernels/avx512": rf"\tv(dpbf16ps|dpwssds?|dpbusds?|cvtne2?ps2bf16)|{TILES}",
     "cpu/kernels/avx512_bf16": TILES,
 }
 

@@ -56,6 +56,10 @@ struct Block {
   K k;
   int64_t group_begin = 0;    // the first panel of the group that expand is at
   bool out_of_range = false;  // a number was seen that bf16 limbs can't hold
+  // at.widened holds blocks of 32 k from `block` on of quantised panels from `panel` on.
+  struct {
+    int64_t panel, block, blocks;
+  } widened{};
 
   Block(const LayerCall& call, int64_t m0, int64_t rows, bool shared)
       : call(call), m0(m0), plan(plan_block(kMethod, call, rows, shared)) {}
@@ -76,7 +80,7 @@ struct Block {
   const T* x_row(int64_t r) const { return static_cast<const T*>(call.x) + (m0 + r) * call.ldx; }
   Rows<A> rows_of_x() const {
     if (plan.x != XSource::in_place) return at.x;
-    return {const_cast<A*>(reinterpret_cast<const A*>(x_row(0))), call.ldx, at.x.plane};
+    return {const_cast<A*>(reinterpret_cast<const A*>(x_row(0))), call.ldx, at.x.plane, at.x.fixed};
   }
 
   T* pivots_row(int64_t r) const {
@@ -102,13 +106,23 @@ struct Block {
                    [&](bool is_others, const T* numbers, int64_t column, int) {
                      copy_32(at.bias + (is_others ? 32 * plan.base_panels : 0) + column, numbers);
                    });
-    if (plan.x != XSource::whole_copy || call.x_block) return;
+    if (call.x_block) return;
+    for (int64_t r = 0; plan.fixed_point && r < plan.rows; r++)
+      fix_row(x_row(r), call.K, at.x.fixed, r);
+    if (plan.x != XSource::whole_copy) return;
     for (int64_t r = 0; r < plan.rows; r++) {
       if (call.sorts_x())
         sort_row(r);
       else
         copy_row(x_row(r), at.x.at(r), call.K, r);
     }
+  }
+
+  // Once all columns of h are there: the same as fixed point for a quantised expand.
+  void fix_h() {
+    if constexpr (__is_same(A, float))
+      for (int64_t r = 0; at.h.fixed.data && r < plan.rows; r++)
+        fix_row(at.h.at(r), call.expand.k, at.h.fixed, r);
   }
 
   // Columns [begin, end) of `count` rows of x from row0 on, to the front of its buffer.
@@ -160,6 +174,20 @@ struct Block {
 
   // ---------------------------------------------------------------------------------------- panels
 
+  // Widens `count` blocks of quantised panels [begin, end) for the terms that follow. `count` may
+  // be less than 1: a shorter matrix has no blocks in a pass.
+  void widen(const Panels& panels, int64_t begin, int64_t end, int64_t block, int64_t count) {
+    if (!panels.bits || plan.fixed_point) return;
+    widened = {begin, block, count};
+    with_bits(panels.bits, [&](auto bits) {
+      for (int64_t p = begin; p < end; p++)
+        widen_codes<decltype(bits)::value>(static_cast<const char*>(panels.data) +
+                                               p * panel_bytes(panels.bits, panels.k),
+                                           block, count, at.widened + (p - begin) * count * 1024);
+    });
+  }
+
+  // Not for quantised panels.
   static const char* panel_at(const Panels& panels, int64_t panel, int64_t block) {
     const T* data = static_cast<const T*>(panels.data);
     return reinterpret_cast<const char*>(kTilePanels
@@ -172,12 +200,23 @@ struct Block {
   HYLORA_MEMBER int term_of(Term<A>* term, const Rows<A>& rows, const Panels& panels, int64_t panel,
                             int64_t block, int64_t width, bf16* limbs) const {
     if (width <= 0) return 0;
+    if (panels.bits && plan.fixed_point) {
+      const int64_t bytes = panel_bytes(panels.bits, panels.k);
+      const char* codes = static_cast<const char*>(panels.data) + panel * bytes;
+      *term = {rows.data, rows.stride, codes, width, 0, bytes, panels.bits, rows.fixed};
+      return 1;
+    }
+    const T* numbers = reinterpret_cast<const T*>(panel_at(panels, panel, block));
+    int64_t next_panel = panels.k * 32;
+    if (panels.bits) {
+      next_panel = widened.blocks * 1024;
+      numbers = at.widened + (panel - widened.panel) * next_panel + (block - widened.block) * 1024;
+    }
     if constexpr (kLimbs) {
-      K::split_panel(reinterpret_cast<const T*>(panel_at(panels, panel, block)), width, limbs,
-                     at.limb_plane);
+      K::split_panel(numbers, width, limbs, at.limb_plane);
       *term = {rows.data, rows.stride, limbs, width, rows.plane, at.limb_plane};
     } else {
-      *term = {rows.data, rows.stride, panel_at(panels, panel, block), width, 0, panels.k * 32};
+      *term = {rows.data, rows.stride, numbers, width, 0, next_panel};
     }
     return 1;
   }

@@ -1,5 +1,6 @@
 // The memory of one block of rows: a piece of scratch, cut up.
 #pragma once
+#include "fixed_point.h"
 #include "pivots.h"
 #include "plan.h"
 
@@ -12,6 +13,7 @@ template <class A>
 struct Rows {
   A* data = nullptr;
   int64_t stride = 0, plane = 0;
+  FixedRows fixed{};  // the same as fixed point, for quantised panels
 
   A* at(int64_t row, int64_t column = 0) const { return data + row * stride + column; }
 };
@@ -32,6 +34,7 @@ struct Buffers {
   float* row_max = nullptr;                     // bf16 limbs: the largest magnitude of a row of x
   bf16* limbs = nullptr;                        // of a panel of the base, then of the adapter's
   int64_t limb_plane = 0;
+  T* widened = nullptr;  // quantised panels at hand, as panels of T
 
   // Points into `memory`, or only counts if it is null. Returns the bytes.
   size_t lay_out(const LayerCall& call, const BlockPlan& plan, const Method& method, char* memory);
@@ -61,7 +64,8 @@ int64_t odd_lines(int64_t width) {
 template <class A, class T>
 size_t Buffers<A, T>::lay_out(const LayerCall& call, const BlockPlan& plan, const Method& method,
                               char* memory) {
-  Allotter memory_for{memory};  // x first: other layers find it at the block's start (x_block)
+  // x first: other layers find it at the block's start.
+  Allotter memory_for{call.x_block ? static_cast<char*>(call.x_block) : memory};
   const int64_t padded = round_up(plan.rows, 32), tiles = padded / 32;
   const int64_t x_rows = plan.x == XSource::chunk_copy && method.rows_stay() ? 32 : padded;
   const int64_t other_columns = round_up(call.table.n - call.table.pivots, 32);
@@ -71,12 +75,19 @@ size_t Buffers<A, T>::lay_out(const LayerCall& call, const BlockPlan& plan, cons
                                                             : 0;
   x.stride = x_columns ? odd_lines<A>(x_columns) : 0;
   x.plane = x_rows * x.stride;
-  x.data =
-      call.x_block ? static_cast<A*>(call.x_block) : memory_for.get<A>(method.planes * x.plane);
+  x.data = memory_for.get<A>(method.planes * x.plane);
+  const auto fixed_rows = [&](int64_t k) {
+    const int limbs = method.type_bytes == 4 ? 2 : 1;
+    const int64_t groups = ceil_div(k, 64);
+    return FixedRows{memory_for.get<FixedGroup>(plan.rows * limbs * groups), groups, limbs};
+  };
+  if (plan.fixed_point) x.fixed = fixed_rows(call.K);
+  if (call.x_block) memory_for = {memory};
   h.stride = odd_lines<A>(32 * shrink_panels(call));
   h.plane = padded * h.stride;
   h.data = memory_for.get<A>(method.planes * h.plane + 32);
-  adapter_h = {h.data + 32 * plan.base_panels, h.stride, h.plane};
+  if (plan.fixed_point && plan.has_h && call.expand.bits) h.fixed = fixed_rows(call.expand.k);
+  adapter_h = {h.data + 32 * plan.base_panels, h.stride, h.plane, {}};
   if (plan.adapter_h_apart) {
     adapter_h.stride = odd_lines<A>(round_up(call.adapter_expand.k, 32));
     adapter_h.plane = padded * adapter_h.stride;
@@ -112,6 +123,7 @@ size_t Buffers<A, T>::lay_out(const LayerCall& call, const BlockPlan& plan, cons
       row_max = memory_for.get<float>(padded);
       limbs = memory_for.get<bf16>(2 * method.planes * limb_plane);
     }
+    widened = memory_for.get<T>(widened_blocks(method, call, plan) * 1024);
   }
   return memory_for.used;
 }

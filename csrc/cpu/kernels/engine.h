@@ -60,9 +60,10 @@ struct Engine {
     B b = shared_block(call, memory);
     Shrink<B>(b).run(panel0, panel1);
   }
-  static void pivots(const LayerCall& call, void* memory) {
+  static void between(const LayerCall& call, void* memory) {
     B b = shared_block(call, memory);
-    add_adapter_to_all_pivots(b, 0, b.row_tiles());
+    if (call.merges_pivots()) add_adapter_to_all_pivots(b, 0, b.row_tiles());
+    b.fix_h();
   }
   static void expand(const LayerCall& call, void* memory, int64_t panel0, int64_t panel1) {
     B b = shared_block(call, memory);
@@ -82,11 +83,13 @@ inline bool limbs_pay(const LayerCall& call) {
 }
 
 // Calls work(engine) with the engine for the call's type and number of rows. Bf16: how this
-// instruction set multiplies bf16; FewBf16: the same for at most 16 rows.
+// instruction set multiplies bf16; FewBf16: the same for at most 16 rows. Few rows of quantised
+// panels are fixed point, which only Fma takes.
 template <class Bf16, class FewBf16, class F>
 void with_engine(const LayerCall& call, F&& work) {
   if (call.type == Type::bf16) {
-    if (call.M <= kFmaRows) return work(Engine<Fma<bf16>, bf16>());
+    const bool fixed_point = call.is_quantized() && call.M <= kFewRows;
+    if (call.M <= kFmaRows || fixed_point) return work(Engine<Fma<bf16>, bf16>());
     if (call.M <= 16) return work(Engine<FewBf16, bf16>());
     return work(Engine<Bf16, bf16>());
   }
@@ -120,8 +123,8 @@ Kernels kernels_with() {
     with_engine<Bf16, FewBf16>(call,
                                [&](auto engine) { engine.shrink(call, block, panel0, panel1); });
   };
-  table.pivots = [](const LayerCall& call, void* block) {
-    with_engine<Bf16, FewBf16>(call, [&](auto engine) { engine.pivots(call, block); });
+  table.between = [](const LayerCall& call, void* block) {
+    with_engine<Bf16, FewBf16>(call, [&](auto engine) { engine.between(call, block); });
   };
   table.expand = [](const LayerCall& call, void* block, int64_t panel0, int64_t panel1) {
     with_engine<Bf16, FewBf16>(call,

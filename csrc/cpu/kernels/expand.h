@@ -75,8 +75,8 @@ class Expand {
     const bool last_pass = pass + 1 == b.plan.expand.count;
     TileColumn<FinishRow, A> column;
     column.count =
-        b.term_of(column.terms, {h.data + begin, h.stride, h.plane}, call.expand, q, pass * even,
-                  smaller(call.expand.k - begin, even * 32), b.base_limbs());
+        b.term_of(column.terms, {h.data + begin, h.stride, h.plane, h.fixed}, call.expand, q,
+                  pass * even, smaller(call.expand.k - begin, even * 32), b.base_limbs());
     if (last_pass && call.adapter == Adapter::separate) {
       // In the pivoted form the adapter's rows of the pivots come first.
       const int64_t panel = b.plan.merges_pivots ? b.plan.base_panels + q : q;
@@ -96,8 +96,10 @@ class Expand {
   // A row tile passes all panels of the group, then the next one does.
   void group_by_row_tiles(int64_t q0, int64_t q1, int64_t next_panels) {
     const int64_t tiles = b.row_tiles(), blocks = k_blocks(call.expand);
-    pipe.panels_ahead = Fetch(B::panel_at(call.expand, q1, 0), next_panels, blocks * 2048,
-                              blocks * 2048, (q1 - q0) * tiles * expand_blocks(call));
+    if (!call.expand.bits)
+      pipe.panels_ahead = Fetch(B::panel_at(call.expand, q1, 0), next_panels, blocks * 2048,
+                                blocks * 2048, (q1 - q0) * tiles * expand_blocks(call));
+    b.widen(call.expand, q0, q1, 0, blocks);
     for (int64_t t = 0; t < tiles; t++) {
       outputs.start_tiles(b, pipe, t, t + 1, q0, q1);
       for (int64_t pass = 0; pass < b.plan.expand.count; pass++)
@@ -115,8 +117,11 @@ class Expand {
     outputs.start_tiles(b, pipe, 0, b.row_tiles(), q0, q1);
     for (int64_t q = q0, count; q < q1; q += count) {
       count = B::panels_of_tile(q, q1);
-      for (int64_t pass = 0; pass < b.plan.expand.count; pass++)
+      for (int64_t pass = 0, even = b.plan.expand.blocks; pass < b.plan.expand.count; pass++) {
+        b.widen(call.expand, q, q + count, pass * even,
+                smaller(even, k_blocks(call.expand) - pass * even));
         column(pass, q, count == 2, 0, b.row_tiles(), b.at.partial_sums);
+      }
     }
     outputs.finish_tiles(b, pipe, 0, b.row_tiles());
   }

@@ -1,37 +1,9 @@
 // Products by fused multiply-adds: rows of floats times panels, at any vector width.
 #pragma once
-#include "../call.h"
-#include "vector.h"
+#include "codes.h"
 
 namespace hylora {
 namespace {
-
-// One term of a tile's sums: up to 32 rows of `a`, lda numbers apart, times k numbers of a panel,
-// or of two. With bf16 limbs the planes of each limb of `a` and of the panel are a_plane and
-// b_plane apart; without, b_plane is the way to the second panel.
-template <class A>
-struct Term {
-  const A* a;
-  int64_t lda;
-  const void* b;
-  int64_t k;
-  int64_t a_plane = 0, b_plane = 0;
-};
-
-// The place of row r, vector i in a 32 x 32 tile of sums. All methods keep a tile as AMX stores it,
-// in four quarters of 16 x 16.
-HYLORA_INLINE int tile_at(int r, int i) {
-  int column = i * W;
-  return (r >> 4) * 512 + (column >> 4) * 256 + (r & 15) * 16 + (column & 15);
-}
-
-// A row of a tile. `sums` points to its first number.
-HYLORA_INLINE Row tile_row(const float* sums) {
-  Row row;
-  for (int i = 0; i < P; i++)
-    row.v[i] = load(sums + tile_at(0, i));
-  return row;
-}
 
 // Pointers to number k of MR rows: one for every three rows, which lie at the pointer plus 0, 1 or
 // 2 strides. So few registers hold all addresses; with one offset for each row, the compiler would
@@ -210,12 +182,6 @@ HYLORA_APART void widen_panel(const bf16* b, int64_t k, float* to) {
         }
 }
 
-// An integer as a type, for generic lambdas.
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
 // Multiplies floats, which x and h are converted to, by panels of T.
 template <class T>
 struct Fma {
@@ -240,7 +206,12 @@ struct Fma {
   void tile(const Term<float>* terms, int count, const float* from, float* to, int rows,
             int64_t columns, bool cold, Interleave&& step) {
     step();
-    for (int s = 0; s < count; s++)
+    for (int s = 0; s < count; s++) {
+      if (terms[s].bits) {
+        multiply_quantized(terms[s], from, to, rows, columns);
+        from = to;
+        continue;
+      }
       for (int64_t k = 0; k < terms[s].k; k += kStretch) {
         Term<float> piece = terms[s];
         piece.a += k;
@@ -258,9 +229,26 @@ struct Fma {
           stretch<P, 1>(piece, from, to, rows, cold);
         from = to;
       }
-    if (from != to)
-      for (int i = 0; i < 1024 * (columns > 32 ? kPanelsPerTile : 1); i++)
-        to[i] = from ? from[i] : 0.0f;
+    }
+    if (from != to) copy_sums(from, to, columns);
+  }
+
+  // to = from or 0.
+  static void copy_sums(const float* from, float* to, int64_t columns) {
+    for (int i = 0; i < 1024 * (columns > 32 ? kPanelsPerTile : 1); i++)
+      to[i] = from ? from[i] : 0.0f;
+  }
+
+  // The term's quantised panel, or two of them, times rows of fixed point.
+  static void multiply_quantized(const Term<float>& term, const float* from, float* to, int rows,
+                                 int64_t columns) {
+    if (from != to) copy_sums(from, to, columns);
+    with_bits(term.bits, [&](auto bits) {
+      for (int panel = 0; panel < (columns > 32 ? kPanelsPerTile : 1); panel++)
+        multiply_codes<decltype(bits)::value>(
+            term.fixed, static_cast<const char*>(term.b) + panel * term.b_plane, to + panel * 1024,
+            rows);
+    });
   }
 
   // Vectors beyond the last column are left out, since few ranks are a multiple of 64 (K = 1267,

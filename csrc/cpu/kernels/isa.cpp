@@ -95,6 +95,7 @@ Missing missing_features(Isa isa) {
       {Isa::avx512, "AVX-512DQ", bit(leaf7.b, 17)},
       {Isa::avx512, "AVX-512VL", bit(leaf7.b, 31)},
       {Isa::avx512_bf16, "AVX512-BF16", bit(leaf7_1.a, 5)},
+      {Isa::avx512_bf16, "AVX512-VNNI", bit(leaf7.c, 11)},
       {Isa::amx_bf16, "AMX-TILE", bit(leaf7.d, 24)},
       {Isa::amx_bf16, "AMX-BF16", bit(leaf7.d, 22)},
   };

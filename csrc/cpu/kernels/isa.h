@@ -8,7 +8,7 @@ namespace hylora {
 // Ascending: each level needs all that the one before it needs.
 //   avx2          AVX2, FMA, F16C
 //   avx512        AVX-512 F, BW, DQ, VL
-//   avx512_bf16   AVX512-BF16
+//   avx512_bf16   AVX512-BF16, AVX512-VNNI
 //   amx_bf16      AMX-TILE, AMX-BF16
 enum class Isa { scalar, avx2, avx512, avx512_bf16, amx_bf16 };
 constexpr int isa_count = 5;

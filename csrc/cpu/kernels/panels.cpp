@@ -5,9 +5,12 @@
 
 #include <algorithm>
 
+#include "../quantized_panels.h"
+
 namespace hylora {
 
 void copy_panel_row(Type type, const Panels& panels, int64_t row, void* to) {
+  if (panels.bits) return copy_quantized_row(type, panels, row, to);
   const int64_t panel = row / 32, n = row % 32, k = panels.k;
   if (type == Type::bf16) {
     const auto* from = static_cast<const uint16_t*>(panels.data) + panel * round_up(k, 32) * 32 +

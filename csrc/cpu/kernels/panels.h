@@ -6,7 +6,8 @@
 
 namespace hylora {
 
-// Copies row `row` of W [n, k] out of its panels, bit for bit.
+// Copies row `row` of W [n, k] out of its panels, bit for bit; of a quantised matrix, rounded to
+// `type`.
 void copy_panel_row(Type type, const Panels& panels, int64_t row, void* to);
 
 // Fills the pivot table of n outputs. `pivots` [r] are strictly ascending in [0, n).

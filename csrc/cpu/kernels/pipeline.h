@@ -126,7 +126,7 @@ struct Pipeline {
       float* to = column.last_pass ? free_tile<B>() : sums;
       Term<typename B::A> terms[2];
       for (int s = 0; s < column.count; s++)
-        terms[s] = column.terms[s], terms[s].a += block.row_of(t) * column.row_stride;
+        terms[s] = column.terms[s].from(block.row_of(t), column.row_stride);
       multiply(block, terms, column.count, column.first_pass ? nullptr : sums, to,
                int(block.rows_of(t)), column.columns, t == 0 && cold);
       if (column.last_pass)

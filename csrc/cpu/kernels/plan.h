@@ -52,6 +52,7 @@ struct BlockPlan {
   bool row_tiles_first;  // expand: a 32-row tile passes a group of panels, then the next tile does
   bool finishes_row_tiles;  // and is then done, so `others` and the adapter's pivots hold one tile
   XSource x;
+  bool fixed_point;      // rows of quantised panels are fixed point; else panels are widened
   bool has_h;            // else the layer is one product, on x
   bool merges_pivots;    // y is merged from pivots and others
   bool h_is_pivots;      // h as it is kept holds the pivots, so that they need no copy
@@ -121,6 +122,7 @@ inline BlockPlan plan_block(const Method& method, const LayerCall& call, int64_t
   plan.row_tiles_first = takes_row_tiles_first(method, call, rows, shared);
   plan.finishes_row_tiles = plan.row_tiles_first && !shared;
   plan.x = x_source(method, call, rows, shared);
+  plan.fixed_point = shared && call.is_quantized();
   plan.has_h = call.shrink.n > 0;
   plan.merges_pivots = call.merges_pivots();
   plan.h_is_pivots = plan.merges_pivots && method.keeps_type && call.ra == 0;
@@ -142,6 +144,24 @@ inline BlockPlan plan_block(const Method& method, const LayerCall& call, int64_t
 // a small last one would be a waste.
 inline int64_t even_group(int64_t count, int64_t most) {
   return count ? ceil_div(count, ceil_div(count, most)) : 1;
+}
+
+// Blocks of 32 k of the quantised panels that are widened at a time: those of a group that row
+// tiles pass one after another, or of a tile.
+inline int64_t widened_blocks(const Method& method, const LayerCall& call, const BlockPlan& plan) {
+  const auto panels = [&](int64_t count, int64_t group) {
+    return smaller(round_up(count, method.panels_per_tile), group);
+  };
+  int64_t shrink = 0, expand = 0;
+  if (call.shrink.bits)
+    shrink = plan.shrink.blocks * panels(ceil_div(call.shrink.n, 32), method.rows_stay()
+                                                                          ? plan.shrink_group
+                                                                          : method.panels_per_tile);
+  if (call.expand.bits && plan.row_tiles_first)
+    expand = k_blocks(call.expand) * panels(expand_panels(call), plan.expand_group);
+  else if (call.expand.bits)
+    expand = plan.expand.blocks * method.panels_per_tile;
+  return larger(shrink, expand);
 }
 
 }  // namespace

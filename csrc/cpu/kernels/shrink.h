@@ -156,6 +156,13 @@ class Shrink {
   }
   int64_t pivot_columns() const { return b.plan.base_panels * 32; }
 
+  // Widens what pass `pass` reads of the base's panels in [begin, end), if they are quantised.
+  void widen(int64_t pass, int64_t begin, int64_t end) {
+    const int64_t even = b.plan.shrink.blocks, block = pass * even;
+    b.widen(call.shrink, begin, smaller(end, b.plan.base_panels), block,
+            smaller(even, k_blocks(call.shrink) - block));
+  }
+
   // While panels [p0, p1) are multiplied: fetches the group after them, or the first one of the
   // next pass. The adapter's panels are few, and not fetched.
   void fetch_next_group(int64_t pass, int64_t begin, int64_t p0, int64_t p1, int64_t end,
@@ -165,7 +172,7 @@ class Shrink {
     const int64_t p = same_pass ? p1 : begin, block = (same_pass ? pass : pass + 1) * even;
     int64_t count = same_pass ? end - p1 : pass + 1 < b.plan.shrink.count ? group : 0;
     pipe.panels_ahead = {};
-    if (p >= b.plan.base_panels || block >= blocks) return;
+    if (p >= b.plan.base_panels || block >= blocks || call.shrink.bits) return;
     count = smaller(smaller(count, group), b.plan.base_panels - p);
     pipe.panels_ahead =
         Fetch(B::panel_at(call.shrink, p, block), count, smaller(even, blocks - block) * 2048,
@@ -179,6 +186,7 @@ class Shrink {
     const int64_t group = even_group(end - begin, b.plan.shrink_group);
     for (int64_t p0 = begin; p0 < end; p0 += group) {
       const int64_t p1 = smaller(p0 + group, end);
+      widen(pass, p0, p1);
       fetch_next_group(pass, begin, p0, p1, end, group);
       for (int64_t t = 0; t < tiles; t++) {
         if (copies_chunks()) b.copy_chunk(b.row_of(t), b.rows_of(t), from, to);
@@ -198,6 +206,7 @@ class Shrink {
     const int64_t base = b.plan.base_panels;
     for (int64_t p = begin, count; p < end; p += count) {
       count = B::panels_of_tile(p, p < base && base < end ? base : end);
+      widen(pass, p, p + count);
       column(pass, p, count == 2, 0, b.row_tiles());
     }
   }

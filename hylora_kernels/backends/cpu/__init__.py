@@ -23,7 +23,6 @@ from hylora_kernels.backends.cpu.packed import (
     forward_group,
     forward_packed,
     group,
-    pack,
     rows_packed,
     unpack,
     why_no_group,
@@ -37,6 +36,7 @@ from hylora_kernels.backends.cpu.panels import (
     panels_forward,
     pivot_table,
 )
+from hylora_kernels.backends.cpu.quantized import pack
 from hylora_kernels.backends.shared.backward import backward as shared_backward
 from hylora_kernels.weights import Needs, Saved, Weights
 

@@ -15,6 +15,7 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 OPS = (
     *("cpu_isa", "cpu_isa_reason", "cpu_pack", "cpu_unpack", "cpu_rows", "cpu_linear", "cpu_layer"),
     *("cpu_pack_layer", "cpu_packed_layer", "cpu_packed_group", "cpu_unpack_part"),
+    *("cpu_pack_quantized", "cpu_unpack_quantized", "cpu_packed_rows"),
     *("cpu_pivot_table", "cpu_adapter_gradients", "cpu_fingerprint"),
     *("cpu_attention", "cpu_norm", "cpu_rotary", "cpu_activation", "cpu_add", "cpu_argmax"),
     *("cpu_decoder_plan", "cpu_decode"),
@@ -70,6 +71,10 @@ def _fake_rows(panels, n, k, ids):
     return panels.new_empty((*ids.shape, k))
 
 
+def _fake_packed_rows(layer, k, ids):
+    return layer.new_empty((*ids.shape, k))
+
+
 def _refuse_vmap(info, in_dims, *args):
     raise NotImplementedError(
         "a layer packed for inference has no vmap rule: give the batch as leading dims of x instead"
@@ -83,6 +88,7 @@ if not REFUSAL:
         ("packed_group", _fake_group),
         ("layer", _fake_layer),
         ("rows", _fake_rows),
+        ("packed_rows", _fake_packed_rows),
     ):
         torch.library.register_fake(f"hylora::cpu_{_name}", _fake)
         torch.library.register_vmap(f"hylora::cpu_{_name}", _refuse_vmap)

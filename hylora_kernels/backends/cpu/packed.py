@@ -9,7 +9,7 @@ Each has forward, rows, unpack and tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -110,6 +110,7 @@ class PackedLayer(_Panels):
             # B's rows of the pivots; its columns stand for h's from the last multiple of 32 on.
             adapter_expand = pack_matrix(F.pad(B[pivots.long()], (rank % 32, 0)))
         layer = op("pack_layer")(
+            SVh,
             shrink=pack_matrix(shrink),
             adapter_shrink=None,
             expand=pack_matrix(expand),
@@ -121,7 +122,7 @@ class PackedLayer(_Panels):
             n=N,
             alpha=alpha,
         )
-        return cls(**_common(weights), **_limbs(weights), layer=layer)
+        return cls(**common(weights), **limbs(weights), layer=layer)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _PACKED_LAYER(x, self.layer, bias, self.out_features, self.products_now())
@@ -153,20 +154,14 @@ class PackedMatrix(_Panels):
     @classmethod
     def of(cls, weights: Weights) -> PackedMatrix:
         panels = pack_matrix(weights.SVh.detach())
-        return cls(**_common(weights), **_limbs(weights), panels=panels)
+        return cls(**common(weights), **limbs(weights), panels=panels)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _LINEAR(x, self.panels, bias, self.out_features, self.products_now())
 
     def rows(self, ids: Tensor) -> Tensor:
-        N = self.out_features
-        try:
-            return torch.ops.hylora.cpu_rows.default(self.panels, N, self.shape[0], ids)
-        except RuntimeError as error:
-            if "ids must be in" not in str(error):
-                raise
-            low, high = int(ids.min()), int(ids.max())
-            raise IndexError(f"ids must be in [0, {N}), got {low} to {high}") from None
+        N, (K,) = self.out_features, self.shape
+        return look_up(lambda: op("rows")(self.panels, N, K, ids), ids, N)
 
     def unpack(self) -> Weights:
         return _dense(self, op("unpack")(self.panels, self.out_features, self.shape[0]))
@@ -188,12 +183,12 @@ class TorchProducts(Packed):
     @classmethod
     def of(cls, weights: Weights) -> TorchProducts:
         SVh, U, A, B, _, alpha, _ = (_detached(t) for t in weights)
-        if _is_matrix(weights):
-            return cls(**_common(weights), P=SVh.clone(), Q=None, B=None)
+        if is_matrix(weights):
+            return cls(**common(weights), P=SVh.clone(), Q=None, B=None)
         if not weights.lora_rank:
-            return cls(**_common(weights), P=SVh.clone(), Q=U.clone(), B=None)
+            return cls(**common(weights), P=SVh.clone(), Q=U.clone(), B=None)
         P, Q = torch.cat((SVh, A)), torch.cat((U, alpha * B), 1)
-        return cls(**_common(weights), P=P, Q=Q, B=B.clone())
+        return cls(**common(weights), P=P, Q=Q, B=B.clone())
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.Q is None:
@@ -255,21 +250,17 @@ def in_panels(packed: Packed) -> PackedLayer | PackedMatrix:
     if isinstance(packed, PackedLayer | PackedMatrix):
         return packed
     weights = packed.unpack()
-    return (PackedMatrix if _is_matrix(weights) else PackedLayer).of(weights)
+    return (PackedMatrix if is_matrix(weights) else PackedLayer).of(weights)
 
 
 # ----------------------------------------------------------------------- the backend's interface
 
 
-def pack(
-    weights: Weights, dtype: torch.dtype | None = None, for_group: bool = False
-) -> Packed | None:
-    """Weights that this backend supports, packed, without the bias; dtype: of x."""
-    if weights.is_quantized:
-        return None
+def pack_plain(weights: Weights) -> Packed:
+    """Weights of tensors that this backend supports, packed, without the bias."""
     if torch_products_are_faster(weights):
         return TorchProducts.of(weights)
-    if not _is_matrix(weights):
+    if not is_matrix(weights):
         return PackedLayer.of(weights)
     pivot_table(weights.pivots, weights.out_features)  # raises for pivots that can't be
     return PackedMatrix.of(weights)
@@ -316,7 +307,7 @@ def torch_products_are_faster(weights: Weights) -> bool:
     one or two rows, 1.17 up to 64, 0.90 above (bfloat16 2 to 5). More ranks with an eighth of
     padding or more: 0.82 to 0.95 (K = 1156, N = 103, r = 84, M = 2).
     """
-    if weights.SVh.dtype != torch.float32 or not (_is_matrix(weights) or weights.pivots is None):
+    if weights.SVh.dtype != torch.float32 or not (is_matrix(weights) or weights.pivots is None):
         return False
     K, N = weights.in_features, weights.out_features
     rank = weights.rank + weights.lora_rank
@@ -325,7 +316,19 @@ def torch_products_are_faster(weights: Weights) -> bool:
     return rank <= 32 or is_padded
 
 
-def _is_matrix(weights: Weights) -> bool:
+def look_up(rows: Callable[[], Tensor], ids: Tensor, N: int) -> Tensor:
+    """rows(); raises IndexError if ids are out of range."""
+    try:
+        return rows()
+    except RuntimeError as error:
+        if "ids must be in" not in str(error):
+            raise
+        low, high = int(ids.min()), int(ids.max())
+        raise IndexError(f"ids must be in [0, {N}), got {low} to {high}") from None
+
+
+def is_matrix(weights: Weights) -> bool:
+    """A dense matrix alone."""
     return weights.is_dense and not weights.lora_rank
 
 
@@ -337,10 +340,10 @@ def _detached(value):
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _common(weights: Weights) -> dict:
-    """The fields of Packed."""
+def common(weights: Weights, dtype: torch.dtype | None = None) -> dict:
+    """The fields of Packed; dtype: SVh's by default."""
     values = (
-        weights.SVh.dtype,
+        dtype or weights.SVh.dtype,
         (weights.in_features,),
         (weights.out_features,),
         weights.out_features,
@@ -348,16 +351,16 @@ def _common(weights: Weights) -> dict:
         weights.lora_rank,
         weights.alpha,
         weights.A is not None,
-        None if weights.pivots is None or _is_matrix(weights) else weights.pivots.clone(),
+        None if weights.pivots is None or is_matrix(weights) else weights.pivots.clone(),
     )
     return dict(zip((field.name for field in fields(Packed)), values, strict=True))
 
 
-def _limbs(weights: Weights) -> dict:
-    """The fields of _Panels."""
-    dtype = weights.SVh.dtype
+def limbs(weights: Weights, dtype: torch.dtype | None = None) -> dict:
+    """The fields of _Panels. Limbs hold every quantised matrix: scales are float16."""
+    dtype = dtype or weights.SVh.dtype
     factors = (weights.SVh, weights.U, weights.A, weights.B)
-    matrices = [_detached(t) for t in factors if t is not None]
+    matrices = [factor.detach() for factor in factors if isinstance(factor, Tensor)]
     fit = fit_limbs(dtype, *((matrix, 1) for matrix in matrices))
     if dtype == torch.float32 and fit:
         most = 6 if six_products_stay_faster() else 0

@@ -136,17 +136,18 @@ int main(int count, char**) {
 FMA_F16C_AVX_OSXSAVE = 1 << 12 | 1 << 29 | 1 << 28 | 1 << 27
 AVX2, AVX512 = 1 << 5, 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31
 AMX = 1 << 24 | 1 << 22
+VNNI = 1 << 11
 TILES = " 1d.0=1,0,0,0 1d.1=4002000,80040,10,0"
 L2 = " 4.0=121,2c0003f,3f,0 4.1=143,3c0003f,7ff,0 4.2=0,0,0,0"  # L1d 48 KB, L2 2 MB
 
 
-def processor(c1=FMA_F16C_AVX_OSXSAVE, b7=0, d7=0, a7_1=0) -> str:
-    return f" 1.0=0,0,{c1:x},0 7.0=1,{b7:x},0,{d7:x} 7.1={a7_1:x},0,0,0"
+def processor(c1=FMA_F16C_AVX_OSXSAVE, b7=0, c7=0, d7=0, a7_1=0) -> str:
+    return f" 1.0=0,0,{c1:x},0 7.0=1,{b7:x},{c7:x},{d7:x} 7.1={a7_1:x},0,0,0"
 
 
 HASWELL = processor(b7=AVX2)
 SKYLAKE_X = processor(b7=AVX2 | AVX512)
-SAPPHIRE = processor(b7=AVX2 | AVX512, d7=AMX, a7_1=1 << 5) + TILES
+SAPPHIRE = processor(b7=AVX2 | AVX512, c7=VNNI, d7=AMX, a7_1=1 << 5) + TILES
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,13 @@ PROCESSORS = {
     "no tiles": (SAPPHIRE, "e7", "avx512_bf16", "the system does not save AMX tiles (XCR0)"),
     "no zmm": (SAPPHIRE, "7", "avx2", "the system does not save AVX-512 registers (XCR0)"),
     "no ymm": (SAPPHIRE, "3", "scalar", "the system does not save AVX registers (XCR0)"),
-    "skylake": (SKYLAKE_X, "e7", "avx512", "this processor has no AVX512-BF16"),
+    "skylake": (SKYLAKE_X, "e7", "avx512", "this processor has no AVX512-BF16, AVX512-VNNI"),
+    "bf16 alone": (
+        processor(b7=AVX2 | AVX512, a7_1=1 << 5),
+        "e7",
+        "avx512",
+        "this processor has no AVX512-VNNI",
+    ),
     "haswell": (
         HASWELL,
         "7",
