@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hylora_kernels.backends import available_backends, use_backend
 from hylora_kernels.layers.linear import SVD_LoRA_Linear, SVDLoRALinear
+from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from hylora_kernels.ops import svd_lora_linear
 
 __version__ = "0.1.0"
@@ -17,6 +18,8 @@ __version__ = "0.1.0"
 __all__ = [
     "SVDLoRALinear",
     "SVD_LoRA_Linear",
+    "QuantizedLinear",
+    "QuantizedEmbedding",
     "svd_lora_linear",
     "available_backends",
     "use_backend",

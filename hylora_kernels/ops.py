@@ -416,8 +416,10 @@ def define(
 
 def _define(name: str, backend: ModuleType) -> Callable[..., Any]:
     """The two ops of one backend."""
-    kernels = (functools.partial(k, backend) for k in (kernel_forward, kernel_backward))
-    return define(name, (_FORWARD, _BACKWARD), tuple(kernels), (fake_forward, fake_backward), 2)
+    forward = functools.partial(kernel_forward, backend)
+    backward = functools.partial(kernel_backward, backend)
+    fakes = (fake_forward, fake_backward)
+    return define(name, (_FORWARD, _BACKWARD), (forward, backward), fakes, frozen=2)
 
 
 _FORWARD_OPS = {name: _define(name, backend) for name, backend in backends.BACKENDS.items()}

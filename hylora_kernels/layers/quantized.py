@@ -151,12 +151,25 @@ class QuantizedLinear(SVDLoRALinear):
             dtype=dtype,
         )
         for name, width in bits.items():
-            shape = getattr(self, name).shape
-            self._put(name, QuantizedFactor(*shape, width, device, dtype))
+            random = getattr(self, name)
+            self._put(name, QuantizedFactor(*random.shape, width, device, dtype))
+            if not random.is_meta and random.numel():
+                getattr(self, name).matrix = requantized(random, width)
         if form == "pivoted" and rank == out_features:
             # They are 0 .. N - 1. A checkpoint of SmolLM2 in 80 MB would hold 0.8 MB of them.
             pivots = torch.arange(rank, dtype=torch.int32, device="cpu")
             self.register_buffer("pivots", pivots, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """As SVDLoRALinear's, SVh and U rounded."""
+        if not self.bits:  # the constructor's call, which comes before there are codes
+            super().reset_parameters()
+            return
+        sizes = (self.in_features, self.out_features, self.rank, self.lora_rank)
+        kind: dict[str, Any] = {"device": self.SVh.device, "dtype": self.SVh.dtype}
+        has_bias = self.bias is not None
+        fresh = QuantizedLinear(*sizes, has_bias, form=self.form, bits=self.bits, **kind)
+        self.load_state_dict(fresh.state_dict())
 
     @classmethod
     def from_weights(

@@ -54,7 +54,7 @@ def add_adapters(
                 f"model must be dense to take adapters, but its layer {path} is an SVDLoRALinear"
             )
     warn_if_little(
-        sum(linear.weight.numel() for linear in targets.values()),
+        sum(as_matrix(linear).numel() for linear in targets.values()),
         body_parameters(model),
         skipped_parameters(model, targets, reasons),
     )

@@ -162,7 +162,7 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
         if frozen_hash(model, trained.values()) != recipe.base:
             raise RuntimeError("the frozen base changed in training: its hash is another one now")
         if options.merge and not by_factors:
-            merge_adapters(model)
+            merge_adapters(model, requantize=False)
     if run.folder is not None and run.losses:
         loss_plot({"training": run.losses}, run.folder / "loss.png")
     accelerator.wait_for_everyone()  # The first process has written the files.

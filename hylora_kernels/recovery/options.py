@@ -93,7 +93,12 @@ class FinetuneOptions:
         "Dense model that the compressed one came from: hub id, folder or smollm2-135m.",
         reported=False,
     )
-    merge: bool = option(True, "Fold the adapters into the base at the end.", reported=False)
+    merge: bool = option(
+        True,
+        "Fold the adapters into the base at the end. A base of codes keeps them: rounded again, it "
+        "would lose them in part.",
+        reported=False,
+    )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward: less memory, more time."
     )

@@ -98,3 +98,13 @@ def test_bad_bits_are_named():
     with pytest.raises(ValueError, match=r"matrix must be \[4, 100\] of 4 bits, got \[5, 100\]"):
         layer = QuantizedLinear(100, 8, 4, bits={"SVh": 4})
         layer.SVh.matrix = random_matrix(5, 100, 4)
+
+
+@pytest.mark.parametrize("bits", [{"SVh": 4}, {"SVh": 3, "U": 8}])
+def test_a_new_layer_has_nn_linears_variance_and_is_random_again(bits):
+    layer = QuantizedLinear(64, 64, 32, lora_rank=2, bits=bits)
+    spread = layer.weight.std().item()
+    assert spread == pytest.approx((1 / 3 / 64) ** 0.5, rel=0.3)
+    before = layer.SVh.codes.clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.SVh.codes, before) and not layer.B.any()
