@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from hylora_kernels.layers.packed import PackedModule
+
 _NAME = "hylora_watched"
 
 
@@ -108,7 +110,10 @@ def watch(blocks: Blocks, ids: Tensor) -> Watched:
     def note(attention: Attention) -> None:
         calls.append(attention)
 
-    leaves = {id(m): m for m in model.modules() if not list(m.children())}
+    # A packed layer is a leaf, though its codes stand in modules of their own.
+    leaves = {
+        id(m): m for m in model.modules() if isinstance(m, PackedModule) or not list(m.children())
+    }
     embedding = model.get_input_embeddings()
     try:
         for leaf in leaves.values():
