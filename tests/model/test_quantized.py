@@ -9,7 +9,10 @@ import torch
 from helpers.checkpoints import IDS, assert_same, logits
 from helpers.quantizing import quantized_model
 
+from hylora_kernels import available_backends
 from hylora_kernels.evaluation.size import model_size
+from hylora_kernels.inference.decoder import Decoder
+from hylora_kernels.inference.optimize import optimize_for_inference
 from hylora_kernels.layers.quantized import QuantizedLinear
 from hylora_kernels.model.adapters import add_adapters, renew_adapters
 from hylora_kernels.model.checkpoint import layer_shapes, load_pretrained
@@ -131,3 +134,10 @@ def test_merged_layers_of_codes_get_new_adapters_on_the_same_codes():
     torch.testing.assert_close(logits(model), before)
     with pytest.raises(ValueError, match="train must be 'adapters' for a quantised model"):
         starting_tensors(model)
+
+
+@pytest.mark.skipif(bool(available_backends()["cpu"]), reason="needs the CPU kernels")
+def test_the_decoder_computes_steps_on_codes_whole():
+    model = optimize_for_inference(quantized_model("llama, tied", torch.bfloat16))
+    decoder = Decoder(model)
+    assert (decoder.runtime, decoder.reason) == ("cpu", "")
