@@ -67,7 +67,7 @@ def _inverted(weights: Weights) -> Weights:
 def packing(monkeypatch):
     """The eager backend, packing quantised layers only."""
 
-    def pack(weights, dtype):
+    def pack(weights, dtype, for_group=False):
         if not weights.is_quantized:
             return None
         return Stored(_inverted(replace(weights, bias=None)), dtype)

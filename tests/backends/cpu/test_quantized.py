@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import zoo
+from helpers.checkpoints import logits
 from helpers.numerics import Case
 from helpers.optimising import every_dtype
 from helpers.quantising import BITS, quantised, rounded
+from helpers.quantizing import quantized_model
 
-from hylora_kernels import optimize_for_inference, reference
+from hylora_kernels import Decoder, optimize_for_inference, reference, restore_from_inference
 from hylora_kernels.backends import cpu
 from hylora_kernels.backends.cpu.packed import in_panels
 from hylora_kernels.backends.shared.decoder_form import BlockForm, DecoderForm, LayerForm
@@ -160,15 +162,29 @@ def test_a_decoder_of_quantised_layers():
     def dequantised(W):
         return reference.dequantize(codes(W))
 
-    def logits(change):
+    def logits_of(change):
         plan = cpu.decoder_plan(with_layers(form, lambda layer: pack(layer, change)), torch.float32)
         g = torch.Generator().manual_seed(0)
         x, cache = torch.randn(2, form.width, generator=g), torch.zeros(plan.cached * 2 * 8)
         zeros = torch.zeros(2, dtype=torch.int64)
         return plan.run(x, cache, 2, 0, zeros, zeros)[0]
 
-    torch.testing.assert_close(logits(codes), logits(dequantised), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(logits(codes), logits(lambda W: W), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits_of(codes), logits_of(dequantised), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits_of(codes), logits_of(lambda W: W), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "llama"])
+def test_a_quantised_model_is_packed_grouped_decoded_and_restored(name):
+    """Decoder holds its plan against the model's own modules before it takes it."""
+    model = quantized_model(name)
+    before, wanted = {n: t.clone() for n, t in model.state_dict().items()}, logits(model)
+    optimize_for_inference(model, group=True)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+    decoder = Decoder(model, 2, 16)
+    assert (decoder.runtime, decoder.reason) == ("cpu", "")
+    restore_from_inference(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[n], before[n]) for n in before)
 
 
 def test_threads_share_the_panels():
