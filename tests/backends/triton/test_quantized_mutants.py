@@ -119,7 +119,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("trial", {m.trial for m in MUTANTS.values()}, ids=str)
+@pytest.mark.parametrize("trial", sorted({m.trial for m in MUTANTS.values()}, key=str), ids=str)
 def test_the_kernels_as_they_are_pass(trial):
     assert failed_check(trial, kernels) == ""
 
