@@ -192,7 +192,7 @@ class PackedModule(nn.Module):
         for name, values in self._exported(destination, keep_vars).items():
             destination[prefix + name] = values
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if "packed_pivots" in self._buffers:
+        if "packed_pivots" in self._buffers and "pivots" not in self._non_persistent_buffers_set:
             destination[prefix + "pivots"] = self._buffers["packed_pivots"].clone()
 
     def _exported(self, destination, keep_vars) -> dict[str, Tensor]:
