@@ -11,8 +11,8 @@ from helpers import zoo
 from helpers.checkpoints import logits
 from helpers.numerics import Case
 from helpers.optimising import every_dtype
-from helpers.quantising import BITS, quantised, rounded
-from helpers.quantizing import quantized_model
+from helpers.quantized_layers import BITS, quantised
+from helpers.quantizing import quantized_model, rounded
 
 from hylora_kernels import Decoder, optimize_for_inference, reference, restore_from_inference
 from hylora_kernels.backends import cpu

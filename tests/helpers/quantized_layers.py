@@ -9,32 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from helpers.numerics import Case, distance, make_inputs
+from helpers.quantizing import rounded
 from torch import Tensor
 
 from hylora_kernels import reference
-from hylora_kernels.weights import GROUP, QuantizedMatrix, Weights
+from hylora_kernels.weights import Weights
 
 BITS = (2, 3, 4, 5, 6, 8)
-
-
-def rounded(W: Tensor, bits: int) -> QuantizedMatrix:
-    """W [n, k] rounded to codes, groups from their smallest to their largest number."""
-    n, k = W.shape
-    groups = F.pad(W.float(), (0, -k % GROUP)).reshape(n, -1, GROUP)
-    most = 2**bits - 1
-    if bits == 8:
-        scales, zeros = (groups.abs().amax(-1) / 127).half(), None
-        codes = (groups / scales.float().clamp_min(1e-7)[..., None]).round() + 128
-    else:
-        low, high = groups.amin(-1), groups.amax(-1)
-        scales = ((high - low) / most).half()
-        steps = scales.float().clamp_min(1e-7)
-        zeros = (-low / steps).round().clamp(0, most).long()
-        codes = (groups / steps[..., None]).round() + zeros[..., None]
-    codes = codes.clamp(0, most).long().reshape(n, -1)[:, :k]
-    return reference.quantized(codes, scales, zeros, bits)
 
 
 class Quantised(NamedTuple):
