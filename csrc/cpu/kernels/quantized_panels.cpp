@@ -1,8 +1,6 @@
 // Quantised panels where speed does not matter (quantized_panels.h).
 #include "../quantized_panels.h"
 
-#include <cstring>
-
 #include "vector.h"
 
 namespace hylora {
@@ -30,7 +28,7 @@ uint8_t code_at(int bits, const uint8_t* planes, int i) {
 
 // 64 codes -> [8 bits] bytes.
 void put_planes(int bits, const uint8_t* codes, uint8_t* planes) {
-  std::memset(planes, 0, size_t(8 * bits));
+  __builtin_memset(planes, 0, size_t(8 * bits));
   for (int i = 0; i < kGroup; i++)
     for_each_plane(bits, i, [&](int done, int width, int byte, int shift) {
       planes[byte] |= uint8_t((codes[i] >> done & mask(width)) << shift);
@@ -55,15 +53,15 @@ void put_codes(int bits, const uint8_t* codes, char* unit, int64_t row) {
     lanes[lane] |= (codes[i] >> piece.up & mask(piece.width)) << shift;
   });
   for (int lane = 0; lane < 2 * bits; lane++)
-    std::memcpy(unit + lane * 128 + row * 4, &lanes[lane], 4);
+    __builtin_memcpy(unit + lane * 128 + row * 4, &lanes[lane], 4);
 }
 
 // One row of a unit's lanes -> 64 codes.
 void get_codes(int bits, const char* unit, int64_t row, uint8_t* codes) {
   uint32_t lanes[16];
   for (int lane = 0; lane < 2 * bits; lane++)
-    std::memcpy(&lanes[lane], unit + lane * 128 + row * 4, 4);
-  std::memset(codes, 0, size_t(kGroup));
+    __builtin_memcpy(&lanes[lane], unit + lane * 128 + row * 4, 4);
+  __builtin_memset(codes, 0, size_t(kGroup));
   for_each_piece(bits, [&](int i, const Piece& piece, int lane, int shift) {
     codes[i] |= uint8_t((lanes[lane] >> shift & mask(piece.width)) << piece.up);
   });
@@ -103,7 +101,7 @@ void dequantize_row(const Panels& panels, int64_t row, T* to) {
   for (int64_t k = 0; k < panels.k; k += kGroup, unit += unit_bytes(panels.bits)) {
     const Unit one{unit, panels.bits};
     fp16 scale;
-    std::memcpy(&scale, one.scale(row % 32), 2);
+    __builtin_memcpy(&scale, one.scale(row % 32), 2);
     const float factor = to_float(scale);
     const int zero = panels.bits == 8 ? 128 : *one.zero(row % 32);
     uint8_t codes[kGroup];
@@ -117,7 +115,7 @@ void dequantize_row(const Panels& panels, int64_t row, T* to) {
 
 void pack_quantized(const QuantizedPlanes& W, char* panels, int64_t begin, int64_t end) {
   const int64_t bytes = panel_bytes(W.bits, W.k);
-  if (begin < end) std::memset(panels + begin * bytes, 0, size_t((end - begin) * bytes));
+  if (begin < end) __builtin_memset(panels + begin * bytes, 0, size_t((end - begin) * bytes));
   for_each_row(W, panels, begin, end, [&](const Unit& unit, int64_t row, int64_t at) {
     uint8_t codes[kGroup];
     for (int i = 0; i < kGroup; i++)
