@@ -69,7 +69,6 @@ def compress(
     """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
     from hylora_kernels.compression.compress import compress as compress_model
     from hylora_kernels.experiments.target import compress_to_ratio
-    from hylora_kernels.model.saving import refuse_unsavable
 
     search = {name: options.pop(name) for name in SEARCH}
     given = [name for name in SEARCH if search[name] != getattr(TargetOptions, name)]
@@ -77,9 +76,7 @@ def compress(
         raise ValueError(f"{given[0]} is read for target_ratio, which is not given")
     refuse_foreign_folder(out, model, mark="frontier", overwrite=overwrite)
     trusted = options["trust_remote_code"]
-    loaded, tokenizer = load(model, device, dtype, trusted, revision, tokenizer)
-    refuse_unsavable(loaded, tokenizer)
-    require_disk(out, parameter_bytes(loaded), f"the compressed model in {out}")
+    loaded, tokenizer = _savable(out, model, device, dtype, trusted, revision, tokenizer)
     found: dict[str, Any] = {}
     if target_ratio is None:
         loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
@@ -125,15 +122,12 @@ def quantize(
 ) -> None:
     """Put a model's matrices into few bits, every rank as it is, and write the smaller model."""
     from hylora_kernels.compression.quantize_model import quantize_model
-    from hylora_kernels.model.saving import refuse_unsavable
     from hylora_kernels.recovery.adapt import adapt_dense
 
     QuantizeOptions(**options)  # Before the long work.
     refuse_foreign_folder(out, model, mark="training", overwrite=overwrite)
     trusted = options["trust_remote_code"]
-    loaded, tokenizer = load(model, device, dtype, trusted, revision, tokenizer)
-    refuse_unsavable(loaded, tokenizer)
-    require_disk(out, parameter_bytes(loaded), f"the quantised model in {out}")
+    loaded, tokenizer = _savable(out, model, device, dtype, trusted, revision, tokenizer)
     found: dict[str, Any] = {}
     if adapt is not None:
         text = {name: options[name] for name in ("split", "column", "length", "seed")}
@@ -152,6 +146,16 @@ def quantize(
     loaded, report = quantize_model(loaded, tokenizer=tokenizer, **options)
     _finish(loaded, tokenizer, report, out, overwrite, json_path, png, found)
     show(f"written to {out}. Next: hylora evaluate {out}")
+
+
+def _savable(out: Path, *given: Any) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+    """What load(*given) gives, once it is known that it can be saved to `out`."""
+    from hylora_kernels.model.saving import refuse_unsavable
+
+    model, tokenizer = load(*given)
+    refuse_unsavable(model, tokenizer)
+    require_disk(out, parameter_bytes(model), f"the smaller model in {out}")
+    return model, tokenizer
 
 
 def _finish(

@@ -24,8 +24,8 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     ),
     "quantize": (
         compress_commands.quantize,
-        "Finished matrices are cached, training is in {out}/training: repeat the command to"
-        " continue.",
+        "Finished matrices are cached; what --adapt has trained is in {out}/training: repeat the"
+        " command to continue.",
     ),
     "finetune": (
         model_commands.finetune,

@@ -88,8 +88,13 @@ def _check_weights(model: nn.Module, use: str, name: str) -> None:
     changes = use in ("train", "adapt", "replace")
     if changes:
         refuse_packed(model)
-    matrices = (m for m in model.modules() if isinstance(m, QuantizedFactor))
-    ours = {id(p) for m in matrices for p in m.parameters()} if use == "adapt" else set()
+    codes = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedFactor)}
+    if codes and use == "replace":
+        raise ValueError(
+            f"{name} is quantised already, {next(iter(codes))} and others: take the model that it "
+            "was made from"
+        )
+    ours = {id(p) for m in codes.values() for p in m.parameters()}
     for path, tensor in chain(model.named_parameters(), _codes(model)):
         if tensor.is_meta and (changes or not _has_offload_hooks(model)):
             raise ValueError(

@@ -187,7 +187,7 @@ def test_a_compressed_model_keeps_its_ranks():
     assert {r.path: r.rank for r in report.layers if r.rank} == ranks
     assert {r.bits for r in report.layers} == {8} and report.keep == pytest.approx(before.keep)
     assert (logits(model, IDS) - outputs).norm() < 0.2 * outputs.norm()
-    with pytest.raises(ValueError, match=r"plain floating-point weights, but .* is a uint8"):
+    with pytest.raises(ValueError, match=r"quantised already, .*: take the model that"):
         quantised(model, bits=8)
     with pytest.raises(ValueError, match="can't be met: the least possible is"):
         quantised(compressed(wide(), 0.7, IDS)[0], bits=4)

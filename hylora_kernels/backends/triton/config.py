@@ -30,6 +30,8 @@ FORWARD, BACKWARD = "forward", "backward"
 SHARED = {"cuda": {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}, "hip": {}}
 LDS = 64  # KiB of shared memory a block may use on AMD
 MOST_ROWS = 2**31
+# A multiply-add rounds once. That is Triton's default up to 3.9; 3.10 turns it.
+FUSION = {"enable_fp_fusion": True}
 GROUP_ROWS = 64  # the most of a group's launch
 SHIPPED_TABLES = Path(__file__).parent / "tuned"
 # Version of the tables' words. 1 said "vendor" and "residents": it is measured again.

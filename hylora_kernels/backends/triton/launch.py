@@ -14,6 +14,7 @@ from hylora_kernels.backends.triton import dispatch, kernels
 from hylora_kernels.backends.triton.config import (
     BACKWARD,
     FORWARD,
+    FUSION,
     AdapterGradientsConfig,
     Config,
     Problem,
@@ -22,8 +23,6 @@ from hylora_kernels.backends.triton.config import (
 from hylora_kernels.weights import Weights
 
 MOST = 2**31  # elements that 32-bit indices reach
-# A multiply-add rounds once. That is Triton's default up to 3.9; 3.10 turns it.
-FUSION = {"enable_fp_fusion": True}
 
 
 def forward(x: Tensor, weights: Weights, problem: Problem, config: Config) -> tuple[Tensor, Tensor]:
@@ -116,7 +115,7 @@ def layer(
     return y, h_a
 
 
-def run(kernel: Any, programs: int, zeros: Tensor, **arguments) -> None:
+def run(kernel: Any, programs: int, zeros: Tensor | None, **arguments) -> None:
     """Launch with `zeros` as counters, and give these up if the launch is broken off. Inside
     dispatch.forcing(compile_only=True) compile only.
 
@@ -129,7 +128,8 @@ def run(kernel: Any, programs: int, zeros: Tensor, **arguments) -> None:
     try:
         launch(Counters=zeros, **arguments, **FUSION)
     except BaseException:
-        counters.forget(zeros)
+        if zeros is not None:
+            counters.forget(zeros)
         raise
 
 

@@ -13,6 +13,7 @@ from hylora_kernels import reference
 from hylora_kernels.backends.shared import counters
 from hylora_kernels.backends.shared.gpu import on_device
 from hylora_kernels.backends.triton import dispatch
+from hylora_kernels.backends.triton.config import FUSION
 from hylora_kernels.backends.triton.quantized.config import (
     DEQUANTIZE,
     Dequantize,
@@ -26,8 +27,6 @@ from hylora_kernels.weights import GROUP, QuantizedMatrix
 # matrix the same block, in a CUDA graph's own memory too, so this bounds the workspace of a model.
 MOST_DEQUANTIZED = 2**26
 ROWS, GROUPS = 16, 8  # of W that a program dequantises: 128 bytes at a time go to each row
-# A multiply-add rounds once, as in the plain layers' launch.py.
-FUSION = {"enable_fp_fusion": True}
 
 _LIBRARY = torch.library.Library("hylora", "FRAGMENT")
 _LIBRARY.define(
@@ -149,6 +148,8 @@ def product(
     config: QuantizedConfig,
 ) -> Tensor:
     """One launch: x [M, K] -> y [M, N] = x W^T + h_a B^T + bias."""
+    from hylora_kernels.backends.triton.launch import run  # imports triton, as _kernels() does
+
     if x.stride(1) != 1:
         x = x.contiguous()
     tiles, partial, zeros = config.tiles(problem), None, None
@@ -157,29 +158,25 @@ def product(
         partial = x.new_empty(cells, dtype=torch.float32)
         zeros = counters.zeros(x.device, tiles)
     y = x.new_empty(problem.M, problem.N)
-    try:
-        _kernels().product[(tiles * config.split,)](
-            X=x,
-            Words=W.words,
-            Scales=W.scales,
-            Zeros=W.zeros,
-            Bias=bias,
-            Ha=None if h_a is None else h_a.contiguous(),
-            B=B,
-            Y=y,
-            Partial=partial,
-            Counters=zeros,
-            **{"M": problem.M, "K": problem.K, "N": problem.N, "G": problem.groups},
-            **{"lora_rank": problem.lora_rank, "x_m": x.stride(0), "BITS": problem.bits},
-            **{"SPLIT": config.split, "BM": config.BM, "BN": config.BN, "BJ": 32},
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **FUSION,
-        )
-    except BaseException:  # as in the plain layers' launch.py
-        if zeros is not None:
-            counters.forget(zeros)
-        raise
+    run(
+        _kernels().product,
+        tiles * config.split,
+        zeros,
+        X=x,
+        Words=W.words,
+        Scales=W.scales,
+        Zeros=W.zeros,
+        Bias=bias,
+        Ha=None if h_a is None else h_a.contiguous(),
+        B=B,
+        Y=y,
+        Partial=partial,
+        **{"M": problem.M, "K": problem.K, "N": problem.N, "G": problem.groups},
+        **{"lora_rank": problem.lora_rank, "x_m": x.stride(0), "BITS": problem.bits},
+        **{"SPLIT": config.split, "BM": config.BM, "BN": config.BN, "BJ": 32},
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return y
 
 
