@@ -332,7 +332,7 @@ def demo(
     seed: Seed = 0,
     json_path: Json = None,
 ) -> None:
-    """The whole method on a real 135M model: compress, recover, measure; 10 to 20 minutes."""
+    """The whole method on a real 135M model: compress, recover, measure; tens of minutes."""
     from hylora_kernels.experiments.demo import page as demo_page
     from hylora_kernels.experiments.demo.run import STAGES
     from hylora_kernels.experiments.demo.run import demo as run
