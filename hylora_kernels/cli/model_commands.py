@@ -316,12 +316,12 @@ def demo(
             min=1,
             help="Calibration blocks of Brown, beside half as many of self, a quarter of stdlib.",
         ),
-    ] = 40,
+    ] = 24,
     steps: Annotated[
         int,
         Option(min=1, help="Recovery steps at keep 0.8, and of the control without compression."),
-    ] = 30,
-    deep_steps: Annotated[int, Option(min=1, help="Recovery steps at keep 0.6.")] = 50,
+    ] = 20,
+    deep_steps: Annotated[int, Option(min=1, help="Recovery steps at keep 0.6.")] = 40,
     fresh: Annotated[
         bool, Option("--fresh", help="Repeat the stages that are already measured.")
     ] = False,

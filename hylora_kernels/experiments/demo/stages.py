@@ -45,15 +45,15 @@ class Settings:
     texts: Mapping[str, str | list[str]] | Sequence[str] = (
         *("brown", "python-docs", "code", "moby-dick", "self"),
     )
-    samples: int = 40
+    samples: int = 24
     target_mb: float = 80.0
-    steps: int = 30
-    deep_steps: int = 50
+    steps: int = 20
+    deep_steps: int = 40
     lora_rank: int = 64
     control_rank: int = 16
     rank_multiple: int = 16
     length: int = 512
-    blocks: int = 8
+    blocks: int = 4
     recovery_blocks: int = 2
     new_tokens: int = 48
     prompt: str = PROMPT
