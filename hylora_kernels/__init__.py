@@ -12,6 +12,7 @@ from hylora_kernels.backends import available_backends, use_backend
 from hylora_kernels.layers.linear import SVD_LoRA_Linear, SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from hylora_kernels.ops import svd_lora_linear
+from hylora_kernels.support.imports import import_after
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,9 @@ __all__ = [
     "optimize_for_inference",
     "restore_from_inference",
 ]
+
+# A module of another library -> the one that extends it, imported right after it, never before.
+import_after({})
 
 # Type checkers and editors read these imports. They don't read __getattr__, which would let them
 # take any name for one of this module's.

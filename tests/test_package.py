@@ -211,7 +211,7 @@ def test_files_stay_readable(path):
 # Each folder or file of the package, lowest first, and what else of the package it may import: only
 # what stands above it in this table, so there is no cycle. support/ knows nothing of the package. A
 # layer calls the op, the op the dispatcher, the dispatcher a backend. The pipeline stands on the
-# layers and never calls a backend.
+# layers and never calls a backend. A file of integrations/ extends one other library.
 MAY_IMPORT = {
     "support": "",
     "weights.py": "",
@@ -233,10 +233,13 @@ MAY_IMPORT = {
     "evaluation": "support weights layers model text inference",
     "compression": "support weights reference layers model text evaluation",
     "recovery": "support weights layers model text",
-    "__init__.py": "backends ops layers model compression recovery inference evaluation",
+    "integrations": "support weights reference backends ops ops_quantized layers model text"
+    " inference evaluation compression recovery",
+    "__init__.py": "support backends ops layers model compression recovery inference evaluation",
     "machine": "support weights reference backends ops",
     "experiments": "support layers model text compression recovery inference evaluation machine",
-    "cli": "support model text compression recovery inference evaluation machine experiments",
+    "cli": "support model text compression recovery inference evaluation machine experiments"
+    " integrations",
     "__main__.py": "cli",
 }
 

@@ -1,0 +1,75 @@
+"""The Python snippets of docs/integrations.md run as they stand, section by section.
+
+Each section runs in a folder with what the document says: `dense`, a model that transformers saved,
+`small`, the same compressed, both with their tokenizer, and `text.txt`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import tiny
+
+from hylora_kernels import save_pretrained
+from hylora_kernels.text.sources import python_docs_text
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs/integrations.md"
+# Section -> the modules without which its snippets are skipped.
+NEEDS = {
+    "transformers": (),
+}
+
+
+def sections() -> dict[str, list[tuple[int, str]]]:
+    """Heading of the second level -> its Python snippets, each with the number of its line."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    found: dict[str, list[tuple[int, str]]] = {}
+    for match in re.finditer(r"^## ([^\n]+)$|^```python\n(.*?)^```$", text, re.M | re.S):
+        heading, code = match.groups()
+        if heading:
+            snippets = found.setdefault(heading, [])
+        else:
+            snippets.append((text.count("\n", 0, match.start()) + 1, code))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    text = python_docs_text()[:100_000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    tokenizer = tiny.tokenizer(text)
+    model = tiny.llama(
+        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True
+    )
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    save_pretrained(tiny.adapted(model), folder / "small", tokenizer)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, snippets in sections().items() if snippets])
+def test_snippets_run(name, models, tmp_path, monkeypatch):
+    assert name in NEEDS, "add the section to NEEDS"
+    missing = [module for module in NEEDS[name] if importlib.util.find_spec(module) is None]
+    if missing:
+        pytest.skip(f"{name}: {', '.join(missing)} not installed")
+    work = tmp_path / "work"
+    shutil.copytree(models, work)
+    monkeypatch.chdir(work)
+    namespace = {"__name__": "snippet"}
+    for line, code in sections()[name]:
+        exec(compile("\n" * line + code, str(DOCUMENT), "exec"), namespace)
+
+
+def test_the_table_names_every_section():
+    """Each row of the table at the top links to its section."""
+    table = DOCUMENT.read_text(encoding="utf-8").partition("\n## ")[0]
+    linked = re.findall(r"^\| \[(.+?)\]\(#(.+?)\)", table, re.M)
+    assert [name for name, _ in linked] == list(sections())
+    for name, anchor in linked:
+        assert anchor == re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-")
