@@ -316,7 +316,7 @@ def demo(
             min=1,
             help="Calibration blocks of Brown, beside half as many of self, a quarter of stdlib.",
         ),
-    ] = 24,
+    ] = 16,
     steps: Annotated[
         int,
         Option(min=1, help="Recovery steps at keep 0.8, and of the control without compression."),

@@ -40,8 +40,8 @@ NAMES = [
     "dense, optimised",
     "dense int8",
     "4 bits, to nearest",
-    "4 bits, GPTQ",
     "HyLoRA bits",
+    "4 bits, GPTQ",
     "plain SVD",
     "whitened SVD",
     "two-sided SVD",
@@ -123,6 +123,10 @@ def test_what_is_measured_where(made):
     cut = {label for label, s in stages.items() if s.target < 1}
     assert compressed == cut - {"HyLoRA, then int8 0.8"}
     assert all(0 < r["rank"] <= r["full_rank"] for s in stages.values() for r in s.ranks)
+    # One pass over the mix serves all stages that read it.
+    for label in ("4 bits, GPTQ", "two-sided SVD 0.8", "HyLoRA 0.6"):
+        assert not stages[label].spent["calibration"]
+    assert stages["HyLoRA bits"].spent["calibration"] > 0
     assert stages["dense, optimised"].ppl == pytest.approx(stages["dense"].ppl, rel=0.02)
     assert not stages["dense"].optimized
 

@@ -194,10 +194,8 @@ def _compressed(**options) -> Callable[[Setup, Recipe], StageModel]:
 
 def _compress(setup: Setup, recipe: Recipe, alone: bool = False, **options) -> StageModel:
     """alone: calibrated on the training text alone."""
-    given = {"rank_multiple": setup.settings.rank_multiple} | options
-    model, report = compress(
-        setup.dense(), keep=recipe.target, **_common(setup, options["method"], alone), **given
-    )
+    given = {"keep": recipe.target, "rank_multiple": setup.settings.rank_multiple} | options
+    model, report = compress(setup.dense(), **_common(setup, options["method"], alone), **given)
     _count_seconds(setup, report)
     ranks = []
     for layer in report.layers:
@@ -238,7 +236,11 @@ def _quantize(setup: Setup, model: nn.Module, method: str = "two_sided", **optio
 
 
 def _bits(setup: Setup, recipe: Recipe) -> StageModel:
-    return _quantize(setup, setup.dense(), target_mb=setup.settings.target_mb)
+    """Ranks and bits under one budget. Its pass over the mix makes the factors and the codes that
+    the later stages read from the cache: two more passes would take a fifth of the demo."""
+    budget = {"keep": None, "target_mb": setup.settings.target_mb, "bits": "auto"}
+    made = _compress(setup, recipe, method="two_sided", lora_rank=0, **budget)
+    return StageModel(made.model, predicted_loss=made.predicted_loss)
 
 
 def _recovered_int8(setup: Setup, recipe: Recipe) -> StageModel:
@@ -355,8 +357,8 @@ RECIPES = (
     Recipe("dense, optimised", 1.0, _dense, optimize=True),
     Recipe("dense int8", 1.0, _quantized(**INT8), optimize=True),
     Recipe("4 bits, to nearest", 1.0, _quantized(**INT8 | {"bits": 4}), speed=False),
-    Recipe("4 bits, GPTQ", 1.0, _quantized(bits=4, uniform=True), speed=False),
     Recipe("HyLoRA bits", 1.0, _bits, breadth=True, sample=True, optimize=True),
+    Recipe("4 bits, GPTQ", 1.0, _quantized(bits=4, uniform=True), speed=False),
     Recipe("plain SVD", 0.8, _compressed(method="svd", **UNIFORM, **PAIR), sample=True),
     Recipe("whitened SVD", 0.8, _compressed(method="whitened", **UNIFORM, **PAIR)),
     Recipe("two-sided SVD", 0.8, _pair),

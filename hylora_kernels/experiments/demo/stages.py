@@ -45,7 +45,7 @@ class Settings:
     texts: Mapping[str, str | list[str]] | Sequence[str] = (
         *("brown", "python-docs", "code", "moby-dick", "self"),
     )
-    samples: int = 24
+    samples: int = 16
     target_mb: float = 80.0
     steps: int = 20
     deep_steps: int = 40
