@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hylora_kernels import backends, flops
+from hylora_kernels import backends, flops, ops_export
 from hylora_kernels.weights import Needs, Saved, Weights
 
 _LIBRARY = torch.library.Library("hylora", "DEF")
@@ -389,16 +389,21 @@ def define(
     schemas: tuple[str, str],
     kernels: tuple[Callable[..., Any], Callable[..., Any]],
     fakes: tuple[Callable[..., Any], Callable[..., Any]],
+    formulas: tuple[Callable[..., Any], Callable[..., Any]],
     frozen: int,
 ) -> Callable[..., Any]:
     """Define and register hylora::<name>_forward and its backward, each argument for the two of
-    them; return the forward op. frozen: the number of tensors that SVh and U are."""
+    them; return the forward op. formulas: for exporters. frozen: the number of tensors that SVh and
+    U are."""
     names = (f"{name}_forward", f"{name}_backward")
-    for op_name, schema, kernel, fake in zip(names, schemas, kernels, fakes, strict=True):
+    for op_name, schema, kernel, fake, formula in zip(
+        names, schemas, kernels, fakes, formulas, strict=True
+    ):
         _LIBRARY.define(op_name + schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(op_name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"hylora::{op_name}", fake, lib=_LIBRARY)
         torch.library.register_vmap(f"hylora::{op_name}", _refuse_vmap, lib=_LIBRARY)
+        ops_export.register(op_name, formula, _LIBRARY)
     forward, backward = names
     forward_op, backward_op = (getattr(torch.ops.hylora, op).default for op in names)
     torch.library.register_autograd(
@@ -419,7 +424,8 @@ def _define(name: str, backend: ModuleType) -> Callable[..., Any]:
     forward = functools.partial(kernel_forward, backend)
     backward = functools.partial(kernel_backward, backend)
     fakes = (fake_forward, fake_backward)
-    return define(name, (_FORWARD, _BACKWARD), (forward, backward), fakes, frozen=2)
+    formulas = (ops_export.forward, ops_export.backward)
+    return define(name, (_FORWARD, _BACKWARD), (forward, backward), fakes, formulas, frozen=2)
 
 
 _FORWARD_OPS = {name: _define(name, backend) for name, backend in backends.BACKENDS.items()}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hylora_kernels import backends, flops, ops, reference
+from hylora_kernels import backends, flops, ops, ops_export, reference
 from hylora_kernels.weights import QuantizedMatrix, Weights
 
 _FROZEN = (
@@ -126,11 +126,22 @@ def _fake_backward(dy: Tensor, x: Tensor | None, h_a: Tensor | None, *inputs: An
     return ops.fake_backward(dy, x, h_a, *_matrices(parts, K, dy, _shape_of), *others)
 
 
+def _formula_forward(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    parts, (*others, K, _) = inputs[:_PARTS], inputs[_PARTS:]
+    return ops_export.forward(x, *_matrices(parts, K, x, _dequantized), *others)
+
+
+def _formula_backward(dy: Tensor, x: Tensor | None, h_a: Tensor | None, *inputs: Any) -> tuple:
+    parts, (*others, K, _) = inputs[:_PARTS], inputs[_PARTS:]
+    return ops_export.backward(dy, x, h_a, *_matrices(parts, K, dy, _dequantized), *others)
+
+
 _forward_op = ops.define(
     "quantized",
     (_FORWARD, _BACKWARD),
     (_forward, _backward),
     (_fake_forward, _fake_backward),
+    (_formula_forward, _formula_backward),
     _PARTS,
 )
 flops.register_quantized()

@@ -223,9 +223,10 @@ MAY_IMPORT = {
     "backends/triton": "weights reference backends.shared support",
     "backends/__init__.py": "weights",
     "flops.py": "",
-    "ops.py": "weights reference backends flops",
+    "ops_export.py": "weights",
+    "ops.py": "weights reference backends flops ops_export",
     "ops_packed.py": "backends ops",
-    "ops_quantized.py": "weights reference backends flops ops",
+    "ops_quantized.py": "weights reference backends flops ops_export ops",
     "layers": "weights reference backends ops ops_packed ops_quantized",
     "model": "support weights layers",
     "text": "support model",
@@ -233,7 +234,7 @@ MAY_IMPORT = {
     "evaluation": "support weights layers model text inference",
     "compression": "support weights reference layers model text evaluation",
     "recovery": "support weights layers model text",
-    "integrations": "support weights reference backends ops ops_quantized layers model text"
+    "integrations": "support weights reference backends ops_export ops ops_quantized layers model text"
     " inference evaluation compression recovery",
     "__init__.py": "support backends ops layers model compression recovery inference evaluation",
     "machine": "support weights reference backends ops",

@@ -11,7 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from hylora_kernels.cli import compress_commands, machine_commands, model_commands
+from hylora_kernels.cli import (
+    compress_commands,
+    export_commands,
+    machine_commands,
+    model_commands,
+)
 from hylora_kernels.cli.errors import EXPECTED, one_line
 from hylora_kernels.cli.options import with_parameters
 from hylora_kernels.cli.output import check_output_files, first_process_prints, report_on_stdout
@@ -34,6 +39,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "evaluate": (model_commands.evaluate, "Nothing was written."),
     "generate": (model_commands.generate, "Nothing was written."),
     "analyze": (model_commands.analyze, "Nothing was written."),
+    "export": (export_commands.export, "Nothing was written: {out} is as it was."),
     "sweep": (
         model_commands.sweep,
         "Finished cells are in {out}: repeat the command to continue.",

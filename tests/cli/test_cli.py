@@ -60,14 +60,14 @@ def recovered(home, compressed):
 def test_every_verb_is_there_and_says_what_it_does():
     assert set(cli.VERBS) == {
         "compress", "finetune", "evaluate", "generate", "analyze", "sweep", "info", "demo", "cache",
-        "selftest", "tune", "quantize",
+        "selftest", "tune", "quantize", "export",
     }  # fmt: skip
     shown = run("--help").output
     for verb in cli.VERBS:
         assert verb in shown
         page = run(verb, "--help").output
         assert "--json" in page and "--debug" in page
-        if verb not in ("info", "cache"):
+        if verb not in ("info", "cache", "export"):
             assert "--device" in page
 
 

@@ -1,0 +1,128 @@
+"""A model as a graph of ONNX, OpenVINO or torch.export, traced by transformers' exporters.
+
+They trace a model with its cache into one graph that reads a prompt and decodes. Our ops leave
+their traces as plain products (ops_export.py), so they take a compressed model as any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hylora_kernels.integrations.onnx_codes import codes_for_onnx
+from hylora_kernels.model.context import vocabulary_size
+
+# What is written -> the exporter of transformers that does it, and the packages that it takes.
+EXPORTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("OnnxExporter", ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": ("OpenVINOExporter", ("openvino",)),
+    "torch": ("DynamoExporter", ()),
+}
+TRACED = (3, 5)  # rows and tokens of the prompt that is traced: a 1 would become a constant
+
+
+def packages(to: str) -> tuple[str, ...]:
+    """Those that an export takes beside torch and transformers."""
+    return EXPORTERS[to][1] if to in EXPORTERS else ("gguf",) if to == "gguf" else ()
+
+
+def write_graph(model: PreTrainedModel, folder: Path, to: str, run: bool) -> GraphSession | None:
+    """Write the graph, its weights and the model's config to `folder`; a session to run it, if
+    that is wanted."""
+    exporters = _exporters()
+    name, _ = EXPORTERS[to]
+    inputs = _inputs(model)
+    if not hasattr(inputs.get("past_key_values"), "layers"):
+        raise ValueError(f"model: a {type(model).__name__} keeps no keys and values to trace")
+    empty_cache = _without_tokens(inputs)
+    exporter, traced = getattr(exporters, name)(), copy.copy(model)
+    config = exporter.config_class(dynamic=True)
+    with codes_for_onnx(model) if to == "onnx" else nullcontext():
+        exported = exporter.export(traced, inputs, config)
+    if to == "torch":
+        (component,) = exported.components.values()
+        component.program = component.program.run_decompositions()
+    exported.config = copy.deepcopy(model.config)
+    if hasattr(exported.config, "quantization_config"):  # these aren't the weights it speaks of
+        del exported.config.quantization_config
+    exported.generation_config = model.generation_config
+    exported.save_pretrained(folder)
+    return GraphSession(folder, to, empty_cache) if run else None
+
+
+class GraphSession:
+    """One sequence of an exported graph (agreement.Session), run by transformers' ExportedModel."""
+
+    def __init__(self, folder: Path, to: str, empty_cache: Any):
+        options = {}
+        if to == "onnx":
+            import onnxruntime
+
+            options["session_options"] = onnxruntime.SessionOptions()
+            options["session_options"].intra_op_num_threads = torch.get_num_threads()
+        exported_model = _exporters().ExportedModel
+        self._model = exported_model.from_pretrained(folder, device="cpu", **options)
+        (component,) = self._model.components.values()
+        self._names, self._empty = set(component.metadata.kwargs), empty_cache
+        self._cache, self._tokens = empty_cache, 0
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self._cache, self._tokens = copy.deepcopy(self._empty), 0
+        return self._forward(ids)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._forward(tokens[:, None])
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        before, self._tokens = self._tokens, self._tokens + ids.shape[1]
+        positions = torch.arange(before, self._tokens, device="cpu")
+        given = {
+            "input_ids": ids,
+            "attention_mask": torch.ones(1, self._tokens, dtype=torch.int64, device="cpu"),
+            "position_ids": positions[None],
+            "cache_position": positions,
+            "past_key_values": self._cache,
+        }
+        output = self._model(**{n: value for n, value in given.items() if n in self._names})
+        self._cache = output.past_key_values
+        return output.logits[:, -1]
+
+
+def _exporters() -> Any:
+    try:
+        from transformers import exporters
+    except ImportError as error:
+        from transformers import __version__
+
+        raise ImportError(
+            f"this export needs transformers.exporters, which transformers {__version__} doesn't "
+            "have: pip install 'transformers>=5.23'"
+        ) from error
+    return exporters
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """The arguments of a forward that reads two tokens after some, as generate() gives them."""
+    from transformers.exporters.utils import decompose_prefill_decode
+
+    ids = torch.arange(TRACED[0] * TRACED[1], device="cpu").view(TRACED) % vocabulary_size(model)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        stages = decompose_prefill_decode(model, given, multi_token_decode=True)
+    finally:
+        vars(model).pop("forward", None)  # its own wrapper, which it leaves on the object
+    return stages["decode"][1]
+
+
+def _without_tokens(inputs: dict[str, Any]) -> Any:
+    """The cache of `inputs`, with one row and no tokens."""
+    cache = copy.deepcopy(inputs["past_key_values"])
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:1, :, :0], layer.values[:1, :, :0]
+    return cache
