@@ -82,3 +82,39 @@ def test_own_model_without_a_model_says_what_it_takes(monkeypatch):
     monkeypatch.setattr("sys.argv", [script])
     with pytest.raises(SystemExit, match="MODEL"):
         runpy.run_path(script, run_name="__main__")
+
+
+@pytest.fixture
+def traced(tmp_path):
+    """An ONNX file with the inputs of an export."""
+    onnx = pytest.importorskip("onnx")
+
+    def write(*operators):
+        helper, INT64, FLOAT = onnx.helper, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+        inputs = [
+            helper.make_tensor_value_info("input_ids", INT64, ["rows", "tokens"]),
+            helper.make_tensor_value_info("attention_mask", INT64, ["rows", "all"]),
+            helper.make_tensor_value_info("past.0.keys", FLOAT, ["rows", 2, "before", 16]),
+        ]
+        nodes = [helper.make_node(name, ["past.0.keys"], [name], domain=d) for name, d in operators]
+        graph = helper.make_graph(nodes, "graph", inputs, [])
+        onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+        return str(tmp_path / "model.onnx")
+
+    return write
+
+
+def test_tensorrt_line(traced, capsys):
+    main = runpy.run_path(str(EXAMPLES / "tensorrt_build.py"))["main"]
+    path = traced(("Abs", ""))
+    main([path, "--print", "--batch", "4", "--length", "64"])
+    words = capsys.readouterr().out.split()
+    assert words[:2] == ["trtexec", f"--onnx={path}"]
+    assert "--minShapes=input_ids:1x1,attention_mask:1x2,past.0.keys:1x2x1x16" in words
+    assert "--maxShapes=input_ids:4x64,attention_mask:4x128,past.0.keys:4x2x64x16" in words
+
+
+def test_tensorrt_has_no_operators_of_onnx_runtime(traced):
+    main = runpy.run_path(str(EXAMPLES / "tensorrt_build.py"))["main"]
+    with pytest.raises(ValueError, match="MatMulNBits of ONNX Runtime are not in TensorRT"):
+        main([traced(("MatMulNBits", "com.microsoft")), "--print"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.numerics import Case, make_dy, make_inputs
-from helpers.quantized_layers import BITS, quantised
+from helpers.quantized_layers import quantised
 from torch import nn
 from torch.export import Dim
 
@@ -49,7 +49,7 @@ def test_forward(backend, forms):
 
 
 def test_forward_on_codes():
-    cases = [(Case(), bits, bits) for bits in BITS]
+    cases = [(Case(), 2, 3), (Case(lora_rank=0), 5, 6)]
     cases += [(Case(form="pivoted", lora_rank=0), 8, 0), (Case(form="dense"), 4, 0)]
     weights = [quantised(case, torch.float32, *bits).weights for case, *bits in cases]
     assert_the_same_for_any_rows(OnOneInput(QuantizedLinear.from_weights(w) for w in weights))

@@ -234,8 +234,8 @@ MAY_IMPORT = {
     "evaluation": "support weights layers model text inference",
     "compression": "support weights reference layers model text evaluation",
     "recovery": "support weights layers model text",
-    "integrations": "support weights reference backends ops_export ops ops_quantized layers model text"
-    " inference evaluation compression recovery",
+    "integrations": "support weights reference backends ops_export ops ops_quantized layers model"
+    " text inference evaluation compression recovery",
     "__init__.py": "support backends ops layers model compression recovery inference evaluation",
     "machine": "support weights reference backends ops",
     "experiments": "support layers model text compression recovery inference evaluation machine",

@@ -123,7 +123,7 @@ def export(
         report.files = {name: (new / name).stat().st_size for name in files_in(new)}
         write_json(new / REPORT, report.to_dict())
     if report.agreement is not None:
-        own = throughput(model, PROMPT, report.agreement.tokens, optimize=True)
+        own = throughput(model, PROMPT, max(1, report.agreement.tokens - 1), optimize=True)
         report.own_decode_tok_s, report.own_runtime = own.decode_tok_s, own.runtime
     return report
 

@@ -38,13 +38,11 @@ def write_graph(model: PreTrainedModel, folder: Path, to: str, run: bool) -> Gra
     exporters = _exporters()
     name, _ = EXPORTERS[to]
     inputs = _inputs(model)
-    if not hasattr(inputs.get("past_key_values"), "layers"):
-        raise ValueError(f"model: a {type(model).__name__} keeps no keys and values to trace")
     empty_cache = _without_tokens(inputs)
     exporter, traced = getattr(exporters, name)(), copy.copy(model)
-    config = exporter.config_class(dynamic=True)
+    config = exporter.config_class(dynamic=True, dynamic_shapes=_free_dims(inputs))
     with codes_for_onnx(model) if to == "onnx" else nullcontext():
-        exported = exporter.export(traced, inputs, config)
+        exported = exporter.export(traced, inputs | {"use_cache": True}, config)
     if to == "torch":
         (component,) = exported.components.values()
         component.program = component.program.run_decompositions()
@@ -112,12 +110,31 @@ def _inputs(model: PreTrainedModel) -> dict[str, Any]:
     from transformers.exporters.utils import decompose_prefill_decode
 
     ids = torch.arange(TRACED[0] * TRACED[1], device="cpu").view(TRACED) % vocabulary_size(model)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # generate() drops a mask without padding, and the graph would have none
+    given = {"input_ids": ids, "attention_mask": mask}
     try:
         stages = decompose_prefill_decode(model, given, multi_token_decode=True)
     finally:
         vars(model).pop("forward", None)  # its own wrapper, which it leaves on the object
-    return stages["decode"][1]
+    found = stages["decode"][1]
+    if not hasattr(found.get("past_key_values"), "layers"):
+        raise ValueError(f"model: a {type(model).__name__} keeps no keys and values to trace")
+    kept = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    return kept | {"past_key_values": found["past_key_values"]}
+
+
+def _free_dims(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The dims that may change: rows and tokens, of keys and values [rows, heads, tokens, head dim]
+    too. With all dims declared free, tracing takes longer."""
+    free, cache = torch.export.Dim.AUTO, "past_key_values"
+    shapes: dict[str, Any] = {
+        name: dict.fromkeys(range(min(2, value.dim())), free)
+        for name, value in inputs.items()
+        if name != cache
+    }
+    shapes[cache] = [{0: free, 2: free} for _ in range(2 * len(inputs[cache].layers))]
+    return shapes
 
 
 def _without_tokens(inputs: dict[str, Any]) -> Any:

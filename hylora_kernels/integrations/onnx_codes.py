@@ -79,13 +79,14 @@ class _Embedding(nn.Module):
         self.register_buffer("zeros", reference.zero_points(factor.matrix))
 
     def forward(self, ids: Tensor) -> Tensor:
-        codes = self.head.codes[ids].to(self.scales.dtype)
+        flat, dtype = ids.flatten(), self.scales.dtype
+        tables = (self.head.codes, self.scales, self.zeros)
+        codes, scales, zeros = (t.index_select(0, flat).to(dtype) for t in tables)
         if self.head.bits == 4:  # divided, not shifted: some runtimes shift no bytes
             upper = (codes / 16).floor()
             codes = torch.stack((codes - 16 * upper, upper), -1).flatten(-2)
-        zeros = self.zeros[ids].to(self.scales.dtype)
-        values = (codes - zeros[..., None]) * self.scales[ids][..., None]
-        return values.flatten(-2)[..., : self.k]
+        values = (codes - zeros[..., None]) * scales[..., None]
+        return values.flatten(-2)[:, : self.k].reshape(*ids.shape, self.k)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs/integrations.md"
 # Section -> the modules without which its snippets are skipped.
 NEEDS = {
     "transformers": (),
+    "Export": (),
 }
 
 

@@ -207,6 +207,7 @@ def test_onnx(name, tmp_path):
     import onnx
 
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    assert {"input_ids", "attention_mask", "position_ids"} < {value.name for value in graph.input}
     operators = {(node.domain, node.op_type) for node in graph.node}
     assert (("com.microsoft", "MatMulNBits") in operators) == ("codes" in name)
     weights = [tuple(t.dims) for t in graph.initializer]
