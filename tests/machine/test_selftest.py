@@ -16,6 +16,7 @@ from hylora_kernels.backends import cpu, eager
 from hylora_kernels.backends.cpu import packed
 from hylora_kernels.cli import main as cli
 from hylora_kernels.cli import options
+from hylora_kernels.evaluation import rates
 from hylora_kernels.machine import tune
 from hylora_kernels.machine.selftest import run as selftest
 from hylora_kernels.machine.selftest.grid import (
@@ -69,6 +70,7 @@ def test_layers_on_one_x_are_tested_as_a_group(monkeypatch):
     monkeypatch.setattr(selftest, "plan", lambda *given: one)
     monkeypatch.setattr(backends, "BACKENDS", {"cpu": cpu})
     monkeypatch.setattr(packed, "torch_products_are_faster", lambda weights: False)
+    monkeypatch.setattr(selftest.codes, "ROWS", ())
     report = selftest.selftest("cpu")
     found = [line for line in report.lines if line.form == "group"]
     assert [line.dtype for line in found] == ["bfloat16", "float16", "float32"]
@@ -80,6 +82,30 @@ def test_layers_on_one_x_are_tested_as_a_group(monkeypatch):
     monkeypatch.setattr(packed, "torch_products_are_faster", lambda w: w.pivots is None)
     reasons = selftest.selftest("cpu").skipped
     assert "torch's products are faster" in reasons["cpu bfloat16 group on cpu"]
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
+def test_layers_of_codes_are_tested_in_every_form_and_width(monkeypatch):
+    monkeypatch.setattr(selftest, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(selftest.codes, "ROWS", (3,))
+
+    def failures():
+        skipped = {}
+        given = ("cpu", CPU, 1, 0, skipped, math.inf)
+        (line,) = selftest._test_packed(selftest.codes, *given)
+        assert not skipped and (line.form, line.cases) == ("codes", 18)
+        return line.failures
+
+    assert failures() == []
+    forward = cpu.forward_packed
+    monkeypatch.setattr(cpu, "forward_packed", lambda *given: poke(forward(*given), 1.0))
+    found = failures()
+    for form, bits in itertools.product(FORMS, (2, 3, 4, 5, 6, 8)):
+        assert any(f" {form} " in text and f" in {bits} bits: y" in text for text in found)
+    monkeypatch.setattr(cpu, "pack", lambda *given: None)
+    skipped = {}
+    assert selftest._test_packed(selftest.codes, "cpu", CPU, 1, 0, skipped, math.inf) == []
+    assert skipped == {"cpu bfloat16 codes on cpu": "has no kernels for codes"}
 
 
 WRONG = {
@@ -278,26 +304,29 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(tune, "tune", fake)
     monkeypatch.setattr("hylora_kernels.support.devices.resolve_device", torch.device)
+    monkeypatch.setattr(rates, "rates_of", lambda *given, again: rates.Rates("Toy", [], "1"))
+    monkeypatch.setattr(rates, "rates_path", lambda device: "rates-of-toy.json")
     return given
 
 
 def test_tune_verb(asked, tmp_path):
     words = ("--shapes", "64x96x32x16,37x53x7x0", "--rows", "1,16", "--dtype", "float16,bfloat16")
-    shown = invoke("tune", *words, "--json", tmp_path / "t.json").output
+    shown = invoke("tune", "--device", "cuda", *words, "--json", tmp_path / "t.json").output
     assert asked == {
         "device": "cuda",
         "shapes": [(64, 96, 32, 16), (37, 53, 7, 0)],
         "rows": [1, 16],
         "dtypes": [torch.float16, torch.bfloat16],
     }
-    assert "toy.json" in shown
-    assert json.loads((tmp_path / "t.json").read_text())["device"] == "Toy"
+    assert "/toy.json" in shown and "rates-of-toy.json" in shown
+    written = json.loads((tmp_path / "t.json").read_text())
+    assert written["device"] == written["rates"][0]["device"] == "Toy"
 
 
 def test_tune_quick_and_by_model(asked, saved):
-    invoke("tune", "--quick")
+    invoke("tune", "--device", "cuda", "--quick")
     assert set(asked["shapes"]) < set(tune.SHAPES) and asked["directions"] == ("forward",)
-    invoke("tune", "--model", saved)
+    invoke("tune", "--device", "cuda", "--model", saved)
     shapes, forms = checkpoint.layer_shapes(saved)
     assert asked["shapes"] == shapes and asked["forms"] == forms
     for K, N, r, ra in shapes:
@@ -317,12 +346,17 @@ def test_tune_quick_and_by_model(asked, saved):
     ],
 )
 def test_tune_refuses_by_name(asked, words, says):
-    assert says in invoke("tune", *words, code=2).stderr
+    assert says in invoke("tune", "--device", "cuda", *words, code=2).stderr
+
+
+def test_what_is_about_launches_needs_a_gpu():
+    result = invoke("tune", "--device", "cpu", "--shapes", "64x96x32x8", code=2)
+    assert "--shapes is about a GPU's launches, and the device is cpu" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tune_without_a_gpu_is_one_line():
-    lines = invoke("tune", code=2).stderr.splitlines()
+    lines = invoke("tune", "--device", "cuda", code=2).stderr.splitlines()
     assert len(lines) == 1 and "cuda" in lines[0]
 
 

@@ -37,6 +37,10 @@ class Call(NamedTuple):
     pivots: Tensor | None
     dy: Tensor
 
+    def in_float64(self) -> Call:
+        wide = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self)
+        return Call(*wide)
+
 
 @dataclass(frozen=True)
 class Case:

@@ -2,7 +2,8 @@
 
 Each backend that can be used here runs forward and backward over a grid of shapes (grid.py) and is
 compared with the formula in float64. Its error may be twice that of the plain formula, four
-products in the same dtype. Then the calls are repeated (races.py): a race shows as bits that
+products in the same dtype. Layers that it packs, in groups (groups.py) or of codes of few bits
+(codes.py), are judged alike. Then the calls are repeated (races.py): a race shows as bits that
 differ. Uninitialised memory is NaN in half of the runs.
 """
 
@@ -26,12 +27,12 @@ from hylora_kernels import backends, reference
 from hylora_kernels.backends import triton as triton_backend
 from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.backends.triton.config import TORCH_PRODUCTS, Problem, candidate_configs
-from hylora_kernels.machine.selftest import groups
+from hylora_kernels.machine.selftest import codes, groups
 from hylora_kernels.machine.selftest.grid import DTYPES, FORMS, Call, Case, Entry, plan
 from hylora_kernels.machine.selftest.races import Race, races, run
 from hylora_kernels.ops import svd_lora_linear
 from hylora_kernels.support.console import table
-from hylora_kernels.support.devices import resolve_device
+from hylora_kernels.support.devices import device_name, resolve_device
 from hylora_kernels.support.report import Report
 from hylora_kernels.weights import Needs, Saved, Weights
 
@@ -118,7 +119,7 @@ def selftest(
     for left, (name, where) in zip(range(len(tested), 0, -1), tested, strict=True):
         share = _share(deadline, left)
         lines += _test_backend(name, where, full, repeats, seed, skipped, share)
-    models = {str(where): _model_of(where) for where in found.values()}
+    models = {str(where): device_name(where) for where in found.values()}
     return SelftestReport(torch.__version__, models, time.perf_counter() - start, lines, skipped)
 
 
@@ -126,10 +127,6 @@ def _share(deadline: float, left: int) -> float:
     """The deadline of the first of `left` parts that share the time until `deadline`."""
     now = time.perf_counter()
     return now + max(0.0, deadline - now) / left
-
-
-def _model_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def _test_backend(name, device, full, repeats, seed, skipped, deadline) -> list[Line]:
@@ -165,23 +162,26 @@ def _test_backend(name, device, full, repeats, seed, skipped, deadline) -> list[
                 bar.update()
             if tally.cases:
                 lines.append(tally.line(form))
-    return lines + _test_groups(name, device, repeats, seed, skipped, deadline)
+    for kind in (groups, codes):
+        lines += _test_packed(kind, name, device, repeats, seed, skipped, deadline)
+    return lines
 
 
-def _test_groups(name, device, repeats, seed, skipped, deadline) -> list[Line]:
-    """A line for each dtype: layers of all forms on one x as one call."""
+def _test_packed(kind, name, device, repeats, seed, skipped, deadline) -> list[Line]:
+    """A line for each dtype of the layers that a backend packs: groups or codes."""
     lines = []
     for dtype in DTYPES:
         tally = _Tally(name, device, dtype, repeats, seed)
-        for M in groups.ROWS:
-            group = groups.GroupOfLayers(name, M, dtype, device, seed)
-            why_not = "out of time" if time.perf_counter() >= deadline else group.why_not
-            if group.group is not None and not why_not:
-                tally.add_group(group, f"{groups.FORM} M={M}")
-            elif group.group is not None or group.why_not:
-                skipped[f"{name} {_word(dtype)} {groups.FORM} on {device}"] = why_not
+        for layer in kind.layers(name, dtype, device, seed):
+            if layer.packed is None and not layer.why_not:
+                continue
+            why_not = "out of time" if time.perf_counter() >= deadline else layer.why_not
+            if why_not:
+                skipped[f"{name} {_word(dtype)} {kind.FORM} on {device}"] = why_not
+                break
+            tally.add_packed(layer)
         if tally.cases:
-            lines.append(tally.line(groups.FORM))
+            lines.append(tally.line(kind.FORM))
     return lines
 
 
@@ -259,18 +259,19 @@ class _Tally:
         text = " ".join(str(error).split())[:300]
         self._fail(words, f"{type(error).__name__}: {text}", float("inf"))
 
-    def add_group(self, group: groups.GroupOfLayers, words: str) -> None:
-        """Judge layers on one x."""
+    def add_packed(self, layer: groups.GroupOfLayers | codes.LayerOfCodes) -> None:
+        """Judge packed layers on one x."""
         self.cases += 1
+        words = str(layer)
         try:
             for poison in (True, False):
                 with poisoned(poison):
-                    x = group.calls[0].x
-                    (y,) = run(group, group.two_calls[0])
-                    for call, part in group.members_of(x, y):
-                        expected, bound = _truth(call)
+                    x = layer.calls[0].x
+                    (y,) = run(layer, layer.two_calls[0])
+                    for call, exact, part in layer.parts(x, y):
+                        expected, bound = _truth(call, exact)
                         self._compare({"y": part}, {"y": expected["y"]}, bound, words)
-            races(group, group.two_calls, self.repeats, forced=False)
+            races(layer, layer.two_calls, self.repeats, forced=False)
         except Race as race:
             self.bit_equal = False
             self._fail(words, str(race), self.worst)
@@ -281,7 +282,7 @@ class _Tally:
         calls = [case.call(self.dtype, self.device, self.seed + i) for i in range(2)]
         # The second call is of the same layer: it has the same frozen factors.
         calls[1] = calls[0]._replace(**{n: getattr(calls[1], n) for n in ("x", "A", "B", "dy")})
-        expected, bound = _truth(calls[0])
+        expected, bound = _truth(calls[0], calls[0].in_float64())
         interpreted = self.name == "triton" and self.device.type == "cpu"
         for poison in (True,) if interpreted else (True, False):
             with poisoned(poison):
@@ -314,14 +315,13 @@ class _Tally:
         return Line(*kind, *found)
 
 
-def _truth(call: Call) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """(y and the gradients in float64, the error allowed for each).
+def _truth(call: Call, wide: Call) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(y and the gradients in float64, the error allowed for each); wide: the call in float64.
 
     Allowed are twice the plain formula's own error in the call's dtype, and a few roundings: the
     formula's error is random, and small by luck where there are few numbers.
     """
-    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in call]
-    exact, plain = _by_formula(Call(*wide)), _by_formula(call)
+    exact, plain = _by_formula(wide), _by_formula(call)
     bound = {}
     for name, truth in exact.items():
         size = max(1.0, float(truth.abs().max()))
