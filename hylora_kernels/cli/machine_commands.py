@@ -58,49 +58,87 @@ def selftest(
 
 
 def tune(
-    device: Annotated[str, Option(help="GPU to measure on: cuda, cuda:1, ...")] = "cuda",
+    device: Annotated[
+        str, Option(help="cpu, cuda, cuda:1, ...; auto: the CPU, and a GPU if there is one.")
+    ] = "auto",
     shapes: Annotated[
         str | None,
-        Option(help="Layers KxNxrxra, several with commas between, for example 2048x2048x512x32."),
+        Option(
+            help="Layers KxNxrxra for a GPU's launches, several with commas between, for example"
+            " 2048x2048x512x32."
+        ),
     ] = None,
     rows: Annotated[
         str | None, Option(help="Rows of x, several with commas between, for example 1,16,256.")
     ] = None,
     dtype: Annotated[
-        str, Option(help="bfloat16, float16 or float32, several with commas between.")
-    ] = "bfloat16",
+        str | None,
+        Option(
+            help="bfloat16, float16 or float32, several with commas between. By default bfloat16, "
+            "and on a CPU float32, too."
+        ),
+    ] = None,
     model: Annotated[
-        str | None, Option(help="Folder of a compressed model, whose layers are measured.")
+        str | None, Option(help="Folder of a compressed model, for whose layers a GPU's launches.")
     ] = None,
     quick: Annotated[
         bool,
-        Option("--quick", help="Few shapes and rows, forward alone; takes a minute or two."),
+        Option("--quick", help="Launches for few shapes and rows, forward alone; a minute or two."),
     ] = False,
     json_path: Json = None,
 ) -> None:
-    """Find the fastest launch for each layer on this GPU; the backend reads the table it writes."""
-    from hylora_kernels.machine import tune as tuning
+    """Measure this machine once: a GPU's fastest launch for each layer, which its backend reads,
+    and the rates of layers in each width, which predict times (compress --time)."""
+    from hylora_kernels.evaluation.rates import MOST_ROWS, rates_of, rates_path
     from hylora_kernels.support.devices import resolve_device, resolve_dtype
 
     if shapes is not None and model is not None:
         raise ValueError("--shapes and --model both say which layers: give one of them")
-    resolve_device(device)
+    found = [resolve_device(device)]
+    if device == "auto" and found[0].type != "cpu":
+        found.append(resolve_device("cpu"))
     asked: dict[str, Any] = {}
+    if rows is not None:
+        asked["rows"] = read_numbers(rows, int, "rows")
+    if dtype is not None:
+        asked["dtypes"] = [resolve_dtype(name.strip()) for name in dtype.split(",")]
+    for_launches = {"--shapes": shapes, "--model": model, "--quick": quick or None}
+    given = [flag for flag, value in for_launches.items() if value is not None]
+    if given and found[0].type != "cuda":
+        raise ValueError(f"{given[0]} is about a GPU's launches, and the device is {found[0]}")
+    written: dict[str, Any] = {}
+    if found[0].type == "cuda":
+        written = _tune_launches(found[0], shapes, model, quick, asked)
+    written["rates"] = []
+    for where in found:
+        both = ["bfloat16", "float32"] if where.type == "cpu" else ["bfloat16"]
+        dtypes = asked.get("dtypes") or [resolve_dtype(name) for name in both]
+        rates = rates_of(where, dtypes, asked.get("rows") or (1, MOST_ROWS), again=True)
+        show(rates.render())
+        show(f"written to {rates_path(where)}, which compress and quantize read for --time")
+        written["rates"].append(rates.to_dict())
+    write_report(written, json_path)
+
+
+def _tune_launches(
+    device: Any, shapes: str | None, model: str | None, quick: bool, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """The report of machine.tune, as JSON has it."""
+    from hylora_kernels.machine import tune as tuning
+
+    options: dict[str, Any] = {}
     if quick:
-        asked = {"shapes": tuning.SHAPES[2:4], "rows": (1, 16, 256), "directions": ("forward",)}
+        options = {"shapes": tuning.SHAPES[2:4], "rows": (1, 16, 256), "directions": ("forward",)}
     if shapes is not None:
-        asked["shapes"] = read_shapes(shapes, "shapes")
+        options["shapes"] = read_shapes(shapes, "shapes")
     if model is not None:
         from hylora_kernels.model.checkpoint import layer_shapes
 
-        asked["shapes"], asked["forms"] = layer_shapes(model)
-    if rows is not None:
-        asked["rows"] = read_numbers(rows, int, "rows")
-    asked["dtypes"] = [resolve_dtype(name.strip()) for name in dtype.split(",")]
-    report = tuning.tune(device, **asked)
+        options["shapes"], options["forms"] = layer_shapes(model)
+    report = tuning.tune(str(device), **options | asked)
     show(report.render())
     show(f"written to {tuning.table_path(report.device)}, which the backend reads from now on")
-    write_report(report, json_path)
+    return report.to_dict()
 
 
 def cache(

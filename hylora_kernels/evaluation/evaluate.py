@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hylora_kernels.evaluation.breadth import BLOCKS, BreadthReport, breadth
 from hylora_kernels.evaluation.perplexity import Perplexity, perplexity
 from hylora_kernels.evaluation.size import ModelSize, model_size
-from hylora_kernels.evaluation.speed import Throughput, throughput
+from hylora_kernels.evaluation.speed import Throughput, prompt_that_fits, throughput
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks, context_length
 from hylora_kernels.model.load import tokenizer_of
@@ -158,14 +158,7 @@ def evaluate(
     report = EvaluateReport(source_name(data, split), split, quality, size, None, breadth=wide)
     if speed:
         try:
-            report.speed = _throughput(model, optimize)
+            report.speed = throughput(model, prompt_that_fits(model), optimize=optimize)
         except Exception as error:  # A model's own forward with a cache may fail in any way.
             report.not_measured["speed"] = f"{type(error).__name__}: {error}"
     return report
-
-
-def _throughput(model: nn.Module, optimize: bool) -> Throughput:
-    """The speed with 32 new tokens after a prompt of 128, or of what a short context leaves."""
-    context = context_length(model)
-    prompt_tokens = 128 if context is None else max(1, min(128, context - 33))
-    return throughput(model, prompt_tokens, 32, optimize=optimize)

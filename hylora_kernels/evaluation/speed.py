@@ -15,7 +15,7 @@ from hylora_kernels.inference.decoder import Decoder
 from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
 from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.context import check_context, vocabulary_size
+from hylora_kernels.model.context import check_context, context_length, vocabulary_size
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.support.devices import floating_dtype, input_device
 from hylora_kernels.support.report import Report
@@ -89,6 +89,12 @@ def throughput(
         optimized=optimized,
         runtime=decoder.runtime,
     )
+
+
+def prompt_that_fits(model: nn.Module, new_tokens: int = 32) -> int:
+    """128, the tokens of a prompt to decode new ones after, or what a short context leaves."""
+    context = context_length(model)
+    return 128 if context is None else max(1, min(128, context - new_tokens - 1))
 
 
 @contextmanager

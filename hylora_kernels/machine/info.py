@@ -14,6 +14,7 @@ import torch
 from hylora_kernels.backends import available_backends, cpu_levels, cuda_code
 from hylora_kernels.support.cache import cache_root, cache_size
 from hylora_kernels.support.console import format_bytes
+from hylora_kernels.support.devices import cpu_field, device_name
 from hylora_kernels.support.report import Report
 
 PACKAGES = (
@@ -31,7 +32,6 @@ ISA_FLAGS = {
     "flags": ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"),
     "Features": ("asimd", "asimddp", "bf16", "i8mm", "sve"),
 }
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _version(package: str) -> str | None:
 
 def _devices() -> list[Device]:
     memory = psutil.virtual_memory().total
-    found = [Device("cpu", _cpu_field("model name") or platform.processor() or "CPU", memory)]
+    found = [Device("cpu", device_name(torch.device("cpu")), memory)]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(Device(f"cuda:{index}", properties.name, properties.total_memory))
@@ -154,16 +154,6 @@ def _devices() -> list[Device]:
 
 def _isa() -> dict[str, bool]:
     for field, flags in ISA_FLAGS.items():
-        if listed := _cpu_field(field).split():
+        if listed := cpu_field(field).split():
             return {flag: flag in listed for flag in flags}
     return {}
-
-
-def _cpu_field(name: str) -> str:
-    """The first CPU's field of this name in /proc/cpuinfo; "" if there is none."""
-    try:
-        lines = CPUINFO.read_text().splitlines()
-    except OSError:
-        return ""
-    fields = (line.partition(":") for line in lines)
-    return next((value.strip() for key, _, value in fields if key.strip() == name), "")

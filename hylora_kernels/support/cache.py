@@ -52,6 +52,11 @@ def cache_root() -> Path:
     return Path(root).expanduser().absolute()
 
 
+def table_name(device_name: str) -> str:
+    """The name of a file in the folder TUNED: "AMD EPYC 9R14" -> "amd-epyc-9r14.json"."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower() + ".json"
+
+
 def cache_dir(*parts: str) -> Path:
     """The folder cache_root()/parts[0]/parts[1]/..., created, closed to other users.
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
+
+CPUINFO = Path("/proc/cpuinfo")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -36,6 +40,25 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             f"device {str(found)!r} is not available; there is: {', '.join(available)}"
         )
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """The device's model: "NVIDIA H100 80GB HBM3", "AMD EPYC 9R14"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return cpu_field("model name") or platform.processor() or "CPU"
+    return device.type.upper()
+
+
+def cpu_field(name: str) -> str:
+    """The first CPU's field of this name in /proc/cpuinfo; "" if there is none."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in fields if key.strip() == name), "")
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from hylora_kernels.backends.shared.gpu import (
     adapter_gradients_launch_is_faster,
     one_launch_is_faster,
 )
-from hylora_kernels.support.cache import TUNED, cache_root
+from hylora_kernels.support.cache import TUNED, cache_root, table_name
 
 _log = logging.getLogger(__name__)
 FORWARD, BACKWARD = "forward", "backward"
@@ -336,17 +335,13 @@ def _power(size: int) -> int:
 
 def table_path(device_name: str) -> Path:
     """The file of `hylora tune` for devices of this name."""
-    return cache_root() / TUNED / _file_name(device_name)
-
-
-def _file_name(device_name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower() + ".json"
+    return cache_root() / TUNED / table_name(device_name)
 
 
 @functools.cache
 def table(device_name: str) -> tuple[dict, ...]:
     """The measured rows for a device: the user's own, else those that come with the package."""
-    for path in (table_path(device_name), SHIPPED_TABLES / _file_name(device_name)):
+    for path in (table_path(device_name), SHIPPED_TABLES / table_name(device_name)):
         if path.is_file() and (rows := table_rows(path)):
             return tuple(rows)
     _log.info("no measured table for %s: defaults serve; hylora tune --device cuda", device_name)

@@ -243,7 +243,7 @@ SHIPPED = sorted(configs.SHIPPED_TABLES.glob("*.json"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_tables_that_come_with_the_package(path):
     whole = json.loads(path.read_text())
-    assert path.name == configs._file_name(whole["device"])
+    assert path.name == configs.table_name(whole["device"])
     names = set(Problem._fields)
     for found in whole["rows"]:
         assert names <= set(found)
