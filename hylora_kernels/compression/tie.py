@@ -16,7 +16,7 @@ from hylora_kernels.compression.tokens import tied_matrix, token_statistics
 from hylora_kernels.evaluation.perplexity import perplexity
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks, probe_ids
-from hylora_kernels.model.load import tokenizer_of
+from hylora_kernels.model.load import tokenizer_for
 from hylora_kernels.model.modules import empty_weights
 from hylora_kernels.support.console import format_bytes, format_ppl, kept_removed, table
 from hylora_kernels.support.report import Report
@@ -122,8 +122,7 @@ def tie_embeddings(
     _check_untied(model)
     first = texts_in(calibration)[0]
     text, part = held_out(test, STDLIB if first is None or is_same(first, SELF) else first)
-    if tokenizer is None and not all(isinstance(t, Tensor) for t in (text, *texts_in(calibration))):
-        tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_for(model, tokenizer, (text, *texts_in(calibration)))
     ids, sources = mixed_blocks(
         calibration,
         model,

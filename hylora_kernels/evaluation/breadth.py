@@ -21,7 +21,7 @@ from hylora_kernels.evaluation.perplexity import Perplexity, perplexity
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks, vocabulary_size
-from hylora_kernels.model.load import load_model, tokenizer_of
+from hylora_kernels.model.load import load_model, tokenizer_for
 from hylora_kernels.model.modules import is_offloaded, model_fingerprint
 from hylora_kernels.support.cache import (
     cache_dir,
@@ -184,8 +184,7 @@ def text_blocks(
             "texts: 'self' is what the dense model writes, and this model is compressed: give the "
             "dense model with dense=NAME, or leave 'self' out"
         )
-    if tokenizer is None and not all(isinstance(source, Tensor) for source in sources.values()):
-        tokenizer = tokenizer_of(dense)
+    tokenizer = tokenizer_for(dense, tokenizer, sources.values())
     for name in sorted(sources, key=lambda name: _is_self(sources[name])):  # What takes long, last.
         source = sources[name]
         wanted = column if may_have_columns(source) else None

@@ -16,7 +16,7 @@ from hylora_kernels.evaluation.size import ModelSize, model_size
 from hylora_kernels.evaluation.speed import Throughput, prompt_that_fits, throughput
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks, context_length
-from hylora_kernels.model.load import tokenizer_of
+from hylora_kernels.model.load import tokenizer_for
 from hylora_kernels.support.console import format_bytes, format_ppl, kept_removed, table
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.blocks import token_blocks
@@ -147,8 +147,7 @@ def evaluate(
         quality: Perplexity = wide.texts[0]
         data = next(iter(texts.values() if isinstance(texts, Mapping) else texts))
     else:
-        if tokenizer is None and not isinstance(data, Tensor):
-            tokenizer = tokenizer_of(model)
+        tokenizer = tokenizer_for(model, tokenizer, [data])
         longest = min(2048, context or 2048)
         blocks = token_blocks(
             data, tokenizer, length, split, limit, None, progress, column, longest

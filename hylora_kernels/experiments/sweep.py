@@ -28,7 +28,7 @@ from hylora_kernels.experiments.options import SweepOptions
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters
 from hylora_kernels.model.context import check_blocks
-from hylora_kernels.model.load import load_model, tokenizer_of
+from hylora_kernels.model.load import load_model, tokenizer_for
 from hylora_kernels.model.modules import model_fingerprint
 from hylora_kernels.recovery.blocks import training_blocks
 from hylora_kernels.recovery.finetune import finetune
@@ -194,8 +194,8 @@ def _texts(
     to_read = [o.data, *(texts_in(o.calibration) if o.method != "svd" else ())]
     if o.tokenizer is not None:
         tokenizer = o.tokenizer
-    elif isinstance(model, nn.Module) and not all(isinstance(t, Tensor) for t in to_read):
-        tokenizer = tokenizer_of(dense)
+    elif isinstance(model, nn.Module):
+        tokenizer = tokenizer_for(dense, None, to_read)
 
     def read(data: Any, split: str, limit: int | None, seed: int | None) -> Tensor:
         column = o.column if may_have_columns(data) else None

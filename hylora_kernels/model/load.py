@@ -7,14 +7,14 @@ import copy
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -135,6 +135,15 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"tokenizer must be given: the model's source {source!r} has none that could be loaded"
         )
+    return tokenizer
+
+
+def tokenizer_for(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, texts: Iterable[object]
+) -> PreTrainedTokenizerBase | None:
+    """`tokenizer`, or the model's own where it is None and one of the texts isn't token ids."""
+    if tokenizer is None and not all(isinstance(text, Tensor) for text in texts):
+        return tokenizer_of(model)
     return tokenizer
 
 

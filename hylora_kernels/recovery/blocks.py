@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hylora_kernels.model.context import check_blocks
-from hylora_kernels.model.load import tokenizer_of
+from hylora_kernels.model.load import tokenizer_for
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.text.mix import Part, default_mix, mixed_blocks
 from hylora_kernels.text.sources import Mix, Source, is_mix
@@ -27,9 +27,7 @@ def training_blocks(
     o = options
     needed = o.steps * o.batch * o.accumulate * processes
     mix = training_mix(o.data, o.objective, needed)
-    tokenizer = o.tokenizer
-    if tokenizer is None and not all(isinstance(source, Tensor) for source, _ in mix):
-        tokenizer = tokenizer_of(model)
+    tokenizer = tokenizer_for(model, o.tokenizer, (source for source, _ in mix))
     blocks, parts = mixed_blocks(
         mix, dense, tokenizer, o.length, "recovery", o.split, o.seed, shown, o.column
     )
