@@ -8,6 +8,9 @@ use.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hylora_kernels.support import interrupt  # noqa: F401  # First: torch takes seconds.
+
+# isort: split
 from hylora_kernels.backends import available_backends, use_backend
 from hylora_kernels.layers.linear import SVD_LoRA_Linear, SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
