@@ -46,7 +46,8 @@ class CompressOptions:
                  target_mb: rank and bits (2 to 6, 8, 16) of each linear and the bits of embedding
                  and output head are chosen together. A number alone is a budget of its own, the
                  mean width of the linears' codes over the weights that they have now, scales aside;
-                 embedding and head have embedding_bits then. 16 stands for a matrix as it is.
+                 embedding and head have embedding_bits then; 8, which keep may have been forgotten
+                 beside, needs low_rank=False. 16 stands for a matrix as it is.
                  Where bits are chosen there is no refit, and a low-rank layer has 16 or 8.
     low_rank:    False: each linear stays as it is but for its bits, low-rank layers of a model that
                  was compressed before, too.
@@ -93,8 +94,9 @@ class CompressOptions:
     )
     bits: float | str | None = option(
         None,
-        "Bits of the weights: 8 beside keep; auto beside target_mb, the best for each matrix; a"
-        " mean over the linears as a budget of its own.",
+        "Bits of the weights: 8 beside keep; auto beside target_mb, the best for each matrix; any"
+        " other number, or 8 without low-rank layers, is a budget of its own, a mean over the"
+        " linears.",
         keyword=True,
     )
     low_rank: bool = option(
@@ -272,6 +274,11 @@ class CompressOptions:
             raise ValueError(f"ranks must be 'global' or 'uniform' with bits, got {self.ranks!r}")
         if not isinstance(bits, str | None) and not min(BITS) <= bits <= AS_IS:
             raise ValueError(f"bits must be in {min(BITS)}..{AS_IS}, got {bits}")
+        if bits == FACTOR_BITS and self.low_rank:
+            raise ValueError(
+                f"bits={bits} says too little: give keep={KEEP} too, for low-rank layers in"
+                f" {FACTOR_BITS} bits, or low_rank=False, for a mean of {FACTOR_BITS} bits alone"
+            )
         if uniform and (bits not in BITS or self.low_rank):
             raise ValueError(
                 f"bits must be one of {BITS} where all linears get the same (ranks='uniform', which"
