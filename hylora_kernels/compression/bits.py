@@ -1,9 +1,9 @@
 """Bits: what a model's matrices become where a budget is spent on rank and bits.
 
-The candidates of a linear are the dense matrix in each width, made in the pass that has its Gram
-matrices in memory, and, with low_rank, each rank in 16 and in 8 bits. All errors have the unit of
-the rank curves, so one Lagrangian (ranks.spend) divides the budget. Embedding and output head, the
-tables, have candidates in bits alone.
+The candidates of a linear are the dense matrix in each width (bit_candidates.py) and, with
+low_rank, each rank in 16 and in 8 bits. All errors have the unit of the rank curves, so one
+Lagrangian (ranks.spend) divides the budget. Embedding and output head, the tables, have candidates
+in bits alone.
 
 A low-rank layer in 8 bits is taken to lose what the rank drops and what the dense matrix loses in 8
 bits. Factors in fewer bits are no candidates: on SmolLM2-135M they win in 0 to 7 of 35 matrices, at
@@ -17,51 +17,36 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from hylora_kernels.compression.budget import MB, format_size
-from hylora_kernels.compression.calibration import Statistics
 from hylora_kernels.compression.costs import Costs, as_is
-from hylora_kernels.compression.embedding import embedding_target, holders, place_terms
+from hylora_kernels.compression.embedding import embedding_target, holders
 from hylora_kernels.compression.options import AS_IS, AUTO, FACTOR_BITS, CompressOptions
-from hylora_kernels.compression.quantize import (
-    error,
-    quantize_each,
-    quantize_embedding,
-)
 from hylora_kernels.compression.ranks import DENSE, Choice, Curve, Infeasible, choose
-from hylora_kernels.compression.replace import factors_in
 from hylora_kernels.compression.report import Candidate, LayerReport
-from hylora_kernels.compression.tokens import token_statistics
 from hylora_kernels.compression.workspace import Codes
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.layers.quantized import QuantizedLinear
 from hylora_kernels.model.structure import Structure, Target
-from hylora_kernels.reference import dequantize
-from hylora_kernels.support.storage import require_disk
-
-TABLE_BLOCKS = 16  # Blocks of text, spread over all, that give embedding and head their metric.
 
 
 class BitBudget:
     """The choice of bits, and of ranks beside them, for one model.
 
-    tables: the embedding, and an output head with a weight of its own.
+    tables:  the embedding, and an output head with a weight of its own; none without bits.
+    targets: linears and tables.
 
     The constructor raises ValueError naming the argument for a budget that can't be met or that the
     model as it is meets.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, options: CompressOptions):
-        self.model, self.options, self.linears = model, options, structure.targets
+        self.options, self.linears = options, structure.targets
         self.tables = tables_of(model, structure, options)
+        self.targets = (*self.linears, *self.tables)
         self.costs = Costs(model, self.linears, self.tables, options)
         if options.chooses_bits:
             self._check_feasible()
-
-    # ------------------------------------------------------------------- the quantised candidates
 
     def widths(self, target: Target) -> Sequence[int]:
         """The bits below 16 in which a matrix is a candidate."""
@@ -72,91 +57,6 @@ class BitBudget:
             return [b for b in o.widths if b == FACTOR_BITS]
         return o.widths
 
-    def missing(self, target: Target, codes: Codes) -> list[int]:
-        """The widths that are not in the workspace."""
-        return [bits for bits in self.widths(target) if not codes.has(target.path, bits)]
-
-    def require_disk(self, codes: Codes) -> None:
-        """Raise OSError if the codes to come don't fit on the disk."""
-        needed = sum(
-            self.costs.bytes(target, Choice(as_is(target).rank, bits))
-            for target in (*self.linears, *self.tables)
-            for bits in self.missing(target, codes)
-        )
-        require_disk(codes.folder, needed, "quantised matrices")
-
-    @torch.no_grad()
-    def quantize(self, statistics: Statistics, codes: Codes, progress: bool) -> None:
-        """Quantise the linears of `statistics` in all widths; `codes` gets them and their errors.
-
-        The linears of a group read one input: one sweep over its columns serves all of them.
-        """
-        groups = [g for g in statistics.groups if any(self.missing(t, codes) for t in g.targets)]
-        for group in tqdm(groups, "quantising", unit="group", disable=not progress, leave=False):
-            leader = group.leader.path
-            G, nats = statistics.inputs.get(leader), statistics.nats(leader)
-            wanted = {t: self.missing(t, codes) for t in group.targets}
-            wanted = {t: widths for t, widths in wanted.items() if widths}
-            dense = [t for t in wanted if not isinstance(t.module, SVDLoRALinear)]
-            reached = G is None or bool(G.diagonal().mean() > 0)
-
-            def lost(target: Target, matrix: Tensor, G=G, nats=nats) -> float:
-                C = statistics.gradients.get(target.path)
-                return nats * error(target.matrix.float() - matrix.float(), G, C)
-
-            if dense:
-                all_widths = sorted({bits for t in dense for bits in wanted[t]})
-                matrices = [t.matrix for t in dense]
-                found = quantize_each(matrices, all_widths, G, method=self.options.rounding)
-                for target, by_width in zip(dense, found, strict=True):
-                    for bits in wanted[target]:
-                        matrix = by_width.pop(bits)
-                        codes.store(
-                            target.path, bits, matrix, lost(target, dequantize(matrix)), reached
-                        )
-            for target in (t for t in wanted if t not in dense):
-                weights = factors_in(target.module, FACTOR_BITS, self.options.rounding)
-                loss = lost(target, QuantizedLinear.from_weights(weights).weight)
-                codes.store(target.path, FACTOR_BITS, None, loss, reached)
-
-    def quantize_tables(self, ids: Tensor | None, codes: Codes, progress: bool) -> None:
-        """Quantise embedding and output head in all their widths, on a part of the text."""
-        wanted = {t: widths for t in self.tables if (widths := self.missing(t, codes))}
-        if not wanted:
-            return
-        part = None if ids is None else ids[:: -(-len(ids) // TABLE_BLOCKS)]
-        statistics = None if part is None else token_statistics(self.model, part, progress)
-        for target, widths in wanted.items():
-            terms = place_terms(self.model, target, statistics, self.options.method)
-            found = quantize_embedding(target.matrix, widths, terms, method=self.options.rounding)
-            in_nats = statistics is not None and self.options.method == "two_sided"
-            for bits, (matrix, lost) in found.items():
-                lost = statistics.nats(lost) if in_nats else lost
-                codes.store(target.path, bits, matrix, lost, True)
-
-    # -------------------------------------------------------------------------------- the choice
-
-    def errors(self, codes: Codes) -> tuple[dict[str, dict[int, float]], list[str]]:
-        """(path -> bits -> what the matrix loses, the paths of experts that no token reached).
-
-        Calibration says nothing of these: they get the errors of the least of their siblings."""
-        found: dict[str, dict[int, float]] = {}
-        reached: dict[str, bool] = {}
-        for target in (*self.linears, *self.tables):
-            measured = {b: codes.error(target.path, b) for b in self.widths(target)}
-            found[target.path] = {bits: lost for bits, (lost, _) in measured.items()}
-            reached[target.path] = all(seen for _, seen in measured.values())
-        unreached = [t.path for t in self.linears if t.routed and not reached[t.path]]
-        for path in unreached:
-            stack = path.rpartition(".")[0]
-            siblings = (
-                found[t.path]
-                for t in self.linears
-                if reached[t.path] and t.path.rpartition(".")[0] == stack
-            )
-            found[path] = min(siblings, key=lambda e: sum(e.values()), default=found[path])
-        return found, unreached
-
     def curves(
         self, errors: Mapping[str, Mapping[int, float]], ranks: Mapping[str, Curve]
     ) -> list[Curve]:
@@ -164,7 +64,7 @@ class BitBudget:
 
         errors: path -> bits -> what the dense matrix loses. ranks: path -> the candidates in rank.
         """
-        targets = (*self.linears, *self.tables) if self._in_bytes else self.linears
+        targets = self.targets if self._in_bytes else self.linears
         return [self._curve(t, errors[t.path], ranks.get(t.path)) for t in targets]
 
     def allocate(self, curves: Sequence[Curve]) -> dict[str, Choice]:
@@ -180,8 +80,7 @@ class BitBudget:
 
     def total(self, choices: Mapping[str, Choice]) -> int:
         """Bytes of the saved model's weights, at most."""
-        targets = (*self.linears, *self.tables)
-        return self.costs.total({t: choices[t.path] for t in targets})
+        return self.costs.total({t: choices[t.path] for t in self.targets})
 
     def explain(
         self, reports: Sequence[LayerReport], curves: Sequence[Curve], codes: Codes
@@ -244,10 +143,7 @@ class BitBudget:
 
     def _check_feasible(self) -> None:
         """Feasibility depends on costs only, so any falling errors will do here."""
-        any_errors = {
-            t.path: {bits: 1 / bits for bits in self.widths(t)}
-            for t in (*self.linears, *self.tables)
-        }
+        any_errors = {t.path: {b: 1 / b for b in self.widths(t)} for t in self.targets}
         o, curves = self.options, self.curves(any_errors, {})
         dense = (self.costs.rest + sum(c.dense_cost for c in curves)) / MB
         if self._in_bytes and o.target_mb >= dense:
@@ -273,10 +169,12 @@ class BitBudget:
 def tables_of(model: nn.Module, structure: Structure, options: CompressOptions) -> list[Target]:
     """The input embedding, and an output head with a weight of its own, that can be quantised.
 
-    Those that `exclude` matches or that are among the linears already are left out. Raises
-    ValueError if embedding_bits asks for an embedding that codes can't replace.
+    Those that `exclude` matches or that are among the linears already are left out; without bits
+    all are. Raises ValueError if embedding_bits asks for an embedding that codes can't replace.
     """
     found: list[Target] = []
+    if options.bits is None:
+        return found
     try:
         found.append(embedding_target(model, "embedding_bits"))
     except ValueError:

@@ -138,7 +138,7 @@ def analyze_spectrum(
             run.factorize(statistics)
         for target in run.structure.targets:
             kind = layer_type(target.path), *target.shape
-            by_type.setdefault(kind, []).append(run.singular_values(target).double())
+            by_type.setdefault(kind, []).append(run.workspace.singular_values(target.path).double())
     types = [_summary(*kind, torch.stack(spectra)) for kind, spectra in by_type.items()]
     return SpectrumReport(method, types, run.structure.skipped)
 

@@ -141,6 +141,17 @@ def restack(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
         model.set_submodule(path, stock)
 
 
+def settle(model: nn.Module, replaced: dict[str, nn.Module], selected: Iterable[str]) -> None:
+    """Undo `unstack` of the stacks of which no linear is selected, by path; free the weights of the
+    others from their stack."""
+    selected = list(selected)
+    for path, stock in replaced.items():
+        if any(linear.startswith(f"{path}.") for linear in selected):
+            own_weights(model.get_submodule(path))
+        else:
+            model.set_submodule(path, stock)
+
+
 @contextmanager
 def all_experts_called(model: nn.Module) -> Iterator[None]:
     """Each forward inside calls every expert, those that no token is routed to with no rows."""

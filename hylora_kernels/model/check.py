@@ -46,6 +46,14 @@ def check_model(
         _causal.add(model)
 
 
+def require_finite(model: nn.Module) -> None:
+    """Raise FloatingPointError naming the first layer of which a parameter is not finite."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            path, _, kind = name.rpartition(".")
+            raise FloatingPointError(f"layer {path}: its {kind} is not finite")
+
+
 def _check_kind(model: nn.Module, name: str) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):

@@ -6,6 +6,7 @@ import platform
 from itertools import chain
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -59,6 +60,13 @@ def cpu_field(name: str) -> str:
         return ""
     fields = (line.partition(":") for line in lines)
     return next((value.strip() for key, _, value in fields if key.strip() == name), "")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def input_device(model: nn.Module) -> torch.device:

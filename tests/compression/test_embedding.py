@@ -25,7 +25,7 @@ from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.model.structure import linears
 
-compress_module = sys.modules["hylora_kernels.compression.compress"]
+candidates = sys.modules["hylora_kernels.compression.rank_candidates"]
 
 IDS = tiny.tokens(3, 12)
 
@@ -147,7 +147,7 @@ def test_a_target_counts_the_embedding():
 
 def test_the_factors_are_found_again(tmp_path, monkeypatch):
     first = compressed(tied(), 0.7, IDS, embedding_rank=12, cache=tmp_path)[0]
-    monkeypatch.setattr(compress_module, "factorize_embedding", None)
+    monkeypatch.setattr(candidates, "factorize_embedding", None)
     second = compressed(tied(), 0.7, IDS, embedding_rank=12, cache=tmp_path)[0]
     assert_same(first, second)
 

@@ -26,10 +26,11 @@ from hylora_kernels.support.cache import cache_dir
 def calls(monkeypatch):
     """The work that was done: layers factorized, blocks refitted, passes over the text."""
     counts = {"layers": [], "blocks": [], "passes": 0}
-    compression = importlib.import_module("hylora_kernels.compression.compress")
+    calibration = importlib.import_module("hylora_kernels.compression.calibration")
+    candidates = importlib.import_module("hylora_kernels.compression.rank_candidates")
     refit = importlib.import_module("hylora_kernels.compression.refit")
-    factorize, refit_block = compression.factorize_whitened, refit._refit_block
-    gather = compression.calibration.gather
+    factorize, refit_block = candidates.factorize_whitened, refit._refit_block
+    gather = calibration.gather
 
     def factorizing(path, *args):
         counts["layers"].append(path)
@@ -43,9 +44,9 @@ def calls(monkeypatch):
         counts["passes"] += 1
         return gather(*args)
 
-    monkeypatch.setattr(compression, "factorize_whitened", factorizing)
+    monkeypatch.setattr(candidates, "factorize_whitened", factorizing)
     monkeypatch.setattr(refit, "_refit_block", refitting)
-    monkeypatch.setattr(compression.calibration, "gather", gathering)
+    monkeypatch.setattr(calibration, "gather", gathering)
     return counts
 
 

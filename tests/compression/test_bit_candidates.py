@@ -1,0 +1,46 @@
+"""The codes of a model's matrices: kept when interrupted, and those of experts nothing reached."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny
+from helpers.compressing import Interrupted, assert_same, interrupt_after, logits
+from helpers.mixtures import mixture
+
+from hylora_kernels.compression.quantize_model import quantize_model
+from hylora_kernels.compression.workspace import Codes
+
+IDS = tiny.tokens(4, 16)
+QUICK = {"samples": 2, "measure": 0, "progress": False, "cache": False}
+
+
+def test_experts_that_no_token_reaches_are_no_cheaper_than_their_siblings():
+    model = mixture("mixtral")
+    options = QUICK | {"calibration": IDS[:1, :4] % 31, "samples": 1}
+    _, report = quantize_model(model, bits=4.5, **options)
+    assert report.unreached
+    least = {}
+    for layer in report.layers:
+        stack = layer.path.rpartition(".")[0]
+        if "experts" in stack and layer.path not in report.unreached:
+            least[stack] = min(least.get(stack, 16), layer.bits)
+    for layer in report.layers:
+        if layer.path in report.unreached and layer.path.rpartition(".")[0] in least:
+            assert layer.bits >= least[layer.path.rpartition(".")[0]]
+
+
+def test_interrupted_between_candidates(tmp_path, monkeypatch):
+    options = QUICK | {"bits": 3.5, "calibration": IDS[:2], "cache": tmp_path}
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, Codes, 20)
+        quantize_model(tiny.llama(), **options)
+    assert len(list(tmp_path.rglob("codes-*/*.safetensors"))) == 20
+    resumed, report = quantize_model(tiny.llama(), **options)
+    whole, other = quantize_model(tiny.llama(), **options | {"cache": False})
+    assert_same(resumed, whole)
+    assert report.layers == other.layers and report.tables == other.tables
+    again, _ = quantize_model(
+        tiny.llama(), **options | {"bits": 5}
+    )  # It reads the same candidates.
+    assert not torch.equal(logits(again, IDS), logits(whole, IDS))
