@@ -58,7 +58,7 @@ def load_pretrained(
         config["dtype"] = str(dtype).removeprefix("torch.")
     files = open_weights(folder, config["quantization_config"]["checksums"])
     guard = guard_of(config["quantization_config"])
-    _check_weights(files, blueprint(config, folder / CONFIG, files), guard)
+    check_weights(files, blueprint(config, folder / CONFIG, files), guard)
     with torch.device("cpu"):  # whatever the default device is
         model = build(config, folder / CONFIG)
     check_made_buffers(model, folder / CONFIG)
@@ -72,8 +72,7 @@ def load_pretrained(
     for file, name in tqdm(reads, desc=f"loading {Path(dir).name}", unit="tensor", delay=2):
         tensor = file.read(name, known.get(file.path.name, {}).get(name))
         slot = slots[name]
-        if isinstance(slot.module, SVDLoRALinear) and slot.name == "pivots":
-            _check_pivots(tensor, slot.module.out_features, file.path, name)
+        check_pivots(tensor, slot, file.path, name)
         castable = tensor.is_floating_point() and slot.kind != "made"
         value = slot.set(tensor.to(device, dtype if castable else None))
         for twin in tied[id(slot.tensor)]:
@@ -83,13 +82,21 @@ def load_pretrained(
         with reading(folder / GENERATION_CONFIG, "no GenerationConfig comes of it"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = model.name_or_path = str(dir)
-    if "linears" in config["quantization_config"]:
-        model.hylora_linears = config["quantization_config"]["linears"]
+    return finished(model.to(device).eval(), config["quantization_config"], folder / CONFIG)
+
+
+def finished(model: PreTrainedModel, ours: dict, source: str | Path) -> PreTrainedModel:
+    """The model, all its tensors loaded: its linears listed as in config.json's entry `ours`, all
+    but adapters frozen, saved in this format.
+
+    Raises CheckpointError naming `source`, the config's file."""
+    if "linears" in ours:
+        model.hylora_linears = ours["linears"]
         unknown = set(model.hylora_linears) - {path for path, _ in model.named_modules()}
         if unknown:
             absent = shown(min(unknown))
-            raise CheckpointError(f"{folder / CONFIG}: linears names no module: {absent}")
-    return save_in_hylora_format(freeze_all_but_adapters(model.to(device).eval()))
+            raise CheckpointError(f"{source}: linears names no module: {absent}")
+    return save_in_hylora_format(freeze_all_but_adapters(model))
 
 
 def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list[str]]:
@@ -121,7 +128,7 @@ def layer_shapes(dir: str | Path) -> tuple[list[tuple[int, int, int, int]], list
     return list(found), sorted(set(found.values()))
 
 
-def _check_weights(files: list[TensorFile], model: PreTrainedModel, guard: str | None) -> None:
+def check_weights(files: list[TensorFile], model: PreTrainedModel, guard: str | None) -> None:
     """Raise CheckpointError unless the files hold the tensors that the model needs and no more.
 
     guard: the name of the tensor that stops other loaders.
@@ -152,7 +159,11 @@ def _check_entry(name: str, entry: Entry, slot: Slot | None, path: Path) -> None
         raise CheckpointError(f"{path}: tensor {name!r} must have {wanted}, has {entry.dtype}")
 
 
-def _check_pivots(pivots: Tensor, out_features: int, path: Path, name: str) -> None:
+def check_pivots(pivots: Tensor, slot: Slot, path: Path, name: str) -> None:
+    """Raise CheckpointError if the tensor `name` of the file holds pivots that no layer has."""
+    if not isinstance(slot.module, SVDLoRALinear) or slot.name != "pivots":
+        return
+    out_features = slot.module.out_features
     if (pivots < 0).any() or (pivots >= out_features).any() or (pivots.diff() <= 0).any():
         raise CheckpointError(
             f"{path}: tensor {name!r} must be strictly ascending within [0, {out_features})"

@@ -122,6 +122,14 @@ def read_config(folder: Path) -> dict:
             f"{path}: quant_method is {shown(method)}, not {METHOD!r}: hylora_kernels didn't "
             "save it; load_model opens other models"
         )
+    check_entry(ours, path)
+    with reading(path, "no config comes of it"):
+        return decoded(config)
+
+
+def check_entry(ours: dict, path: str | Path) -> None:
+    """Raise CheckpointError naming `path` and the field if config.json's entry `ours` can't be
+    read; an absent modules or checksums becomes an empty one."""
     if type(ours.get("format")) is not int or ours["format"] not in READABLE:
         found = shown(ours.get("format"))
         raise CheckpointError(f"{path}: format is {found}, supported are 1 and {FORMAT}")
@@ -137,8 +145,6 @@ def read_config(folder: Path) -> dict:
     linears = ours.get("linears", [])
     if not isinstance(linears, list) or not all(isinstance(item, str) for item in linears):
         raise CheckpointError(f"{path}: linears must be a list of paths, got {shown(linears)}")
-    with reading(path, "no config comes of it"):
-        return decoded(config)
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -135,8 +135,8 @@ def refuse_unsavable(
                       modules were exchanged as in this one.
     """
     model = unwrapped(model)
-    config = _saved_config(model)
-    empty = _rebuilt(model, config)
+    config = saved_config(model)
+    empty = rebuilt_empty(model, config)
     with tempfile.TemporaryDirectory() as folder:
         _write_other_files(model, tokenizer, Path(folder))
     try:
@@ -169,8 +169,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _save(model, state_dict, target: Path, tokenizer, max_shard_size, overwrite: bool) -> None:
-    config = _saved_config(model)
-    tensors = _tensors_to_save(model, config, state_dict, _rebuilt(model, config))
+    config = saved_config(model)
+    tensors = _tensors_to_save(model, config, state_dict, rebuilt_empty(model, config))
     if not target.is_dir():
         refuse_foreign_files(target)
         target.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _save(model, state_dict, target: Path, tokenizer, max_shard_size, overwrite:
             discard(new, obsolete - set(ours["files"]))
 
 
-def _saved_config(model: PreTrainedModel) -> dict:
+def saved_config(model: PreTrainedModel) -> dict:
     """What config.json will say, as transformers writes it; no checksums and files yet."""
     config = copy.deepcopy(model.config)
     config.architectures = [_class_of(model).__name__]
@@ -233,7 +233,7 @@ def _describe(layer: SVDLoRALinear | LowRankEmbedding | QuantizedEmbedding) -> d
     return {name: getattr(layer, name) for name in names} | {"group": None} | dropout | bits
 
 
-def _rebuilt(model: PreTrainedModel, config: dict) -> PreTrainedModel:
+def rebuilt_empty(model: PreTrainedModel, config: dict) -> PreTrainedModel:
     """The empty model that load_pretrained would fill."""
     with torch.device("cpu"):  # whatever the default device is
         empty = build(decoded(config))

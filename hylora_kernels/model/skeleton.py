@@ -94,7 +94,6 @@ def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
     """The model of a saved config, its parameters on the meta device, the buffers it makes real."""
     config = dict(config)
     ours = config.pop("quantization_config")
-    modules = ours["modules"]
     model_class = model_class_of(config, source)
     what = f"no {model_class.__name__} comes of it"
     # Under torch.device("meta") the rotary frequencies and masks would be lost: no file has them.
@@ -104,9 +103,18 @@ def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
     ):
         model = model_class._from_config(model_class.config_class.from_dict(config))
     model.tie_weights()
+    put_empty_layers(model, ours, source)
+    return model
+
+
+def put_empty_layers(model: PreTrainedModel, ours: dict, source: str | Path) -> None:
+    """Put the layers that config.json's entry `ours` describes in the place of the model's own,
+    their parameters on the meta device and tied as it says.
+
+    Raises CheckpointError naming `source` and the field."""
     with reading(source, "modules and linears"):
-        unstack_for(model, {*modules, *ours.get("linears", ())})
-    for path, spec in modules.items():
+        unstack_for(model, {*ours["modules"], *ours.get("linears", ())})
+    for path, spec in ours["modules"].items():
         with reading(source, f"modules[{shown(path)}]"):
             module = model.get_submodule(path)
             empty = _empty_embedding if isinstance(module, nn.Embedding) else _empty_layer
@@ -115,11 +123,11 @@ def build(config: dict, source: str | Path = "model") -> PreTrainedModel:
         slots = slots_of(model)
         for name, other in ours["tied"].items():
             with reading(source, f"tied[{shown(name)}]"):
-                _tie(slots[name], slots[other])
-    return model
+                tie(slots[name], slots[other])
 
 
-def _tie(slot: Slot, other: Slot) -> None:
+def tie(slot: Slot, other: Slot) -> None:
+    """Let the one place hold the other's tensor. Raises ValueError if it can't."""
     if slot.kind != "parameter" or slot.tensor.shape != other.tensor.shape:
         raise ValueError(f"{list(slot.tensor.shape)} can't be {list(other.tensor.shape)}")
     setattr(slot.module, slot.name, other.tensor)

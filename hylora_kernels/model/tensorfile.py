@@ -138,9 +138,14 @@ class TensorFile:
             file.seek(entry.start)
             if file.readinto(data) != entry.length:
                 raise CheckpointError(f"{self.path}: truncated: tensor {shown(name)} is cut off")
-        if expected is not None and f"{zlib.crc32(data):08x}" != expected:
+        if expected is not None:
+            self.check(name, tensor, expected)
+        return tensor
+
+    def check(self, name: str, tensor: Tensor, expected: str) -> None:
+        """Raise CheckpointError if the checksum of `tensor`, read as `name`, is not `expected`."""
+        if checksum(tensor) != expected:
             raise CheckpointError(
                 f"{self.path}: corrupted: tensor {shown(name)} doesn't have its checksum in "
                 "config.json"
             )
-        return tensor
