@@ -1,29 +1,30 @@
-"""transformers: AutoModelForCausalLM.from_pretrained and all that calls it read our folders.
+"""transformers: AutoModelForCausalLM.from_pretrained, and all that calls it, reads our folders.
 
-Imported right after transformers.quantizers.auto, in the middle of transformers' own import, so
-what is needed of this package is imported when a model is loaded.
+This module is imported right after transformers.quantizers.auto, in the middle of transformers' own
+import. Functions import what needs a PreTrainedModel.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-if TYPE_CHECKING:
-    from collections.abc import Collection
+from hylora_kernels.layers.quantized import QuantizedFactor
+from hylora_kernels.model.format import METHOD, check_entry, guard_of, open_weights
+from hylora_kernels.model.tensorfile import TensorFile
 
-    from torch import Tensor
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hylora_kernels.model.skeleton import Slot
-    from hylora_kernels.model.tensorfile import TensorFile
 
-METHOD = "hylora"
 SOURCE = "quantization_config"
 
 
@@ -33,8 +34,6 @@ class HyLoRAConfig(QuantizationConfigMixin):
 
     def __init__(self, **entry: Any) -> None:
         """entry: all of its fields. Raises CheckpointError naming one that can't be read."""
-        from hylora_kernels.model.format import check_entry
-
         entry["quant_method"] = METHOD
         check_entry(entry, SOURCE)
         vars(self).update(entry)
@@ -42,7 +41,7 @@ class HyLoRAConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class HyLoRAQuantizer(HfQuantizer):
-    """Gives transformers' loader the layers that it is to fill, and checks what it filled them with.
+    """Gives transformers' loader the layers that it is to fill, and checks what it filled in.
 
     The model is then the one that load_pretrained returns, bit for bit, and bears no mark of being
     quantised: it can be cast, trained, compiled and saved like any other. Raises CheckpointError
@@ -67,7 +66,6 @@ class HyLoRAQuantizer(HfQuantizer):
         **others: Any,
     ) -> None:
         from hylora_kernels.model.checkpoint import check_weights
-        from hylora_kernels.model.format import guard_of, open_weights
         from hylora_kernels.model.skeleton import put_empty_layers, slots_of, tie
 
         _refuse_another_class(model)
@@ -76,11 +74,10 @@ class HyLoRAQuantizer(HfQuantizer):
         for name, source in model.all_tied_weights_keys.items():
             tie(slots[name], slots[source])
         put_empty_layers(model, ours, SOURCE)
-        slots, guard = slots_of(model), guard_of(ours)
         self.files: list[TensorFile] = []
         if checkpoint_files:  # None if from_pretrained was given a state_dict.
             self.files = open_weights(Path(checkpoint_files[0]).parent, ours["checksums"])
-            check_weights(self.files, model, guard)
+            check_weights(self.files, model, guard_of(ours))
             for module in model.modules():  # Every tensor is there: nothing is to be made up.
                 module._is_hf_initialized = True
         # Tensors that no module of transformers' model takes: the guard, buffers saved beside it.
@@ -89,8 +86,6 @@ class HyLoRAQuantizer(HfQuantizer):
         kind = set if isinstance(ignored, set) else list  # It is a list in transformers 5.0.
         ignored = kind([*(ignored or ()), *(f"^{re.escape(name)}$" for name in apart)])
         model._keys_to_ignore_on_load_unexpected = ignored
-        tied = model.all_tied_weights_keys | ours.get("tied", {})
-        model.all_tied_weights_keys = {a: b for a, b in tied.items() if a in slots and b in slots}
 
     def postprocess_model(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
         from hylora_kernels.model.checkpoint import finished
@@ -164,8 +159,6 @@ def _is_whole(tensor: Tensor) -> bool:
 def _refuse_offloaded_codes(model: PreTrainedModel) -> None:
     """Raise ValueError if codes are offloaded: accelerate brings back what a module's own forward
     reads, and the codes' holder has no forward."""
-    from hylora_kernels.layers.quantized import QuantizedFactor
-
     for path, module in model.named_modules():
         if isinstance(module, QuantizedFactor) and module.codes.is_meta:
             raise ValueError(f"device_map offloads {path}: quantised layers must be in memory")

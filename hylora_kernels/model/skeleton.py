@@ -119,11 +119,16 @@ def put_empty_layers(model: PreTrainedModel, ours: dict, source: str | Path) -> 
             module = model.get_submodule(path)
             empty = _empty_embedding if isinstance(module, nn.Embedding) else _empty_layer
             model.set_submodule(path, empty(module, **spec))
-    if ours.get("tied"):
-        slots = slots_of(model)
-        for name, other in ours["tied"].items():
-            with reading(source, f"tied[{shown(name)}]"):
-                tie(slots[name], slots[other])
+    slots, tied = slots_of(model), ours.get("tied", {})
+    for name, other in tied.items():
+        with reading(source, f"tied[{shown(name)}]"):
+            tie(slots[name], slots[other])
+    # transformers' own lists of such names: tie_weights() fails for a weight that is gone.
+    gone = {f"{path}.weight" for path in ours["modules"]}
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        known = getattr(model, attribute) or {}
+        kept = {name: other for name, other in known.items() if not {name, other} & gone}
+        setattr(model, attribute, kept | tied)
 
 
 def tie(slot: Slot, other: Slot) -> None:

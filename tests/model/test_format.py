@@ -16,24 +16,33 @@ from helpers.checkpoints import (
     edit_weights,
 )
 from transformers import AutoModelForCausalLM, Mamba2Config
+from transformers.quantizers import auto
 
 from hylora_kernels.compression.compress import compress
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.checkpoint import CheckpointError, load_pretrained
+from hylora_kernels.model.format import METHOD
 from hylora_kernels.model.saving import save_pretrained
 
 FIRST = "model.layers.0.self_attn.q_proj"  # the first compressed linear
 
 
+@pytest.fixture
+def unaware(monkeypatch):
+    """transformers as it is where nobody has imported this package."""
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, METHOD)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_loader_that_does_not_know_the_format_fails(name, tmp_path):
+def test_a_loader_that_does_not_know_the_format_fails(name, tmp_path, unaware):
     """Without the tensor of shape [0] it would make up the weights of the compressed linears."""
     save_pretrained(build(name), tmp_path, max_shard_size="20KB")
     with pytest.raises(RuntimeError, match="mismatch"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_nor_does_it_make_up_experts(tmp_path):
+def test_nor_does_it_make_up_experts(tmp_path, unaware):
     """Their weights are parts of a stack's, which has no tensor of an expert's name."""
     config = mixtures.CONFIGS["mixtral"]
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -45,7 +54,7 @@ def test_nor_does_it_make_up_experts(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_model_without_low_rank_layers_is_loaded_by_transformers(tmp_path):
+def test_a_model_without_low_rank_layers_is_loaded_by_transformers(tmp_path, unaware):
     model = build(rank=0)
     save_pretrained(model, tmp_path)
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
