@@ -46,6 +46,7 @@ def write_graph(model: PreTrainedModel, folder: Path, to: str, run: bool) -> Gra
     if to == "torch":
         (component,) = exported.components.values()
         component.program = component.program.run_decompositions()
+        component.program.example_inputs = None  # a cache would be saved as a pickle
     exported.config = copy.deepcopy(model.config)
     if hasattr(exported.config, "quantization_config"):  # these aren't the weights it speaks of
         del exported.config.quantization_config
