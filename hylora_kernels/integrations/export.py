@@ -20,6 +20,7 @@ from hylora_kernels.integrations.dense import dense_copy
 from hylora_kernels.layers.packed import refuse_packed
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.files import read_json
+from hylora_kernels.model.format import CONFIG
 from hylora_kernels.model.load import load_model
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.support.report import Report
@@ -131,15 +132,21 @@ def export(
 def refuse_other_files(folder: Path, overwrite: bool) -> None:
     """Raise ValueError unless `folder` is new, empty, or of an earlier export.
 
-    overwrite: files of others are no objection.
+    overwrite: files of others are no objection, unless they are a model's.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"dir {str(folder)!r} is a file, not a folder")
-    if overwrite or not folder.is_dir():
+    if not folder.is_dir():
         return
+    earlier = _earlier_files(folder)
+    if (folder / CONFIG).exists() and CONFIG not in earlier:
+        raise ValueError(
+            f"dir {str(folder)!r} holds a model, which no export overwrites: delete it first, or "
+            "give another folder"
+        )
     others = {path.name for path in folder.iterdir() if not is_leftover(path.name)}
-    others -= {Path(name).parts[0] for name in _earlier_files(folder)}
-    if others:
+    others -= {Path(name).parts[0] for name in earlier}
+    if others and not overwrite:
         raise ValueError(
             f"dir {str(folder)!r} holds {min(others)}, which no export wrote: give another folder, "
             "or overwrite=True"

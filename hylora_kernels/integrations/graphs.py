@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hylora_kernels.integrations.onnx_codes import codes_for_onnx
+from hylora_kernels.integrations.codes import codes_as_bytes
 from hylora_kernels.model.context import vocabulary_size
 
 # What is written -> the exporter of transformers that does it, and the packages that it takes.
@@ -40,8 +40,11 @@ def write_graph(model: PreTrainedModel, folder: Path, to: str, run: bool) -> Gra
     inputs = _inputs(model)
     empty_cache = _without_tokens(inputs)
     exporter, traced = getattr(exporters, name)(), copy.copy(model)
-    config = exporter.config_class(dynamic=True, dynamic_shapes=_free_dims(inputs))
-    with codes_for_onnx(model) if to == "onnx" else nullcontext():
+    # Keys and values go in and out, as in the other graphs, where OpenVINO's own way is a state.
+    options = {"stateful": False} if to == "openvino" else {}
+    config = exporter.config_class(dynamic=True, dynamic_shapes=_free_dims(inputs), **options)
+    # torch.export's own program reads the bit planes as they are stored.
+    with nullcontext() if to == "torch" else codes_as_bytes(model, for_onnx=to == "onnx"):
         exported = exporter.export(traced, inputs | {"use_cache": True}, config)
     if to == "torch":
         (component,) = exported.components.values()

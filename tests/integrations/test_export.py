@@ -12,7 +12,10 @@ from helpers.checkpoints import build, logits
 from helpers.mixtures import mixture
 from helpers.quantizing import quantized_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from hylora_kernels import save_pretrained
+from hylora_kernels.cli import main as cli
 from hylora_kernels.integrations import export as module
 from hylora_kernels.integrations.dense import dense_copy
 from hylora_kernels.integrations.export import REPORT, export
@@ -107,6 +110,9 @@ def test_files_of_others_are_refused(tmp_path):
         export(model, tmp_path, "dense", check=False)
     export(model, tmp_path, "dense", check=False, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    save_pretrained(model, tmp_path / "small")
+    with pytest.raises(ValueError, match="holds a model, which no export overwrites"):
+        export(model, tmp_path / "small", "dense", check=False, overwrite=True)
 
 
 def test_wrong_arguments_are_named(tmp_path):
@@ -127,6 +133,25 @@ def test_other_tokens_in_float32_are_an_error(tmp_path, monkeypatch):
     with pytest.raises(ArithmeticError, match=r"60 of 64 greedy tokens .* check=False"):
         export(build("llama, tied", "pair"), tmp_path / "made", "dense")
     assert not (tmp_path / "made").exists()
+
+
+def test_the_command(tmp_path):
+    save_pretrained(build("llama, tied", "pair"), tmp_path / "small", tiny.tokenizer("a text"))
+
+    def run(*words):
+        return CliRunner().invoke(cli.app, ["export", *map(str, (tmp_path / "small", *words))])
+
+    out = ("--out", tmp_path / "made", "--to")
+    done = run(*out, "dense", "--json", tmp_path / "report.json")
+    assert done.exit_code == 0, done.output
+    assert "48 of 48 greedy tokens equal in float32" in done.output
+    assert json.loads((tmp_path / "report.json").read_text())["agreement"]["equal"] == 48
+    wrong = run(*out, "gguf", "--gguf-type", "Q3_K")
+    assert wrong.exit_code == 2 and "--gguf-type must be one of" in wrong.output
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "n.txt").touch()
+    wrong = run("--to", "dense", "--out", tmp_path / "notes")
+    assert wrong.exit_code == 2 and "give another folder, or --overwrite" in wrong.output
 
 
 # ------------------------------------------------------------------------------------------- GGUF
@@ -190,8 +215,7 @@ def test_gguf_refuses_other_models(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["tied codes", "pivoted", pytest.param("codes", marks=ALL), pytest.param("pair", marks=ALL)],
+    "name", ["tied codes", *(pytest.param(n, marks=ALL) for n in ("pivoted", "codes", "pair"))]
 )
 def test_onnx(name, tmp_path):
     for needed in ("onnx", "onnxscript", "onnxruntime", "transformers.exporters"):
@@ -211,8 +235,9 @@ def test_onnx(name, tmp_path):
     operators = {(node.domain, node.op_type) for node in graph.node}
     assert (("com.microsoft", "MatMulNBits") in operators) == ("codes" in name)
     weights = [tuple(t.dims) for t in graph.initializer]
-    embedding = model.get_input_embeddings().weight.shape
-    assert sum(shape[0] == embedding[0] and len(shape) > 1 for shape in weights) <= 3
+    words = model.get_input_embeddings().num_embeddings
+    tables = [shape for shape in weights if len(shape) > 1 and shape[0] == words]
+    assert len(tables) <= 4, "a tied head and its embedding are stored once"
 
 
 @ALL
