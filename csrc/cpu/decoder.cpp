@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "group.h"
+#include "kernels/panels.h"
 #include "threads.h"
 
 namespace hylora {
@@ -110,7 +111,7 @@ class Run {
 
   void operator()() {
     const size_t bytes = size_t(step_.rows * plan_.width * size_);
-    std::memcpy(b_.hidden.data, step_.x, bytes);
+    step_.tokens ? embed() : void(std::memcpy(b_.hidden.data, step_.x, bytes));
     const DecoderNorm* first = norm_before(step_.part0);
     if (first) norm(*first, b_.hidden, b_.normed);
     for (int64_t i = step_.part0; i < smaller(step_.part1, plan_.count); i++)
@@ -127,6 +128,20 @@ class Run {
     return part < plan_.count    ? &plan_.blocks()[part].attention_norm
            : part == plan_.count ? &plan_.final_norm
                                  : nullptr;
+  }
+
+  void embed() {
+    const DecoderEmbedding& embedding = plan_.embedding;
+    const int64_t bytes = plan_.width * size_;
+    for (int64_t i = 0; i < step_.rows; i++) {
+      char* const to = b_.hidden.data + i * bytes;
+      if (embedding.rows)
+        std::memcpy(to, static_cast<const char*>(embedding.rows) + step_.tokens[i] * bytes,
+                    size_t(bytes));
+      else
+        copy_panel_row(plan_.type, embedding.panels, step_.tokens[i], to);
+    }
+    if (embedding.scale != 1) scale(b_.hidden, plan_.width, embedding.scale);
   }
 
   // `next` is the norm that reads hidden behind this block.
@@ -219,13 +234,7 @@ class Run {
   void run_head() {
     const Rows logits{static_cast<char*>(step_.logits), plan_.head.N};
     layer(plan_.head, normed(plan_.final_norm), logits);
-    if (plan_.logit_scale != 1) {
-      AddCall call{};
-      call.type = plan_.type, call.rows = step_.rows, call.columns = plan_.head.N;
-      call.b = logits.data, call.ldb = logits.stride, call.scale = plan_.logit_scale;
-      call.y = logits.data, call.ldy = logits.stride;
-      stage(kernels_.add, call, column_parts(call), kColumnsPerPart);
-    }
+    if (plan_.logit_scale != 1) scale(logits, plan_.head.N, plan_.logit_scale);
     if (plan_.logit_softcap != 0) {
       ActivationCall call{};
       call.type = plan_.type, call.activation = Activation::softcap;
@@ -251,6 +260,15 @@ class Run {
     NormCall call = norm_call(norm, y, heads);
     call.x = x.data, call.ldx = x.stride;
     stage(kernels_.norm, call, norm_parts(call), norm.width);
+  }
+
+  // rows *= factor
+  void scale(const Rows& rows, int64_t columns, float factor) {
+    AddCall call{};
+    call.type = plan_.type, call.rows = step_.rows, call.columns = columns;
+    call.b = rows.data, call.ldb = rows.stride, call.scale = factor;
+    call.y = rows.data, call.ldy = rows.stride;
+    stage(kernels_.add, call, column_parts(call), kColumnsPerPart);
   }
 
   // hidden += scale * branch, and what `next` makes of it.

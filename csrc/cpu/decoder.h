@@ -63,6 +63,15 @@ struct DecoderBlock {
   int64_t cached_before;  // numbers that all blocks before this one cache for a token
 };
 
+// hidden by token: rows of a layer's matrix, or `rows` [words][width] if that is given. Neither:
+// the caller makes hidden.
+struct DecoderEmbedding {
+  int64_t words;
+  Panels panels;
+  const void* rows;
+  float scale;  // what rows are multiplied by
+};
+
 struct DecoderPlan {
   uint64_t magic;
   Type type;
@@ -72,6 +81,7 @@ struct DecoderPlan {
   DecoderNorm final_norm;
   LayerCall head;
   float logit_scale, logit_softcap;
+  DecoderEmbedding embedding;
   int64_t count;  // of blocks
 
   const DecoderBlock* blocks() const { return reinterpret_cast<const DecoderBlock*>(this + 1); }
@@ -81,7 +91,8 @@ struct DecoderPlan {
 // [sequences][heads][capacity][size] and then values; all sequences write to `slot`.
 struct DecoderStep {
   int64_t rows;
-  const void* x;  // [rows, width]: embedded tokens, or hidden in front of part0
+  const int64_t* tokens;  // [rows], or null and
+  const void* x;          // [rows, width]: embedded tokens, or hidden in front of part0
   char* cache;
   int64_t sequences, capacity, slot;
   const int64_t* positions;   // [rows], for rotary embeddings

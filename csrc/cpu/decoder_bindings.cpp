@@ -5,7 +5,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "decoder_plan.h"
 
@@ -25,13 +27,16 @@ const int64_t* indices_of(const Tensor& t, const char* name, int64_t count, int6
 }
 
 std::tuple<Tensor, Tensor> decode(const Tensor& plan_tensor, const Tensor& x, const Tensor& cache,
-                                  int64_t sequences, int64_t slot, const Tensor& positions,
-                                  const Tensor& first_keys, int64_t part0, int64_t part1) {
+                                  int64_t sequences, int64_t slot,
+                                  const std::optional<Tensor>& positions, const Tensor& first_keys,
+                                  int64_t part0, int64_t part1) {
   const DecoderPlan& plan = decoder_plan_of(plan_tensor);
   STD_TORCH_CHECK(0 <= part0 && part0 < part1 && part1 <= plan.count + 1,
                   "part0 and part1 must be a range in 0..", plan.count + 1, ", got ", part0, ", ",
                   part1);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == plan.width && type_of(x, "x") == plan.type,
+  const bool are_tokens = x.dim() == 1 && plan.embedding.words && part0 == 0;
+  STD_TORCH_CHECK(are_tokens ||
+                      (x.dim() == 2 && x.size(1) == plan.width && type_of(x, "x") == plan.type),
                   "x must be [rows, ", plan.width, "] of the plan's dtype");
   DecoderStep step{};
   step.rows = x.size(0);
@@ -46,18 +51,31 @@ std::tuple<Tensor, Tensor> decode(const Tensor& plan_tensor, const Tensor& x, co
   step.slot = slot;
   STD_TORCH_CHECK(slot >= 0 && slot < step.capacity, "slot must be in [0, ", step.capacity,
                   "), got ", slot);
-  step.positions = indices_of(positions, "positions", step.rows, plan.positions);
   step.first_keys = indices_of(first_keys, "first_keys", step.rows, slot + 1);
+  std::vector<int64_t> counted(size_t(step.rows), slot);
+  if (positions) {
+    step.positions = indices_of(*positions, "positions", step.rows, plan.positions);
+  } else {
+    for (int64_t i = 0; i < step.rows; i++)
+      counted[size_t(i)] -= step.first_keys[i];
+    STD_TORCH_CHECK(!plan.positions || slot < plan.positions, "slot must be in [0, ",
+                    plan.positions, "), the plan's positions, got ", slot);
+    step.positions = counted.data();
+  }
   step.part0 = part0, step.part1 = part1;
   const Tensor rows = torch::stable::contiguous(x);
-  step.x = rows.data_ptr();
+  if (are_tokens)
+    step.tokens = indices_of(rows, "tokens", step.rows, plan.embedding.words);
+  else
+    step.x = rows.data_ptr();
   const bool has_head = part1 > plan.count;
-  Tensor y = new_tensor(x, {step.rows, has_head ? plan.head.N : plan.width});
-  Tensor likeliest = new_tensor(positions, {has_head ? step.rows : 0});
+  Tensor y = new_tensor(cache, {step.rows, has_head ? plan.head.N : plan.width});
+  Tensor likeliest = new_tensor(first_keys, {has_head ? step.rows : 0});
   (has_head ? step.logits : step.hidden) = y.data_ptr();
   step.likeliest = static_cast<int64_t*>(likeliest.data_ptr());
   const int64_t threads = torch::stable::get_num_threads();
-  Tensor memory = new_tensor(x, {decoder_memory(plan, step, threads) / int64_t(x.element_size())});
+  Tensor memory =
+      new_tensor(cache, {decoder_memory(plan, step, threads) / int64_t(cache.element_size())});
   run_decoder(plan, step, threads, static_cast<char*>(memory.data_ptr()));
   return {y, likeliest};
 }
@@ -75,10 +93,11 @@ Tensor decoder_nanoseconds(const Tensor& like) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
   // A decoder's plan (decoder_plan.h), and one step of it (DecoderStep in decoder.h): y is logits
-  // [rows, words] if part1 is behind the head, else hidden [rows, width].
+  // [rows, words] if part1 is behind the head, else hidden [rows, width]. x may be tokens, int64
+  // [rows], if the plan has an embedding. positions: by default slot - first_keys.
   m.def("cpu_decoder_plan(Tensor like, Tensor[] tensors, Tensor numbers) -> Tensor");
   m.def("cpu_decode(Tensor plan, Tensor x, Tensor(a!) cache, int sequences, int slot,"
-        " Tensor positions, Tensor first_keys, int part0, int part1)"
+        " Tensor? positions, Tensor first_keys, int part0, int part1)"
         " -> (Tensor y, Tensor likeliest)");
   // int64 [4]: nanoseconds of all steps so far, in the order of Work in decoder.h.
   m.def("cpu_decoder_nanoseconds(Tensor like) -> Tensor");

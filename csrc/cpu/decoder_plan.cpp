@@ -105,6 +105,25 @@ class Reader {
     return call;
   }
 
+  // Of no kind, as rows of its own, or as those of a layer that is one matrix.
+  DecoderEmbedding embedding(int64_t width) {
+    DecoderEmbedding embedding{};
+    const int64_t kind = integer("embedding", 0, 2);
+    if (kind == 1) {
+      const Tensor* t = tensor();
+      STD_TORCH_CHECK(t && type_of(*t, "embedding") == type_ && t->dim() == 2 &&
+                          t->size(1) == width && t->is_contiguous(),
+                      "embedding must be contiguous [words, ", width, "] of the plan's dtype");
+      embedding.words = t->size(0), embedding.rows = t->data_ptr();
+    } else if (kind == 2) {
+      const LayerCall call = layer(width, -1);
+      STD_TORCH_CHECK(call.shrink.n == 0, "embedding must be a layer of one matrix");
+      embedding.words = call.N, embedding.panels = call.expand;
+    }
+    embedding.scale = number();
+    return embedding;
+  }
+
   DecoderLayers layers(int64_t K) {
     DecoderLayers layers{};
     layers.count = integer("layers.count", 1, DecoderLayers::kMost);
@@ -190,6 +209,7 @@ Tensor make_decoder_plan(const Tensor& like, const std::vector<Tensor>& tensors,
   plan.final_norm = r.norm(plan.width);
   plan.head = r.layer(plan.width, -1);
   plan.logit_scale = r.number(), plan.logit_softcap = r.number();
+  plan.embedding = r.embedding(plan.width);
   STD_TORCH_CHECK(r.is_done(), "numbers must describe the plan and nothing else");
 
   static_assert(sizeof(DecoderPlan) % 8 == 0 && sizeof(DecoderBlock) % 8 == 0);

@@ -14,8 +14,12 @@ namespace {
 // costs little.
 constexpr int64_t kRowsPerPart = 512;
 
-// How many threads the layers are worth.
-int64_t useful_threads(const LayerCall* calls, int64_t count) {
+// Bytes of weights from which on another thread of a team pays. It is awake, so that a stage costs
+// about 1 us.
+constexpr int64_t kBytesPerAwakeThread = 32 << 10;
+
+// How many threads the layers are worth, where each is worth so many bytes of weights.
+int64_t useful_threads(const LayerCall* calls, int64_t count, int64_t bytes_per_thread) {
   const int64_t size = calls[0].type == Type::fp32 ? 4 : 2;
   const auto bits_of = [&](const Panels& panels) {
     return panels.n * panels.k * (panels.bits ? panels.bits : 8 * size);
@@ -24,7 +28,7 @@ int64_t useful_threads(const LayerCall* calls, int64_t count) {
   for (const LayerCall* call = calls; call < calls + count; call++)
     bits +=
         bits_of(call->shrink) + bits_of(call->expand) + call->ra * (call->K + call->N) * 8 * size;
-  return std::max<int64_t>(1, bits / 8 / kBytesPerThread);
+  return std::max<int64_t>(1, bits / 8 / bytes_per_thread);
 }
 
 // A layer and its block of memory.
@@ -96,7 +100,8 @@ std::vector<Member> members_of(const LayerCall* calls, int64_t count) {
 void run_few_rows(const LayerCall* calls, int64_t count, Team& team) {
   const Kernels& k = kernels();
   const std::vector<Member> members = members_of(calls, count);
-  const int64_t parts = std::min(team.threads(), useful_threads(calls, count));
+  const int64_t parts =
+      std::min(team.threads(), useful_threads(calls, count, kBytesPerAwakeThread));
   run_stage(team, parts, members, [&](const LayerCall& call) {
     return Work{k.shrink, call.shrink.n ? shrink_panels(call) : 0, 1};  // each of K numbers
   });
@@ -139,7 +144,7 @@ void run_group(const LayerCall* calls, int64_t count) {
   }
   const int64_t threads = torch::stable::get_num_threads();
   if (calls[0].M > kFewRows) return run_many_rows(calls, count, threads);
-  Team team(std::min(threads, useful_threads(calls, count)));
+  Team team(std::min(threads, useful_threads(calls, count, kBytesPerThread)));
   run_group(calls, count, team);
 }
 

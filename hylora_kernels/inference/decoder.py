@@ -42,10 +42,10 @@ class Decoder:
         "cuda graph"    a GPU replays all of the model's modules at once, over a static cache.
         "transformers"  by the model's own modules. Any model, on any device.
 
-    The weights stay the model's: two decoders of one model share them, and a model that is changed,
-    moved or restored goes on as it then is. (A head that optimize_for_inference has left plain, as
-    its weight is that of an unusual embedding, is packed once more for the steps.) The model must
-    be in eval mode while tokens are made.
+    The weights stay the model's: two decoders of one model share them. A model that is moved or
+    restored goes on as it then is; a parameter that is changed counts from the next prompt on. (A
+    head that optimize_for_inference has left plain, as its weight is that of an unusual embedding,
+    is packed once more for the steps.) The model must be in eval mode while tokens are made.
     Raises TypeError or ValueError for a model that can't generate, or an argument out of its range.
 
         decoder = Decoder(model, batch=2)
@@ -124,7 +124,6 @@ class Decoder:
         self._tokens = ids.shape[1]
         return self._logits
 
-    @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each sequence: int64 [n] -> logits [n, words] of the token after it.
 
@@ -139,7 +138,11 @@ class Decoder:
         if tokens.device.type == "cpu":  # On a GPU the question would wait for the step before.
             check_ids(self.model, tokens, "tokens")
         self._check_length(self._tokens + 1, "a step leads to")
-        tokens = tokens.to(self._logits.device)
+        return self._step(tokens.to(self._logits.device))
+
+    @torch.no_grad()
+    def _step(self, tokens: Tensor) -> Tensor:
+        """step() of tokens that are known to be fit: the model's own are."""
         try:
             self._logits = self._runtime.step(tokens)
         except Changed as change:
@@ -173,17 +176,17 @@ class Decoder:
         shape_logits = _shaping(temperature, top_p)
         with eval_mode(self.model):
             logits = self.prefill(ids, attention_mask)
-            stops = torch.tensor(sorted(ends), dtype=torch.int64, device=logits.device)
-            last = ended = None
+            stops, ended, last = frozenset(ends), [False], ids[:, -1]
             for count in range(1, max_new_tokens + 1):
                 tokens = self.likeliest if shape_logits is None else _drawn(shape_logits(logits))
-                if last is not None:
-                    tokens = torch.where(ended, last, tokens)
+                if any(ended):
+                    tokens = torch.where(torch.tensor(ended, device=tokens.device), last, tokens)
                 yield tokens
-                last, ended = tokens, torch.isin(tokens, stops)
-                if count == max_new_tokens or bool(ended.all()):
+                if stops:  # On a GPU the question waits for the step.
+                    ended = [token in stops for token in tokens.tolist()]
+                if count == max_new_tokens or all(ended):
                     return
-                logits = self.step(tokens)
+                last, logits = tokens, self._step(tokens)
 
     def _best_runtime(self) -> CudaGraphs | Modules:
         """What computes the steps; sets `reason`."""

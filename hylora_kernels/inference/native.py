@@ -18,6 +18,7 @@ from hylora_kernels.inference.modules import FIRST_BUCKET, Modules
 from hylora_kernels.inference.recognise import recognise
 from hylora_kernels.inference.verify import verify
 from hylora_kernels.inference.watch import NotRecognised
+from hylora_kernels.layers.packed import conversions
 from hylora_kernels.support.devices import floating_dtype
 
 _LONGEST = 1 << 17  # tokens of a model without a context, for which its windows are looked at
@@ -30,8 +31,9 @@ class Changed(Exception):
 class Native(Modules):
     """Modules whose steps are computed by a plan of the whole decoder.
 
-    The plan is made anew when the cache grows. prefill and step raise Changed when a parameter or a
-    buffer of the model is another one than when it was recognised.
+    The plan is made anew when the cache grows. prefill raises Changed when a parameter or a buffer
+    of the model is another one than when it was recognised; step, once any layer was packed or
+    restored.
     """
 
     name = "cpu"
@@ -52,6 +54,7 @@ class Native(Modules):
         self.embedding = model.get_input_embeddings()
         self.memory: KeyValues | None = None
         self.parameters = list(_parameters(model))
+        self.conversions = conversions()
         super().__init__(model)
 
     def reset(self) -> None:
@@ -73,15 +76,16 @@ class Native(Modules):
         return {"past_key_values": self.memory.cache(rows, 0)}
 
     def step(self, tokens: Tensor) -> Tensor:
-        self._check()
+        if conversions() != self.conversions:
+            self._check()
         self._reserve(self.slot + 1)
         assert self.memory is not None
-        x = self.embedding(tokens)
-        if self.found.embedding_scale != 1:
-            x = x * self.found.embedding_scale
+        form, x = self.found.form, tokens
+        if form.embedding is None:
+            x = self.embedding(tokens)
+            x = x if form.embedding_scale == 1 else x * form.embedding_scale
         logits, self.likeliest = self.plan.run(
-            *(x, self.memory.numbers, self.sequences, self.slot),
-            *(self.slot - self.first_keys, self.first_keys),
+            x, self.memory.numbers, self.sequences, self.slot, None, self.first_keys
         )
         self.slot += 1
         return logits
@@ -113,6 +117,7 @@ class Native(Modules):
         self.plan = backends.decoder_plan(self.found.with_positions(capacity), self.dtype)
 
     def _check(self) -> None:
+        self.conversions = conversions()
         for owner, name, tensor, version in self.parameters:
             if owner.get(name) is not tensor or (
                 version is not None and tensor._version != version

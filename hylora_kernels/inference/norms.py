@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -27,27 +29,23 @@ def norm_of(module: nn.Module, x: Tensor, y: Tensor) -> NormForm:
     if parameters:
         weights = [parameters[0], 1 + parameters[0]]
     bias = parameters[1] if len(parameters) == 2 else None
-    best, least = None, torch.inf
-    for kind in ("rms", "layer"):
-        for eps in _eps_of(module):
-            normed = _normed(kind, x.double(), eps)
-            for weight in weights:
-                for rounds_first in (True, False):
-                    made = normed.to(dtype).double() if rounds_first else normed
-                    made = made if weight is None else made * weight
-                    made = made if bias is None else made + bias
-                    error = float((made - y.double()).norm())
-                    if error < least:
-                        best = NormForm(kind, width, eps, weight, bias, rounds_first)  # type: ignore[arg-type]
-                        least = error
-    if best is None or least > 4 * torch.finfo(dtype).eps * float(y.double().norm()):
-        raise NotRecognised(f"a {type(module).__name__} of it is no known norm")
-    return best
-
-
-def _eps_of(module: nn.Module) -> list[float]:
+    most = 4 * torch.finfo(dtype).eps * float(y.double().norm())
     own = [v for v in vars(module).values() if isinstance(v, float) and 0 < v < 1e-2]
-    return list(dict.fromkeys([*own, *_USUAL_EPS]))
+    for all_eps in (own, _USUAL_EPS):
+        best, least = None, torch.inf
+        for kind, eps in itertools.product(("rms", "layer"), all_eps):
+            normed = _normed(kind, x.double(), eps)
+            for weight, rounds_first in itertools.product(weights, (True, False)):
+                made = normed.to(dtype).double() if rounds_first else normed
+                made = made if weight is None else made * weight
+                made = made if bias is None else made + bias
+                error = float((made - y.double()).norm())
+                if error < least:
+                    best = NormForm(kind, width, eps, weight, bias, rounds_first)  # type: ignore[arg-type]
+                    least = error
+        if best is not None and least <= most:
+            return best
+    raise NotRecognised(f"a {type(module).__name__} of it is no known norm")
 
 
 def _normed(kind: str, x: Tensor, eps: float) -> Tensor:

@@ -34,7 +34,11 @@ from hylora_kernels.inference.watch import (
     Watched,
     watch,
 )
-from hylora_kernels.layers.packed import PackedModule
+from hylora_kernels.layers.packed import (
+    PackedEmbedding,
+    PackedModule,
+    PackedQuantizedEmbedding,
+)
 from hylora_kernels.model.context import probe_ids
 
 _POSITIONS = 8192  # of the rotary tables that are made at first, if the limit is no less
@@ -48,12 +52,11 @@ _ACTIVATIONS = {
 
 @dataclass
 class Recognised:
-    """form: of the model, with rotary tables for some positions. embedding_scale: what the
-    embedding's rows are multiplied by. tables: number of each block's table, None without."""
+    """form: of the model, with rotary tables for some positions. tables: number of each block's
+    table, None without."""
 
     blocks: Blocks
     form: DecoderForm
-    embedding_scale: float
     tables: list[int | None]
 
     def with_positions(self, count: int) -> DecoderForm:
@@ -103,8 +106,10 @@ def recognise(model: Any, limit: int) -> Recognised:
         head=head,
         logit_scale=scale,
         logit_softcap=softcap,
+        embedding=_embedding(model.get_input_embeddings(), x.dtype),
+        embedding_scale=_embedding_scale(watched),
     )
-    return Recognised(blocks, form, _embedding_scale(watched), numbers)
+    return Recognised(blocks, form, numbers)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -340,6 +345,16 @@ def _rotated_heads(
 
 
 # -------------------------------------------------------------------------- before and behind them
+
+
+def _embedding(module: nn.Module, dtype: torch.dtype) -> LayerForm | Tensor | None:
+    """The matrix that tokens are rows of; None for an embedding that computes anything else."""
+    if isinstance(module, PackedEmbedding | PackedQuantizedEmbedding):
+        return LayerForm(module.packed_state.packed, None)
+    if type(module) is nn.Embedding and module.max_norm is None and "forward" not in vars(module):
+        weight = module.weight.detach()
+        return weight if weight.dtype == dtype and weight.is_contiguous() else None
+    return None
 
 
 def _embedding_scale(watched: Watched) -> float:

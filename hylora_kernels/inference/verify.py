@@ -68,9 +68,8 @@ class _Step:
             for hook in hooks:
                 hook.remove()
 
-    def exactly(self, index: int, block: nn.Module) -> Tensor:
-        """The block's output in float64, by a copy of its module."""
-        exact = restore_from_inference(copy.deepcopy(block)).double()
+    def exactly(self, index: int, exact: nn.Module) -> Tensor:
+        """The block's output in float64, by a copy of its module in float64."""
         cache = self.memory.to(torch.float64).cache(_ROWS, self.slot)
         args, kwargs = (_doubled(v, cache) for v in self.arguments[index])
         return first_of(exact(*args, **kwargs))
@@ -94,6 +93,7 @@ def verify(found: Recognised, dtype: torch.dtype, length: int | None) -> None:
     capacity = min(_TOKENS, length or _TOKENS)
     form = found.with_positions(capacity)
     plan = backends.decoder_plan(form, dtype)
+    doubled: dict[int, nn.Module] = {}  # a block of each kind in float64
     for slot in dict.fromkeys((capacity - 1, min(3, capacity - 1))):
         memory = KeyValues(form, _ROWS, capacity, dtype)
         generator = torch.Generator().manual_seed(slot)
@@ -101,13 +101,21 @@ def verify(found: Recognised, dtype: torch.dtype, length: int | None) -> None:
         own = memory.to(dtype)
         step = _Step(found, own, slot, slot // 3)
         place = (memory.numbers, _ROWS, slot, step.positions, step.first_keys)
+        if form.embedding is not None:
+            tokens = torch.arange(_ROWS, device="cpu")
+            x = found.blocks.model.get_input_embeddings()(tokens) * form.embedding_scale
+            (ours, _), (wanted, _) = (plan.run(given, *place, (0, 1)) for given in (tokens, x))
+            _check(ours, wanted, 0.0, "block 0 of embedded tokens")
         rounding: dict[tuple, float] = {}  # kind of a block -> its module's error, relative
         for index, block in enumerate(form.blocks):
             x, y = step.inputs[index][:, 0], step.outputs[index][:, 0]
             ours, _ = plan.run(x, *place, (index, index + 1))
             kind = _kind(block)
             if kind not in rounding:
-                exact = step.exactly(index, found.blocks.modules[index])[:, 0]
+                if index not in doubled:
+                    block = copy.deepcopy(found.blocks.modules[index])
+                    doubled[index] = restore_from_inference(block).double()
+                exact = step.exactly(index, doubled[index])[:, 0]
                 rounding[kind] = _distance(y, exact)
                 _check(ours, exact, 2 * rounding[kind], f"block {index}")
             _check(ours, y, 3 * rounding[kind], f"block {index}")

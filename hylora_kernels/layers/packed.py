@@ -80,6 +80,22 @@ class PackedState:
                 parameter.restore(values)
         for module in self.modules:
             module._become_plain()
+        _count_conversion()
+
+
+# How many times layers of this process were packed or restored. Asking after the tensors of a model
+# takes 0.8 ms behind a token, since its weights have driven them out of the caches.
+_conversions = 0
+
+
+def conversions() -> int:
+    """A number that is another one once any layer of this process was packed or restored."""
+    return _conversions
+
+
+def _count_conversion() -> None:
+    global _conversions
+    _conversions += 1
 
 
 # state of layers that share a weight -> name -> the copy that the last state_dict() call got of it,
@@ -293,6 +309,7 @@ _CLASSES = (
 
 def convert_layers(modules: list[nn.Module], state: PackedState) -> None:
     """Make the layers ones that read the packed weights, and take the memory of their own."""
+    _count_conversion()
     first = modules[0]
     if type(first) is SVDLoRALinear:
         backends.forget(first.SVh)

@@ -46,15 +46,42 @@ void for_each_piece(int bits, const F& work) {
     }
 }
 
-// 64 codes -> one row of a unit's lanes, which are 128 bytes apart.
-void put_codes(int bits, const uint8_t* codes, char* unit, int64_t row) {
-  uint32_t lanes[16] = {};
-  for_each_piece(bits, [&](int i, const Piece& piece, int lane, int shift) {
-    lanes[lane] |= (codes[i] >> piece.up & mask(piece.width)) << shift;
-  });
-  for (int lane = 0; lane < 2 * bits; lane++)
-    __builtin_memcpy(unit + lane * 128 + row * 4, &lanes[lane], 4);
-}
+// Bits of a group's planes on their way to its lanes: bits [from, from + width) of a byte become
+// bits [to, to + width) of a lane.
+struct Move {
+  uint8_t byte, from, mask, lane, to;
+};
+
+// All moves of a group of 64 codes. Worked out once for a matrix: for each group again, packing
+// took 9.6 ms instead of 1.7 (1536x576 at 4 bits).
+class Moves {
+ public:
+  explicit Moves(int bits) {
+    for_each_piece(bits, [&](int i, const Piece& piece, int lane, int shift) {
+      for_each_plane(bits, i, [&](int done, int width, int byte, int from) {
+        const int begin = done > piece.up ? done : piece.up;
+        const int end = smaller(done + width, piece.up + piece.width);
+        if (begin < end)
+          moves_[count_++] = {uint8_t(byte), uint8_t(from + begin - done),
+                              uint8_t(mask(end - begin)), uint8_t(lane),
+                              uint8_t(shift + begin - piece.up)};
+      });
+    });
+  }
+
+  // [8 bits] bytes -> one row of a unit's lanes, which are 128 bytes apart.
+  void put(int bits, const uint8_t* planes, char* unit, int64_t row) const {
+    uint32_t lanes[16] = {};
+    for (const Move* move = moves_; move < moves_ + count_; move++)
+      lanes[move->lane] |= uint32_t(planes[move->byte] >> move->from & move->mask) << move->to;
+    for (int lane = 0; lane < 2 * bits; lane++)
+      __builtin_memcpy(unit + lane * 128 + row * 4, &lanes[lane], 4);
+  }
+
+ private:
+  Move moves_[4 * kGroup];  // a code has at most 8 bits, in two planes and three lanes
+  int count_ = 0;
+};
 
 // One row of a unit's lanes -> 64 codes.
 void get_codes(int bits, const char* unit, int64_t row, uint8_t* codes) {
@@ -116,11 +143,9 @@ void dequantize_row(const Panels& panels, int64_t row, T* to) {
 void pack_quantized(const QuantizedPlanes& W, char* panels, int64_t begin, int64_t end) {
   const int64_t bytes = panel_bytes(W.bits, W.k);
   if (begin < end) __builtin_memset(panels + begin * bytes, 0, size_t((end - begin) * bytes));
+  const Moves moves(W.bits);
   for_each_row(W, panels, begin, end, [&](const Unit& unit, int64_t row, int64_t at) {
-    uint8_t codes[kGroup];
-    for (int i = 0; i < kGroup; i++)
-      codes[i] = code_at(W.bits, W.codes + at * 8 * W.bits, i);
-    put_codes(W.bits, codes, const_cast<char*>(unit.data), row);
+    moves.put(W.bits, W.codes + at * 8 * W.bits, const_cast<char*>(unit.data), row);
     *unit.scale(row) = W.scales[at];
     if (W.zeros) *unit.zero(row) = zero_of(W, at);
   });

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hylora_kernels.backends.cpu.library import REFUSAL, op
-from hylora_kernels.backends.cpu.packed import PackedMatrix, in_panels
+from hylora_kernels.backends.cpu.packed import PackedLayer, PackedMatrix, in_panels
 from hylora_kernels.backends.shared.decoder_form import (
     BlockForm,
     DecoderForm,
@@ -53,15 +53,17 @@ class DecoderPlan:
         cache: Tensor,
         sequences: int,
         slot: int,
-        positions: Tensor,
+        positions: Tensor | None,
         first_keys: Tensor,
         parts: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [rows, width], embedded tokens -> (logits [rows, words], int64 [rows], the likeliest).
+        """x [rows, width], embedded tokens, or int64 [rows], tokens if the form has an embedding
+        -> (logits [rows, words], int64 [rows], the likeliest).
 
         cache:      [blocks][keys, values][sequences][heads][capacity][size], in one dim.
         slot:       of the cache, where the tokens' keys and values go.
-        positions:  int64 [rows], of the tokens. first_keys: int64 [rows], slots of padding before.
+        positions:  int64 [rows], of the tokens; None: slot - first_keys.
+        first_keys: int64 [rows], slots of padding before.
         parts:      (first, last + 1) of those to run: the blocks, and behind them the final norm
                     with the head. Without the head the result is (hidden [rows, width], nothing).
         """
@@ -75,6 +77,7 @@ class _Writer:
     def __init__(self) -> None:
         self.numbers: list[int] = []
         self.tensors: list[Tensor] = []
+        self.in_panels: dict[int, PackedLayer | PackedMatrix] = {}  # a tied head is the embedding
 
     def decoder(self, form: DecoderForm) -> None:
         self.integers(form.width, form.positions, len(form.blocks))
@@ -83,6 +86,16 @@ class _Writer:
         self.norm(form.final_norm)
         self.layer(form.head)
         self.floats(form.logit_scale, form.logit_softcap)
+        self.embedding(form.embedding)
+        self.floats(form.embedding_scale)
+
+    def embedding(self, embedding: LayerForm | Tensor | None) -> None:
+        kinds = type(None), Tensor, LayerForm
+        self.integers(next(i for i, kind in enumerate(kinds) if isinstance(embedding, kind)))
+        if isinstance(embedding, Tensor):
+            self.tensor(embedding)
+        elif embedding is not None:
+            self.layer(embedding)
 
     def block(self, block: BlockForm) -> None:
         self.norm(block.attention_norm)
@@ -125,7 +138,8 @@ class _Writer:
             self.layer(layer)
 
     def layer(self, layer: LayerForm) -> None:
-        packed = in_panels(layer.packed)
+        known = self.in_panels
+        packed = known[id(layer.packed)] = known.get(id(layer.packed)) or in_panels(layer.packed)
         is_matrix = isinstance(packed, PackedMatrix)
         self.integers(is_matrix, packed.out_features, packed.products_now())
         self.tensor(packed.tensors[0])

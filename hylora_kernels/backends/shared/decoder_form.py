@@ -99,7 +99,11 @@ class BlockForm:
 
 @dataclass(frozen=True, eq=False)
 class DecoderForm:
-    """width: of hidden. positions: of the rotary tables, 0 if no block has any."""
+    """width: of hidden. positions: of the rotary tables, 0 if no block has any.
+
+    embedding: rows of a packed matrix or of a tensor [words, width]; None: another one, whose
+    module the caller has to run. embedding_scale: what its rows are multiplied by.
+    """
 
     width: int
     positions: int
@@ -108,3 +112,5 @@ class DecoderForm:
     head: LayerForm
     logit_scale: float
     logit_softcap: float
+    embedding: LayerForm | Tensor | None
+    embedding_scale: float

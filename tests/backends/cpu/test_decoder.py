@@ -49,6 +49,16 @@ def test_parts_one_after_another_are_the_whole(plan):
     assert torch.equal(whole["cache"], parts["cache"])
 
 
+def test_a_step_of_tokens_is_one_of_their_rows(plan):
+    """Positions follow from the slots of padding."""
+    words, tokens = plan.form.embedding, torch.tensor([5, 2])
+    rows = words[tokens] if isinstance(words, torch.Tensor) else words.packed.rows(tokens)
+    given, wanted = arguments(plan, x=tokens, positions=None), arguments(plan, x=rows)
+    for ours, theirs in zip(plan.run(**given), plan.run(**wanted), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(given["cache"], wanted["cache"])
+
+
 def test_a_step_writes_its_slot_of_its_sequences_alone(plan):
     given = arguments(plan)
     before = given["cache"].clone()
@@ -70,6 +80,8 @@ def test_a_step_writes_its_slot_of_its_sequences_alone(plan):
     [
         ({"x": torch.zeros(2, 31)}, r"x must be \[rows, 32\] of the plan's dtype"),
         ({"x": torch.zeros(2, 32).double()}, "x must be bfloat16, float16 or float32|dtype"),
+        ({"x": torch.tensor([1, 128])}, r"tokens must be in \[0, 128\), got 128"),
+        ({"x": torch.tensor([1.0, 2.0])}, "tokens must be 2 contiguous numbers of int64"),
         ({"x": torch.zeros(4, 32)}, "x must have 1 to 3 rows, the cache's sequences, got 4"),
         ({"cache": torch.zeros(7)}, "cache must be contiguous, with"),
         ({"slot": CAPACITY}, r"slot must be in \[0, 8\), got 8"),
