@@ -227,6 +227,7 @@ def test_onnx(name, tmp_path):
     assert report.agreement.largest_error < 1e-4 * report.agreement.largest_logit
     assert {"model.onnx", "model.onnx.data", "export.json"} < set(report.files)
     assert torch.equal(logits(model), expected)
+    assert_padding_is_masked(model, tmp_path)
 
     import onnx
 
@@ -238,6 +239,24 @@ def test_onnx(name, tmp_path):
     words = model.get_input_embeddings().num_embeddings
     tables = [shape for shape in weights if len(shape) > 1 and shape[0] == words]
     assert len(tables) <= 4, "a tied head and its embedding are stored once"
+
+
+@torch.no_grad()
+def assert_padding_is_masked(model, folder):
+    """Two prompts, one of them padded on the left, through the graph and through the model."""
+    from transformers.exporters import ExportedModel
+
+    ids, mask = tiny.tokens(2, 7, 60), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    cache = model(ids, use_cache=True).past_key_values
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+    graph = ExportedModel.from_pretrained(folder, device="cpu")
+    got, expected = graph(**given, past_key_values=cache).logits, model(**given).logits
+    kept = mask.bool()
+    torch.testing.assert_close(got[kept], expected[kept], rtol=1e-4, atol=1e-5)
 
 
 @ALL
