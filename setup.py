@@ -14,6 +14,8 @@ library loads on machines that have no CUDA.
 
     CXX                     the compiler, with arguments if need be (default: g++, clang++ or c++)
     HYLORA_CXXFLAGS         flags added to each of its compilations and to the link
+    HYLORA_ISAS             instruction sets to compile kernels for beside the baseline, e.g. "avx2"
+                            (default: all that the compiler knows)
     HYLORA_REQUIRE_CSRC=1   fail if the library can't be built
     CUDA_HOME               folder of the CUDA toolkit (default: nvcc on PATH, or /usr/local/cuda)
     HYLORA_CUDA_ARCHS       GPUs to compile for, e.g. "80 90" (default: CUDA_ARCHS below), or "none"
@@ -151,6 +153,14 @@ def compiler_supports(cxx: list[str], flags: list[str], instruction: str) -> boo
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def wanted_isas() -> list[str]:
+    """The names in HYLORA_ISAS; all of ISA where it isn't set."""
+    words = os.environ.get("HYLORA_ISAS", " ".join(ISA)).split()
+    if unknown := [word for word in words if word not in ISA]:
+        raise SystemExit(f"HYLORA_ISAS may name {', '.join(ISA)}, got {' '.join(unknown)!r}")
+    return words
+
+
 def sources(suffix: str) -> list[str]:
     """The files of csrc/ with this suffix, relative to the root."""
     return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(f"csrc/**/*.{suffix}"))
@@ -161,7 +171,7 @@ def flags_by_source(cxx: list[str]) -> dict[str, list[str]]:
     found = sources("cpp")
     if not found:
         raise CannotBuild("there are no sources in csrc/")
-    x86 = is_x86(cxx)
+    x86, wanted = is_x86(cxx), wanted_isas()
     files = {}
     for source in found:
         name = Path(source).stem
@@ -169,11 +179,11 @@ def flags_by_source(cxx: list[str]) -> dict[str, list[str]]:
             files[source] = BINDING_FLAGS
         elif name not in ISA or not x86:  # without x86 these files compile to nothing
             files[source] = KERNEL_FLAGS
-        elif compiler_supports(cxx, *ISA[name]):
+        elif name in wanted and compiler_supports(cxx, *ISA[name]):
             files[source] = KERNEL_FLAGS + ISA[name][0]
     left_out = [name for name in ISA if f"csrc/cpu/kernels/{name}.cpp" not in files]
-    if left_out:
-        print(f"hylora_kernels: {cxx[0]} leaves out {', '.join(left_out)}", file=sys.stderr)
+    if unknown := [name for name in left_out if name in wanted]:
+        print(f"hylora_kernels: {cxx[0]} leaves out {', '.join(unknown)}", file=sys.stderr)
     macros = [f"-DHYLORA_NO_{name.upper()}" for name in left_out]
     return {source: flags + macros for source, flags in files.items()}
 

@@ -52,6 +52,13 @@ def pytest_configure_node(node):
     node.workerinput["hylora_cache"] = node.config.hylora_cache
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Tests marked slow come first: workers give out the rest in ever smaller parts and so end
+    together, where a test of a minute among the last would leave the others idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_generate_tests(metafunc):
     """A test with the argument `device` runs on the CPU, and on a GPU (marked gpu) if any."""
     if "device" in metafunc.fixturenames:

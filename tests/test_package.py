@@ -151,6 +151,7 @@ def mypy_says(tmp_path_factory):
     return check
 
 
+@pytest.mark.slow
 def test_public_names_have_types(mypy_says):
     """reveal_type prints a parameter without annotation as "name: Any"."""
     names = hylora_kernels.__all__

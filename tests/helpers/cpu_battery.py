@@ -1,14 +1,16 @@
 """Every op of the C++ CPU library on ragged shapes, as a program: a crash ends its process alone,
 and an instrumented copy of the library runs it too.
 
-    PYTHONPATH=tests python tests/helpers/cpu_battery.py LIBRARY LEVEL... [--guard] [--quick]
+    PYTHONPATH=tests python tests/helpers/cpu_battery.py LIBRARY LEVEL...
+        [--guard] [--quick] [--few-rows]
 
 Each result is checked against float64. With --guard every operand is put into memory of its own
 between two pages that can't be touched, once flush with the one before it and once with the one
 behind it, and the bits have to be those of ordinary memory. --quick takes two numbers of rows for
-each shape rather than all. Each level is a child forked before the library is loaded, which chooses
-its level then: importing torch takes half as long as the calls. Prints the levels and how many
-calls; the first that fails ends it.
+each shape rather than all. --few-rows takes two tiles of rows of LONG_SUMS rather than four, which
+take most of an instrumented copy's time; all lie in one block of 192 either way. Each level is a
+child forked before the library is loaded, which chooses its level then: importing torch takes half
+as long as the calls. Prints the levels and how many calls; the first that fails ends it.
 """
 
 from __future__ import annotations
@@ -297,7 +299,7 @@ def run_row_ops(t: Battery, width: int, dtype: torch.dtype) -> None:
     assert torch.equal(t.call(ops.cpu_argmax, x, pieces), x.argmax(1)), ("argmax", width)
 
 
-def run(library: str, guard: bool, quick: bool) -> None:
+def run(library: str, guard: bool, quick: bool, few_rows: bool) -> None:
     torch.ops.load_library(library)
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -311,23 +313,24 @@ def run(library: str, guard: bool, quick: bool) -> None:
         for M in (ROWS[few], ROWS[many]) if quick else ROWS:
             run_shape(t, M, shape, dtype, products)
     for dtype, products in kinds:
-        run_shape(t, 100, LONG_SUMS, dtype, products)
+        run_shape(t, 36 if few_rows else 100, LONG_SUMS, dtype, products)
     for i, (shape, bits) in enumerate(itertools.product(QUANTIZED_SHAPES, PLANES)):
         for M in ROWS[i % 7 :: 7 if quick else 3]:
             dtype, products = kinds[(i + i // 6 + M) % 6]
+            M = min(M, 70) if few_rows and shape == LONG_SUMS else M
             run_quantized(t, rows(M, shape[0], dtype, strided=M % 2 == 1), shape, bits, products)
     for width, dtype in itertools.product((1, 7, 33, 64, 80, 529), TOLERANCE):
         run_row_ops(t, width, dtype)
     print(ops.cpu_isa(), t.calls, flush=True)
 
 
-def in_a_child(level: str, *given) -> int:
-    """Exit code of run(*given) at this level, negative for a signal's."""
+def in_a_child(level: str, library: str, *options: bool) -> int:
+    """Exit code of run(library, *options) at this level, negative for a signal's."""
     child = os.fork()
     if child == 0:
         os.environ["HYLORA_ISA"] = level
         try:
-            run(*given)
+            run(library, *options)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
@@ -337,10 +340,10 @@ def in_a_child(level: str, *given) -> int:
 
 
 def main(library: str, *words: str) -> None:
-    options = {word for word in words if word.startswith("--")}
+    options = [name in words for name in ("--guard", "--quick", "--few-rows")]
     for level in words:
-        if level not in options:
-            code = in_a_child(level, library, "--guard" in options, "--quick" in options)
+        if not level.startswith("--"):
+            code = in_a_child(level, library, *options)
             if code != 0:
                 sys.exit(f"{level}: exit code {code}")
 

@@ -1,7 +1,8 @@
 """The compile gate: every shipped configuration of the Triton kernels, compiled for GPUs that are
 not at hand, and its machine code checked.
 
-    PYTHONPATH=tests python -m helpers.triton_gate [--targets sm_80 ...] [--quick] [--json FILE]
+    PYTHONPATH=tests python -m helpers.triton_gate [--targets sm_80 ...] [--quick] [--defaults]
+        [--json FILE]
 
 It prints a line for each kernel, configuration and target; the exit status is 1 if one has a fault.
 Run it in a process of its own: kernels imported for the interpreter don't compile, and a warm cache
@@ -48,16 +49,17 @@ ARCHES = {"NVIDIA H100 80GB HBM3": 90}  # of the devices that the package has ta
 ROWS = (1, 16, 33, 200, 2048)  # one for each of config.py's steps
 
 
-def cases(machine: Machine, quick: bool) -> list[Case]:
+def cases(machine: Machine, quick: bool, defaults: bool = False) -> list[Case]:
     """Every kind of call in all of its configurations, each once.
 
     quick: all configurations of the plain call; the others' first one, for one row; and what a
-    table adds, in one kind of call each.
+    table adds, in one kind of call each. defaults: of the plain call, too, the first one alone, not
+    the candidates that only tuning launches.
     """
     target, found = machine.target, {}
     for M in ROWS:
         plain, *others = problems(M)
-        for config in shipped(plain[0], target):
+        for config in shipped(plain[0], target)[: 1 if defaults else None]:
             found.setdefault(Case(plain[0], config))
         for problem, tf32 in others if M == 1 or not quick else ():
             for config in shipped(problem, target)[: 1 if quick else None]:
@@ -303,6 +305,7 @@ def main(words: list[str] | None = None) -> int:
     gated = [name for name, machine in MACHINES.items() if machine.gated]
     parser.add_argument("--targets", nargs="+", default=gated, choices=list(MACHINES))
     parser.add_argument("--quick", action="store_true", help="fewer kinds of call")
+    parser.add_argument("--defaults", action="store_true", help="no candidates of tuning")
     parser.add_argument("--one-each", action="store_true", help="one configuration a kernel")
     parser.add_argument("--json", type=Path, help="write the table there as well")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("triton"))
@@ -313,7 +316,7 @@ def main(words: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for name in given.targets:
-            found = cases(MACHINES[name], given.quick)
+            found = cases(MACHINES[name], given.quick, given.defaults)
             for case in one_of_each(found) if given.one_each else found:
                 lines.append(checked(case, name))
                 print(shown(lines[-1]), flush=True)

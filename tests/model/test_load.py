@@ -153,6 +153,7 @@ def test_the_demos_package_missing(monkeypatch, missing):
         load_model(DEMO_MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_demos_model():
     folder = demo_model_dir()

@@ -263,6 +263,19 @@ def test_a_compiler_that_does_not_know_a_flag_leaves_that_file_out(setup_py, tmp
 
 
 @needs_gxx
+def test_only_the_instruction_sets_that_are_asked_for(setup_py, monkeypatch):
+    monkeypatch.setenv("HYLORA_ISAS", "avx2")
+    plan = setup_py.flags_by_source(["g++"])
+    if not setup_py.is_x86(["g++"]):
+        pytest.skip("no x86 here")
+    assert "csrc/cpu/kernels/avx2.cpp" in plan and "csrc/cpu/kernels/avx512.cpp" not in plan
+    assert all("-DHYLORA_NO_AVX512" in flags for flags in plan.values())
+    monkeypatch.setenv("HYLORA_ISAS", "avx2 sse9")
+    with pytest.raises(SystemExit, match=r"HYLORA_ISAS may name avx2, .*, got 'sse9'"):
+        setup_py.flags_by_source(["g++"])
+
+
+@needs_gxx
 def test_other_processors_get_no_machine_flags(setup_py, tmp_path):
     arm = stand_in(tmp_path, 'if [ "$1" = -dumpmachine ]; then echo aarch64-linux-gnu; exit; fi')
     plan = setup_py.flags_by_source([arm])

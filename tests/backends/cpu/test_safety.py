@@ -43,11 +43,15 @@ def python(*words: object, limit=600, **environment: str) -> subprocess.Complete
     )
 
 
-def battery(library: Path, *options: str, **environment: str) -> None:
-    """At every level that this processor has."""
+def available_levels() -> list[str]:
     reasons = {level: torch.ops.hylora.cpu_isa_reason(level) for level in LEVELS}
     print(*(f"without {level}: {reason}" for level, reason in reasons.items() if reason), sep="\n")
-    levels = [level for level, reason in reasons.items() if not reason]
+    return [level for level, reason in reasons.items() if not reason]
+
+
+def battery(library: Path, *options: str, **environment: str) -> None:
+    """At every level that this processor has."""
+    levels = available_levels()
     done = python(BATTERY, library, *levels, *options, **environment)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.split() for line in done.stdout.splitlines()]
@@ -103,7 +107,8 @@ def test_the_fences_bite(touch, how, fence):
 
 @pytest.fixture(scope="module")
 def instrumented() -> tuple[Path, dict[str, str]]:
-    """The copy with sanitizers, brought up to date, and what a process needs to load it."""
+    """The copy with sanitizers, for the levels of this processor, brought up to date, and what a
+    process needs to load it."""
     if shutil.which("g++") is None or not (ROOT / "setup.py").is_file():
         pytest.skip("needs g++ and a checkout")
     preload = []
@@ -113,10 +118,11 @@ def instrumented() -> tuple[Path, dict[str, str]]:
         if not path.is_absolute():
             pytest.skip(f"g++ has no {name} here")
         preload.append(str(path))
+    isas = [level for level in available_levels() if level != "scalar"]
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_csrc"],
         cwd=ROOT,
-        env=os.environ | {"HYLORA_SANITIZE": "1", "CXX": "g++"},
+        env=os.environ | {"HYLORA_SANITIZE": "1", "CXX": "g++", "HYLORA_ISAS": " ".join(isas)},
         capture_output=True,
         text=True,
     )
@@ -132,7 +138,7 @@ def instrumented() -> tuple[Path, dict[str, str]]:
 def test_an_instrumented_copy_finds_nothing(instrumented):
     library, environment = instrumented
     assert b"__ubsan_handle_out_of_bounds" in library.read_bytes()
-    battery(library, "--quick", **environment)
+    battery(library, "--quick", "--few-rows", **environment)
 
 
 # Processes and threads
