@@ -138,7 +138,7 @@ class Decoder:
         if tokens.device.type == "cpu":  # On a GPU the question would wait for the step before.
             check_ids(self.model, tokens, "tokens")
         self._check_length(self._tokens + 1, "a step leads to")
-        return self._step(tokens.to(self._logits.device))
+        return self._step(tokens.to(self._logits.device, torch.int64))
 
     @torch.no_grad()
     def _step(self, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import architectures, tiny, zoo
 from helpers.optimising import packs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hylora_kernels import (
     Decoder,
@@ -151,6 +152,39 @@ def test_the_time_of_steps_by_kind_of_work():
     spent = {work: after[work] - before[work] for work in after}
     assert list(spent) == ["linears", "attention", "norms", "others"]
     assert all(value > 0 for value in spent.values()) and sum(spent.values()) < seconds
+
+
+@packs
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "granite"])
+def test_a_greedy_step_is_one_op(kind):
+    """Any other takes 50 us and more: the step's weights have driven its code out of the caches."""
+    model = architectures.tiny("granite") if kind == "granite" else model_of(kind)
+    if kind == "granite":
+        model.model.embedding_multiplier = 6.5
+    ids, seen = torch.randint(2, 90, (1, 5)), []
+    want = by_transformers(model, ids, 4)
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    stream = Decoder(optimize_for_inference(model)).stream(ids, None, 4)
+    found = [next(stream)]
+    with Ops():
+        found += stream
+    assert seen == ["hylora.cpu_decode.default"] * 3
+    assert torch.equal(torch.stack(found, 1), want)
+
+
+@packs
+def test_tokens_of_any_integer_type():
+    decoder = Decoder(optimize_for_inference(zoo.zoo_model("llama")), 2)
+    decoder.prefill(IDS)
+    tokens = decoder.likeliest
+    want = decoder.step(tokens)
+    decoder.prefill(IDS)
+    assert torch.equal(decoder.step(tokens.int()), want)
 
 
 @packs
