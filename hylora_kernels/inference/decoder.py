@@ -135,7 +135,9 @@ class Decoder:
         if shape != [len(self._logits)]:
             n = len(self._logits)
             raise ValueError(f"tokens must be [{n}], one a sequence, got {shape}")
-        if tokens.device.type == "cpu":  # On a GPU the question would wait for the step before.
+        is_known = tokens is self._runtime.likeliest
+        # On a GPU the question would wait for the step before.
+        if not is_known and tokens.device.type == "cpu":
             check_ids(self.model, tokens, "tokens")
         self._check_length(self._tokens + 1, "a step leads to")
         return self._step(tokens.to(self._logits.device, torch.int64))
