@@ -34,7 +34,8 @@ def flags_of(parameters: Iterable[Any]) -> dict[str, tuple[str, str]]:
     flags = {}
     for parameter in parameters:
         if parameter.param_type_name == "argument":
-            flags[parameter.name] = parameter.metavar or parameter.name.upper(), ""
+            metavar = parameter.metavar or parameter.name.upper()
+            flags[parameter.name] = metavar.removesuffix("..."), ""
         else:
             flags[parameter.name] = parameter.opts[0], next(iter(parameter.secondary_opts), "")
     return flags

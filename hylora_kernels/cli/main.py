@@ -8,19 +8,27 @@ import importlib.metadata
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hylora_kernels.cli import (
     compress_commands,
+    evaluate_command,
     export_commands,
     machine_commands,
     model_commands,
 )
+from hylora_kernels.cli.config import use_config, write_config
 from hylora_kernels.cli.errors import EXPECTED, one_line
 from hylora_kernels.cli.options import with_parameters
-from hylora_kernels.cli.output import check_output_files, first_process_prints, report_on_stdout
+from hylora_kernels.cli.output import (
+    check_output_files,
+    first_process_prints,
+    is_first_process,
+    report_on_stdout,
+)
 
 # verb -> (its function, the sentence that Ctrl-C prints: what is kept, and how to continue)
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
@@ -37,7 +45,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
         model_commands.finetune,
         "The checkpoint is in {out}/training: repeat the command to continue.",
     ),
-    "evaluate": (model_commands.evaluate, "Nothing was written."),
+    "evaluate": (evaluate_command.evaluate, "Nothing was written."),
     "generate": (model_commands.generate, "Nothing was written."),
     "analyze": (model_commands.analyze, "Nothing was written."),
     "export": (export_commands.export, "Nothing was written: {out} is as it was."),
@@ -55,11 +63,21 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "cache": (machine_commands.cache, "Files not yet deleted are still there."),
 }
 
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=use_config,
+        help="Options from this YAML file, as a run writes them beside its results (run.yaml). The "
+        "command line wins.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def guarded(command: Callable[..., None], kept: str) -> Callable[..., None]:
-    """`command` with a --debug option, its output files checked before its work.
+    """`command` with the options --config and --debug, its output files checked before its work.
 
     Exit code 2 and one red line for an expected error, exit code 130 and `kept` for Ctrl-C. With
     --json - stdout gets the report alone; what is else printed goes to stderr.
@@ -70,11 +88,13 @@ def guarded(command: Callable[..., None], kept: str) -> Callable[..., None]:
     ]
 
     @functools.wraps(command)
-    def run(context: typer.Context, *, debug: bool, **given: Any) -> None:
+    def run(context: typer.Context, *, config: Path | None, debug: bool, **given: Any) -> None:
         try:
             check_output_files(given)
             with report_on_stdout(given.get("json_path")), first_process_prints(context.info_name):
                 command(**given)
+            if is_first_process():
+                write_config(context)
         except KeyboardInterrupt:
             say(f"\ninterrupted. {kept.format(**given)}", "yellow")
             raise typer.Exit(130) from None
@@ -89,10 +109,11 @@ def guarded(command: Callable[..., None], kept: str) -> Callable[..., None]:
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
-    option = inspect.Parameter(
-        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
-    )
-    return with_parameters(run, [context, *own, option])
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, default, kind in (("config", None, Config), ("debug", False, Debug))
+    ]
+    return with_parameters(run, [context, *own, *added])
 
 
 def say(text: str, color: str) -> None:

@@ -23,11 +23,9 @@ from hylora_kernels.cli.options import (
     Overwrite,
     Revision,
     Seed,
-    Text,
     Tokenizer,
     TrustRemoteCode,
     library_options,
-    read_texts,
     refuse_foreign_folder,
 )
 from hylora_kernels.cli.output import trainable_line, write_report
@@ -98,89 +96,6 @@ def finetune(
     if report.stopped:
         raise FloatingPointError(f"{report.stopped}; the last good state is written to {out}")
     show(f"written to {out}. Next: hylora evaluate {out}")
-
-
-def evaluate(
-    model: Model,
-    data: Text = "brown",
-    test: Annotated[
-        str | None, Option(help="Another text, measured whole in place of a part of --data.")
-    ] = None,
-    split: Annotated[
-        str,
-        Option(
-            help="Part of the text: test (of a file its last tenth), train, all, or a split of a "
-            "hub data set."
-        ),
-    ] = "test",
-    texts: Annotated[
-        list[str] | None,
-        Option(
-            help="Several texts in place of --data, with commas between or repeated; self is text "
-            "that the dense model writes."
-        ),
-    ] = None,
-    dense: Annotated[
-        str | None,
-        Option(help="The model that was compressed, given as MODEL: ratios to its perplexities."),
-    ] = None,
-    png: Annotated[Path | None, Option(help="Draw the ratios to this file.")] = None,
-    column: Annotated[str | None, Option(help="Column of a table to read.")] = None,
-    length: Annotated[
-        int | None,
-        Option(
-            min=2,
-            help="Tokens in a block. By default 2048, or what model and text allow; with --texts "
-            "or --dense 512.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Most blocks of a text to measure on. By default all, with --texts or --dense 8.",
-        ),
-    ] = None,
-    batch: Annotated[int, Option(min=1, help="Blocks in one forward.")] = 4,
-    speed: Annotated[
-        bool, Option("--speed/--no-speed", help="Also measure tokens per second.")
-    ] = True,
-    optimize: Optimize = True,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    tokenizer: Tokenizer = None,
-    trust_remote_code: TrustRemoteCode = False,
-    json_path: Json = None,
-) -> None:
-    """Perplexity on a text or several, true size, and speed of a model, dense or compressed."""
-    from hylora_kernels.evaluation.evaluate import evaluate as measure
-
-    if png is not None and dense is None:
-        raise ValueError("--png draws ratios to a dense model: give --dense")
-    loaded, tokenizer = load(model, device, dtype, trust_remote_code, revision, tokenizer)
-    report = measure(
-        loaded,
-        data,
-        tokenizer,
-        length=length,
-        limit=limit,
-        split=split,
-        batch=batch,
-        speed=speed,
-        path=model if Path(model).is_dir() else None,
-        optimize=optimize and loaded.device.type == "cpu",
-        column=column,
-        test=test,
-        texts=read_texts(texts or []),
-        dense=dense,
-    )
-    show(report.render())
-    show(trainable_line(loaded))
-    if png is not None and report.breadth is not None:
-        report.breadth.plot(png)
-        show(f"picture in {png}")
-    write_report(report, json_path)
 
 
 def generate(

@@ -50,7 +50,7 @@ def first_process_prints(command: str) -> Iterator[None]:
         yield
     elif command != "finetune":
         raise ValueError(f"{command} runs in one process, without torchrun: only finetune shares")
-    elif os.environ.get("RANK") == "0":
+    elif is_first_process():
         yield
     else:
         with (
@@ -59,6 +59,11 @@ def first_process_prints(command: str) -> Iterator[None]:
             contextlib.redirect_stderr(nowhere),
         ):
             yield
+
+
+def is_first_process() -> bool:
+    """True in the first process under torchrun, and in one without it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write_report(report: object, *paths: Path | None) -> None:
@@ -71,12 +76,15 @@ def write_report(report: object, *paths: Path | None) -> None:
 
 
 def check_output_files(given: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the option if the file of --json or --png can't be written.
+    """Raise ValueError naming the option if a file to write, such as that of --json, can't be.
 
     given: the command's arguments. A file may stand in the folder that the command makes (--out).
     """
     out = given.get("out")
-    for name, flag in (("json_path", "--json"), ("png", "--png")):
+    for name, flag in (
+        *(("json_path", "--json"), ("png", "--png")),
+        ("markdown", "--markdown"),
+    ):
         path = given.get(name)
         if path is None or (name == "json_path" and path == STDOUT):
             continue

@@ -11,10 +11,11 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.layers.packed_parameter import PackedParameter
-from hylora_kernels.layers.quantized import QuantizedFactor, own_parameters
+from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedFactor, own_parameters
 from hylora_kernels.support.hashing import fingerprint
 
 _empty = threading.RLock()
@@ -58,6 +59,32 @@ def is_offloaded(model: nn.Module) -> bool:
     """True if weights are not in memory: their bytes, and so a fingerprint, would be read from disk
     layer by layer."""
     return any(parameter.is_meta for parameter in model.parameters())
+
+
+def forget_ties_of_factors(model: nn.Module) -> None:
+    """Have transformers tie no head to an embedding of factors or codes.
+
+    Such a head is tied by holding the same ones. tie_weights(), which the evaluation harness calls
+    on every model, would look for the embedding's weight as a parameter and raise AttributeError.
+    """
+    for module in model.modules():
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(module, name, None)
+            if not isinstance(ties, dict):
+                continue
+            left = {head: own for head, own in ties.items() if not _is_computed(module, own)}
+            if left != ties:
+                setattr(module, name, left)
+
+
+def _is_computed(model: nn.Module, name: str) -> bool:
+    """True if `name` is a weight that an embedding computes from factors or codes."""
+    path, _, last = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:  # a pattern
+        return False
+    return isinstance(owner, LowRankEmbedding | QuantizedEmbedding) and last == "weight"
 
 
 def keep_unscaled(model: nn.Module) -> None:

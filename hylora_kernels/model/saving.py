@@ -37,6 +37,7 @@ from hylora_kernels.model.format import (
     guard_of,
     own_files,
 )
+from hylora_kernels.model.modules import forget_ties_of_factors
 from hylora_kernels.model.skeleton import build, missing_from, slots_of
 from hylora_kernels.model.tensorfile import checksum
 from hylora_kernels.support.staging import current, discard, exclusive, files_in, replacement
@@ -320,8 +321,10 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size) -> 
 
 
 def save_in_hylora_format(model: Model) -> Model:
-    """Make transformers' own model.save_pretrained(folder) write this format; returns the model."""
+    """Make transformers' own model.save_pretrained(folder) write this format, and its tie_weights()
+    know what is tied; returns the model."""
     vars(model)["save_pretrained"] = _Save(model)
+    forget_ties_of_factors(model)
     return model
 
 

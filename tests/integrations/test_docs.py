@@ -22,6 +22,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs/integrations.md"
 NEEDS = {
     "transformers": (),
     "Export": (),
+    "Evaluation harness": ("lm_eval",),
 }
 
 

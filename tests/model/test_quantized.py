@@ -38,6 +38,19 @@ def test_what_is_saved_is_loaded_bit_for_bit(name, dtype, tmp_path):
         assert loaded.lm_head.SVh.codes is loaded.model.embed_tokens.matrix.codes
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_libraries_may_tie_weights_again(packed, tmp_path):
+    """lm-eval does on every model; the weight of an embedding of codes is no parameter to be set."""
+    save_pretrained(quantized_model(), tmp_path)
+    model = load_pretrained(tmp_path)
+    if packed:
+        optimize_for_inference(model)
+    want = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), want)
+    assert model.lm_head.SVh.shape == model.model.embed_tokens.weight.shape
+
+
 def test_the_files_hold_what_is_resident_and_a_header(tmp_path):
     model = quantized_model()
     save_pretrained(model, tmp_path, max_shard_size=6_000)
