@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,21 +52,21 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def write_config(context: typer.Context) -> None:
-    """Write all options of a finished command beside its result.
+def write_config(context: typer.Context, given: Mapping[str, Any]) -> None:
+    """Write all options of a finished command, `given` by name, beside its result.
 
     That is run.yaml in the folder --out, or NAME.run.yaml beside the file NAME of --out or --json.
     Without either nothing is written.
     """
     import yaml
 
-    results = [context.params.get(name) for name in ("out", "json_path")]
+    results = [given.get(name) for name in ("out", "json_path")]
     result = next((r for r in results if r is not None and r.exists()), None)
     if result is None:
         return
     values: dict[str, Any] = {COMMAND: context.info_name}
     for key, parameter in _by_key(context, every=False).items():
-        value = context.params.get(parameter.name)
+        value = given.get(parameter.name)
         if value is not None:
             values[key] = _plain(value)
     path = result / NAME if result.is_dir() else result.with_name(f"{result.stem}.{NAME}")

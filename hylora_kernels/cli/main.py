@@ -94,7 +94,7 @@ def guarded(command: Callable[..., None], kept: str) -> Callable[..., None]:
             with report_on_stdout(given.get("json_path")), first_process_prints(context.info_name):
                 command(**given)
             if is_first_process():
-                write_config(context)
+                write_config(context, given)
         except KeyboardInterrupt:
             say(f"\ninterrupted. {kept.format(**given)}", "yellow")
             raise typer.Exit(130) from None

@@ -75,7 +75,7 @@ def test_the_command_line_wins():
         ("max-new-tokens: 1\nmax_new_tokens: 2", "'max_new_tokens' stands there twice"),
         ("command: compress", "is for the command 'compress', not 'generate'"),
         ("chat: 1", "'chat' must be true or false, got 1"),
-        ("seed: true", "'true' is not a valid int"),
+        ("seed: true", "--seed"),
         ("- seed", "must be a YAML mapping of options to values"),
         ("seed: [1", "can't be read: "),
         (None, "can't be read: [Errno 2]"),
