@@ -157,7 +157,9 @@ def _earlier_files(folder: Path) -> set[str]:
     """The files that an earlier export wrote to `folder`."""
     path = current(folder) / REPORT
     listed: Any = read_json(path).get("files") if path.is_file() else {}
-    return {REPORT, *listed} if path.is_file() and isinstance(listed, dict) else set()
+    # run.yaml: the options of the command, which it writes beside its results.
+    own = {REPORT, "run.yaml"}
+    return own | set(listed) if path.is_file() and isinstance(listed, dict) else set()
 
 
 @contextmanager

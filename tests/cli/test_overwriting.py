@@ -54,5 +54,6 @@ def test_a_model_of_this_package_is_replaced_and_a_killed_save_is_repeated(dense
         found = compress(dense, tmp_path)
         assert found.exit_code == 0, found.output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("compress.json", "config.json", "generation_config.json", "model.safetensors")
+        *("compress.json", "config.json", "generation_config.json", "model.safetensors"),
+        "run.yaml",
     ]

@@ -40,7 +40,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_other_libraries_may_tie_weights_again(packed, tmp_path):
-    """lm-eval does on every model; the weight of an embedding of codes is no parameter to be set."""
+    """lm-eval does so; the weight of an embedding of codes is no parameter to be set."""
     save_pretrained(quantized_model(), tmp_path)
     model = load_pretrained(tmp_path)
     if packed:
