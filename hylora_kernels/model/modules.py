@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -62,29 +63,28 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def forget_ties_of_factors(model: nn.Module) -> None:
-    """Have transformers tie no head to an embedding of factors or codes.
+    """Have transformers' tie_weights() leave alone an embedding of factors or codes.
 
-    Such a head is tied by holding the same ones. tie_weights(), which the evaluation harness calls
-    on every model, would look for the embedding's weight as a parameter and raise AttributeError.
+    Its head is tied by holding the same ones. tie_weights(), which lm-evaluation-harness calls on
+    every model, would look for parameters that such an embedding hasn't, or has packed, and raise.
     """
     for module in model.modules():
-        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
-            ties = getattr(module, name, None)
-            if not isinstance(ties, dict):
-                continue
-            left = {head: own for head, own in ties.items() if not _is_computed(module, own)}
+        ties = getattr(module, "_tied_weights_keys", None)
+        if isinstance(ties, dict):
+            left = {head: own for head, own in ties.items() if not _is_of_factors(module, own)}
             if left != ties:
-                setattr(module, name, left)
+                module._tied_weights_keys = left
 
 
-def _is_computed(model: nn.Module, name: str) -> bool:
-    """True if `name` is a weight that an embedding computes from factors or codes."""
-    path, _, last = name.rpartition(".")
-    try:
-        owner = model.get_submodule(path)
-    except AttributeError:  # a pattern
-        return False
-    return isinstance(owner, LowRankEmbedding | QuantizedEmbedding) and last == "weight"
+def _is_of_factors(model: nn.Module, name: str) -> bool:
+    """True if `name` is a weight or tensor of an embedding that is factors or codes."""
+    path = name.rpartition(".")[0]
+    while path:
+        with contextlib.suppress(AttributeError):  # a pattern
+            if isinstance(model.get_submodule(path), LowRankEmbedding | QuantizedEmbedding):
+                return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 def keep_unscaled(model: nn.Module) -> None:
