@@ -80,10 +80,11 @@ class BitCandidates:
                     matrix = by_width.pop(bits)
                     loss = lost(target, dequantize(matrix))
                     self.codes.store(target.path, bits, matrix, loss, reached)
-        for target in (t for t in wanted if t not in dense):
-            weights = factors_in(target.module, FACTOR_BITS, rounding)
-            loss = lost(target, QuantizedLinear.from_weights(weights).weight)
-            self.codes.store(target.path, FACTOR_BITS, None, loss, reached)
+        for target in wanted:
+            if isinstance(target.module, SVDLoRALinear):
+                weights = factors_in(target.module, FACTOR_BITS, rounding)
+                loss = lost(target, QuantizedLinear.from_weights(weights).weight)
+                self.codes.store(target.path, FACTOR_BITS, None, loss, reached)
 
     def quantize_tables(self, ids: Tensor | None) -> None:
         """Quantise embedding and output head in all their widths, on a part of the text, int64
