@@ -23,7 +23,7 @@ SANITIZED = $(filter-out %/test_safety.py %/test_isa.py,$(wildcard tests/backend
 FOR_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 BENCH_JSON = runs/bench/$(shell date +%Y%m%d-%H%M%S).json
 
-.PHONY: venv build demo test test-all lint bench peers wheel sanitize clean
+.PHONY: venv build demo test test-all lint docs bench peers wheel sanitize clean
 
 venv: .venv/.stamp
 
@@ -67,6 +67,10 @@ lint: .venv/.stamp
 	.venv/bin/ruff format --check $(SOURCES)
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+# The documentation as a site, in build/docs.
+docs: build
+	.venv/bin/mkdocs build
 
 bench: build
 	@mkdir -p $(dir $(BENCH_JSON))

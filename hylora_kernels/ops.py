@@ -73,6 +73,7 @@ def svd_lora_linear(
     Under torch.compile alpha is a constant of the graph; that of SVDLoRALinear is an input.
     Raises TypeError or ValueError that names the argument, what was given and what is allowed.
 
+    Example:
         SVh, U = torch.randn(16, 64), torch.randn(48, 16)
         y = svd_lora_linear(torch.randn(2, 10, 64), SVh, U)  # [2, 10, 48]
     """

@@ -31,7 +31,11 @@ _forced: str | None = None
 
 
 def available_backends() -> dict[str, str]:
-    """Every backend's name -> "" where it can be used here, or the reason why not."""
+    """Every backend's name -> "" where it can be used here, or the reason why not.
+
+    Example:
+        usable = [name for name, reason in available_backends().items() if not reason]
+    """
     return {name: backend.why_not() for name, backend in BACKENDS.items()}
 
 
@@ -54,8 +58,10 @@ def use_backend(name: str) -> Iterator[None]:
     The backward of a call runs in the same backend, also after the `with` has ended. Overrides
     HYLORA_BACKEND and holds for all threads. Raises ValueError for an unknown name.
 
+    Example:
+        layer = SVDLoRALinear.from_linear(nn.Linear(64, 96), rank=16)
         with use_backend("eager"):
-            y = layer(x)
+            y = layer(torch.randn(2, 64))
     """
     global _forced
     before, _forced = _forced, _known(name, "use_backend")

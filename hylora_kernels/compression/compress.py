@@ -59,8 +59,9 @@ def compress(
     FloatingPointError naming the layer whose weights, activations or gradients are not finite.
     CompressOptions gives the sources of the methods.
 
-        model, report = compress(model, keep=0.8, calibration="brown")
-        model, report = compress(model, target_mb=80, bits="auto")
+    Example:
+        model, report = compress("my-org/my-model", keep=0.8, calibration="my.txt", length=64)
+        report.keep, report.layers[0].rank
     """
     with Compression(model_or_id, options) as run:
         for statistics in run.calibrate():

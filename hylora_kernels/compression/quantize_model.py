@@ -24,7 +24,8 @@ def quantize_model(
 
     Returns and raises what compress() does.
 
-        model, report = quantize_model(model, target_mb=80)
-        model, report = quantize_model(model, bits=4, uniform=True, rounding="rtn")
+    Example:
+        model, report = quantize_model("my-org/my-model", bits=8, calibration="my.txt", length=64)
+        report.layers[0].bits
     """
     return compress(model_or_id, **options.for_compress())

@@ -112,8 +112,9 @@ def analyze_spectrum(
     The model is not changed. Factors are read from and written to compress()'s cache. Raises the
     errors of compress().
 
+    Example:
         report = analyze_spectrum(model)
-        report.plot("spectrum.png")
+        print(report)
     """
     options = CompressOptions(
         keep=1.0,

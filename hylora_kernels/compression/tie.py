@@ -116,7 +116,8 @@ def tie_embeddings(
     it was. Raises ValueError for a model that is tied already, has no output head, a bias in it,
     another shape there, or a class whose saved models can't be tied.
 
-        report = tie_embeddings(model, "my.txt", tokenizer)
+    Example:
+        report = tie_embeddings(model, "my.txt", tokenizer, length=64)
     """
     check_model(model, "replace")
     _check_untied(model)

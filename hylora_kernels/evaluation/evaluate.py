@@ -119,10 +119,10 @@ def evaluate(
     finite. A speed that can't be measured (a model without a cache, say) is noted in the report.
 
     Example:
-        report = evaluate(model, "brown", length=512, limit=16)
-        report.perplexity.ppl, report.size.linears.keep_merged, report.speed.decode_tok_s
-        report = evaluate(model, texts=["brown", "python-docs", "self"], dense="my-org/my-model")
-        report.breadth.geometric_mean, report.breadth.worst
+        model = load_pretrained("my-folder")
+        texts = ["my.txt", "python-docs"]
+        report = evaluate(model, texts=texts, dense="my-org/my-model", length=64, limit=4)
+        report.breadth.geometric_mean, report.size.linears.keep_merged, report.speed.decode_tok_s
     """
     check_model(model, "evaluate")
     if texts is not None:

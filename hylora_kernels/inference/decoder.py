@@ -48,9 +48,10 @@ class Decoder:
     is packed once more for the steps.) The model must be in eval mode while tokens are made.
     Raises TypeError or ValueError for a model that can't generate, or an argument out of its range.
 
+    Example:
         decoder = Decoder(model, batch=2)
-        logits = decoder.prefill(ids, attention_mask)  # [2, words]
-        for _ in range(32):
+        logits = decoder.prefill(torch.tensor([[5, 6, 7], [8, 9, 10]]))  # [2, words]
+        for _ in range(4):
             logits = decoder.step(decoder.likeliest)
     """
 

@@ -46,7 +46,7 @@ def generate(
     its range, a missing tokenizer or one without a chat template.
 
     Example:
-        text = generate(model, tokenizer, "Once upon a time", max_new_tokens=32)
+        text = generate(model, tokenizer, "Once upon a time", max_new_tokens=8)
     """
     check_model(model, "generate")
     _check(tokenizer, prompt, max_new_tokens, temperature, top_p, chat)

@@ -66,8 +66,9 @@ def optimize_for_inference(model: nn.Module, group: bool | None = None) -> nn.Mo
     Raises ValueError for a model in training mode or one that accelerate has spread over devices.
     After a failure the model is as it was.
 
+    Example:
         optimize_for_inference(model.eval())
-        tokens = model.generate(ids)
+        tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
     """
     _check(model)
     group = any(p.is_cuda for p in model.parameters()) if group is None else group
@@ -116,6 +117,10 @@ def restore_from_inference(model: nn.Module) -> nn.Module:
     The model may be a part of the optimised one, a wrapper around it or a copy: every module under
     it is restored, and every layer that shares a packed weight with one of them. A model that isn't
     optimised stays as it is. A failure leaves each layer either packed or plain.
+
+    Example:
+        optimize_for_inference(model.eval())
+        restore_from_inference(model)  # which can be trained again
     """
     for module in list(model.modules()):
         if isinstance(module, GroupedBlock):

@@ -38,9 +38,10 @@ class SVDLoRALinear(nn.Module):
     Raises ValueError or TypeError naming the argument. Sources: LoRA (arXiv:2106.09685), PIFA
     (arXiv:2501.19090).
 
-        layer = SVDLoRALinear.from_linear(nn.Linear(576, 1536), rank=200, lora_rank=16)
-        y = layer(torch.randn(4, 576))  # [4, 1536]
-        small = layer.merge()           # rank 216, no adapter
+    Example:
+        layer = SVDLoRALinear.from_linear(nn.Linear(64, 96), rank=16, lora_rank=4)
+        y = layer(torch.randn(2, 64))  # [2, 96]
+        small = layer.merge()          # rank 20, no adapter
     """
 
     pivots: Tensor | None

@@ -120,8 +120,13 @@ class QuantizedLinear(SVDLoRALinear):
     from their codes and keep none of them, so training A and B on top takes the codes' memory.
     Raises ValueError or TypeError naming the argument.
 
-        layer = QuantizedLinear.from_weights(Weights(SVh, U, A, B))  # SVh is a QuantizedMatrix
-        y = layer(x)
+    Example:
+        from hylora_kernels.compression.quantize import quantize
+        from hylora_kernels.layers.quantized import dense_weights
+
+        matrix = quantize(torch.randn(48, 64), bits=4, method="rtn")
+        layer = QuantizedLinear.from_weights(dense_weights(matrix))
+        y = layer(torch.randn(2, 64))  # [2, 48]
     """
 
     SVh: Any
@@ -300,7 +305,12 @@ class QuantizedEmbedding(nn.Module):
     An output head tied to it is a QuantizedLinear that holds the same QuantizedFactor as its SVh.
     Raises ValueError or TypeError naming the argument.
 
-        embedding, head = QuantizedEmbedding.tied_pair(matrix, dtype=torch.bfloat16)
+    Example:
+        from hylora_kernels.compression.quantize import quantize
+
+        matrix = quantize(torch.randn(100, 64), bits=6, method="rtn")
+        embedding, head = QuantizedEmbedding.tied_pair(matrix)
+        rows = embedding(torch.arange(3))  # [3, 64]
     """
 
     def __init__(

@@ -42,6 +42,9 @@ def add_adapters(
     arXiv:2305.14314). All else is frozen. Stacks of experts get no adapter; a warning comes where
     the linears are under half of the body. Raises ValueError for a lora_rank below 1 or a model
     that has been compressed to factors or has adapters already.
+
+    Example:
+        model = add_adapters(model, lora_rank=4)
     """
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
@@ -122,6 +125,9 @@ def merge_adapters(model: nn.Module, requantize: bool = True) -> nn.Module:
 
     requantize: a base of codes is rounded again, and a line of the log says with which errors
                 (QuantizedLinear.merge_error); False leaves such a layer its adapter.
+
+    Example:
+        model = merge_adapters(load_pretrained("my-folder"))
     """
     errors = {}
     for path, module in model.named_modules():

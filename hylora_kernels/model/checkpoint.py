@@ -50,6 +50,9 @@ def load_pretrained(
 
     Memory: the model and one tensor more. Raises CheckpointError naming the file, and the tensor if
     there is one, if anything is missing, cut off, altered, or of another shape or version.
+
+    Example:
+        model = load_pretrained("my-folder", dtype="bfloat16")
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     folder = current(Path(dir))

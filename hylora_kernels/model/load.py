@@ -79,6 +79,9 @@ def load_model(
     Raises ValueError naming the argument for a path that does not exist or an id that can't be had,
     CheckpointError naming the file, and the field or tensor, for what is wrong in a folder. Every
     tensor of a dense model must be in its files, as one of a compressed model must.
+
+    Example:
+        model, tokenizer = load_model("my-org/my-model", dtype="bfloat16")
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     path = demo_model_dir() if name_or_path == DEMO_MODEL else Path(name_or_path).expanduser()

@@ -72,8 +72,9 @@ def save_pretrained(
     written, for a model that load_pretrained could not rebuild from its config, or a folder with
     another model in it.
 
-        save_pretrained(model, "small", tokenizer)
-        model = load_pretrained("small")
+    Example:
+        model = load_pretrained("my-folder")
+        save_pretrained(model, "another-folder", tokenizer)
     """
     model, target = unwrapped(model), Path(dir)
     given = (target, tokenizer, max_shard_size, overwrite)

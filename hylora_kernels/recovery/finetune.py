@@ -134,8 +134,9 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     or a checkpoint of another run (naming the field); RuntimeError if anything frozen changed.
 
     Example:
-        model, _ = compress("smollm2-135m", keep=0.8)
-        report = finetune(model, "my.txt", objective="keep", teacher="smollm2-135m")
+        model = load_pretrained("my-folder")
+        report = finetune(model, "my.txt", tokenizer=tokenizer, steps=2, length=64)
+        report.first_loss, report.last_loss
     """
     check_model(model, "train")
     by_factors = options.train == "factors"

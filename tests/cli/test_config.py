@@ -52,7 +52,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 def test_values_of_every_kind_are_those_of_the_command_line():
     write(
         "command: compress\nmodel: my-model\nout: small\nlora-rank: 4\nlength: 24\n"
-        "refit: false\ncalibration: [a.txt, b.txt]\ndata: null\nranks: {mlp: 0.5}\nkeep: 0.7\n"
+        "refit: false\ncalibration: [a.txt, b.txt]\nrevision: null\nranks: {mlp: 0.5}\nkeep: 0.7\n"
     )
     words = ("my-model", "--out", "small", "--lora-rank", 4, "--length", 24, "--no-refit")
     words += ("--calibration", "a.txt", "--calibration", "b.txt", "--ranks", '{"mlp": 0.5}')
