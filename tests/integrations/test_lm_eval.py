@@ -113,7 +113,8 @@ def test_every_kind_of_model_packed_and_as_it_is(home):
     names = [str(home / name) for name in ("dense", "small", "codes")]
     bits = []
     for optimize in (False, True):
-        report = evaluate_tasks(names, files(home), optimize=optimize, progress=False, limit=2)
+        tasks = files(home)[0 if optimize else 2 :]  # the rolling one alone, or all
+        report = evaluate_tasks(names, tasks, optimize=optimize, progress=False, limit=2)
         bits.append([s.value for s in report.scores if s.metric == "bits_per_byte"])
     assert bits[0] == pytest.approx(bits[1], rel=1e-3) and len(set(bits[0])) == 3
     assert report.models == names and report.seconds.keys() == set(names)
