@@ -81,8 +81,8 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def local(home, tmp_path_factory, monkeypatch):
-    """No network, the data sets' cache in a temporary folder, and in the harness's place of ten
-    thousand tasks, which take half a minute to read, ours alone."""
+    """The data sets' cache in a temporary folder, and our tasks alone: those of the harness are
+    thousands of files to read."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home / "cache")
     monkeypatch.setattr(lm_eval, "TaskManager", without_defaults)
 
@@ -198,7 +198,7 @@ def test_the_harness_knows_the_name(home):
     assert lm.batch_size == 2 and lm.max_length == 256
 
 
-@pytest.mark.skipif(os.environ.get("HYLORA_TEST_ALL") != "1", reason="HYLORA_TEST_ALL=1: a minute")
+@pytest.mark.skipif(os.environ.get("HYLORA_TEST_ALL") != "1", reason="HYLORA_TEST_ALL=1: slow")
 @pytest.mark.parametrize("kind", ["hylora", "hf"])
 def test_the_harness_own_command(kind, home, tmp_path):
     command = [sys.executable, "-m", "hylora_kernels.integrations.lm_eval", "--model", kind]

@@ -1,9 +1,9 @@
 """The examples of the three small tasks, written by this file: the same on every machine, no
 download.
 
-They are for trying what compression costs which kind of work, in minutes on a CPU. A hundred
-examples have a standard error of up to 5 points, so they tell a large loss from none, not two good
-models apart, and their numbers are not those of any published benchmark.
+They are for trying what compression costs which kind of work. A hundred examples have a standard
+error of up to 5 points, so they tell a large loss from none, not two good models apart, and their
+numbers are not those of any published benchmark.
 """
 
 from __future__ import annotations
