@@ -80,6 +80,7 @@ FLAGS = {
     "resume": ["--resume/--restart"],
     "calibration": ["--calibration", "--data"],
     "target_mb": ["--target-mb", "--bytes"],
+    "target_time": ["--target-time", "--time"],
     "trust_remote_code": ["--trust-remote-code"],
 }
 

@@ -2,8 +2,8 @@
 
 The candidates of a linear are the dense matrix in each width (bit_candidates.py) and, with
 low_rank, each rank in 16 and in 8 bits. All errors have the unit of the rank curves, so one
-Lagrangian (ranks.spend) divides the budget. Embedding and output head, the tables, have candidates
-in bits alone.
+Lagrangian (ranks.spend) divides the budget, whose currency (currency.py) prices the candidates in
+bytes, bits or time. Embedding and output head, the tables, have candidates in bits alone.
 
 A low-rank layer in 8 bits is taken to lose what the rank drops and what the dense matrix loses in 8
 bits. Factors in fewer bits are no candidates: on SmolLM2-135M they win in 0 to 7 of 35 matrices, at
@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from hylora_kernels.compression.budget import MB, format_size
 from hylora_kernels.compression.costs import Costs, as_is
+from hylora_kernels.compression.currency import in_bits, in_bytes, in_time
 from hylora_kernels.compression.embedding import embedding_target, holders
 from hylora_kernels.compression.options import AS_IS, AUTO, FACTOR_BITS, CompressOptions
 from hylora_kernels.compression.ranks import DENSE, Choice, Curve, Infeasible, choose
 from hylora_kernels.compression.report import Candidate, LayerReport
+from hylora_kernels.compression.times import Times
 from hylora_kernels.compression.workspace import Codes
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.structure import Structure, Target
@@ -35,18 +36,34 @@ class BitBudget:
 
     tables:  the embedding, and an output head with a weight of its own; none without bits.
     targets: linears and tables.
+    times:   of a budget of time, else None.
+
+    ranks: the candidates in rank, with any falling errors.
 
     The constructor raises ValueError naming the argument for a budget that can't be met or that the
     model as it is meets.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, options: CompressOptions):
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        options: CompressOptions,
+        ranks: Sequence[Curve] = (),
+    ):
         self.options, self.linears = options, structure.targets
         self.tables = tables_of(model, structure, options)
         self.targets = (*self.linears, *self.tables)
         self.costs = Costs(model, self.linears, self.tables, options)
-        if options.chooses_bits:
-            self._check_feasible()
+        self.times = None
+        self._priced = self.targets if options.bits == AUTO else tuple(self.linears)
+        if options.target_time is not None:
+            self.times = Times(model, self._priced, options)
+            self.currency = in_time(self.times, options)
+        elif options.chooses_bits:
+            self.currency = (in_bytes if options.bits == AUTO else in_bits)(self.costs, options)
+        if options.is_priced:
+            self._check_feasible({c.path: c for c in ranks})
 
     def widths(self, target: Target) -> Sequence[int]:
         """The bits below 16 in which a matrix is a candidate."""
@@ -64,12 +81,11 @@ class BitBudget:
 
         errors: path -> bits -> what the dense matrix loses. ranks: path -> the candidates in rank.
         """
-        targets = self.targets if self._in_bytes else self.linears
-        return [self._curve(t, errors[t.path], ranks.get(t.path)) for t in targets]
+        return [self._curve(t, errors[t.path], ranks.get(t.path)) for t in self._priced]
 
     def allocate(self, curves: Sequence[Curve]) -> dict[str, Choice]:
         """path -> what the matrix becomes, embedding and output head included."""
-        chosen = choose([*curves], self._share(curves), str(self.options.ranks))
+        chosen = choose([*curves], self.currency.share(curves), str(self.options.ranks))
         found = {c.path: c.choice(i) for c, i in zip(curves, chosen, strict=True)}
         return self.fixed() | found
 
@@ -86,7 +102,7 @@ class BitBudget:
         self, reports: Sequence[LayerReport], curves: Sequence[Curve], codes: Codes
     ) -> None:
         """Add to the reports what rounding loses, and the neighbours of each choice."""
-        by_path = {c.path: c for c in curves} if self.options.chooses_bits else {}
+        by_path = {c.path: c for c in curves} if self.options.is_priced else {}
         fixed = {t.path: t for t in self.tables if t.path not in by_path}
         for report in reports:
             in_nats = report.predicted_loss is not None
@@ -97,22 +113,12 @@ class BitBudget:
             chosen = next(
                 i for i in range(len(found.ranks)) if found.choice(i) == (report.rank, report.bits)
             )
-            if in_nats:
+            if in_nats and self.options.chooses_bits:
                 report.predicted_loss = float(found.errors[chosen])
             report.candidates = [
                 Candidate(*found.choice(i), int(found.costs[i]), float(found.errors[i]))
                 for i in range(max(chosen - 1, 0), min(chosen + 2, len(found.ranks)))
             ]
-
-    @property
-    def _in_bytes(self) -> bool:
-        return self.options.bits == AUTO
-
-    def _share(self, curves: Sequence[Curve]) -> float:
-        """The budget over the sum of the curves' dense costs."""
-        if not self._in_bytes:
-            return float(self.options.bits or 0)
-        return (self.options.target_mb * MB - self.costs.rest) / sum(c.dense_cost for c in curves)
 
     def _curve(self, target: Target, errors: Mapping[int, float], ranks: Curve | None) -> Curve:
         own = as_is(target)
@@ -120,11 +126,11 @@ class BitBudget:
         if AS_IS in self.options.embedding_widths or target not in self.tables:
             found.append((own, 0.0))
         if ranks is not None:
-            in_8_bits = errors[FACTOR_BITS]
             cut = [(int(r), e) for r, e in zip(ranks.ranks, ranks.errors, strict=True) if r]
             found += [(Choice(rank), lost) for rank, lost in cut]
-            found += [(Choice(rank, FACTOR_BITS), lost + in_8_bits) for rank, lost in cut]
-        price = self.costs.bytes if self._in_bytes else self.costs.bits
+            if (in_8_bits := errors.get(FACTOR_BITS)) is not None:
+                found += [(Choice(rank, FACTOR_BITS), lost + in_8_bits) for rank, lost in cut]
+        price = self.currency.price
         front: list[tuple[int, float, Choice]] = []
         for cost, lost, choice in sorted((price(target, c), lost, c) for c, lost in found):
             if not front or lost < front[-1][1]:
@@ -132,7 +138,7 @@ class BitBudget:
         costs, losses, choices = zip(*front, strict=True)
         return Curve(
             target.path,
-            (self.costs.bytes if self._in_bytes else self.costs.numbers)(target, own),
+            self.currency.whole(target),
             np.array([c.rank for c in choices]),
             np.array(costs),
             np.array(losses),
@@ -141,28 +147,23 @@ class BitBudget:
             np.array([c.bits for c in choices]),
         )
 
-    def _check_feasible(self) -> None:
+    def _check_feasible(self, ranks: Mapping[str, Curve]) -> None:
         """Feasibility depends on costs only, so any falling errors will do here."""
-        any_errors = {t.path: {b: 1 / b for b in self.widths(t)} for t in self.targets}
-        o, curves = self.options, self.curves(any_errors, {})
-        dense = (self.costs.rest + sum(c.dense_cost for c in curves)) / MB
-        if self._in_bytes and o.target_mb >= dense:
+        any_errors = {t.path: {bits: 1 / bits for bits in self.widths(t)} for t in self._priced}
+        curves, currency = self.curves(any_errors, ranks), self.currency
+        argument, wanted = currency.argument, currency.show(currency.wanted)
+        if currency.share(curves) >= 1 and self.options.bits in (None, AUTO):
             raise ValueError(
-                f"target_mb={format_size(o.target_mb)} is at or above the dense model, which has"
-                f" {format_size(dense)}: nothing would be compressed"
+                f"{argument}={wanted} is at or above the dense model, which has"
+                f" {currency.show(currency.given(1.0, curves))}: nothing would be compressed"
             )
         try:
-            choose(curves, self._share(curves), str(o.ranks))
+            choose(curves, currency.share(curves), str(self.options.ranks))
         except Infeasible as least:
-            name, value = "bits", float(o.bits) if not self._in_bytes else 0.0
-            smallest = least.smallest
-            if self._in_bytes:
-                name, value = "target_mb", o.target_mb
-                smallest = (self.costs.rest + smallest * sum(c.dense_cost for c in curves)) / MB
+            smallest = math.ceil(currency.given(least.smallest, curves) * 100) / 100
             raise ValueError(
-                f"{name}={format_size(value)} can't be met: the least possible is"
-                f" {format_size(math.ceil(smallest * 100) / 100)}, of the model's"
-                f" {format_size(dense) + ' MB' if self._in_bytes else '16'}"
+                f"{argument}={wanted} can't be met: the least possible is"
+                f" {currency.show(smallest)}, of the model's {currency.dense(curves)}"
             ) from None
 
 

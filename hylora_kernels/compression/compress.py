@@ -104,9 +104,14 @@ class Compression:
             wanted = options.embedding_rank is not None
             self.embedding = embedding_target(self.model) if wanted else None
             self.targets = [*self.structure.targets, *([self.embedding] if self.embedding else [])]
-            self.bits = BitBudget(self.model, self.structure, options)
+            # Feasibility depends on costs only, so any singular values do here.
+            any_values = {t: torch.ones(min(t.shape), device="cpu") for t in self.targets}
+            ranks = rank_curves(any_values, self.embedding, options) if options.low_rank else []
+            self.bits = BitBudget(self.model, self.structure, options, ranks)
             self.budget = Budget(self.model, self.targets, options.form)
-            self.keep = 1.0 if options.chooses_bits else self._feasible_keep()
+            self.keep = 1.0
+            if not options.is_priced:
+                self.keep = self.budget.keep(options, lambda k: allocate(ranks, k, options.ranks))
             self.ids, sources, self.tokenizer = calibration_blocks(
                 self.model, self.tokenizer, options
             )
@@ -122,8 +127,7 @@ class Compression:
             self._undo, self._stacks = undo.pop_all(), stacks
         selected = [*self.structure.paths, *self._vocabulary_modules()]
         self.report = CompressReport(
-            options=reported_options(options)
-            | ({} if options.chooses_bits else {"keep": self.keep}),
+            options=reported_options(options) | ({} if options.is_priced else {"keep": self.keep}),
             calibration_tokens=0 if self.ids is None else self.ids.numel(),
             dense_parameters=self.budget.linears,
             model_dense_parameters=sum(p.numel() for p in self.model.parameters()),
@@ -142,17 +146,6 @@ class Compression:
     def __exit__(self, *_exception: object) -> None:
         self._undo.close()
         self.workspace.close()
-
-    def _feasible_keep(self) -> float:
-        """The keep of the options, known to be feasible. That depends on costs only, so any
-        singular values do here."""
-        any_values = {t: torch.ones(min(t.shape), device="cpu") for t in self.targets}
-
-        def ranks_at(keep: float) -> dict[str, int]:
-            curves = rank_curves(any_values, self.embedding, self.options)
-            return allocate(curves, keep, self.options.ranks)
-
-        return self.budget.keep(self.options, ranks_at)
 
     def calibrate(self) -> Iterator[Statistics]:
         """Yield the statistics of the groups without factors or codes in the workspace, one pass
@@ -214,7 +207,7 @@ class Compression:
     def curves(self) -> list[Curve]:
         """The candidates of every matrix, once all are factorized and quantised."""
         curves, unreached = self.rank_candidates.curves()
-        if self.options.chooses_bits:
+        if self.options.is_priced:
             errors, others = self.bit_candidates.errors()
             curves = self.bits.curves(errors, {c.path: c for c in curves})
             unreached = list(dict.fromkeys([*unreached, *others]))
@@ -224,9 +217,9 @@ class Compression:
     def allocate(self, keep: float | None = None) -> dict[str, Choice]:
         """path -> the total rank R = r + ra of each matrix, 0 for one left dense, and its bits.
 
-        keep: None: that of the options. Where bits are chosen there is none.
+        keep: None: that of the options. Where candidates have a price there is none.
         """
-        if self.options.chooses_bits:
+        if self.options.is_priced:
             return self.bits.allocate(self.curves)
         ranks = allocate(self.curves, self.keep if keep is None else keep, self.options.ranks)
         bits = AS_IS if self.options.bits is None else FACTOR_BITS
@@ -273,6 +266,8 @@ class Compression:
         """Put the chosen layers into the model, freeze all but the adapters, end the report."""
         model = self.model
         self.report.dense_loss = self._measured_loss("dense")
+        if self.bits.times is not None:
+            self.report.timing = self.bits.times.compare(choices)
         with timed(self.report.seconds, "replace"):
             self.report.layers, self.report.tables = self._put(choices, refitted)
         self._undo.pop_all()
@@ -284,6 +279,8 @@ class Compression:
         self.report.model_dense_bytes = self.budget.dense.bytes
         self.report.model_bytes = self._bytes(choices)
         self.report.loss = self._measured_loss("compressed")
+        if self.report.timing is not None:
+            self.bits.times.measure(self.report.timing)
 
     def _measured_loss(self, label: str) -> float | None:
         """The model's loss on the end of the text, which the refit has not read unless it read all;
@@ -297,7 +294,7 @@ class Compression:
 
     def _bytes(self, choices: dict[str, Choice]) -> int:
         """Of the file of weights, adapters as the option `count` says."""
-        if self.options.bits is None:
+        if self.options.bits is None and self.options.target_time is None:  # Costs in parameters.
             return self.budget.size(self.curves, choices).bytes
         return self.bits.total(choices)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hylora_kernels.compression.workload import Workload
 from hylora_kernels.layers.factors import FORMS
 from hylora_kernels.support.options import check_options, option, option_of
 from hylora_kernels.text.blocks import BLOCKS
@@ -23,7 +24,7 @@ POLICIES = ("global", "uniform", "energy")
 INITS = ("next", "classic")
 FACTORIZERS = ("gram", "exact", "randomized")
 COUNTS = ("merged", "as_is")
-BUDGETS = ("keep", "target_params", "target_mb")
+BUDGETS = ("keep", "target_params", "target_mb", "target_time")
 KEEP = 0.8
 ROUNDINGS = ("gptq", "rtn")
 AS_IS = 16  # The bits of a matrix that is not quantised, of any dtype.
@@ -37,17 +38,21 @@ class CompressOptions:
     """All arguments of compress() but the model, checked.
 
     keep:        counts the selected linears' parameters without biases, adapters included; met
-                 from below. One of it, target_params and target_mb may be given.
+                 from below. One of it, target_params, target_mb and target_time may be given.
     target_params: parameters of the whole model, embeddings included, a tied one once.
     target_mb:   bytes of the whole model's file of weights in the dtype that it has, in units of
                  1e6. Both targets are met from below and count adapters as `count` says.
+    target_time: "decode:0.5": a decoded token in at most half the time that the dense model's
+                 matrices take; "prefill:512:0.6": a prompt of 512 tokens in 0.6 of it. Predicted by
+                 the rates of this machine (evaluation.rates.rates_of) and met from below; attention
+                 and norms are not counted.
     bits:        None quantises nothing. 8 beside keep or target_params: the factors, the linears
                  left dense and the embedding get 8 bits each, behind the refit. "auto" beside
-                 target_mb: rank and bits (2 to 6, 8, 16) of each linear and the bits of embedding
-                 and output head are chosen together. A number alone is a budget of its own, the
-                 mean width of the linears' codes over the weights that they have now, scales aside;
-                 embedding and head have embedding_bits then; 8, which keep may have been forgotten
-                 beside, needs low_rank=False. 16 stands for a matrix as it is.
+                 target_mb or target_time: rank and bits (2 to 6, 8, 16) of each linear and the bits
+                 of embedding and output head are chosen together. A number alone is a budget of its
+                 own, the mean width of the linears' codes over the weights that they have now,
+                 scales aside; embedding and head have embedding_bits then; 8, which keep may have
+                 been forgotten beside, needs low_rank=False. 16 stands for a matrix as it is.
                  Where bits are chosen there is no refit, and a low-rank layer has 16 or 8.
     low_rank:    False: each linear stays as it is but for its bits, low-rank layers of a model that
                  was compressed before, too.
@@ -92,11 +97,17 @@ class CompressOptions:
         "In place of keep: MB of the whole model's file, at most, adapters as count says.",
         keyword=True,
     )
+    target_time: str | None = option(
+        None,
+        "In place of keep: the share of the dense model's time for a token, decode:0.5, or for a"
+        " prompt of 512, prefill:512:0.6, as predicted for this machine.",
+        keyword=True,
+    )
     bits: float | str | None = option(
         None,
-        "Bits of the weights: 8 beside keep; auto beside target_mb, the best for each matrix; any"
-        " other number, or 8 without low-rank layers, is a budget of its own, a mean over the"
-        " linears.",
+        "Bits of the weights: 8 beside keep; auto beside target_mb or target_time, the best for"
+        " each matrix; any other number, or 8 without low-rank layers, is a budget of its own, a"
+        " mean over the linears.",
         keyword=True,
     )
     low_rank: bool = option(
@@ -189,6 +200,16 @@ class CompressOptions:
         return self.bits is not None and self.keep is None and self.target_params is None
 
     @property
+    def is_priced(self) -> bool:
+        """True where candidates have prices in bytes, bits or time, and no keep is spent."""
+        return self.chooses_bits or self.target_time is not None
+
+    @property
+    def workload(self) -> Workload:
+        """What target_time says."""
+        return Workload.parse(self.target_time)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """The bits below 16 that a dense linear may get."""
         if not self.chooses_bits:
@@ -231,6 +252,9 @@ class CompressOptions:
         given = {name: value for name, value in budgets.items() if value is not None}
         if not given and self.bits is None:
             object.__setattr__(self, "keep", KEEP)
+        if self.target_time is not None:
+            given.pop("target_time")
+            self._check_time()
         for name, value in given.items():
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -240,6 +264,16 @@ class CompressOptions:
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
             if name != "keep":
                 check_policy(name, self.ranks)
+
+    def _check_time(self) -> None:
+        object.__setattr__(self, "target_time", str(Workload.parse(self.target_time)))
+        check_policy("target_time", self.ranks)
+        if self.ranks not in ("global", "uniform"):
+            raise ValueError(
+                f"ranks must be 'global' or 'uniform' with target_time, got {self.ranks!r}"
+            )
+        if self.embedding_rank is not None:
+            raise ValueError("embedding_rank goes without target_time: a pair there has no rate")
 
     def _check_bits(self) -> None:
         bits, embedding = self.bits, self.embedding_bits
@@ -254,10 +288,10 @@ class CompressOptions:
             raise TypeError(f"bits must be a number, 'auto' or None, got {bits!r}")
         if self.embedding_rank is not None:
             raise ValueError("embedding_rank goes without bits: a quantised embedding has no rank")
-        if (bits == AUTO) != (self.target_mb is not None):
+        if (bits == AUTO) != (self.target_mb is not None or self.target_time is not None):
             raise ValueError(
-                f"bits={bits!r} and {self._budget_words()}: 'auto' goes with target_mb, and"
-                " target_mb with 'auto'"
+                f"bits={bits!r} and {self._budget_words()}: 'auto' goes with target_mb or"
+                " target_time, and these with 'auto'"
             )
         if self.chooses_bits:
             self._check_chosen_bits()
@@ -304,6 +338,12 @@ class QuantizeOptions:
     """
 
     target_mb: float | None = option(None, "MB of the whole model's file, at most.")
+    target_time: str | None = option(
+        None,
+        "In place of target_mb: the share of the dense model's time for a token, such as"
+        " decode:0.5, as predicted for this machine.",
+        keyword=True,
+    )
     bits: float | None = option(
         None,
         "In place of target_mb: mean bits of the linears' weights. By default 4.",
@@ -335,7 +375,7 @@ class QuantizeOptions:
     progress: bool = option_of(CompressOptions, "progress")
 
     def __post_init__(self) -> None:
-        check_one({"target_mb": self.target_mb, "bits": self.bits})
+        check_one({name: getattr(self, name) for name in ("target_mb", "target_time", "bits")})
         CompressOptions(**self.for_compress())
 
     def for_compress(self) -> dict[str, Any]:
@@ -343,7 +383,7 @@ class QuantizeOptions:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         uniform = given.pop("uniform")
         if self.bits is None:
-            given["bits"] = 4 if self.target_mb is None else AUTO
+            given["bits"] = 4 if self.target_mb is None and self.target_time is None else AUTO
         return given | {"low_rank": False, "ranks": "uniform" if uniform else "global"}
 
 

@@ -5,7 +5,7 @@ has a cost in parameters and an error, the sum of the squared singular values th
 method "two_sided" that is the predicted increase of the loss in nats a token, one unit for all
 layers. A rank that costs as much as the dense layer is no candidate, so no layer ever grows.
 
-A budget of bytes or bits is spent in the same way on candidates that differ in bits, too
+A budget of bytes, bits or time is spent in the same way on candidates that differ in bits, too
 (compression/bits.py).
 """
 
@@ -93,7 +93,7 @@ def curve(
     N, K = shape
     squares = np.asarray(singular_values, dtype=np.float64) ** 2
     tail = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
-    cost = partial(_cost, N=N, K=K, form=form, lora_rank=lora_rank, count=count)
+    cost = partial(rank_cost, N=N, K=K, form=form, lora_rank=lora_rank, count=count)
     ranks = [rank for rank in range(multiple, min(N, K), multiple) if cost(rank) < N * K]
     return Curve(
         path,
@@ -111,7 +111,8 @@ def adapter_rank(total_rank: int, lora_rank: int) -> int:
     return min(lora_rank, total_rank - 1)
 
 
-def _cost(rank: int, N: int, K: int, form: str, lora_rank: int, count: str) -> int:
+def rank_cost(rank: int, N: int, K: int, form: str, lora_rank: int, count: str) -> int:
+    """Parameters of a layer of total rank R, as curve() counts them."""
     if count == "merged":
         return factor_count(rank, K, N, form)
     adapter = adapter_rank(rank, lora_rank)

@@ -14,7 +14,7 @@ from hylora_kernels.compression.options import AS_IS, AUTO
 from hylora_kernels.model.coverage import Skipped, skipped_table
 from hylora_kernels.model.modules import parameter_count
 from hylora_kernels.model.structure import depth_of, layer_type
-from hylora_kernels.support.console import format_bytes, kept_table, table
+from hylora_kernels.support.console import format_bytes, format_short, kept_table, table
 from hylora_kernels.support.plots import budget_plot
 from hylora_kernels.support.report import Report
 from hylora_kernels.text.mix import Part, calibrated_on
@@ -26,13 +26,51 @@ if TYPE_CHECKING:
 
 @dataclass
 class Candidate:
-    """What a layer could become: total rank (0: dense), bits, its cost in bytes (in bits under a
-    budget of bits), the predicted increase of the loss."""
+    """What a layer could become: total rank (0: dense), bits, its cost in the budget's currency
+    (bytes, bits or nanoseconds), the predicted increase of the loss."""
 
     rank: int
     bits: int
     cost: int
     predicted_loss: float
+
+
+@dataclass
+class Timing:
+    """Under a budget of time: what a model takes for `rows` rows of x, 1 for a decoded token, more
+    for a prompt, on a device.
+
+    dense_seconds, seconds: predicted of the matrices, before and after, adapters as the option
+                            `count` says.
+    dense_tok_s, tok_s:     measured tokens per second of the whole model, packed for inference, its
+                            adapters separate, before and after; None where not_measured says why.
+    """
+
+    rows: int
+    device: str
+    dense_seconds: float
+    seconds: float
+    dense_tok_s: float | None = None
+    tok_s: float | None = None
+    not_measured: str = ""
+
+    @property
+    def share(self) -> float:
+        """The predicted time over that of the dense model."""
+        return self.seconds / self.dense_seconds
+
+    def line(self) -> str:
+        what = "a token" if self.rows == 1 else f"a prompt of {self.rows}"
+        shown = [format_short(seconds) for seconds in (self.dense_seconds, self.seconds)]
+        parts = [f"{self.share:.2f} of the dense model's predicted ({' to '.join(shown)})"]
+        if self.tok_s and self.dense_tok_s:
+            parts.append(
+                f"{self.dense_tok_s / self.tok_s:.2f} measured ({self.dense_tok_s:.4g} to"
+                f" {self.tok_s:.4g} tokens/s of the whole model)"
+            )
+        elif self.not_measured:
+            parts.append(f"not measured: {self.not_measured}")
+        return f"time of {what} in the matrices: {', '.join(parts)}"
 
 
 @dataclass
@@ -47,7 +85,7 @@ class LayerReport:
     predicted_loss: the sum of the dropped S^2 and, where bits were chosen, what rounding adds, in
                   nats a token; None unless the method is "two_sided", the only one with that unit.
     bits:         of the frozen matrices, 16 as they are.
-    candidates:   where bits were chosen, the next cheaper candidate, the chosen one and the next
+    candidates:   where they have a price, the next cheaper candidate, the chosen one and the next
                   dearer one: what each costs says why.
     """
 
@@ -96,6 +134,7 @@ class CompressReport(Report):
                       these blocks, the refit only where it read them all.
     model_dense_bytes, model_bytes: of the file of weights, before and after, adapters as the
                       option `count` says.
+    timing:           predicted and measured times under a budget of time; else None.
     seconds:          by stage: load, calibrate, factorize, refit, replace, measure.
     peak_rss:         the largest resident memory of the process so far, bytes.
     """
@@ -127,6 +166,7 @@ class CompressReport(Report):
     measured_blocks: int = 0
     model_dense_bytes: int = 0
     model_bytes: int = 0
+    timing: Timing | None = None
 
     def render(self) -> Group:
         """Rich tables: parameters kept and removed, layer types, what was left alone; the loss."""
@@ -146,7 +186,8 @@ class CompressReport(Report):
             parts.append(self._types_table())
         parts += [self._bits_table()] if quantised else []
         parts.append(skipped_table(self.skipped))
-        lines = (self.size_line(), self.loss_line(), self.price_line())
+        time_line = self.timing.line() if self.timing else ""
+        lines = (self.size_line(), time_line, self.loss_line(), self.price_line())
         parts += [line for line in lines if line]
         if self.unreached:
             some = ", ".join(self.unreached[:4]) + (", ..." if len(self.unreached) > 4 else "")
@@ -178,7 +219,7 @@ class CompressReport(Report):
         return f"loss in nats a token: {', '.join(parts)}" if parts else ""
 
     def price_line(self) -> str:
-        """The step that the budget stops before; "" where no bits were chosen."""
+        """The step that the budget stops before; "" where candidates have no price."""
         steps = []
         for layer in (*self.layers, *self.tables):
             at = [(c.rank, c.bits) for c in layer.candidates]
@@ -189,10 +230,12 @@ class CompressReport(Report):
         if not steps:
             return ""
         _, saved, cost, layer, dearer = max(steps, key=lambda step: step[0])
-        unit = 1 if self.options["bits"] == AUTO else 8
+        kind, paid = "size", format_bytes(cost / (1 if self.options["bits"] == AUTO else 8))
+        if self.timing is not None:
+            kind, paid = "time", format_short(cost / 1e9)
         return (
             f"why not more: {layer.path} in {_words(dearer.rank, dearer.bits)} would save the most"
-            f" for its size, {saved:.2g} for {format_bytes(cost / unit)} more than in"
+            f" for its {kind}, {saved:.2g} for {paid} more than in"
             f" {_words(layer.rank, layer.bits)}"
         )
 
@@ -214,6 +257,8 @@ class CompressReport(Report):
         quantised = self._is_quantised
         if quantised:
             title = f"{format_bytes(self.model_bytes)} of {format_bytes(self.model_dense_bytes)}"
+        if self.timing is not None:
+            title = f"{self.timing.share:.2f} of the time, {title}"
         shown = not quantised or any(layer.rank for layer in self.layers)
         budget_plot(
             losses, _means(ranks) if shown else {}, path, title, _means(bits) if quantised else {}

@@ -47,7 +47,7 @@ KINDS = (
     *((form, bits) for form in ("pair", "pivoted") for bits in (PLAIN, 8)),
 )
 # K, N, r: those of small models on a CPU, of large ones on a GPU.
-SIZES = ((512, 512, 128), (576, 1536, 208), (2048, 2048, 512))
+SIZES = ((512, 512, 128), (576, 1536, 208), (1024, 2048, 288))
 GPU_SIZES = ((2048, 2048, 512), (2048, 5632, 768), (4096, 11008, 1536))
 CALL = (64, 64, 16)  # On a CPU the least time of such a layer is that of the call from Python.
 MOST_ROWS = 512  # More rows take as much longer as there are more of them.

@@ -42,6 +42,14 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def format_short(seconds: float) -> str:
+    """0.0123 -> "12.3 ms"; 4.2e-6 -> "4.2 us"."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 0.9995:
+            return f"{seconds * factor:.1f} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
 def kept_removed(keep: float) -> str:
     """0.8 -> "keep 0.800 (removed 0.200)"."""
     return f"keep {keep:.3f} (removed {1 - keep:.3f})"
