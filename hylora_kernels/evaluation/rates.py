@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -98,7 +98,7 @@ class Rates(Report):
     device: str
     rates: list[Rate]
     version: str
-    torch: str = torch.__version__
+    torch_version: str = torch.__version__
     format: int = FORMAT
 
     def seconds(self, dtype: torch.dtype, form: str, bits: int, weights: int, rows: float) -> float:
@@ -197,7 +197,7 @@ def _read(path: Path) -> Rates | None:
         rates = [Rate(**rate) for rate in whole["rates"]]
         if not all(0 <= r.latency < math.inf and 0 < r.per_weight < math.inf for r in rates):
             raise ValueError("rates must be finite and above 0")
-        return Rates(whole["device"], rates, whole["version"], whole["torch"])
+        return Rates(whole["device"], rates, whole["version"], whole["torch_version"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -279,7 +279,10 @@ def _weights(form: str, size: Size) -> int:
 
 
 def _in_turns(
-    runs: dict[Any, list[Callable[[], Tensor]]], device: torch.device, label: str, progress: bool
+    runs: Mapping[Any, Sequence[Callable[[], Any]]],
+    device: torch.device,
+    label: str,
+    progress: bool,
 ) -> dict[Any, float]:
     """The least seconds a call of each, all of them once in every sweep: other processes add to the
     others."""
@@ -296,7 +299,7 @@ def _in_turns(
     return {key: min(found) for key, found in samples.items()}
 
 
-def _timer(calls: list[Callable[[], Tensor]], device: torch.device) -> Callable[[], float]:
+def _timer(calls: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
     """A function that measures the seconds of one of the calls, a mean; on a GPU as a graph."""
 
     def run() -> None:

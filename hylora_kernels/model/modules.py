@@ -73,7 +73,7 @@ def forget_ties_of_factors(model: nn.Module) -> None:
         if isinstance(ties, dict):
             left = {head: own for head, own in ties.items() if not _is_of_factors(module, own)}
             if left != ties:
-                module._tied_weights_keys = left
+                vars(module)["_tied_weights_keys"] = left
 
 
 def _is_of_factors(model: nn.Module, name: str) -> bool:

@@ -21,7 +21,7 @@ from hylora_kernels.support.options import describe_option
 COMMANDS = typer.main.get_command(main.app).commands
 
 # verb -> (dataclass, its fields that are no options of the command, the command's own parameters)
-EVERY = {"model", "device", "dtype", "revision", "tokenizer", "json_path", "debug"}
+EVERY = {"model", "device", "dtype", "revision", "tokenizer", "json_path", "config", "debug"}
 LIBRARY = {
     "compress": (
         TargetOptions,
