@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def test_own_model(tiny_model, tmp_path, monkeypatch, capsys):
     assert small.perplexity.ppl < dense.perplexity.ppl
     assert (tmp_path / "runs/own_model/model.safetensors").is_file()
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_cells_of_the_notebook_run(tiny_model, capsys):
+    """As one script, on a tiny model in the place of SmolLM2."""
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    script = "\n".join(cells).replace('"smollm2-135m"', repr(str(tiny_model)))
+    found: dict = {}
+    exec(compile(script, "quickstart.ipynb", "exec"), found)
+    assert found["report"].keep <= 0.8 and found["after"].perplexity.ppl > 1
+    assert "perplexity" in capsys.readouterr().out
+    assert all(not cell.get("outputs") for cell in notebook["cells"])
 
 
 def test_own_model_without_a_model_says_what_it_takes(monkeypatch):
