@@ -1,7 +1,7 @@
 """Each public name's docstring ends with an example, and each example runs as it stands.
 
 It runs in a folder with my-org/my-model, a small dense model, my-folder, the same compressed, and
-my.txt. `model` and `tokenizer` are the dense one's.
+my.txt, which stands for stdlib, too. `model` and `tokenizer` are the dense one's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from helpers import tiny
 from torch import nn
 
 import hylora_kernels
-from hylora_kernels.text.sources import python_docs_text
+from hylora_kernels.text.sources import SPLIT_TEXTS, python_docs_text
 
 
 def example_of(name: str) -> str:
@@ -45,6 +45,9 @@ def test_the_example_of_a_public_name_runs(name, home, monkeypatch):
     code = example_of(name)
     assert name in code or name == "SVD_LoRA_Linear", f"{name}'s docstring has no example"
     monkeypatch.chdir(home)
+    # The standard library's own is nearly a million characters to gather and to cut up.
+    text = (home / "my.txt").read_text(encoding="utf-8")
+    monkeypatch.setitem(SPLIT_TEXTS, "stdlib", lambda split: text)
     public = {name: getattr(hylora_kernels, name) for name in hylora_kernels.__all__}
     model, tokenizer = hylora_kernels.load_model("my-org/my-model")
     exec(code, {"torch": torch, "nn": nn, "model": model, "tokenizer": tokenizer, **public})

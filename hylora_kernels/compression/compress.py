@@ -60,7 +60,9 @@ def compress(
     CompressOptions gives the sources of the methods.
 
     Example:
-        model, report = compress("my-org/my-model", keep=0.8, calibration="my.txt", length=64)
+        model, report = compress(
+            "my-org/my-model", keep=0.8, calibration="my.txt", samples=8, length=64
+        )
         report.keep, report.layers[0].rank
     """
     with Compression(model_or_id, options) as run:

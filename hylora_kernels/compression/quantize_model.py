@@ -25,7 +25,9 @@ def quantize_model(
     Returns and raises what compress() does.
 
     Example:
-        model, report = quantize_model("my-org/my-model", bits=8, calibration="my.txt", length=64)
+        model, report = quantize_model(
+            "my-org/my-model", bits=8, calibration="my.txt", samples=8, length=64
+        )
         report.layers[0].bits
     """
     return compress(model_or_id, **options.for_compress())

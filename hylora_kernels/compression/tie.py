@@ -117,7 +117,7 @@ def tie_embeddings(
     another shape there, or a class whose saved models can't be tied.
 
     Example:
-        report = tie_embeddings(model, "my.txt", tokenizer, length=64)
+        report = tie_embeddings(model, "my.txt", tokenizer, samples=8, length=64)
     """
     check_model(model, "replace")
     _check_untied(model)

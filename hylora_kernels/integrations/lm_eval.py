@@ -262,7 +262,8 @@ def evaluate_tasks(
         seconds[name] = time.perf_counter() - start
         scores += _scores(name, found)
         del lm
-        gc.collect()  # Its weights are gone before the next are loaded.
+        if len(seconds) < len(named):
+            gc.collect()  # Its weights are gone before the next are loaded.
     return TasksReport(
         models=list(named),
         scores=scores,

@@ -57,7 +57,7 @@ KINDS = {
 def home(tmp_path_factory) -> Path:
     """Folders dense, small and codes, and a .yaml file of a task for each kind of request."""
     folder = tmp_path_factory.mktemp("tasks")
-    text = python_docs_text()[:60_000]
+    text = python_docs_text()[:20_000]
     tokenizer = tiny.tokenizer(text)
     sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
     model = tiny.llama(**sizes, max_position_embeddings=256)
