@@ -101,10 +101,10 @@ struct AdapterGradients {
   bool sums;
 };
 
-// W [n, k] to be packed into panels, or float32 panels to be unpacked into W.
+// W [n, k] to be packed into panels.
 struct Packing {
   Type type;
-  void* W;
+  const void* W;
   int64_t n, k, row_stride, column_stride;
   void* panels;
 };
@@ -132,7 +132,9 @@ struct Kernels {
   void (*merge_pivots)(const LayerCall&, void* block, int64_t row0, int64_t row1);
   void (*adapter_gradients)(const AdapterGradients&, int64_t col0, int64_t col1);
   void (*pack)(const Packing&, int64_t panel0, int64_t panel1);
-  void (*unpack)(const Packing&, int64_t panel0, int64_t panel1);
+  // Panels of a float32 or quantised W [n, k] as columns of W^T, whose rows are ld apart and as
+  // many as a multiple of 32; those behind k hold anything.
+  void (*unpack)(const Panels&, int64_t panel0, int64_t panel1, float* to, int64_t ld);
   // Parts [begin, end) of a call of row_calls.h.
   void (*attention)(const AttentionCall&, int64_t begin, int64_t end);
   void (*join_attention)(const AttentionCall&, int64_t begin, int64_t end);

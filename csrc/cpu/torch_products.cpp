@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "quantized_panels.h"
 #include "threads.h"
 
 namespace hylora {
@@ -23,9 +24,11 @@ constexpr int64_t kUnpackedBytes = 8 << 20;
 // Rows of h kept at a time. A thread's scratch never shrinks, so its size must not grow with M.
 constexpr int64_t kRowsAtATime = 4096;
 
-Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t row_stride,
-              int64_t column_stride = 1) {
-  const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
+// Numbers of an unpacked panel of k.
+int64_t unpacked_panel(int64_t k) { return round_up(k, 32) * 32; }
+
+Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t row_stride) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, 1};
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
       const_cast<float*>(data), 2, sizes, strides, 0, aoti_torch_dtype_float32(),
@@ -33,19 +36,21 @@ Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t row_stri
   return Tensor(handle);
 }
 
-// out [M, n] = a [M, k] W^T + bias; rows of W are unpacked into `memory`.
+// out [M, n] = a [M, k] W^T + bias; columns of W^T are unpacked into `memory`.
 void product(int64_t M, const float* a, int64_t lda, const Panels& W, const float* bias, float* out,
              int64_t ldout, float* memory) {
   const Kernels& kernel = kernels();
-  const int64_t chunk = std::max<int64_t>(kUnpackedBytes / 4 / W.k / 32, 1) * 32;
+  const int64_t chunk = std::max<int64_t>(kUnpackedBytes / 4 / unpacked_panel(W.k), 1) * 32;
+  const int64_t bytes = W.bits ? panel_bytes(W.bits, W.k) : W.k * 32 * int64_t(sizeof(float));
   const Tensor left = matrix(a, M, W.k, lda);
   for (int64_t n0 = 0; n0 < W.n; n0 += chunk) {
     const int64_t n = std::min(chunk, W.n - n0), panels = ceil_div(n, 32);
-    Packing rows{Type::fp32, memory, n, W.k, W.k, 1, nullptr};
-    rows.panels = const_cast<float*>(static_cast<const float*>(W.data)) + n0 * W.k;
-    split_among_threads(panels, n * W.k * int64_t(sizeof(float)),
-                        [&](int64_t begin, int64_t end) { kernel.unpack(rows, begin, end); });
-    const Tensor right = matrix(memory, W.k, n, 1, W.k), to = matrix(out + n0, M, n, ldout);
+    Panels part = W;
+    part.data = static_cast<const char*>(W.data) + n0 / 32 * bytes;
+    split_among_threads(panels, n * W.k * int64_t(sizeof(float)), [&](int64_t begin, int64_t end) {
+      kernel.unpack(part, begin, end, memory, panels * 32);
+    });
+    const Tensor right = matrix(memory, W.k, n, panels * 32), to = matrix(out + n0, M, n, ldout);
     if (bias) {
       const Tensor added = matrix(bias + n0, M, n, 0);
       TORCH_ERROR_CODE_CHECK(
@@ -61,13 +66,13 @@ void product(int64_t M, const float* a, int64_t lda, const Panels& W, const floa
 bool torch_products_are_faster(const LayerCall& call) {
   const bool is_fma = call.type == Type::fp32 && call.limb_products == 0;
   const bool is_pair = !call.table.panels && call.adapter != Adapter::separate;
-  return is_fma && is_pair && !call.is_quantized() && call.M >= kRowsForTorch;
+  return is_fma && is_pair && call.M >= kRowsForTorch;
 }
 
 void run_torch_products(const LayerCall& call) {
   const int64_t h_columns = call.shrink.n;
   const int64_t longest_k = std::max(call.expand.k, h_columns ? call.K : 0);
-  const int64_t weights = std::max<int64_t>(kUnpackedBytes / 4, longest_k * 32);
+  const int64_t weights = std::max<int64_t>(kUnpackedBytes / 4, unpacked_panel(longest_k));
   const int64_t most = std::min(call.M, kRowsAtATime);
   const size_t bytes = size_t(weights + most * h_columns) * sizeof(float);
   float* memory = static_cast<float*>(scratch(Scratch::own_work, bytes));

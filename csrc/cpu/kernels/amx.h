@@ -76,6 +76,7 @@ struct Amx {
   static constexpr int kPlanes = Planes;
   static constexpr int kPanelsPerTile = 1;
   static constexpr bool kTiles = true;
+  static constexpr bool kFixedPoint = false;
   // 32 rows of 18 k-blocks take 36 KB of L1 (48 KB); longer chunks mean fewer spilled partial sums.
   // With limbs, 8 k-blocks of a panel in three planes take 48 KB.
   static constexpr int64_t kChunkBlocks = Planes == 1 ? 18 : 8;

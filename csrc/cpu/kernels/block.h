@@ -44,9 +44,9 @@ struct Block {
   static constexpr bool kKeepsType = __is_same(A, T) && !kLimbs;
   static constexpr bool kTiles = K::kTiles;
   static constexpr int kPanelsPerTile = K::kPanelsPerTile;
-  static constexpr Method kMethod = {K::kTiles,       K::kPlanes, K::kPanelsPerTile,
-                                     K::kChunkBlocks, K::kRows,   kKeepsType,
-                                     kTilePanels,     sizeof(T),  sizeof(A)};
+  static constexpr Method kMethod = {K::kTiles, K::kPlanes,    K::kPanelsPerTile, K::kChunkBlocks,
+                                     K::kRows,  kKeepsType,    kTilePanels,       sizeof(T),
+                                     sizeof(A), K::kFixedPoint};
   static constexpr bool kRowsStay = kMethod.rows_stay();
 
   const LayerCall& call;
@@ -56,7 +56,8 @@ struct Block {
   K k;
   int64_t group_begin = 0;    // the first panel of the group that expand is at
   bool out_of_range = false;  // a number was seen that bf16 limbs can't hold
-  // at.widened holds blocks of 32 k from `block` on of quantised panels from `panel` on.
+  // at.widened or at.widened_units holds blocks of 32 k from `block` on of quantised panels from
+  // `panel` on.
   struct {
     int64_t panel, block, blocks;
   } widened{};
@@ -177,14 +178,23 @@ struct Block {
   // Widens `count` blocks of quantised panels [begin, end) for the terms that follow. `count` may
   // be less than 1: a shorter matrix has no blocks in a pass.
   void widen(const Panels& panels, int64_t begin, int64_t end, int64_t block, int64_t count) {
-    if (!panels.bits || plan.fixed_point) return;
+    if (!panels.bits || plan.shared) return;
     widened = {begin, block, count};
     with_bits(panels.bits, [&](auto bits) {
-      for (int64_t p = begin; p < end; p++)
-        widen_codes<decltype(bits)::value>(static_cast<const char*>(panels.data) +
-                                               p * panel_bytes(panels.bits, panels.k),
-                                           block, count, at.widened + (p - begin) * count * 1024);
+      constexpr int kBits = decltype(bits)::value;
+      for (int64_t p = begin; p < end; p++) {
+        const char* panel =
+            static_cast<const char*>(panels.data) + p * panel_bytes(kBits, panels.k);
+        if (plan.fixed_point)
+          widen_units<kBits>(panel, block / 2, widened_units(), widened_unit(p));
+        else
+          widen_codes<kBits>(panel, block, count, at.widened + (p - begin) * count * 1024);
+      }
     });
+  }
+  int64_t widened_units() const { return ceil_div(widened.blocks, 2); }  // of each panel
+  WidenedUnit* widened_unit(int64_t panel) const {
+    return at.widened_units + (panel - widened.panel) * widened_units();
   }
 
   // Not for quantised panels.
@@ -202,8 +212,19 @@ struct Block {
     if (width <= 0) return 0;
     if (panels.bits && plan.fixed_point) {
       const int64_t bytes = panel_bytes(panels.bits, panels.k);
-      const char* codes = static_cast<const char*>(panels.data) + panel * bytes;
-      *term = {rows.data, rows.stride, codes, width, 0, bytes, panels.bits, rows.fixed};
+      *term = {rows.data,
+               rows.stride,
+               static_cast<const char*>(panels.data) + panel * bytes,
+               width,
+               0,
+               bytes,
+               panels.bits,
+               !plan.shared,
+               rows.fixed};
+      if (plan.shared) return 1;
+      term->fixed = rows.fixed.from(0, block / 2);
+      term->b = widened_unit(panel) + (block - widened.block) / 2;
+      term->b_plane = widened_units() * int64_t(sizeof(WidenedUnit));
       return 1;
     }
     const T* numbers = reinterpret_cast<const T*>(panel_at(panels, panel, block));

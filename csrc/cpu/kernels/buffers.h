@@ -1,6 +1,6 @@
 // The memory of one block of rows: a piece of scratch, cut up.
 #pragma once
-#include "fixed_point.h"
+#include "codes.h"
 #include "pivots.h"
 #include "plan.h"
 
@@ -34,7 +34,8 @@ struct Buffers {
   float* row_max = nullptr;                     // bf16 limbs: the largest magnitude of a row of x
   bf16* limbs = nullptr;                        // of a panel of the base, then of the adapter's
   int64_t limb_plane = 0;
-  T* widened = nullptr;  // quantised panels at hand, as panels of T
+  T* widened = nullptr;  // quantised panels at hand, as panels of T, or as units
+  WidenedUnit* widened_units = nullptr;
 
   // Points into `memory`, or only counts if it is null. Returns the bytes.
   size_t lay_out(const LayerCall& call, const BlockPlan& plan, const Method& method, char* memory);
@@ -78,8 +79,9 @@ size_t Buffers<A, T>::lay_out(const LayerCall& call, const BlockPlan& plan, cons
   x.data = memory_for.get<A>(method.planes * x.plane);
   const auto fixed_rows = [&](int64_t k) {
     const int limbs = method.type_bytes == 4 ? 2 : 1;
-    const int64_t groups = ceil_div(k, 64);
-    return FixedRows{memory_for.get<FixedGroup>(plan.rows * limbs * groups), groups, limbs};
+    const int64_t groups = ceil_div(k, 64), height = larger(smaller(plan.rows, 32), 1);
+    const int64_t rows = round_up(plan.rows, height);
+    return FixedRows{memory_for.get<FixedGroup>(rows * limbs * groups), groups, height, limbs};
   };
   if (plan.fixed_point) x.fixed = fixed_rows(call.K);
   if (call.x_block) memory_for = {memory};
@@ -123,7 +125,11 @@ size_t Buffers<A, T>::lay_out(const LayerCall& call, const BlockPlan& plan, cons
       row_max = memory_for.get<float>(padded);
       limbs = memory_for.get<bf16>(2 * method.planes * limb_plane);
     }
-    widened = memory_for.get<T>(widened_blocks(method, call, plan) * 1024);
+    const int64_t blocks = widened_blocks(method, call, plan);
+    if (plan.fixed_point)
+      widened_units = memory_for.get<WidenedUnit>(blocks / 2);
+    else
+      widened = memory_for.get<T>(blocks * 1024);
   }
   return memory_for.used;
 }

@@ -1,9 +1,11 @@
-// Products by quantised panels (quantized_panels.h). Few rows are fixed point, and codes are
+// Products by quantised panels (quantized_panels.h). Where rows are fixed point, codes are
 // multiplied as integers, which is exact; every group of 64 k is then one step in float:
 //
 //     y += scale_x scale_W (sum_k x_k code_k - zero sum_k x_k)
 //
-// For many rows panels are widened into those of the call's type first (block.h).
+// Few rows multiply codes as they are read. For many, a panel is widened first, once for all row
+// tiles of a block (block.h): into 16-bit numbers, code - zero, or, where rows are no fixed point,
+// into a panel of the call's type.
 #pragma once
 #include "../quantized_panels.h"
 #include "tile.h"
@@ -21,7 +23,7 @@ HYLORA_INLINE VU splat_bits(uint32_t bits) {
 #endif
 }
 
-// sum + the products of both 16-bit halves of each lane; a code's half is never negative.
+// sum + the products of both 16-bit halves of each lane.
 HYLORA_INLINE VI multiply_add(VI sum, VU codes, VU numbers) {
 #if defined(__AVX512VNNI__)
   return (VI)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)codes, (__m512i)numbers);
@@ -32,9 +34,8 @@ HYLORA_INLINE VI multiply_add(VI sum, VU codes, VU numbers) {
 #elif defined(__SSE2__)
   return sum + (VI)_mm_madd_epi16((__m128i)codes, (__m128i)numbers);
 #else
-  const VI both = reinterpret_cast<VI>(numbers);
-  const VI even = reinterpret_cast<VI>(codes & 0xffff), odd = reinterpret_cast<VI>(codes >> 16);
-  return sum + even * (both << 16 >> 16) + odd * (both >> 16);
+  const VI a = reinterpret_cast<VI>(codes), b = reinterpret_cast<VI>(numbers);
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
 
@@ -58,10 +59,11 @@ HYLORA_INLINE void unrolled(const F& work) {
   }
 }
 
+typedef uint16_t Halves __attribute__((vector_size(4 * W), aligned(2)));
+
 // The codes of pair J, in the halves of a lane, of W rows; `lanes` are those of half a unit.
 template <int kBits, int J, int kUp = 0>
 HYLORA_INLINE VU codes_of_pair(const char* lanes) {
-  typedef uint16_t Halves __attribute__((vector_size(4 * W), aligned(2)));
   constexpr Piece piece = piece_at(kBits, J, kUp);
   constexpr int down = piece.shift - kUp;
   const Halves lane = *reinterpret_cast<const Halves*>(lanes + piece.lane * 128);
@@ -104,14 +106,13 @@ struct UnitScales {
 
 // Adds the products of MR rows of fixed point and a unit to a tile's sums.
 template <int kBits, int MR>
-HYLORA_INLINE void multiply_unit(const char* unit, const FixedGroup* group, const FixedRows& rows,
-                                 float* to, int r0) {
+HYLORA_INLINE void multiply_unit(const char* unit, const FixedGroup* group, int limbs, float* to,
+                                 int r0) {
   // Sums that the registers hold beside codes, a mask and numbers.
   constexpr int kSums = W == 16 ? 16 : 8;
   constexpr int kVectors = MR * P <= kSums ? P : kSums / MR;
   // One row takes all whole pairs of a lane together: the lane is loaded once.
   constexpr int kFit = 16 / kBits, kWhole = kFit * kBits, kTogether = MR == 1 ? kFit : 1;
-  const int64_t row_bytes = rows.groups * int64_t(sizeof(FixedGroup));
   for (int i0 = 0; i0 < P; i0 += kVectors) {
     VI sums[MR][kVectors] = {};
     for (int half = 0; half < 2; half++) {
@@ -125,7 +126,7 @@ HYLORA_INLINE void multiply_unit(const char* unit, const FixedGroup* group, cons
 #pragma GCC unroll 8
           for (int j = 0; j < kCount; j++) {
             uint32_t two;
-            __builtin_memcpy(&two, numbers + r * row_bytes + 4 * (kFirst + j), 4);
+            __builtin_memcpy(&two, numbers + r * sizeof(FixedGroup) + 4 * (kFirst + j), 4);
             both[r][j] = splat_bits(two);
           }
 #pragma GCC unroll 8
@@ -146,14 +147,104 @@ HYLORA_INLINE void multiply_unit(const char* unit, const FixedGroup* group, cons
       const UnitScales<kBits> of(unit, i0 + i);
 #pragma GCC unroll 8
       for (int r = 0; r < MR; r++) {
-        const FixedGroup& fixed = group[r * rows.groups];
+        const FixedGroup& fixed = group[r];
         const VI dot = sums[r][i] - of.zero * fixed.sum;
-        float* at = to + tile_at((r0 + r) >> rows.limbs / 2, i0 + i);
+        float* at = to + tile_at((r0 + r) >> limbs / 2, i0 + i);
         store(at, fma(__builtin_convertvector(dot, V) * of.scale, splat(fixed.scale), load(at)));
       }
     }
   }
 }
+
+// A unit whose codes are 16-bit numbers, less their zero points.
+struct alignas(64) WidenedUnit {
+  uint32_t pairs[32][32];  // [pair of k][row of W], a number in each half
+  float scales[32];
+};
+
+template <int kBits>
+HYLORA_INLINE void widen_unit(const char* unit, WidenedUnit* to) {
+  for (int i = 0; i < P; i++) {
+    const UnitScales<kBits> of(unit, i);
+    store(to->scales + i * W, of.scale);
+    const Halves zeros = reinterpret_cast<Halves>(of.zero | of.zero << 16);
+    const char* lanes = unit + i * W * 4;
+    for (int half = 0; half < 2; half++, lanes += kBits * 128)
+      unrolled<0, 16>([&](auto j) HYLORA_LAMBDA {
+        constexpr int J = decltype(j)::value;
+        const Halves codes = reinterpret_cast<Halves>(codes_of_pair<kBits, J>(lanes));
+        *reinterpret_cast<VUu*>(to->pairs[half * 16 + J] + i * W) =
+            reinterpret_cast<VU>(codes - zeros);
+      });
+  }
+}
+
+// Units [unit, unit + count) of a quantised panel.
+template <int kBits>
+HYLORA_APART void widen_units(const char* panel, int64_t unit, int64_t count, WidenedUnit* to) {
+  for (int64_t u = 0; u < count; u++)
+    widen_unit<kBits>(panel + (unit + u) * unit_bytes(kBits), to + u);
+}
+
+// Adds the products of MR rows of fixed point and a unit to a tile's sums. The registers hold the
+// sums of 6 rows beside two vectors of numbers, so that 8 loads feed 12 products of 16 or 32.
+template <int MR>
+HYLORA_APART void multiply_widened(const WidenedUnit& unit, const FixedGroup* group, int limbs,
+                                   float* to, int r0) {
+  constexpr int kVectors = 2, kUnrolled = 4;
+  for (int i0 = 0; i0 < P; i0 += kVectors) {
+    VI sums[MR][kVectors] = {};
+    const char* numbers = reinterpret_cast<const char*>(group->numbers);
+    for (int pair = 0; pair < 32; pair += kUnrolled) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnrolled; u++) {
+        VU codes[kVectors];
+#pragma GCC unroll 2
+        for (int i = 0; i < kVectors; i++)
+          codes[i] = *reinterpret_cast<const VUu*>(unit.pairs[pair + u] + (i0 + i) * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; r++) {
+          uint32_t two;
+          __builtin_memcpy(&two, numbers + r * sizeof(FixedGroup) + 4 * (pair + u), 4);
+          const VU both = splat_bits(two);
+#pragma GCC unroll 2
+          for (int i = 0; i < kVectors; i++)
+            add_products(sums[r][i], codes[i], both);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; i++) {
+      const V scale = load(unit.scales + (i0 + i) * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; r++) {
+        const V product = __builtin_convertvector(sums[r][i], V) * scale;
+        float* y = to + tile_at((r0 + r) >> limbs / 2, i0 + i);
+        store(y, fma(product, splat(group[r].scale), load(y)));
+      }
+    }
+  }
+}
+
+// to += `rows` rows times `count` units, as many at a time as the registers hold.
+HYLORA_APART void multiply_widened_units(const FixedRows& fixed, const WidenedUnit* units,
+                                         int64_t count, float* to, int rows) {
+  const int numbers = rows * fixed.limbs;
+  for (int64_t g = 0; g < count; g++) {
+    int r = 0;
+    auto rows_of = [&](auto mr) HYLORA_LAMBDA {
+      constexpr int MR = decltype(mr)::value;
+      // 8 rows are taken as 4 and 4, not as 6 and 2.
+      for (; numbers - r >= MR && !(MR == 6 && numbers - r == 8); r += MR)
+        multiply_widened<MR>(units[g], fixed.at(0, g) + r, fixed.limbs, to, r);
+    };
+    if constexpr (W == 16) rows_of(Int<8>());
+    rows_of(Int<6>()), rows_of(Int<4>()), rows_of(Int<2>()), rows_of(Int<1>());
+  }
+}
+
+// Rows from which on a unit is widened into L1 first, and not each time a few rows pass it.
+constexpr int kWidenedRows = 6;
 
 // to += `rows` rows times a quantised panel. Each unit passes all rows while it is in
 // L1, so panels are read in the order of memory.
@@ -162,36 +253,44 @@ HYLORA_APART void multiply_codes(const FixedRows& fixed, const char* unit, float
   constexpr int64_t kAhead = 4096;
   const int count = rows * fixed.limbs;
   for (int64_t g = 0; g < fixed.groups; g++, unit += unit_bytes(kBits)) {
-    const FixedGroup* group = fixed.data + g;
+    const FixedGroup* group = fixed.at(0, g);
     for (int64_t line = 0; line < unit_bytes(kBits); line += 64)
       __builtin_prefetch(unit + kAhead + line);
+    if (count >= kWidenedRows) {
+      WidenedUnit widened;
+      widen_unit<kBits>(unit, &widened);
+      multiply_widened_units(fixed.from(0, g), &widened, 1, to, rows);
+      continue;
+    }
     int r = 0;
     auto rows_of = [&](auto mr) HYLORA_LAMBDA {
       constexpr int MR = decltype(mr)::value;
       for (; count - r >= MR; r += MR)
-        multiply_unit<kBits, MR>(unit, group + r * fixed.groups, fixed, to, r);
+        multiply_unit<kBits, MR>(unit, group + r, fixed.limbs, to, r);
     };
     if constexpr (W == 16) rows_of(Int<8>());
     rows_of(Int<4>()), rows_of(Int<2>()), rows_of(Int<1>());
   }
 }
 
-// A pair of k of W columns into a panel of T, whose block of 32 k begins at `to`.
+// A pair of k of W columns into a panel of T, whose block of 32 k begins at `to`; k are ld apart.
 template <class T>
-HYLORA_INLINE void put_pair(T* to, int i, int j, V even, V odd) {
-  store(to + 2 * j * 32 + i * W, even);
-  store(to + (2 * j + 1) * 32 + i * W, odd);
+HYLORA_INLINE void put_pair(T* to, int64_t ld, int i, int j, V even, V odd) {
+  store(to + 2 * j * ld + i * W, even);
+  store(to + (2 * j + 1) * ld + i * W, odd);
 }
-HYLORA_INLINE void put_pair(bf16* to, int i, int j, V even, V odd) {
+HYLORA_INLINE void put_pair(bf16* to, int64_t, int i, int j, V even, V odd) {
   const int column = i * W;
   *reinterpret_cast<VUu*>(to + (column >> 4) * 512 + j * 32 + (column & 15) * 2) =
       bf16_bits(even) | bf16_bits(odd) << 16;
 }
 
-// Blocks [block, block + count) of 32 k of a quantised panel as blocks of a panel of T.
+// Blocks [block, block + count) of 32 k of a quantised panel as blocks of a panel of T, in which
+// numbers of one column are ld apart.
 template <int kBits, class T>
-HYLORA_APART void widen_codes(const char* panel, int64_t block, int64_t count, T* to) {
-  for (int64_t b = block; b < block + count; b++, to += 1024) {
+HYLORA_APART void widen_codes(const char* panel, int64_t block, int64_t count, T* to,
+                              int64_t ld = 32) {
+  for (int64_t b = block; b < block + count; b++, to += 32 * ld) {
     const char* unit = panel + b / 2 * unit_bytes(kBits);
     for (int i = 0; i < P; i++) {
       const UnitScales<kBits> of(unit, i);
@@ -201,7 +300,7 @@ HYLORA_APART void widen_codes(const char* panel, int64_t block, int64_t count, T
         const VU pair = codes_of_pair<kBits, J>(lanes);
         const VI even = reinterpret_cast<VI>(pair & 0xffff) - of.zero;
         const VI odd = reinterpret_cast<VI>(pair >> 16) - of.zero;
-        put_pair(to, i, J, __builtin_convertvector(even, V) * of.scale,
+        put_pair(to, ld, i, J, __builtin_convertvector(even, V) * of.scale,
                  __builtin_convertvector(odd, V) * of.scale);
       });
     }

@@ -26,7 +26,7 @@ struct Engine {
     B b(call, m0, rows, false);
     b.lay_out(static_cast<char*>(scratch(Scratch::own_work, b.lay_out(nullptr))));
     b.prepare();
-    if (b.plan.has_h) Shrink<B>(b).run(0, shrink_panels(call));
+    if (b.plan.has_h) Shrink<B>(b).run(0, shrink_panels(call)), b.fix_h();
     if constexpr (B::kLimbs)
       if (!b.fits_limbs()) return Engine<Fma<T>, T>::rows(call, m0, m0 + rows);
     expand_product(b, 0, expand_panels(call));

@@ -20,15 +20,21 @@ struct FixedGroup {
   float scale;  // NaN for a group that holds Inf or NaN; its numbers are 0
 };
 
-// Rows of groups; every row of float32 is a row of high limbs and one of low limbs.
+// Rows, [tile][groups][height][limbs]: as products read them, a group of all rows of a tile and
+// then the next one. A number of float32 is a high limb and a low one.
 struct FixedRows {
   FixedGroup* data = nullptr;
   int64_t groups = 0;
+  int64_t height = 0;  // of a tile: 32, or all rows if they are fewer
   int limbs = 1;
 
-  FixedGroup* row(int64_t r) const { return data + r * limbs * groups; }
-  // The rows from r on.
-  FixedRows from(int64_t r) const { return {data + r * limbs * groups, groups, limbs}; }
+  FixedGroup* at(int64_t r, int64_t group) const {
+    return data + ((r / height * groups + group) * height + r % height) * limbs;
+  }
+  // From a tile's first row and a group on.
+  FixedRows from(int64_t r, int64_t group = 0) const {
+    return {at(r, group), groups, height, limbs};
+  }
 };
 
 HYLORA_INLINE float power_of_two(int exponent) {
@@ -104,10 +110,10 @@ HYLORA_APART void fix_group(const T* from, int64_t width, FixedGroup* high, Fixe
 // Row r of the fixed point rows from k numbers.
 template <class T>
 void fix_row(const T* from, int64_t k, const FixedRows& to, int64_t r) {
-  FixedGroup* high = to.row(r);
-  for (int64_t g = 0; g < ceil_div(k, 64); g++)
-    fix_group(from + g * 64, smaller(k - g * 64, 64), high + g,
-              to.limbs > 1 ? high + to.groups + g : nullptr);
+  for (int64_t g = 0; g < ceil_div(k, 64); g++) {
+    FixedGroup* high = to.at(r, g);
+    fix_group(from + g * 64, smaller(k - g * 64, 64), high, to.limbs > 1 ? high + 1 : nullptr);
+  }
 }
 
 }  // namespace

@@ -189,6 +189,13 @@ struct Fma {
   static constexpr int kPlanes = 1;
   static constexpr bool kTiles = false;
   static constexpr bool kPaired = sizeof(T) == 2 && __is_same(T, bf16);
+  // One instruction makes twice as many products of 16-bit integers as of floats, and of a float32
+  // each product is two.
+#if defined(__SSE2__)
+  static constexpr bool kFixedPoint = sizeof(T) == 2;
+#else
+  static constexpr bool kFixedPoint = false;
+#endif
   // With two panels the sums of 6 rows fit the registers, and 10 loads feed 24 multiply-adds; with
   // one, 8 rows need 10 loads for 16 (1.08x).
   static constexpr int kPanelsPerTile = kPaired || W < 16 ? 1 : 2;
@@ -243,12 +250,16 @@ struct Fma {
   static void multiply_quantized(const Term<float>& term, const float* from, float* to, int rows,
                                  int64_t columns) {
     if (from != to) copy_sums(from, to, columns);
-    with_bits(term.bits, [&](auto bits) {
-      for (int panel = 0; panel < (columns > 32 ? kPanelsPerTile : 1); panel++)
-        multiply_codes<decltype(bits)::value>(
-            term.fixed, static_cast<const char*>(term.b) + panel * term.b_plane, to + panel * 1024,
-            rows);
-    });
+    for (int panel = 0; panel < (columns > 32 ? kPanelsPerTile : 1); panel++, to += 1024) {
+      const char* b = static_cast<const char*>(term.b) + panel * term.b_plane;
+      if (term.is_widened)
+        multiply_widened_units(term.fixed, reinterpret_cast<const WidenedUnit*>(b),
+                               ceil_div(term.k, kGroup), to, rows);
+      else
+        with_bits(term.bits, [&](auto bits) {
+          multiply_codes<decltype(bits)::value>(term.fixed, b, to, rows);
+        });
+    }
   }
 
   // Vectors beyond the last column are left out, since few ranks are a multiple of 64 (K = 1267,

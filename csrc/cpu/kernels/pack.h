@@ -1,8 +1,7 @@
-// Weights into panels (call.h), and float32 panels back into weights. The way back for other types,
-// which need not be fast, is in panels.cpp.
+// Weights into panels (call.h), and panels into what torch's products read. The way back to
+// weights, which need not be fast, is in panels.cpp.
 #pragma once
-#include "../call.h"
-#include "vector.h"
+#include "codes.h"
 
 namespace hylora {
 namespace {
@@ -116,30 +115,20 @@ static void pack(const Packing& p, int64_t panel0, int64_t panel1) {
   pack_panels<float>(p, panel0, panel1);
 }
 
-// Unpacks one [k][32] panel of floats into the first `rows` (at most 32) rows of W, `stride`
-// numbers apart.
-static void unpack_panel(const float* panel, int64_t rows, int64_t k, int64_t stride, float* W) {
-  int64_t j = 0;
-#if defined(__AVX512BW__)
-  if (rows >= 32)
-    for (; j + 16 <= k; j += 16)
-      for (int half = 0; half < 2; half++) {
-        __m512i lines[16];
-        transpose16(reinterpret_cast<const char*>(panel + j * 32 + half * 16), 128, lines);
-#pragma GCC unroll 16
-        for (int n = 0; n < 16; n++)
-          _mm512_storeu_si512(W + (half * 16 + n) * stride + j, lines[n]);
-      }
-#endif
-  for (int64_t n = 0; n < (rows < 32 ? rows : 32); n++)
-    for (int64_t i = j; i < k; i++)
-      W[n * stride + i] = panel[i * 32 + n];
-}
-
-static void unpack(const Packing& p, int64_t panel0, int64_t panel1) {
-  for (int64_t panel = panel0; panel < panel1; panel++)
-    unpack_panel(static_cast<const float*>(p.panels) + panel * p.k * 32, p.n - panel * 32, p.k,
-                 p.row_stride, static_cast<float*>(p.W) + panel * 32 * p.row_stride);
+// Kernels::unpack.
+static void unpack(const Panels& W, int64_t panel0, int64_t panel1, float* to, int64_t ld) {
+  for (int64_t p = panel0; p < panel1; p++) {
+    float* columns = to + p * 32;
+    if (W.bits)
+      with_bits(W.bits, [&](auto bits) {
+        constexpr int kBits = decltype(bits)::value;
+        const char* panel = static_cast<const char*>(W.data) + p * panel_bytes(kBits, W.k);
+        widen_codes<kBits>(panel, 0, ceil_div(W.k, 32), columns, ld);
+      });
+    else
+      for (int64_t k = 0; k < W.k; k++)
+        copy_32(columns + k * ld, static_cast<const float*>(W.data) + (p * W.k + k) * 32);
+  }
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ struct Paired {
   static constexpr int kPlanes = 1;
   static constexpr int kPanelsPerTile = 1;
   static constexpr bool kTiles = false;
+  static constexpr bool kFixedPoint = false;
   static constexpr int64_t kChunkBlocks = 16;
   static constexpr int64_t kRows = 192;
 

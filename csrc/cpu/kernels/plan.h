@@ -19,15 +19,16 @@ constexpr int64_t kUnlimited = int64_t(1) << 40;
 
 // A way of multiplying (Fma, Paired, Amx) on one type of tensor.
 struct Method {
-  bool tiles;               // in AMX tiles
-  int64_t planes;           // bf16 limbs that a number is kept as; 1: it is kept as it is
-  int64_t panels_per_tile;  // 1, or 2 side by side
-  int64_t chunk_blocks;     // k-blocks (of 32) that one pass over the block's rows sums
-  int64_t rows;             // rows of a block
-  bool keeps_type;          // x and h are kept in the tensors' type
-  bool tile_panels;         // panels lie as AMX tiles (bf16), else as [k][32]
-  int64_t type_bytes;       // of a number in the tensors
-  int64_t kept_bytes;       // of a number of x or h as it is kept
+  bool tiles;                // in AMX tiles
+  int64_t planes;            // bf16 limbs that a number is kept as; 1: it is kept as it is
+  int64_t panels_per_tile;   // 1, or 2 side by side
+  int64_t chunk_blocks;      // k-blocks (of 32) that one pass over the block's rows sums
+  int64_t rows;              // rows of a block
+  bool keeps_type;           // x and h are kept in the tensors' type
+  bool tile_panels;          // panels lie as AMX tiles (bf16), else as [k][32]
+  int64_t type_bytes;        // of a number in the tensors
+  int64_t kept_bytes;        // of a number of x or h as it is kept
+  bool fixed_point = false;  // many rows of quantised panels are fixed point, too
 
   constexpr bool has_limbs() const { return planes > 1; }
   // Rows stay in L1 while panels stream past them; other methods keep the panel and stream rows.
@@ -52,7 +53,7 @@ struct BlockPlan {
   bool row_tiles_first;  // expand: a 32-row tile passes a group of panels, then the next tile does
   bool finishes_row_tiles;  // and is then done, so `others` and the adapter's pivots hold one tile
   XSource x;
-  bool fixed_point;      // rows of quantised panels are fixed point; else panels are widened
+  bool fixed_point;      // rows of quantised panels are fixed point
   bool has_h;            // else the layer is one product, on x
   bool merges_pivots;    // y is merged from pivots and others
   bool h_is_pivots;      // h as it is kept holds the pivots, so that they need no copy
@@ -83,12 +84,18 @@ inline int64_t panels_in_l2(const Method& method, int64_t blocks) {
   return larger(panels / method.panels_per_tile, 1) * method.panels_per_tile;
 }
 
-inline Passes passes_of(int64_t blocks, int64_t chunk_blocks) {
-  const int64_t count = blocks > chunk_blocks ? ceil_div(blocks, chunk_blocks) : 1;
-  return {count, count > 1 ? ceil_div(blocks, count) : blocks};
+// `whole_units`: no pass ends within a unit of a quantised panel, which is two k-blocks.
+inline Passes passes_of(int64_t blocks, int64_t chunk_blocks, bool whole_units) {
+  if (blocks <= chunk_blocks) return {1, blocks};
+  const int64_t even = ceil_div(blocks, ceil_div(blocks, chunk_blocks));
+  const int64_t each = whole_units ? round_up(even, 2) : even;
+  return {ceil_div(blocks, each), each};
 }
 
 inline XSource x_source(const Method& method, const LayerCall& call, int64_t rows, bool shared) {
+  const Panels& first = call.shrink.n ? call.shrink : call.expand;
+  const bool only_codes = first.bits && !call.adapter_shrink.n;
+  if (method.fixed_point && only_codes && !shared) return XSource::in_place;
   const bool whole_blocks = !method.tile_panels || call.K % 32 == 0;
   const bool half_tile = method.tiles && rows > 16 && rows < 32;
   // Rows a multiple of 4096 bytes apart evict each other: they share one set of L1.
@@ -122,7 +129,7 @@ inline BlockPlan plan_block(const Method& method, const LayerCall& call, int64_t
   plan.row_tiles_first = takes_row_tiles_first(method, call, rows, shared);
   plan.finishes_row_tiles = plan.row_tiles_first && !shared;
   plan.x = x_source(method, call, rows, shared);
-  plan.fixed_point = shared && call.is_quantized();
+  plan.fixed_point = call.is_quantized() && (shared || method.fixed_point);
   plan.has_h = call.shrink.n > 0;
   plan.merges_pivots = call.merges_pivots();
   plan.h_is_pivots = plan.merges_pivots && method.keeps_type && call.ra == 0;
@@ -130,10 +137,11 @@ inline BlockPlan plan_block(const Method& method, const LayerCall& call, int64_t
   plan.base_panels = ceil_div(call.shrink.n, 32);
   // A shared block is one pass: its few rows stay in cache whole.
   const int64_t chunk = shared ? kUnlimited : method.chunk_blocks;
-  plan.shrink = passes_of(larger(k_blocks(call.shrink), k_blocks(call.adapter_shrink)), chunk);
+  plan.shrink = passes_of(larger(k_blocks(call.shrink), k_blocks(call.adapter_shrink)), chunk,
+                          plan.fixed_point);
   // FMA that takes row tiles first sums stretches shorter than a chunk anyway.
   const bool one_pass = plan.row_tiles_first && !method.tiles;
-  plan.expand = passes_of(k_blocks(call.expand), one_pass ? kUnlimited : chunk);
+  plan.expand = passes_of(k_blocks(call.expand), one_pass ? kUnlimited : chunk, plan.fixed_point);
   plan.shrink_group =
       method.rows_stay() && !shared ? panels_in_l2(method, plan.shrink.blocks) : kUnlimited;
   plan.expand_group = expand_group(method, call, plan);
@@ -146,21 +154,21 @@ inline int64_t even_group(int64_t count, int64_t most) {
   return count ? ceil_div(count, ceil_div(count, most)) : 1;
 }
 
-// Blocks of 32 k of the quantised panels that are widened at a time: those of a group that row
-// tiles pass one after another, or of a tile.
+// Blocks of 32 k, an even number of each, of the quantised panels that are widened at a time:
+// those of a group that row tiles pass one after another, or of a tile.
 inline int64_t widened_blocks(const Method& method, const LayerCall& call, const BlockPlan& plan) {
   const auto panels = [&](int64_t count, int64_t group) {
     return smaller(round_up(count, method.panels_per_tile), group);
   };
   int64_t shrink = 0, expand = 0;
   if (call.shrink.bits)
-    shrink = plan.shrink.blocks * panels(ceil_div(call.shrink.n, 32), method.rows_stay()
-                                                                          ? plan.shrink_group
-                                                                          : method.panels_per_tile);
+    shrink = round_up(plan.shrink.blocks, 2) *
+             panels(ceil_div(call.shrink.n, 32),
+                    method.rows_stay() ? plan.shrink_group : method.panels_per_tile);
   if (call.expand.bits && plan.row_tiles_first)
-    expand = k_blocks(call.expand) * panels(expand_panels(call), plan.expand_group);
+    expand = round_up(k_blocks(call.expand), 2) * panels(expand_panels(call), plan.expand_group);
   else if (call.expand.bits)
-    expand = plan.expand.blocks * method.panels_per_tile;
+    expand = round_up(plan.expand.blocks, 2) * method.panels_per_tile;
   return larger(shrink, expand);
 }
 

@@ -14,8 +14,9 @@ struct Int {
 
 // One term of a tile's sums: up to 32 rows of `a`, lda numbers apart, times k numbers of a panel,
 // or of two. With bf16 limbs the planes of each limb of `a` and of the panel are a_plane and
-// b_plane apart; without, b_plane is the way to the second panel. Of a quantised panel b_plane
-// counts bytes, and `fixed` are the rows instead of a, where they are fixed point.
+// b_plane apart; without, b_plane is the way to the second panel. Where the rows of a quantised
+// panel are fixed point, `fixed` are the rows instead of a, b_plane counts bytes, and b are codes
+// or, if is_widened, WidenedUnits (codes.h).
 template <class A>
 struct Term {
   const A* a;
@@ -23,7 +24,8 @@ struct Term {
   const void* b;
   int64_t k;
   int64_t a_plane = 0, b_plane = 0;
-  int bits = 0;  // of a quantised panel
+  int bits = 0;  // of a quantised panel whose rows are fixed point
+  bool is_widened = false;
   FixedRows fixed{};
 
   // The same for the rows from `row` on, `stride` numbers of `a` apart.

@@ -5,7 +5,9 @@ themselves: integers, so that sums are exact (csrc/cpu/kernels/fixed_point.h). W
 below 2^-16 of the largest of 64 numbers, less than bfloat16's own rounding and than what rounding
 the weights to bfloat16 or float16 would lose. Activations of 8 bits would be faster and lose 256
 times as much, so there is no such path. For more rows the codes are widened into cache, panel by
-panel, to numbers of x's dtype.
+panel: to 16-bit integers for bfloat16 and float16 without AVX512-BF16 or AMX, which multiply twice
+as many of them as of floats; else to numbers of x's dtype, and from 1024 rows of float32 on for
+torch's products, as plain layers are.
 """
 
 from __future__ import annotations

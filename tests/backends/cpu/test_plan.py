@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Arguments: method, K, N, r, ra, adapter (0 none, 1 separate, 2 joined), pivoted, backward, ldx,
-# rows, shared. The methods are those of amx.h (bf16, and float32 by three limbs) and fma.h (float32
-# with AVX-512, and bf16).
+# rows, shared, bits of both matrices. The methods are those of amx.h (bf16, and float32 by three
+# limbs) and fma.h (float32 with AVX-512, and bf16).
 MAIN = """
 #include <cstdio>
 #include <cstdlib>
@@ -25,13 +25,13 @@ MAIN = """
 #include "kernels/plan.h"
 using namespace hylora;
 int main(int, char** words) {
-  int64_t v[12];
-  for (int i = 2; i < 12; i++) v[i] = std::atoll(words[i]);
+  int64_t v[13];
+  for (int i = 2; i < 13; i++) v[i] = std::atoll(words[i]);
   const char* name = words[1];
   Method method = {true, 1, 1, 18, 256, true, true, 2, 2};
   if (!std::strcmp(name, "limbs")) method = {true, 3, 1, 8, 192, false, false, 4, 2};
   if (!std::strcmp(name, "fma")) method = {false, 1, 2, 8, 192, true, false, 4, 4};
-  if (!std::strcmp(name, "fma bf16")) method = {false, 1, 1, 8, 192, false, true, 2, 4};
+  if (!std::strcmp(name, "fma bf16")) method = {false, 1, 1, 8, 192, false, true, 2, 4, true};
   const int64_t K = v[2], N = v[3], r = v[4], ra = v[5], others = N - r;
   const bool pivoted = v[7], backward = v[8];
   LayerCall call{};
@@ -44,18 +44,19 @@ int main(int, char** words) {
     call.adapter_shrink = {nullptr, ra, call.K};
     call.adapter_expand = {nullptr, call.N, ra};
   }
+  call.shrink.bits = call.expand.bits = int(v[12]);
   PivotPanel panel{};
   if (pivoted) call.table = {&panel, N, r};
   const BlockPlan p = plan_block(method, call, v[10], v[11]);
   const char* x[] = {"in_place", "chunk_copy", "whole_copy"};
   std::printf("shared=%d row_tiles_first=%d finishes_row_tiles=%d x=%s has_h=%d merges_pivots=%d "
               "h_is_pivots=%d adapter_h_apart=%d base_panels=%d shrink=%dx%d expand=%dx%d "
-              "shrink_group=%lld expand_group=%lld rows=%lld",
+              "shrink_group=%lld expand_group=%lld rows=%lld fixed_point=%d",
               p.shared, p.row_tiles_first, p.finishes_row_tiles, x[int(p.x)], p.has_h,
               p.merges_pivots, p.h_is_pivots, p.adapter_h_apart, int(p.base_panels),
               int(p.shrink.count), int(p.shrink.blocks), int(p.expand.count),
               int(p.expand.blocks), (long long)p.shrink_group, (long long)p.expand_group,
-              (long long)rows_per_block(method, call));
+              (long long)rows_per_block(method, call), p.fixed_point);
 }
 """
 UNLIMITED = str(1 << 40)
@@ -75,7 +76,7 @@ def program(tmp_path_factory) -> Path:
 def plan_of(
     program: Path, method: str, K=576, N=1536, r=224, ra=0, adapter=0, pivoted=False, **more
 ):
-    options = {"backward": False, "ldx": K, "rows": 256, "shared": False} | more
+    options = {"backward": False, "ldx": K, "rows": 256, "shared": False, "bits": 0} | more
     numbers = [K, N, r, ra, adapter, int(pivoted), *(int(value) for value in options.values())]
     done = subprocess.run(
         [program, method, *map(str, numbers)], capture_output=True, text=True, check=True
@@ -116,6 +117,21 @@ def test_a_long_k_is_summed_in_even_passes(program):
 )
 def test_where_x_is_read(program, wanted, method, change):
     assert plan_of(program, method, **change)["x"] == wanted
+
+
+def test_quantised_panels(program):
+    """Few rows are fixed point, whatever the method; many where it says so: then passes end between
+    units of 64 k, and x is read by fix_row alone."""
+    assert plan_of(program, "amx", bits=4, rows=8, shared=True)["fixed_point"] == "1"
+    for method in ("amx", "fma", "limbs"):
+        assert plan_of(program, method, bits=4)["fixed_point"] == "0"
+    plan = plan_of(program, "fma bf16", bits=4, K=896, r=800)
+    assert (plan["fixed_point"], plan["x"]) == ("1", "in_place")
+    assert plan["shrink"] == plan["expand"] == "4x8", "28 and 25 k-blocks, even passes of 7"
+    assert plan_of(program, "fma bf16", K=896, r=800)["shrink"] == "4x7"
+    assert plan_of(program, "fma bf16", bits=4, K=224)["shrink"] == "1x7"
+    adapted = plan_of(program, "fma bf16", bits=4, K=896, ra=8, adapter=SEPARATE)
+    assert adapted["x"] == "chunk_copy", "the adapter multiplies floats"
 
 
 def test_few_rows_are_one_pass_without_groups(program):

@@ -16,6 +16,7 @@ from helpers.quantizing import quantized_model, rounded
 
 from hylora_kernels import Decoder, optimize_for_inference, reference, restore_from_inference
 from hylora_kernels.backends import cpu
+from hylora_kernels.backends.cpu import packed as packed_module
 from hylora_kernels.backends.cpu.packed import in_panels
 from hylora_kernels.backends.shared.decoder_form import BlockForm, DecoderForm, LayerForm
 from hylora_kernels.inference.recognise import recognise
@@ -64,6 +65,20 @@ def test_factors_with_and_without_an_adapter(form, SVh_bits, U_bits, dtype):
         plain = cpu.unpack(packed)
         for name in ("SVh", "U", "A", "B", "pivots"):
             assert_same(getattr(plain, name), getattr(layer.weights, name))
+
+
+@pytest.mark.parametrize("form, bits", [("dense", 3), ("pair", 8)])
+def test_many_rows_of_float32_go_through_torch(form, bits, monkeypatch):
+    """As those of plain layers do, and as exact; more than 8 MB of weights are two parts."""
+    monkeypatch.setattr(packed_module, "six_products_stay_faster", lambda: False)
+    N = 21000 if form == "dense" else 97
+    case = Case(M=1024, sizes=(101, N, 67), lora_rank=0, form=form)
+    layer = quantised(case, torch.float32, bits, bits)
+    given = cpu.pack(layer.weights, torch.float32)
+    y = cpu.forward_packed(layer.x, given, layer.weights.bias)
+    layer.check(y)
+    fewer = cpu.forward_packed(layer.x[:1023], given, layer.weights.bias)
+    torch.testing.assert_close(fewer, y[:1023], rtol=1e-5, atol=1e-5)
 
 
 def assert_same(got, given):
