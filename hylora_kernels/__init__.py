@@ -45,7 +45,12 @@ __all__ = [
 ]
 
 # A module of another library -> the one that extends it, imported right after it, never before.
-import_after({"transformers.quantizers.auto": "hylora_kernels.integrations.transformers"})
+import_after(
+    {
+        "transformers.quantizers.auto": "hylora_kernels.integrations.transformers",
+        "peft": "hylora_kernels.integrations.peft",
+    }
+)
 
 # Type checkers and editors read these imports. They don't read __getattr__, which would let them
 # take any name for one of this module's.

@@ -76,7 +76,7 @@ def modules_after(code: str) -> set[str]:
 
 # torch._dynamo is torch.compile's tracer, 1.6 s of CPU time; sympy comes with it.
 HEAVY = {"torch._dynamo", "sympy", "triton", "transformers", "accelerate", "huggingface_hub"}
-HEAVY |= {"datasets", "matplotlib", "jinja2", "pandas", "pyarrow", "gguf", "typer", "rich"}
+HEAVY |= {"datasets", "matplotlib", "jinja2", "pandas", "pyarrow", "gguf", "typer", "rich", "peft"}
 
 
 def test_import_takes_little_more_than_torch():

@@ -38,12 +38,12 @@ def use_config(context: typer.Context, path: Path | None) -> Path | None:
     defaults: dict[str, Any] = {}
     for key, value in _read(path):
         if key == COMMAND:
-            if value != context.info_name:
-                raise _bad(path, f"is for the command {value!r}, not {context.info_name!r}")
+            if value != _verb_of(context):
+                raise _bad(path, f"is for the command {value!r}, not {_verb_of(context)!r}")
             continue
         parameter = parameters.get(key.replace("-", "_"))
         if parameter is None:
-            raise _bad(path, f"{context.info_name} has no option {key!r}{_near(key, parameters)}")
+            raise _bad(path, f"{_verb_of(context)} has no option {key!r}{_near(key, parameters)}")
         if parameter.name in defaults:
             raise _bad(path, f"{key!r} stands there twice")
         if value is not None:
@@ -64,14 +64,21 @@ def write_config(context: typer.Context, given: Mapping[str, Any]) -> None:
     result = next((r for r in results if r is not None and r.exists()), None)
     if result is None:
         return
-    values: dict[str, Any] = {COMMAND: context.info_name}
+    values: dict[str, Any] = {COMMAND: _verb_of(context)}
     for key, parameter in _by_key(context, every=False).items():
         value = given.get(parameter.name)
         if value is not None:
             values[key] = _plain(value)
     path = result / NAME if result.is_dir() else result.with_name(f"{result.stem}.{NAME}")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    write_text(path, f"# hylora {context.info_name} --config {path.name}\n{text}")
+    write_text(path, f"# hylora {_verb_of(context)} --config {path.name}\n{text}")
+
+
+def _verb_of(context: typer.Context) -> str:
+    """The command's name, that of its group in front: "compress", "adapter export"."""
+    group = context.parent
+    inside = group is not None and group.parent is not None
+    return f"{group.info_name} {context.info_name}" if inside else str(context.info_name)
 
 
 def _by_key(context: typer.Context, every: bool = True) -> dict[str, Any]:

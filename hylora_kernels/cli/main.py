@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hylora_kernels.cli import (
+    adapter_commands,
     compress_commands,
     evaluate_command,
     export_commands,
@@ -30,7 +31,8 @@ from hylora_kernels.cli.output import (
     report_on_stdout,
 )
 
-# verb -> (its function, the sentence that Ctrl-C prints: what is kept, and how to continue)
+# Verb, its group in front if it has one -> (its function, the sentence that Ctrl-C prints: what is
+# kept, and how to continue)
 VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "compress": (
         compress_commands.compress,
@@ -57,6 +59,8 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
         model_commands.demo,
         "Finished stages are in {out}: repeat the command to continue.",
     ),
+    "adapter export": (adapter_commands.export_adapter, "What is in {out} is complete."),
+    "adapter import": (adapter_commands.import_adapter, "Nothing was written."),
     "info": (machine_commands.info, "Nothing was written."),
     "selftest": (machine_commands.selftest, "Nothing was written."),
     "tune": (machine_commands.tune, "The configurations measured so far are in the table."),
@@ -147,8 +151,12 @@ def options(
     """Options before the command."""
 
 
+GROUPS = {"adapter": typer.Typer(help="A model's adapters as files of PEFT.", no_args_is_help=True)}
+for _name, _group in GROUPS.items():
+    app.add_typer(_group, name=_name)
 for _verb, (_function, _kept) in VERBS.items():
-    app.command(_verb)(guarded(_function, _kept))
+    _name, _, _command = _verb.rpartition(" ")
+    GROUPS.get(_name, app).command(_command)(guarded(_function, _kept))
 
 
 def main() -> None:

@@ -161,6 +161,9 @@ def analyze(
         ),
     ] = "svd",
     options: dict[str, Any],
+    lora: Annotated[
+        bool, Option("--lora", help="Print the size of a LoRA by its rank, in place of spectra.")
+    ] = False,
     png: Annotated[Path | None, Option(help="Draw the spectra to this file.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -171,8 +174,16 @@ def analyze(
 ) -> None:
     """Singular spectra of a model's linears: which rank keeps how much energy, and its cost."""
     from hylora_kernels.compression.spectrum import analyze_spectrum
+    from hylora_kernels.model.adapters import lora_sizes
 
+    if lora and png is not None:
+        raise ValueError("--png draws spectra: leave it out with --lora")
     loaded, tokenizer = load(model, device, dtype, trust_remote_code, revision, tokenizer)
+    if lora:
+        sizes = lora_sizes(loaded, include=options["include"], exclude=options["exclude"])
+        show(sizes.render())
+        write_report(sizes, json_path)
+        return
     report = analyze_spectrum(loaded, method, tokenizer=tokenizer, **options)
     show(report.render())
     show(trainable_line(loaded))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,11 +14,22 @@ from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedLinear
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.coverage import body_parameters, skipped_parameters, warn_if_little
-from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled, unshared_layers
+from hylora_kernels.model.modules import (
+    freeze_all_but_adapters,
+    keep_unscaled,
+    parameter_count,
+    unshared_layers,
+)
 from hylora_kernels.model.saving import save_in_hylora_format
 from hylora_kernels.model.structure import as_matrix, select
+from hylora_kernels.support.console import format_bytes, table
+from hylora_kernels.support.report import Report
 from hylora_kernels.weights import Weights
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LORA_RANKS = (4, 8, 16, 32, 64)
 _log = logging.getLogger(__name__)
 
 
@@ -138,11 +151,74 @@ def merge_adapters(model: nn.Module, requantize: bool = True) -> nn.Module:
                 errors[path] = module.merge_error or 0.0
         elif isinstance(module, SVDLoRALinear):
             module.merge()
-    if errors:
-        worst = max(errors, key=errors.__getitem__)
-        _log.warning(
-            "merge_adapters: rounded %d layers to their bits again, relative error %.3f on average,"
-            " at most %.3f (%s)",
-            *(len(errors), sum(errors.values()) / len(errors), errors[worst], worst),
-        )
+    log_rounding(errors)
     return model
+
+
+def log_rounding(errors: dict[str, float]) -> None:
+    """Log what rounding quantised layers again has cost. errors: path -> its merge_error."""
+    if not errors:
+        return
+    worst = max(errors, key=errors.__getitem__)
+    _log.warning(
+        "rounded %d layers to their bits again, relative error %.3f on average, at most %.3f (%s)",
+        *(len(errors), sum(errors.values()) / len(errors), errors[worst], worst),
+    )
+
+
+@dataclass
+class LoraSize(Report):
+    """Adapters of one rank on all linears. share: of the model's parameters. bytes: in the dtype of
+    each linear."""
+
+    rank: int
+    parameters: int
+    share: float
+    bytes: int
+
+
+@dataclass
+class LoraSizes(Report):
+    """linears: how many get an adapter. model: the parameters of the model as it is."""
+
+    linears: int
+    model: int
+    ranks: list[LoraSize]
+
+    def render(self) -> Table:
+        rows = [
+            (str(size.rank), size.parameters, f"{size.share:.3%}", format_bytes(size.bytes))
+            for size in self.ranks
+        ]
+        title = f"LoRA on {self.linears} linears of a model of {self.model:,} parameters"
+        return table(title, ("rank", "parameters", "of the model", "bytes"), rows)
+
+
+def lora_sizes(
+    model: nn.Module,
+    ranks: Sequence[int] = LORA_RANKS,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+) -> LoraSizes:
+    """The size of a LoRA by its rank: r (K + N) parameters for each linear [N, K] that add_adapters
+    or PEFT's "all-linear" would take, in a model as it is, dense or compressed.
+
+    include, exclude: as for add_adapters. Raises ValueError for a rank below 1.
+
+        print(lora_sizes(load_pretrained("small")))
+    """
+    check_model(model, "generate")
+    if not ranks or min(ranks) < 1:
+        raise ValueError(f"ranks must be one or more ints of at least 1, got {list(ranks)}")
+    targets = select(model, include, exclude)[0].values()
+    total = parameter_count(model)
+    per_rank = wide = 0
+    for linear in targets:
+        if isinstance(linear, SVDLoRALinear):
+            features, dtype = linear.out_features + linear.in_features, linear.SVh.dtype
+        else:
+            W = as_matrix(linear)
+            features, dtype = sum(W.shape), W.dtype
+        per_rank, wide = per_rank + features, wide + features * dtype.itemsize
+    sizes = [LoraSize(r, r * per_rank, r * per_rank / max(total, 1), r * wide) for r in ranks]
+    return LoraSizes(len(targets), total, sizes)

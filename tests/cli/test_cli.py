@@ -60,12 +60,13 @@ def recovered(home, compressed):
 def test_every_verb_is_there_and_says_what_it_does():
     assert set(cli.VERBS) == {
         "compress", "finetune", "evaluate", "generate", "analyze", "sweep", "info", "demo", "cache",
-        "selftest", "tune", "quantize", "export",
+        "selftest", "tune", "quantize", "export", "adapter export", "adapter import",
     }  # fmt: skip
     shown = run("--help").output
     for verb in cli.VERBS:
-        assert verb in shown
-        page = run(verb, "--help").output
+        *group, name = verb.split()
+        assert name in (run(*group, "--help").output if group else shown)
+        page = run(*verb.split(), "--help").output
         assert "--json" in page and "--debug" in page
         if verb not in ("info", "cache", "export"):
             assert "--device" in page
@@ -276,6 +277,10 @@ def test_analyze_draws_and_writes(home, tmp_path):
     run("analyze", home / "dense", "--png", tmp_path / "a.png", "--json", tmp_path / "a.json")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "a.json").read_text())
+    shown = run("analyze", home / "dense", "--lora", "--json", tmp_path / "l.json").output
+    found = json.loads((tmp_path / "l.json").read_text())["ranks"]
+    assert [size["rank"] for size in found] == [4, 8, 16, 32, 64] and "of the model" in shown
+    assert all(f"{size['parameters']:,}" in shown for size in found)
 
 
 def test_sweep_makes_a_table(home, tmp_path):
@@ -358,6 +363,7 @@ def test_cache_is_shown_and_cleared(monkeypatch, tmp_path):
         ),
         (("generate", "{home}/dense", "The", "--max-new-tokens", 999), "--max-new-tokens 999"),
         (("analyze", "{home}/dense", "--png", "{home}/a.doc"), "--png {home}/a.doc must end with"),
+        (("analyze", "{home}/dense", "--lora", "--png", "{home}/a.png"), "--png draws spectra"),
         (
             ("finetune", "{home}/small", "--out", "{home}/x", "--lora-rank", 2),
             "--lora-rank 2 is for",

@@ -23,6 +23,7 @@ NEEDS = {
     "transformers": (),
     "Export": (),
     "Evaluation harness": ("lm_eval",),
+    "PEFT": ("peft",),
 }
 
 

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from helpers import tiny
 from helpers.zoo import NAMES, ZOO, tokens, zoo_model
 
 from hylora_kernels.layers.linear import SVDLoRALinear
-from hylora_kernels.model.adapters import add_adapters, merge_adapters
+from hylora_kernels.model.adapters import add_adapters, lora_sizes, merge_adapters
 from hylora_kernels.model.structure import linears
 
 IDS = tokens(3, 12)
@@ -88,3 +89,28 @@ def test_refusals():
         ValueError, match="model must be dense to take adapters, but its layer model"
     ):
         add_adapters(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sizes_of_a_lora_are_those_of_its_adapters(name):
+    model = zoo_model(name)
+    total = sum(p.numel() for p in model.parameters())
+    sizes = lora_sizes(model, ranks=[2, 6])
+    assert sizes.model == total and [size.rank for size in sizes.ranks] == [2, 6]
+    add_adapters(model, lora_rank=6)
+    made = [p for layer in adapters(model).values() for p in (layer.A, layer.B)]
+    assert sizes.linears == len(adapters(model))
+    assert sizes.ranks[1].parameters == sum(p.numel() for p in made)
+    assert sizes.ranks[1].share == sizes.ranks[1].parameters / total
+    assert sizes.ranks[1].bytes == sum(p.nbytes for p in made)
+    assert f"{sizes.ranks[1].parameters:,}" in str(sizes)
+    with pytest.raises(ValueError, match="ranks must be one or more ints of at least 1, got"):
+        lora_sizes(model, ranks=[4, 0])
+
+
+def test_sizes_of_a_lora_are_the_same_on_low_rank_layers():
+    dense = tiny.llama()
+    small = tiny.adapted(copy.deepcopy(dense), lora_rank=0)
+    one, other = lora_sizes(dense).ranks, lora_sizes(small).ranks
+    assert [size.parameters for size in one] == [size.parameters for size in other]
+    assert one[0].share < other[0].share
