@@ -63,7 +63,7 @@ def test_analyze_has_the_options_of_compress_that_it_needs():
     shown = {param.name: param for param in COMMANDS["analyze"].params}
     fields = {field.name: field for field in dataclasses.fields(CompressOptions)}
     common = {"include", "exclude", "calibration", "split", "column", "samples", "length", "seed"}
-    assert shown.keys() == common | EVERY | {"method", "png", "trust_remote_code"}
+    assert shown.keys() == common | EVERY | {"method", "png", "lora", "trust_remote_code"}
     assert all(shown[name].default == fields[name].default for name in common)
 
 
