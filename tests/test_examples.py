@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny
 
-from hylora_kernels.text.sources import python_docs_text
+from hylora_kernels.text.sources import SPLIT_TEXTS, python_docs_text
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -78,8 +78,11 @@ def test_own_model(tiny_model, tmp_path, monkeypatch, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_the_cells_of_the_notebook_run(tiny_model, capsys):
-    """As one script, on a tiny model in the place of SmolLM2."""
+def test_the_cells_of_the_notebook_run(tiny_model, capsys, monkeypatch):
+    """As one script, on a tiny model in the place of SmolLM2 and a text in that of stdlib, which is
+    nearly a million characters to gather and to cut up."""
+    text = (tiny_model / "text.txt").read_text(encoding="utf-8")
+    monkeypatch.setitem(SPLIT_TEXTS, "stdlib", lambda split: text)
     notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     script = "\n".join(cells).replace('"smollm2-135m"', repr(str(tiny_model)))
