@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -15,11 +16,22 @@ def import_after(modules: Mapping[str, str]) -> None:
 
     modules: full name of the other's module -> full name of ours. The other's is never imported
              here; if that has happened, ours is imported at once.
+
+    Ours can fail in a version of the library that it doesn't know. Then the library works without
+    it, and a warning says so: a program may need nothing of ours.
     """
     sys.meta_path.insert(0, _ImportAfter(modules))
     for name in modules:
         if name in sys.modules:
-            import_module(modules[name])
+            _extend(name, modules[name])
+
+
+def _extend(name: str, ours: str) -> None:
+    try:
+        import_module(ours)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{name} goes without {ours}: {reason}", RuntimeWarning, stacklevel=2)
 
 
 class _ImportAfter(MetaPathFinder):
@@ -37,7 +49,7 @@ class _ImportAfter(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                import_module(self.modules[name])
+                _extend(name, self.modules[name])
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -47,3 +47,14 @@ def test_a_missing_library_is_as_missing_as_ever(library):
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         import no_such_library.registry  # noqa: F401
     assert "our_part" not in sys.modules
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_library_that_ours_does_not_know_works_without_it(library, tmp_path, is_there):
+    (tmp_path / "our_part.py").write_text("from other_lib.registry import other_names\n")
+    if is_there:
+        from other_lib import registry
+    with pytest.warns(RuntimeWarning, match=r"other_lib\.registry goes without our_part: Import"):
+        import_after(library)
+        from other_lib import registry
+    assert registry.names == []
