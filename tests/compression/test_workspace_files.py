@@ -265,6 +265,7 @@ CHANGES = {
     "trust_remote_code": (True, NEITHER),  # What the code makes of a model is in the key itself.
 }
 CHOOSE_TEXT = {"split", "column"}  # of tables; the tokens that come of them are in the key
+BY_RATES = {"target_time"}  # It becomes a keep: test_times.py.
 WITH_BITS_ALONE = {"low_rank", "embedding_bits"}  # Codes have files of their own: test_bits.py.
 
 
@@ -288,7 +289,7 @@ def base_keys(tmp_path_factory):
 
 
 def test_every_option_is_in_the_table():
-    named = set(CHANGES) | CHOOSE_TEXT | WITH_BITS_ALONE
+    named = set(CHANGES) | CHOOSE_TEXT | BY_RATES | WITH_BITS_ALONE
     assert named == {field.name for field in fields(CompressOptions)}
 
 

@@ -42,7 +42,7 @@ def test_sweep_takes_a_model_and_its_options():
 def test_a_cell_passes_on_all_options_of_compress_that_a_sweep_has():
     names = {field.name for field in dataclasses.fields(CompressOptions)}
     own = {"keep", "lora_rank", "calibration", "samples", "length", "tokenizer", "device", "dtype"}
-    own |= {"split", "column", "trust_remote_code", "target_params", "target_mb"}
+    own |= {"split", "column", "trust_remote_code", "target_params", "target_mb", "target_time"}
     own |= {"low_rank", "embedding_bits"}  # A grid of keeps has low-rank layers.
     own |= {"measure"}  # A cell is measured on held-out text.
     assert SweepOptions("out").for_compress().keys() == names - own
