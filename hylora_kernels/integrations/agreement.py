@@ -47,8 +47,8 @@ class Session(Protocol):
 @torch.no_grad()
 def compare(model: nn.Module, session: Session) -> Agreement:
     """Run both side by side; the model's tokens are what both go on with."""
-    room = context_length(model)
-    count = TOKENS if room is None else max(1, min(TOKENS, room - PROMPT))
+    context = context_length(model)
+    count = TOKENS if context is None else max(1, min(TOKENS, context - PROMPT))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary_size(model), (1, PROMPT), generator=generator, device="cpu")
     decoder = Decoder(model)
