@@ -26,7 +26,7 @@ from timing import interleave
 from torch import nn
 
 from hylora_kernels import SVDLoRALinear, backends, optimize_for_inference, use_backend
-from hylora_kernels.ops_packed import packed_group
+from hylora_kernels.ops.packed import packed_group
 from hylora_kernels.support.storage import write_json
 
 # A decoder's small projection; without a GPU a tiny one, since rivals compute there.

@@ -14,7 +14,7 @@ from hylora_kernels.support import interrupt  # noqa: F401  # First: torch takes
 from hylora_kernels.backends import available_backends, use_backend
 from hylora_kernels.layers.linear import SVD_LoRA_Linear, SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
-from hylora_kernels.ops import svd_lora_linear
+from hylora_kernels.ops.linear import svd_lora_linear
 from hylora_kernels.support.imports import import_after
 
 __version__ = "0.1.0"

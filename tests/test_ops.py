@@ -26,7 +26,8 @@ from helpers.numerics import (
 )
 from torch import Tensor
 
-from hylora_kernels import backends, ops, reference, svd_lora_linear, use_backend
+from hylora_kernels import backends, reference, svd_lora_linear, use_backend
+from hylora_kernels.ops import linear
 from hylora_kernels.weights import Weights
 
 
@@ -219,14 +220,14 @@ class CountingBackend(SimpleNamespace):
 
 
 _counting_backend = CountingBackend()
-_counting_op = ops._define("counting", _counting_backend)
+_counting_op = linear._define("counting", _counting_backend)
 
 
 @pytest.fixture
 def counting(monkeypatch):
     _counting_backend.calls.clear()
     monkeypatch.setitem(backends.BACKENDS, "counting", _counting_backend)
-    monkeypatch.setitem(ops._FORWARD_OPS, "counting", _counting_op)
+    monkeypatch.setitem(linear._FORWARD_OPS, "counting", _counting_op)
     return _counting_backend
 
 

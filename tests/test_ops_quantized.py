@@ -9,7 +9,7 @@ import torch
 from helpers.quantizing import FORMS, dequantized, random_weights
 
 from hylora_kernels import reference, svd_lora_linear, use_backend
-from hylora_kernels.ops_quantized import quantized_linear
+from hylora_kernels.ops.quantized import quantized_linear
 from hylora_kernels.weights import Needs, Saved, Weights
 
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hylora_kernels import ops_export, reference
+from hylora_kernels import reference
 from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedFactor, QuantizedLinear
+from hylora_kernels.ops import export
 from hylora_kernels.weights import GROUP
 
 
@@ -74,7 +75,7 @@ class _Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         A, B = (None if t is None else t.to(x.dtype) for t in (self.A, self.B))
         operands = (self.SVh, self.U, A, B, self.bias, self.alpha, self.pivots)
-        return ops_export.forward(x, *operands)[0]
+        return export.forward(x, *operands)[0]
 
 
 class _Embedding(nn.Module):

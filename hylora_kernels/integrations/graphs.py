@@ -1,7 +1,7 @@
 """A model as a graph of ONNX, OpenVINO or torch.export, traced by transformers' exporters.
 
 They trace a model with its cache into one graph that reads a prompt and decodes. Our ops leave
-their traces as plain products (ops_export.py), so they take a compressed model as any other.
+their traces as plain products (ops/export.py), so they take a compressed model as any other.
 """
 
 from __future__ import annotations

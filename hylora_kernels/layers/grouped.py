@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from hylora_kernels import backends
 from hylora_kernels.layers.packed import Columns, PackedModule
-from hylora_kernels.ops_packed import packed_group
+from hylora_kernels.ops.packed import packed_group
 
 
 @dataclass(frozen=True)

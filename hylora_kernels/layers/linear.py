@@ -14,7 +14,8 @@ from hylora_kernels import backends, reference
 from hylora_kernels.layers import factors
 from hylora_kernels.layers.dense_weight import DenseWeight
 from hylora_kernels.layers.factorize import truncated_svd
-from hylora_kernels.ops import FLOATS, check_alpha, check_shapes, svd_lora_linear
+from hylora_kernels.ops.checks import FLOATS, check_alpha, check_shapes
+from hylora_kernels.ops.linear import svd_lora_linear
 from hylora_kernels.weights import Weights
 
 

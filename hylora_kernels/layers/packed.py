@@ -22,7 +22,7 @@ from hylora_kernels.layers.quantized import (
     own_parameters,
     stored_parts,
 )
-from hylora_kernels.ops_packed import packed_embedding, packed_linear
+from hylora_kernels.ops.packed import packed_embedding, packed_linear
 from hylora_kernels.weights import QuantizedMatrix
 
 

@@ -14,8 +14,8 @@ from hylora_kernels.layers import factors
 from hylora_kernels.layers.dense_weight import DenseWeight
 from hylora_kernels.layers.grids import requantized
 from hylora_kernels.layers.linear import SVDLoRALinear, without_gradient
-from hylora_kernels.ops import check_shapes
-from hylora_kernels.ops_quantized import quantized_linear
+from hylora_kernels.ops.checks import check_shapes
+from hylora_kernels.ops.quantized import quantized_linear
 from hylora_kernels.weights import GROUP, PLANES, QuantizedMatrix, Weights
 
 QUANTIZABLE = ("SVh", "U")

@@ -24,7 +24,7 @@ from hylora_kernels.layers.packed import (
 from hylora_kernels.layers.quantized import rows_of
 from hylora_kernels.model.checkpoint import load_pretrained
 from hylora_kernels.model.saving import save_pretrained
-from hylora_kernels.ops_quantized import quantized_linear
+from hylora_kernels.ops.quantized import quantized_linear
 from hylora_kernels.reference import dequantize
 from hylora_kernels.weights import QuantizedMatrix, Weights
 

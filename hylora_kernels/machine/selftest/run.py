@@ -30,7 +30,7 @@ from hylora_kernels.backends.triton.config import TORCH_PRODUCTS, Problem, candi
 from hylora_kernels.machine.selftest import codes, groups
 from hylora_kernels.machine.selftest.grid import DTYPES, FORMS, Call, Case, Entry, plan
 from hylora_kernels.machine.selftest.races import Race, races, run
-from hylora_kernels.ops import svd_lora_linear
+from hylora_kernels.ops.linear import svd_lora_linear
 from hylora_kernels.support.console import table
 from hylora_kernels.support.devices import device_name, resolve_device
 from hylora_kernels.support.report import Report

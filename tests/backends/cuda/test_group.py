@@ -259,7 +259,7 @@ def test_compile_whole_graph(on_emulator):
 @torch.no_grad()
 def test_autocast_is_that_of_the_members_device(on_emulator, monkeypatch):
     layers = Layers(KINDS["pairs"], torch.bfloat16, backend="cuda")
-    from hylora_kernels.ops_packed import packed_group
+    from hylora_kernels.ops.packed import packed_group
 
     with torch.autocast("cpu", torch.float16):
         y = packed_group(torch.randn(2, K), layers.group)

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hylora_kernels import backends, flops, ops, ops_export, reference
+from hylora_kernels import backends, flops, reference
+from hylora_kernels.ops import export, linear
+from hylora_kernels.ops.checks import check
+from hylora_kernels.ops.define import define
 from hylora_kernels.weights import QuantizedMatrix, Weights
 
 _FROZEN = (
@@ -50,9 +53,9 @@ def quantized_linear(
     Gradients, checks and errors are svd_lora_linear's. Raises ValueError too for a QuantizedMatrix
     whose tensors don't fit one another.
     """
-    dense = [_stand_in(name, m, x) for name, m in (("SVh", SVh), ("U", U))]
-    weights = Weights(*dense, A, B, bias, alpha, pivots)
-    ops.check(x, weights)
+    stands_in = _stand_in("SVh", SVh, x), _stand_in("U", U, x)
+    weights = Weights(*stands_in, A, B, bias, alpha, pivots)
+    check(x, weights)
     with torch.no_grad():  # matrices made for a call: no backend has or keeps panels of them
         backend = backends.choose(x, weights)
     frozen = (*_parts(SVh), *_parts(U))
@@ -94,49 +97,53 @@ def _matrices(parts: tuple[Any, ...], K: int, like: Tensor, make: Callable[..., 
     return matrices
 
 
-def _dequantized(codes, scales, zeros, k: int, like: Tensor) -> Tensor:
+def _dequantized(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, like: Tensor
+) -> Tensor:
     bits = codes.shape[-1] // 8
     matrix = QuantizedMatrix(codes, scales.view(torch.float16), zeros, bits, k)
     return reference.dequantize(matrix, like.dtype)
 
 
-def _shape_of(codes, scales, zeros, k: int, like: Tensor) -> Tensor:
+def _shape_of(
+    codes: Tensor, _scales: Tensor, _zeros: Tensor | None, k: int, like: Tensor
+) -> Tensor:
     return like.new_empty(len(codes), k)
 
 
 def _forward(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     parts, (*others, K, backend) = inputs[:_PARTS], inputs[_PARTS:]
     matrices = _matrices(parts, K, x, _dequantized)
-    return ops.kernel_forward(backends.BACKENDS[backend], x, *matrices, *others)
+    return linear.kernel_forward(backends.BACKENDS[backend], x, *matrices, *others)
 
 
 def _fake_forward(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     parts, (*others, K, _) = inputs[:_PARTS], inputs[_PARTS:]
-    return ops.fake_forward(x, *_matrices(parts, K, x, _shape_of), *others)
+    return linear.fake_forward(x, *_matrices(parts, K, x, _shape_of), *others)
 
 
 def _backward(dy: Tensor, x: Tensor | None, h_a: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     parts, (*others, K, backend) = inputs[:_PARTS], inputs[_PARTS:]
     matrices = _matrices(parts, K, dy, _dequantized)
-    return ops.kernel_backward(backends.BACKENDS[backend], dy, x, h_a, *matrices, *others)
+    return linear.kernel_backward(backends.BACKENDS[backend], dy, x, h_a, *matrices, *others)
 
 
 def _fake_backward(dy: Tensor, x: Tensor | None, h_a: Tensor | None, *inputs: Any) -> tuple:
     parts, (*others, K, _) = inputs[:_PARTS], inputs[_PARTS:]
-    return ops.fake_backward(dy, x, h_a, *_matrices(parts, K, dy, _shape_of), *others)
+    return linear.fake_backward(dy, x, h_a, *_matrices(parts, K, dy, _shape_of), *others)
 
 
 def _formula_forward(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     parts, (*others, K, _) = inputs[:_PARTS], inputs[_PARTS:]
-    return ops_export.forward(x, *_matrices(parts, K, x, _dequantized), *others)
+    return export.forward(x, *_matrices(parts, K, x, _dequantized), *others)
 
 
 def _formula_backward(dy: Tensor, x: Tensor | None, h_a: Tensor | None, *inputs: Any) -> tuple:
     parts, (*others, K, _) = inputs[:_PARTS], inputs[_PARTS:]
-    return ops_export.backward(dy, x, h_a, *_matrices(parts, K, dy, _dequantized), *others)
+    return export.backward(dy, x, h_a, *_matrices(parts, K, dy, _dequantized), *others)
 
 
-_forward_op = ops.define(
+_forward_op = define(
     "quantized",
     (_FORWARD, _BACKWARD),
     (_forward, _backward),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hylora_kernels import backends
-from hylora_kernels.ops import CASTABLE, refuse_forward_mode
+from hylora_kernels.ops.checks import CASTABLE, refuse_forward_mode
 
 
 def packed_linear(x: Tensor, packed: Any, bias: Tensor | None = None) -> Tensor:
