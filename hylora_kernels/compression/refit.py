@@ -16,7 +16,9 @@ with a small ridge and no residual term.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -57,10 +59,10 @@ def refit_blocks(
     Linears in front of the blocks are taken as dense. A linear that doesn't read every token, such
     as one of a routed expert, keeps its U: the two models route other tokens to it.
 
-    The model is not changed. Memory: two streams of hidden states and the inputs of one block, over
-    all n L tokens. Raises ValueError if there are no blocks, if they do not form a chain, or if the
-    dense stream isn't the model's own; FloatingPointError naming the layer whose inputs in the
-    compressed model are not finite.
+    The model is not changed. Memory, over all n L tokens: two streams of hidden states, and of one
+    block the inputs of the dense linears and the outputs of the student's. Raises ValueError if
+    there are no blocks, if they do not form a chain, or if the dense stream isn't the model's own;
+    FloatingPointError naming the layer whose inputs in the compressed model are not finite.
     """
     if not blocks:
         raise ValueError("refit needs a model with a list of blocks, got none: set refit=False")
@@ -78,6 +80,7 @@ def refit_blocks(
                 if target.path in fitted:
                     target.matrix.copy_(solver.product(target.path, fitted[target.path]))
             dense_stream = chain.run(block, dense_stream)
+            student_stream = student_chain.run(student, student_stream)
         else:
             batches = [
                 _Batch(*values)
@@ -88,10 +91,14 @@ def refit_blocks(
                     strict=True,
                 )
             ]
-            fitted, dense_stream = _refit_block(block, student, batches, solver)
+            with _replaying(student) as replay:
+                fitted, dense_stream = _refit_block(block, student, batches, solver, replay)
+                student_stream = [
+                    batch.student_call.run(student.module, batch.student)
+                    for batch in replay.each(batches)
+                ]
         chain.check(block, dense_stream)
         yield block.path, fitted
-        student_stream = student_chain.run(student, student_stream)
 
 
 @dataclass
@@ -113,13 +120,14 @@ def refit_bytes(blocks: Iterable[Block], ranks: dict[str, int]) -> int:
 
 
 def _refit_block(
-    block: Block, student: Block, batches: list[_Batch], solver: _Solver
+    block: Block, student: Block, batches: list[_Batch], solver: _Solver, replay: _Replay
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """-> (path -> refitted matrix, by batch the dense stream behind the block). The student's
     weights are replaced on the way, so that each group is fitted to what the groups before it
     became."""
-    writers = _residual_writers(block, batches[0].dense, batches[0].dense_call)
-    wanted = [_watched(block, writers, batch.dense, batch.dense_call) for batch in batches]
+    candidates = _may_write(block, batches[0].dense)
+    wanted = [_watched(block, candidates, batch.dense, batch.dense_call) for batch in batches]
+    writers = _residual_writers(candidates, batches[0].dense, *wanted[0])
     fitted: dict[str, Tensor] = {}
     for group, student_group in zip(block.groups, student.groups, strict=True):
         if group.leader.routed:
@@ -127,7 +135,7 @@ def _refit_block(
         leader = group.leader.path
         cross, own, residual = 0, None, 0
         earlier = writers[: writers.index(leader)] if leader in writers else []
-        for batch, (dense, _) in zip(batches, wanted, strict=True):
+        for batch, (dense, _) in zip(replay.each(batches), wanted, strict=True):
             seen, _ = _watched(student, writers, batch.student, batch.student_call, stop_at=leader)
             if not (seen.reads_all(leader, batch.tokens) and dense.reads_all(leader, batch.tokens)):
                 continue
@@ -147,6 +155,7 @@ def _refit_block(
                 T = W @ to_float64(cross) + (to_float64(residual) if leader in writers else 0)
                 fitted[target.path] = solver.solve(target.path, W, T, to_float64(own))
             copied.matrix.copy_(solver.product(target.path, fitted[target.path]))
+        replay.final.update(group.paths)
     return fitted, [output for _, output in wanted]
 
 
@@ -260,18 +269,73 @@ def _watched(
             hook.remove()
 
 
-def _residual_writers(block: Block, hidden: Tensor, call: Call) -> list[str]:
+def _may_write(block: Block, hidden: Tensor) -> list[str]:
+    """Paths of the linears that have an input of their own and an output of the stream's shape."""
+    alone = (g.leader for g in block.groups if len(g.targets) == 1 and not g.leader.routed)
+    return [target.path for target in alone if target.shape[0] == hidden.shape[-1]]
+
+
+def _residual_writers(
+    candidates: list[str], hidden: Tensor, seen: _Watch, output: Tensor
+) -> list[str]:
     """Paths of the linears that write into the residual stream: their outputs, added to the input
     of the block, are its output.
 
-    Candidates have an input of their own and an output of the stream's shape. One batch decides:
-    there are no writers if input plus outputs is not the block's output (norms or scales follow
-    them).
+    One batch decides, whose hidden states the block made `output` of: there are no writers if input
+    plus outputs is not the block's output (norms or scales follow them).
     """
-    alone = (g.leader for g in block.groups if len(g.targets) == 1 and not g.leader.routed)
-    candidates = [target.path for target in alone if target.shape[0] == hidden.shape[-1]]
-    seen, output = _watched(block, candidates, hidden, call)
     writers = [path for path in candidates if path in seen.outputs]
     rebuilt = hidden + sum(seen.outputs[path] for path in writers)
     error = (rebuilt - output).float().norm() / output.float().norm()
     return writers if error < 0.02 else []
+
+
+class _Replay:
+    """Outputs of a block's linears that no later forward of the same batch has to make again.
+
+    final: paths of the linears that keep their weight from now on, as all in front of them do.
+    """
+
+    def __init__(self) -> None:
+        self.final: set[str] = set()
+        self._kept: dict[tuple[int, str], tuple[Tensor, int]] = {}
+        self._batch, self._called = 0, set[str]()
+
+    def each(self, batches: list[_Batch]) -> Iterator[_Batch]:
+        """The batches, of which each is to run once before the next one is asked for."""
+        for self._batch, batch in enumerate(batches):
+            self._called.clear()
+            yield batch
+
+    def output(self, path: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What a linear makes of x: that of an earlier forward, or a new one.
+
+        A second call in one forward has another input, so it is always made. A tensor that the
+        block has written to since has another version.
+        """
+        if path not in self.final or path in self._called:
+            return forward(x)
+        self._called.add(path)
+        y, version = self._kept.get((self._batch, path), (None, 0))
+        if y is None or y._version != version or y.shape[:-1] != x.shape[:-1]:
+            y = forward(x)
+            if not y.is_inference():  # Such a tensor has no version.
+                self._kept[self._batch, path] = y, y._version
+        return y
+
+
+@contextmanager
+def _replaying(block: Block) -> Iterator[_Replay]:
+    """Inside, the linears of the block give what the replay says."""
+    replay = _Replay()
+    modules = {t.path: t.module for t in block.targets if not t.routed}
+    before = {path: vars(module).get("forward") for path, module in modules.items()}
+    for path, module in modules.items():
+        module.forward = functools.partial(replay.output, path, module.forward)
+    try:
+        yield replay
+    finally:
+        for path, module in modules.items():
+            del module.forward
+            if before[path] is not None:
+                module.forward = before[path]

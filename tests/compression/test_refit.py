@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from helpers.zoo import NAMES, ZOO, paths_of, tokens, trained, zoo_model
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
+from hylora_kernels.compression import refit
 from hylora_kernels.compression.chain import BATCH, record
 from hylora_kernels.compression.compress import compress
-from hylora_kernels.compression.refit import _residual_writers, refit_blocks
+from hylora_kernels.compression.refit import refit_blocks
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.model.loss import token_loss
 from hylora_kernels.model.structure import as_matrix, discover
@@ -181,6 +184,46 @@ def test_finished_blocks_are_taken_as_they_are():
     assert not torch.equal(other[last][paths[-1]], whole[last][paths[-1]])
 
 
+# ------------------------------------------------------------------- products that are not repeated
+
+
+class TwiceInPlace(LlamaMLP):
+    """Reads what it has made once more, and writes to the outputs of its linears."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.add_(self.down_proj(self.up_proj(x + y).mul_(self.gate_proj(x))))
+
+
+def in_place(model):
+    for layer in model.model.layers:
+        layer.mlp.__class__ = TwiceInPlace
+    return model
+
+
+@pytest.mark.parametrize("name", [*NAMES, "in place"])
+def test_outputs_are_those_that_would_be_made_again(name, monkeypatch):
+    model = in_place(zoo_model("llama")) if name == "in place" else zoo_model(name)
+    paths = [target.path for target in discover(model).targets]
+    factors, ranks = factors_of(model, paths), dict.fromkeys(paths, 5)
+    found, output = refitted(model, factors, ranks), refit._Replay.output
+    made = Counter()
+
+    def always(_replay, path, forward, x):
+        return forward(x)
+
+    def counted(replay, path, forward, x):
+        return output(replay, path, lambda x: (made.update([path]), forward(x))[1], x)
+
+    monkeypatch.setattr(refit._Replay, "output", always)
+    for path, matrix in refitted(model, factors, ranks).items():
+        assert torch.equal(matrix, found[path]), path
+    monkeypatch.setattr(refit._Replay, "output", counted)
+    refitted(model, factors, ranks)
+    if name != "in place":
+        assert made == dict.fromkeys(paths, 2)  # Two batches.
+
+
 # ------------------------------------------------------------------------------ the residual stream
 
 
@@ -195,7 +238,9 @@ def test_what_writes_into_the_residual_stream(name, dtype):
     stream = chain.hidden
     for block in blocks:
         for hidden, calls in zip(stream, chain.calls, strict=True):
-            writers = _residual_writers(block, hidden, calls[block.path])
+            candidates = refit._may_write(block, hidden)
+            seen = refit._watched(block, candidates, hidden, calls[block.path])
+            writers = refit._residual_writers(candidates, hidden, *seen)
             assert writers == [f"{block.path}.{path}" for path in ZOO[name].writers]
         stream = chain.run(block, stream)
 
