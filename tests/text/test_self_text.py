@@ -17,15 +17,16 @@ from hylora_kernels.model import cache as reserving
 from hylora_kernels.model.context import end_tokens
 from hylora_kernels.support.cache import cache_root
 from hylora_kernels.text import reserved, self_text, writer
-from hylora_kernels.text.self_text import BATCH, self_blocks
+from hylora_kernels.text.self_text import self_blocks
 from hylora_kernels.text.turns import turns_of
 
 CHATML = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<end>\n{% endfor %}"
 TEXT = "hello world, this is a text"
+ROWS = self_text.ROWS_ON_CPU
 WORDS = 352  # More than the tokenizer's 262.
 
 
-def own_text(model, tokenizer, count=BATCH, length=24, **options):
+def own_text(model, tokenizer, count=ROWS, length=24, **options):
     return self_blocks(model, tokenizer, count, length, progress=False, **options)
 
 
@@ -50,16 +51,26 @@ def tokenizer():
 def test_block_i_is_the_same_for_every_count(model, tokenizer):
     few = own_text(model, tokenizer, 3)
     assert few.dtype == torch.int64 and few.shape == (3, 24) and few.device.type == "cpu"
-    many = own_text(model, tokenizer, BATCH + 8)
+    many = own_text(model, tokenizer, ROWS + 3)
     assert torch.equal(many[:3], few)
-    assert len({tuple(row) for row in many.tolist()}) == BATCH + 8
+    assert len({tuple(row) for row in many.tolist()}) == ROWS + 3
+
+
+def test_batches_have_the_rows_of_the_device(model, tokenizer, monkeypatch):
+    """Blocks that another number of rows has written are others."""
+    numbers = count_batches(monkeypatch)
+    first = own_text(model, tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(self_text, "ROWS_ON_CPU", 2 * ROWS)
+        assert own_text(model, tokenizer).shape == (ROWS, 24) and numbers == [0, 0]
+    assert torch.equal(own_text(model, tokenizer), first) and numbers == [0, 0]
 
 
 def test_parts_and_seeds_are_texts_of_their_own(model, tokenizer):
     texts = [own_text(model, tokenizer, part=part) for part in self_text.PARTS]
     texts += [own_text(model, tokenizer, seed=seed) for seed in (1, -(2**80))]
     rows = {tuple(row) for text in texts for row in text.tolist()}
-    assert len(rows) == 5 * BATCH
+    assert len(rows) == 5 * ROWS
 
 
 def test_the_callers_random_state_neither_matters_nor_changes(model, tokenizer, monkeypatch):
@@ -104,16 +115,17 @@ def test_the_text_is_the_models(tokenizer):
 
 
 @pytest.fixture
-def brief(model):
-    """A model with many words that end a text, among them 0, the tokenizer's own."""
-    brief = copy.deepcopy(model)
-    brief.generation_config.eos_token_id = list(range(20, 60))
+def brief(model, tokenizer):
+    """A model with many words that end a text, none of which stands in a header."""
+    brief, (question, answer) = copy.deepcopy(model), turns_of(tokenizer).after
+    headers = {*question, *answer}
+    brief.generation_config.eos_token_id = [i for i in range(20, 60) if i not in headers]
     return brief
 
 
 def test_raw_text_goes_on_with_any_word_behind_its_end(brief):
     tokenizer = tiny.tokenizer(TEXT)
-    ids = own_text(brief, tokenizer, length=64)
+    ids = own_text(brief, tokenizer, 2 * ROWS, length=64)
     ends = torch.tensor([*end_tokens(brief, tokenizer), tokenizer.eos_token_id])
     behind = ids[:, 1:][torch.isin(ids, ends)[:, :-1]]
     assert len(behind) > 100 and not torch.isin(behind, ends).any()
@@ -173,7 +185,7 @@ def test_turns_of_a_template(name):
 def test_templates_without_a_conversation(model, template):
     tokenizer = tiny.tokenizer(TEXT, template)
     assert turns_of(tokenizer) is None
-    assert own_text(model, tokenizer).shape == (BATCH, 24)
+    assert own_text(model, tokenizer).shape == (ROWS, 24)
 
 
 def conversation(template: str, drawn: str) -> str:
@@ -213,7 +225,7 @@ def test_a_start_of_text_stands_where_the_tokenizer_puts_it(model):
     assert not (own_text(model, tokenizer)[:, 0] == tokenizer.bos_token_id).any()
     start = ("!", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("! $A", special_tokens=[start])
-    ids = own_text(model, tokenizer)
+    ids = own_text(model, tokenizer, 2 * ROWS)
     assert (ids[:, 0] == tokenizer.bos_token_id).all() and len(ids[:, 1].unique()) > 16
 
 
@@ -244,15 +256,15 @@ def test_a_copy_of_the_tokenizer_in_another_folder_writes_nothing_again(
 
 def test_a_batch_is_written_once(model, tokenizer, monkeypatch):
     numbers = count_batches(monkeypatch)
-    first = own_text(model, tokenizer, 2 * BATCH)
-    assert torch.equal(own_text(model, tokenizer, 2 * BATCH), first) and numbers == [0, 1]
+    first = own_text(model, tokenizer, 2 * ROWS)
+    assert torch.equal(own_text(model, tokenizer, 2 * ROWS), first) and numbers == [0, 1]
     file = next((cache_root() / "tokens").rglob("0.safetensors"))
     file.write_bytes(file.read_bytes()[:-3])
-    assert torch.equal(own_text(model, tokenizer, 2 * BATCH), first) and numbers == [0, 1, 0]
+    assert torch.equal(own_text(model, tokenizer, 2 * ROWS), first) and numbers == [0, 1, 0]
 
 
 def test_an_interrupted_call_goes_on_behind_its_last_batch(model, tokenizer, monkeypatch):
-    whole = own_text(model, tokenizer, 2 * BATCH)
+    whole = own_text(model, tokenizer, 2 * ROWS)
     next((cache_root() / "tokens").rglob("1.safetensors")).unlink()
     call, steps = writer.Writer.__call__, []
 
@@ -264,9 +276,9 @@ def test_an_interrupted_call_goes_on_behind_its_last_batch(model, tokenizer, mon
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(writer.Writer, "__call__", interrupted)
-        own_text(model, tokenizer, 2 * BATCH)
+        own_text(model, tokenizer, 2 * ROWS)
     numbers = count_batches(monkeypatch)
-    assert torch.equal(own_text(model, tokenizer, 2 * BATCH), whole) and numbers == [1]
+    assert torch.equal(own_text(model, tokenizer, 2 * ROWS), whole) and numbers == [1]
 
 
 def test_another_model_tokenizer_or_template_writes_another_text(model, tokenizer, monkeypatch):
@@ -282,7 +294,7 @@ def test_another_model_tokenizer_or_template_writes_another_text(model, tokenize
 def test_a_cache_that_cannot_be_written_is_said(model, tokenizer, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HYLORA_CACHE", str(tmp_path / "file"))
-    assert own_text(model, tokenizer).shape == (BATCH, 24)
+    assert own_text(model, tokenizer).shape == (ROWS, 24)
     assert "the model's own text not kept" in capsys.readouterr().err
 
 
@@ -336,7 +348,7 @@ def test_a_cache_that_gets_its_layers_in_a_call_keeps_what_it_holds(model):
     "kind", ["mamba", "mamba2", "rwkv", "jamba", "openai-gpt", "recurrent_gemma"]
 )
 def test_models_with_other_states_or_none(kind, tokenizer, monkeypatch):
-    monkeypatch.setattr(self_text, "BATCH", 4)
+    monkeypatch.setattr(self_text, "ROWS_ON_CPU", 4)
     model = architectures.tiny(kind)
     ids = own_text(model, tokenizer, 4, length=10)
     assert ids.shape == (4, 10) and ids.min() >= 0 and ids.max() < architectures.WORDS
@@ -360,7 +372,7 @@ def test_a_model_that_takes_no_cache_writes_without(model, tokenizer, capsys, mo
 
 def test_a_compressed_model_writes(tokenizer):
     model = tiny.adapted(tiny.llama(vocab_size=WORDS))
-    assert own_text(model, tokenizer).shape == (BATCH, 24)
+    assert own_text(model, tokenizer).shape == (ROWS, 24)
 
 
 def test_compiled_and_offloaded_models_write_the_same(model, tokenizer):
@@ -374,7 +386,7 @@ def test_compiled_and_offloaded_models_write_the_same(model, tokenizer):
 def test_runs_on_the_models_device(device, tokenizer):
     model = tiny.llama(vocab_size=WORDS).to(device)
     ids = own_text(model, tokenizer)
-    assert ids.device.type == "cpu" and ids.shape == (BATCH, 24)
+    assert ids.device.type == "cpu" and ids.shape == (ROWS, 24)
 
 
 @pytest.mark.parametrize("words", [40, 262, 1000])
@@ -392,7 +404,7 @@ def test_any_tokenizer(model):
     only_special.add_special_tokens(
         {"additional_special_tokens": [t for t in only_special.get_vocab() if t != "<end>"]}
     )
-    assert own_text(model, only_special).shape == (BATCH, 24)
+    assert own_text(model, only_special).shape == (ROWS, 24)
 
 
 def test_the_model_is_left_as_it_was(tokenizer):
@@ -417,7 +429,7 @@ def test_the_model_is_left_as_it_was(tokenizer):
 
 
 def test_blocks_are_no_longer_than_the_context(model, tokenizer, capsys):
-    assert own_text(model, tokenizer, length=100).shape == (BATCH, 64)
+    assert own_text(model, tokenizer, length=100).shape == (ROWS, 64)
     assert (
         "blocks of 64 tokens, the model's context, where 100 were asked for"
         in capsys.readouterr().err
