@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PARTS = ("calibration", "recovery", "test")
-# Blocks that are written at once. A step on a GPU waits for the weights, so more rows cost little. A
-# CPU computes: of SmolLM2 in float32 a core writes 58, 85 and 122 tokens a second at 8, 16 and 32
+# Blocks that are written at once. A step on a GPU waits for the weights, and more rows cost little.
+# A CPU computes: of SmolLM2 in float32 a core writes 58, 85 and 122 tokens a second at 8, 16 and 32
 # rows, and a caller mostly wants about 10 blocks.
 ROWS_ON_CPU = 16
 ROWS = 32
