@@ -18,7 +18,7 @@ from collections import defaultdict
 from hylora_kernels.compression.calibration import Statistics, gather
 from hylora_kernels.compression.embedding import embedding_target
 from hylora_kernels.compression.quantize import error, quantize_each, quantize_embedding
-from hylora_kernels.compression.tokens import token_statistics
+from hylora_kernels.compression.tokens import TokenSums
 from hylora_kernels.model.load import DEMO_MODEL, load_model
 from hylora_kernels.model.structure import depth_of, discover, layer_type
 from hylora_kernels.reference import dequantize
@@ -73,11 +73,12 @@ def main(
     )
     structure = discover(model)
     groups = [g for g in structure.groups if not depths or depth_of(g.leader.path) in depths]
-    seen = gather(model, ids, groups, True, progress)
+    sums = TokenSums(model)
+    seen = gather(model, ids, groups, True, progress, observers=[sums])
     unseen = gather(model, others, groups, False, progress)
     result = linears(seen, unseen)
     linear_bytes = sum(target.matrix.numel() for group in groups for target in group.targets)
-    tokens, E = token_statistics(model, ids, progress), embedding_target(model).matrix
+    tokens, E = sums.finish(), embedding_target(model).matrix
     terms = [tokens.embedding.damped(), tokens.head.damped()]
     started = time.process_time()
     result["embedding"] = {

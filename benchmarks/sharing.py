@@ -27,6 +27,7 @@ from hylora_kernels.compression.embedding import (
 )
 from hylora_kernels.compression.ranks import Curve, curve
 from hylora_kernels.compression.share import shared_basis, shared_cost
+from hylora_kernels.compression.tokens import TokenSums
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.model.load import DEMO_MODEL, load_model
 from hylora_kernels.model.structure import Structure, Target, discover
@@ -163,9 +164,10 @@ def main(name: str = DEMO_MODEL, blocks: int = 8, length: int = 512, progress: b
     model, tokenizer = load_model(name, "cpu", "float32")
     ids = token_blocks("brown", tokenizer, length, "train", blocks, seed=0, progress=progress)
     structure, target = discover(model), embedding_target(model)
-    S = factorize_embedding(model, target, ids, "two_sided", progress).S
+    sums = TokenSums(model)
+    statistics = gather(model, ids, structure.groups, True, progress, observers=[sums])
+    S = factorize_embedding(model, target, sums.finish(), "two_sided").S
     embedding = embedding_curve(target, S, "auto", MULTIPLE)
-    statistics = gather(model, ids, structure.groups, True, progress)
     curves = own_curves(statistics, progress)
     shared = shared_choices(structure, statistics, curves, progress)
     result = {

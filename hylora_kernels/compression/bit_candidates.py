@@ -16,7 +16,7 @@ from hylora_kernels.compression.quantize import error, quantize_each, quantize_e
 from hylora_kernels.compression.rank_candidates import take_least_sibling
 from hylora_kernels.compression.ranks import Choice
 from hylora_kernels.compression.replace import factors_in
-from hylora_kernels.compression.tokens import token_statistics
+from hylora_kernels.compression.tokens import TokenStatistics
 from hylora_kernels.compression.workspace import Codes
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedLinear
@@ -86,16 +86,13 @@ class BitCandidates:
                 loss = lost(target, QuantizedLinear.from_weights(weights).weight)
                 self.codes.store(target.path, FACTOR_BITS, None, loss, reached)
 
-    def quantize_tables(self, ids: Tensor | None) -> None:
-        """Quantise embedding and output head in all their widths, on a part of the text, int64
-        [n, L]."""
+    def quantize_tables(self, statistics: TokenStatistics | None) -> None:
+        """Quantise embedding and output head in all their widths; statistics None for method
+        "svd"."""
         o = self._options
-        wanted = {t: widths for t in self._budget.tables if (widths := self.missing(t))}
-        if not wanted:
-            return
-        part = None if ids is None else ids[:: -(-len(ids) // TABLE_BLOCKS)]
-        statistics = None if part is None else token_statistics(self._model, part, o.progress)
-        for target, widths in wanted.items():
+        for target in self._budget.tables:
+            if not (widths := self.missing(target)):
+                continue
             terms = place_terms(self._model, target, statistics, o.method)
             found = quantize_embedding(target.matrix, widths, terms, method=o.rounding)
             in_nats = statistics is not None and o.method == "two_sided"

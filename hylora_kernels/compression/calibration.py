@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from hylora_kernels.layers.factorize import add_symmetric, fill_lower
@@ -59,6 +61,15 @@ class Statistics:
         """Free the Gram matrices."""
         self.inputs.clear()
         self.gradients.clear()
+
+
+class Observer(Protocol):
+    """Something else that sees a pass over the text, by hooks of its own."""
+
+    def hooks(self) -> list[RemovableHandle]: ...
+
+    def begin(self, index: int, ids: Tensor) -> None:
+        """Sequence `index`, int64 [1, L], is the next one."""
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:
@@ -120,8 +131,11 @@ def gather(
     with_gradients: bool,
     progress: bool = True,
     label: str = "",
+    observers: Sequence[Observer] = (),
 ) -> Statistics:
     """ids int64 [n, L] -> the statistics of `groups` over all n L tokens, one sequence at a time.
+
+    observers: see the same forwards, and the same backwards if there are gradients.
 
     The model runs in eval mode, in its own dtype and on its device, and is left as it was. Raises
     FloatingPointError naming the first layer, in the order of the forward, whose inputs are not
@@ -142,18 +156,23 @@ def gather(
             return output.detach().requires_grad_().clone()
 
         hooks.append(model.get_input_embeddings().register_forward_hook(embedded))
+    for observer in observers:
+        hooks.extend(observer.hooks())
     within_body = set() if body is None else set(body.modules())
     all_within = all(group.leader.module in within_body for group in groups)
     forward = body if body is not None and all_within else model
     try:
         with _frozen(model), torch.set_grad_enabled(with_gradients):
-            for row in tqdm(
+            bar = tqdm(
                 ids.split(1),
                 desc=label or "calibrating",
                 unit="seq",
                 disable=not progress,
                 leave=False,
-            ):
+            )
+            for index, row in enumerate(bar):
+                for observer in observers:
+                    observer.begin(index, row)
                 if with_gradients:
                     loss, predictions = token_loss(model, row.to(device))
                     loss.backward()

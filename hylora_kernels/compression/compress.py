@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression import calibration
-from hylora_kernels.compression.bit_candidates import BitCandidates
+from hylora_kernels.compression.bit_candidates import TABLE_BLOCKS, BitCandidates
 from hylora_kernels.compression.bits import BitBudget
 from hylora_kernels.compression.budget import Budget
 from hylora_kernels.compression.calibration import Statistics
@@ -26,6 +26,7 @@ from hylora_kernels.compression.ranks import DENSE, Choice, Curve, adapter_rank,
 from hylora_kernels.compression.refit import refit_blocks, refit_bytes
 from hylora_kernels.compression.replace import replace_linear, replace_table
 from hylora_kernels.compression.report import CompressReport, LayerReport
+from hylora_kernels.compression.tokens import TokenSums, TokenWork, token_statistics
 from hylora_kernels.compression.workspace import Refits, open_workspace
 from hylora_kernels.layers.experts import restack, settle, unstack
 from hylora_kernels.model.check import require_finite
@@ -152,21 +153,22 @@ class Compression:
     def calibrate(self) -> Iterator[Statistics]:
         """Yield the statistics of the groups without factors or codes in the workspace, one pass
         over the text at a time, as many as max_memory requires. They are freed before the next
-        pass."""
+        pass. What embedding and output head lack is made on the way, by the first pass if it has
+        gradients."""
         options = self.options
-        if self.embedding is not None and self.rank_candidates.missing([self.embedding]):
-            with timed(self.report.seconds, "calibrate"):
-                self.rank_candidates.factorize_embedding(self.embedding, self.ids)
         if options.bits is not None:
             self.bit_candidates.require_disk()
-            with timed(self.report.seconds, "quantise"):
-                self.bit_candidates.quantize_tables(self.ids)
         missing = [
             group
             for group in self.structure.groups
             if self.rank_candidates.missing(group.targets)
             or any(map(self.bit_candidates.missing, group.targets))
         ]
+        token_work = self._token_work()
+        if not missing or options.method != "two_sided":
+            for work in token_work:
+                self._read_tokens(work)
+            token_work = []
         if not missing:
             return
         targets = [target for group in missing for target in group.targets]
@@ -184,12 +186,38 @@ class Compression:
         runs = calibration.passes(missing, with_gradients, memory)
         for index, groups in enumerate(runs, 1):
             label = "calibrating" + (f", pass {index} of {len(runs)}" if len(runs) > 1 else "")
+            sums = [TokenSums(self.model, work.step) for work in token_work]
             with timed(self.report.seconds, "calibrate"):
                 statistics = calibration.gather(
-                    self.model, self.ids, groups, with_gradients, options.progress, label
+                    self.model, self.ids, groups, with_gradients, options.progress, label, sums
                 )
             yield statistics
-            statistics.clear()  # The caller's loop variable would keep them during the next pass.
+            statistics.clear()  # The caller's loop variable would keep them during what follows.
+            for work, found in zip(token_work, sums, strict=True):
+                with timed(self.report.seconds, work.stage):
+                    work.use(found.finish())
+            token_work = []
+
+    def _token_work(self) -> list[TokenWork]:
+        """The embedding's factors and the tables' codes, where they are not in the workspace."""
+        work, embedding = [], self.embedding
+        if embedding is not None and self.rank_candidates.missing([embedding]):
+            use = partial(self.rank_candidates.factorize_embedding, embedding)
+            work.append(TokenWork(1, "factorize", use))
+        if any(map(self.bit_candidates.missing, self.bits.tables)):
+            step = 1 if self.ids is None else -(-len(self.ids) // TABLE_BLOCKS)
+            work.append(TokenWork(step, "quantise", self.bit_candidates.quantize_tables))
+        return work
+
+    def _read_tokens(self, work: TokenWork) -> None:
+        """Do it by a pass over the text of its own."""
+        statistics, seconds = None, self.report.seconds
+        if self.ids is not None:
+            with timed(seconds, "calibrate"):
+                ids = self.ids[:: work.step]
+                statistics = token_statistics(self.model, ids, self.options.progress)
+        with timed(seconds, work.stage):
+            work.use(statistics)
 
     def factorize(self, statistics: Statistics) -> None:
         """Whiten and factorize the linears of `statistics`; the workspace gets their Factors.

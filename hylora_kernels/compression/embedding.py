@@ -13,7 +13,6 @@ from hylora_kernels.compression.tokens import (
     Term,
     TokenStatistics,
     row_slices,
-    token_statistics,
 )
 from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.factorize import to_float64
@@ -66,15 +65,14 @@ def embedding_curve(target: Target, S: Tensor, rank: int | str | None, multiple:
 
 
 def factorize_embedding(
-    model: nn.Module, target: Target, ids: Tensor | None, method: str, progress: bool = True
+    model: nn.Module, target: Target, statistics: TokenStatistics | None, method: str
 ) -> Factors:
     """Factors U [V, d], SVh [d, d] of the embedding, in the norm of its place and of a tied head's.
 
-    ids:    int64 [n, L], or None for method "svd".
+    statistics: None for method "svd".
     method: "two_sided" weighs both sides of both places (compression/tokens.py), "whitened" the
             inputs of both, one-hot rows and hidden states, "svd" nothing.
     """
-    statistics = None if ids is None else token_statistics(model, ids, progress)
     factors = factorize_rows(target.matrix, place_terms(model, target, statistics, method))
     if method == "two_sided" and statistics is not None:
         factors.S.mul_(statistics.nats(1.0) ** 0.5)

@@ -15,6 +15,7 @@ from hylora_kernels.compression.embedding import embedding_curve, factorize_embe
 from hylora_kernels.compression.factors import factor_bytes
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.ranks import Curve, curve
+from hylora_kernels.compression.tokens import TokenStatistics
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import Workspace
 from hylora_kernels.model.structure import Target
@@ -64,11 +65,11 @@ class RankCandidates:
             factors.S.mul_(statistics.nats(leader) ** 0.5)
             self._workspace.save(target.path, factors)
 
-    def factorize_embedding(self, target: Target, ids: Tensor | None) -> None:
-        """The same for the embedding; ids int64 [n, L], None for method "svd"."""
+    def factorize_embedding(self, target: Target, statistics: TokenStatistics | None) -> None:
+        """The same for the embedding; statistics None for method "svd"."""
         o, folder = self._options, self._workspace.folder
         require_disk(folder, factor_bytes(target.shape), "the embedding's factors")
-        factors = factorize_embedding(self._model, target, ids, o.method, o.progress)
+        factors = factorize_embedding(self._model, target, statistics, o.method)
         self._workspace.save(target.path, factors)
 
     def curves(self) -> tuple[list[Curve], list[str]]:

@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.utils.hooks import RemovableHandle
 
-from hylora_kernels.compression.calibration import gram
+from hylora_kernels.compression.calibration import gather, gram
 from hylora_kernels.layers.factorize import to_float64
-from hylora_kernels.model.loss import body_of, token_loss
-from hylora_kernels.model.modules import eval_mode
 
 TOKEN_DAMPING = 1e-1  # Share of the mean weight, added to each: most tokens are in no sample.
 METRIC_DAMPING = 1e-2  # Share of the mean diagonal, as of a linear's Gram matrices.
@@ -82,42 +80,72 @@ def token_statistics(model: nn.Module, ids: Tensor, progress: bool = True) -> To
     The model runs in eval mode, one sequence at a time, and is left as it was. Raises
     FloatingPointError if hidden states or gradients are not finite.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    device = embedding.weight.device
-    kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    (words, d), (outputs, width) = embedding.weight.shape, head.weight.shape
-    n, C = torch.zeros(words, **kind), torch.zeros(d, d, **kind)
-    c, G = torch.zeros(outputs, **kind), torch.zeros(width, width, **kind)
-    body_of(model, ids[:1].to(device))  # Its probe must not count below.
+    sums = TokenSums(model)
+    gather(model, ids, [], True, progress, "reading tokens", [sums])
+    return sums.finish()
 
-    def embedded(_module, args, output):
-        _add(n, torch.bincount(args[0].flatten(), minlength=words))
-        leaf = output.detach().requires_grad_()
-        leaf.register_hook(lambda g: _add(C, gram(g, g)))
-        return leaf.clone()  # No leaf, so that a model may scale it in place (CTRL).
 
-    def predicted(_module, args, output):
-        _add(G, gram(args[0].detach(), args[0].detach()))
-        output.register_hook(lambda g: _add(c, g.flatten(0, -2).double().square().sum(0)))
+class TokenSums:
+    """The sums of TokenStatistics over every `step`-th sequence of one gather() with gradients.
 
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    hooks = [embedding.register_forward_hook(embedded), head.register_forward_hook(predicted)]
-    model.requires_grad_(False)
-    rows = tqdm(ids.split(1), "reading tokens", unit="seq", disable=not progress, leave=False)
-    try:
-        with eval_mode(model), torch.enable_grad():
-            for row in rows:
-                token_loss(model, row.to(device))[0].backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for p in wanted:
-            p.requires_grad_(True)
-    named = {"hidden states": G, "logits' gradients": c, "embedding's gradients": C}
-    for name, sums in named.items():
-        if not sums.isfinite().all():
-            raise FloatingPointError(f"the {name} on the calibration text are not finite")
-    return TokenStatistics(Term(n, C), Term(c, G), ids.numel(), ids[:, 1:].numel())
+    Memory: 16 (V + d^2) bytes.
+    """
+
+    def __init__(self, model: nn.Module, step: int = 1) -> None:
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        (words, d), (outputs, width) = self._embedding.weight.shape, self._head.weight.shape
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": self._embedding.weight.device}
+        self._n, self._C = torch.zeros(words, **kind), torch.zeros(d, d, **kind)
+        self._c, self._G = torch.zeros(outputs, **kind), torch.zeros(width, width, **kind)
+        self._step, self._reads = step, False
+        self._tokens = self._predictions = 0
+
+    def hooks(self) -> list[RemovableHandle]:
+        return [
+            self._embedding.register_forward_hook(self._embedded),
+            self._head.register_forward_hook(self._predicted),
+        ]
+
+    def begin(self, index: int, ids: Tensor) -> None:
+        """Sequence `index`, int64 [1, L], is the next one."""
+        self._reads = index % self._step == 0
+        if self._reads:
+            self._tokens += ids.numel()
+            self._predictions += ids[:, 1:].numel()
+
+    def finish(self) -> TokenStatistics:
+        """Raises FloatingPointError if hidden states or gradients were not finite."""
+        named = {
+            "hidden states": self._G,
+            "logits' gradients": self._c,
+            "embedding's gradients": self._C,
+        }
+        for name, sums in named.items():
+            if not sums.isfinite().all():
+                raise FloatingPointError(f"the {name} on the calibration text are not finite")
+        terms = Term(self._n, self._C), Term(self._c, self._G)
+        return TokenStatistics(*terms, self._tokens, self._predictions)
+
+    def _embedded(self, _module, args, output):
+        if self._reads:
+            _add(self._n, torch.bincount(args[0].flatten(), minlength=len(self._n)))
+            output.register_hook(lambda g: _add(self._C, gram(g, g)))
+
+    def _predicted(self, _module, args, output):
+        if self._reads:
+            hidden = args[0].detach()
+            _add(self._G, gram(hidden, hidden))
+            output.register_hook(lambda g: _add(self._c, g.flatten(0, -2).double().square().sum(0)))
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """Work on embedding and output head: every step-th block of the text is read for it, and `use`
+    takes the statistics, None without text. stage: its name among a report's seconds."""
+
+    step: int
+    stage: str
+    use: Callable[[TokenStatistics | None], None]
 
 
 @torch.no_grad()

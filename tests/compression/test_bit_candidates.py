@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from helpers import tiny
@@ -28,6 +30,27 @@ def test_experts_that_no_token_reaches_are_no_cheaper_than_their_siblings():
     for layer in report.layers:
         if layer.path in report.unreached and layer.path.rpartition(".")[0] in least:
             assert layer.bits >= least[layer.path.rpartition(".")[0]]
+
+
+def test_one_pass_serves_linears_and_tables(tmp_path, monkeypatch):
+    compress = importlib.import_module("hylora_kernels.compression.compress")
+    passes = []
+    for name in ("gather", "token_statistics"):
+        place = compress if name == "token_statistics" else compress.calibration
+        work = getattr(place, name)
+        monkeypatch.setattr(
+            place, name, lambda *a, n=name, work=work: (passes.append(n), work(*a))[1]
+        )
+    options = QUICK | {"bits": 3.5, "calibration": tiny.tokens(18, 8), "samples": 18}
+    options |= {"cache": tmp_path}
+    whole, report = quantize_model(tiny.llama(), **options)
+    assert passes == ["gather"]
+    for file in tmp_path.rglob("codes-*/*embed_tokens*"):
+        file.unlink()
+    again, other = quantize_model(tiny.llama(), **options)
+    assert passes == ["gather", "token_statistics"]
+    assert_same(again, whole)
+    assert report.tables == other.tables and report.tables[0].predicted_loss > 0
 
 
 def test_interrupted_between_candidates(tmp_path, monkeypatch):

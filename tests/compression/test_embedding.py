@@ -21,6 +21,7 @@ from hylora_kernels.compression.embedding import (
     replace_embedding,
 )
 from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.compression.tokens import token_statistics
 from hylora_kernels.evaluation.size import model_size
 from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.model.structure import linears
@@ -66,8 +67,8 @@ def test_with_one_term_no_matrix_of_the_rank_is_better():
 def test_methods(method):
     model = tied()
     target = embedding_target(model)
-    ids = None if method == "svd" else IDS
-    factors = factorize_embedding(model, target, ids, method, progress=False)
+    statistics = None if method == "svd" else token_statistics(model, IDS, progress=False)
+    factors = factorize_embedding(model, target, statistics, method)
     torch.testing.assert_close(factors.U @ factors.SVh, target.matrix, rtol=1e-3, atol=1e-4)
     if method == "svd":
         S = torch.linalg.svdvals(target.matrix) * 2**0.5  # Both places count.
@@ -210,7 +211,8 @@ def test_the_error_has_the_unit_of_the_linears():
         ids = model.generate(start, attention_mask=mask, do_sample=True, max_new_tokens=31, top_k=0)
         dense = model(ids).logits[:, :-1].log_softmax(-1)
         target = embedding_target(model)
-        factors = factorize_embedding(model, target, ids, "two_sided", progress=False)
+        statistics = token_statistics(model, ids, progress=False)
+        factors = factorize_embedding(model, target, statistics, "two_sided")
         report = replace_embedding(model, target, factors, 30, "two_sided")
         small = model(ids).logits[:, :-1].log_softmax(-1)
     divergence = float((dense.exp() * (dense - small)).sum(-1).mean())

@@ -9,13 +9,16 @@ from helpers.compressing import random_terms
 from helpers.zoo import zoo_model
 
 from hylora_kernels.compression import tokens
+from hylora_kernels.compression.calibration import gather
 from hylora_kernels.compression.tokens import (
     TOKEN_DAMPING,
     Term,
+    TokenSums,
     row_solver,
     tied_matrix,
     token_statistics,
 )
+from hylora_kernels.model.structure import discover
 
 IDS = tiny.tokens(3, 10)
 
@@ -68,6 +71,24 @@ def test_statistics_leave_the_model_as_it_was(name):
     assert model.training and [p.requires_grad for p in model.parameters()] == flags
     assert not frozen.requires_grad and all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_one_pass_gives_both_kinds_of_statistics(name):
+    model = zoo_model(name)
+    groups, ids = discover(model).groups, tiny.tokens(5, 10) % model.config.vocab_size
+    every, some = TokenSums(model), TokenSums(model, step=2)
+    both = gather(model, ids, groups, True, progress=False, observers=[every, some])
+    alone = gather(model, ids, groups, True, progress=False)
+    for kind in ("inputs", "gradients"):
+        found, wanted = getattr(both, kind), getattr(alone, kind)
+        assert found and all(torch.equal(found[path], wanted[path]) for path in wanted)
+    for sums, rows in ((every, ids), (some, ids[::2])):
+        found, wanted = sums.finish(), token_statistics(model, rows, progress=False)
+        assert (found.tokens, found.predictions) == (wanted.tokens, wanted.predictions)
+        for place in ("embedding", "head"):
+            a, b = getattr(found, place), getattr(wanted, place)
+            assert torch.equal(a.weight, b.weight) and torch.equal(a.metric, b.metric)
 
 
 def test_statistics_that_are_not_finite_are_an_error():
