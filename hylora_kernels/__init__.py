@@ -48,6 +48,7 @@ __all__ = [
 import_after(
     {
         "transformers.quantizers.auto": "hylora_kernels.integrations.transformers",
+        "transformers.modeling_utils": "hylora_kernels.integrations.transformers_saving",
         "peft": "hylora_kernels.integrations.peft",
     }
 )

@@ -11,16 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.experts import stack_of
-from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import refuse_packed
-from hylora_kernels.layers.quantized import QuantizedEmbedding
 from hylora_kernels.model.modules import empty_weights
-from hylora_kernels.model.saving import unwrapped
+from hylora_kernels.model.saving import COMPRESSED, unwrapped
 from hylora_kernels.model.skeleton import Slot, slots_of
-
-COMPRESSED = (SVDLoRALinear, LowRankEmbedding, QuantizedEmbedding)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import tempfile
-import weakref
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -43,6 +42,8 @@ from hylora_kernels.model.tensorfile import checksum
 from hylora_kernels.support.staging import current, discard, exclusive, files_in, replacement
 from hylora_kernels.support.storage import require_disk, write_json, write_text
 
+COMPRESSED = (SVDLoRALinear, LowRankEmbedding, QuantizedEmbedding)
+MARK = "in_hylora_format"  # an attribute of models whose own save_pretrained writes this format
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger(__name__)
 
@@ -198,8 +199,7 @@ def saved_config(model: PreTrainedModel) -> dict:
     config.architectures = [_class_of(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     saved = json.loads(config.to_json_string())
-    kinds = (SVDLoRALinear, LowRankEmbedding, QuantizedEmbedding)
-    layers = {p: m for p, m in model.named_modules() if isinstance(m, kinds)}
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, COMPRESSED)}
     modules = {path: _describe(layer) for path, layer in layers.items()}
     # An older entry (that of a GGUF file, for example) no longer describes how weights are stored.
     saved["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, "modules": modules}
@@ -318,53 +318,14 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size) -> 
     return checksums
 
 
-# -------------------------------------------------------------------- transformers' own way to save
-
-
 def save_in_hylora_format(model: Model) -> Model:
     """Make transformers' own model.save_pretrained(folder) write this format, and its tie_weights()
     know what is tied; returns the model."""
-    vars(model)["save_pretrained"] = _Save(model)
+    vars(model)[MARK] = True
     forget_ties_of_factors(model)
     return model
 
 
-class _Save:
-    """model.save_pretrained of a model that is saved in this format.
-
-    The reference to the model is weak, so `del model` frees the weights at once. A deep copy or a
-    pickle of the model has its own.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
-
-    def __reduce__(self):
-        return _Save, (self.model(),)
-
-    def __call__(
-        self,
-        save_directory,
-        is_main_process=True,
-        state_dict=None,
-        push_to_hub=False,
-        max_shard_size="5GB",
-        safe_serialization=True,
-        save_function=None,
-        **others,
-    ) -> None:
-        """The arguments of transformers; ValueError for one that this format can't honour."""
-        if push_to_hub:
-            raise ValueError("push_to_hub=True is not supported: save, then upload the folder")
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle; only safetensors are")
-        refused = [name for name, value in others.items() if value is not None]
-        if refused:
-            raise ValueError(f"{refused[0]} is not supported when saving a compressed model")
-        if is_main_process:
-            save_pretrained(
-                self.model(),
-                save_directory,
-                state_dict=state_dict,
-                max_shard_size=max_shard_size,
-            )
+def is_in_hylora_format(model: nn.Module) -> bool:
+    """Whether transformers' model.save_pretrained(folder) is to write this format."""
+    return MARK in vars(model) or any(isinstance(m, COMPRESSED) for m in model.modules())

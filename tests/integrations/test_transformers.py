@@ -17,6 +17,7 @@ from helpers.quantizing import quantized_model, rounded
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -127,6 +128,33 @@ def test_a_dtype_is_asked_for(name, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     equal(loaded, load_pretrained(tmp_path, dtype=torch.bfloat16))
     assert copy.deepcopy(loaded).half().dtype == torch.float16
+
+
+def test_layers_put_in_by_hand_are_saved_whoever_calls(tmp_path):
+    """On the class, as subclasses do through super(), with arguments by place or by name."""
+    model = build("llama")
+    PreTrainedModel.save_pretrained(model, tmp_path / "a", True, None, save_original_format=True)
+    model.save_pretrained(save_directory=tmp_path / "b", save_function=torch.save)
+    for folder in ("a", "b"):
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / folder), model)
+    with pytest.raises(ValueError, match="variant is not supported when saving a compressed model"):
+        PreTrainedModel.save_pretrained(model, tmp_path / "c", variant="fp16")
+    assert not (tmp_path / "c").exists()
+    dense = build("llama", rank=0)
+    dense.save_pretrained(tmp_path / "dense", variant="fp16")
+    assert (tmp_path / "dense/model.fp16.safetensors").exists()
+
+
+def test_adapters_added_by_transformers_are_saved_alone(saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter(config)
+    model.save_pretrained(tmp_path)
+    assert not {"config.json", "model.safetensors"} & {path.name for path in tmp_path.iterdir()}
+    again = AutoModelForCausalLM.from_pretrained(saved)
+    again.load_adapter(tmp_path)
+    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
 
 
 def offloaded(folder, last):

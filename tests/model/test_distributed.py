@@ -40,8 +40,9 @@ for trained in (plain, model):
         optimizer.zero_grad()
 save_pretrained(model, folder / "sharded")
 assert (folder / "sharded" / "config.json").exists()  # in every process
-save_in_hylora_format(model).save_pretrained(folder / "own")
-if distributed.get_rank() == 0:
+first = distributed.get_rank() == 0
+save_in_hylora_format(model).save_pretrained(folder / "own", is_main_process=first)
+if first:
     save_pretrained(plain, folder / "plain")
 (folder / "file").write_text("")
 try:
