@@ -7,7 +7,10 @@ their traces as plain products (ops/export.py), so they take a compressed model 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,8 @@ def write_graph(model: PreTrainedModel, folder: Path, to: str, run: bool) -> Gra
     options = {"stateful": False} if to == "openvino" else {}
     config = exporter.config_class(dynamic=True, dynamic_shapes=_free_dims(inputs), **options)
     # torch.export's own program reads the bit planes as they are stored.
-    with nullcontext() if to == "torch" else codes_as_bytes(model, for_onnx=to == "onnx"):
+    codes = nullcontext() if to == "torch" else codes_as_bytes(model, for_onnx=to == "onnx")
+    with codes, _without_noise():
         exported = exporter.export(traced, inputs | {"use_cache": True}, config)
     if to == "torch":
         (component,) = exported.components.values()
@@ -94,6 +98,21 @@ class GraphSession:
         output = self._model(**{n: value for n, value in given.items() if n in self._names})
         self._cache = output.past_key_values
         return output.logits[:, -1]
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Silence what torch.onnx says of transformers' translations and of torch's own deprecated
+    calls: it is no matter of the model or of the export."""
+    translations = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = translations.level
+    translations.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        translations.setLevel(level)
 
 
 def _exporters() -> Any:

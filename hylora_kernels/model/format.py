@@ -53,9 +53,13 @@ GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-# The names of the weights in this format, and any file that may hold weights.
+# The names of the weights in this format, and any file that may hold weights. A training's state
+# holds none: each process of a Trainer writes its own, perhaps before the first saves the model.
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-ANY_WEIGHTS = re.compile(r".*\.(safetensors|gguf|h5|msgpack|bin|pt|pth|ckpt|index\.json)")
+ANY_WEIGHTS = re.compile(
+    r"(?!(rng_state(_\d+)?|optimizer|scheduler|scaler|training_args)\.(bin|pt|pth)$)"
+    r".*\.(safetensors|gguf|h5|msgpack|bin|pt|pth|ckpt|index\.json)"
+)
 # Files that a format 1 save may have written besides its weights.
 FORMAT_1_FILES = {
     *(CONFIG, GENERATION_CONFIG, INDEX, "chat_template.jinja"),

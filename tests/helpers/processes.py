@@ -42,3 +42,21 @@ def run_together(code: str, *arguments: object, processes: int = 2) -> list[tupl
             process.kill()
     assert [process.returncode for process in started] == [0] * processes, printed
     return printed
+
+
+def torchrun(
+    script: Path, *arguments: object, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """Run `script`, in its folder, by torchrun, which ends all processes once one has failed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(script), *map(str, arguments)]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    given = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        cwd=script.parent,
+        env=os.environ | given,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )

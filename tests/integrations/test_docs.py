@@ -12,47 +12,22 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import tiny
+from helpers.documents import DOCUMENT, sections, write_models
 
-from hylora_kernels import save_pretrained
-from hylora_kernels.text.sources import python_docs_text
-
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs/integrations.md"
 # Section -> the modules without which its snippets are skipped.
 NEEDS = {
     "transformers": (),
+    "Training on several devices": (),
+    "TRL": ("trl", "peft"),
     "Export": (),
     "Evaluation harness": ("lm_eval",),
     "PEFT": ("peft",),
 }
 
 
-def sections() -> dict[str, list[tuple[int, str]]]:
-    """Heading of the second level -> its Python snippets, each with the number of its line."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    found: dict[str, list[tuple[int, str]]] = {}
-    for match in re.finditer(r"^## ([^\n]+)$|^```python\n(.*?)^```$", text, re.M | re.S):
-        heading, code = match.groups()
-        if heading:
-            snippets = found.setdefault(heading, [])
-        else:
-            snippets.append((text.count("\n", 0, match.start()) + 1, code))
-    return found
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    text = python_docs_text()[:100_000]
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    tokenizer = tiny.tokenizer(text)
-    model = tiny.llama(
-        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True
-    )
-    model.save_pretrained(folder / "dense")
-    tokenizer.save_pretrained(folder / "dense")
-    save_pretrained(tiny.adapted(model), folder / "small", tokenizer)
-    return folder
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("name", [name for name, snippets in sections().items() if snippets])

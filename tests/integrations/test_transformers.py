@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -360,3 +366,41 @@ def test_continuous_batching(with_tokenizer):
     for prompt, answer in zip(prompts, made.values(), strict=True):
         alone = model.generate(torch.tensor([prompt]), eos_token_id=None, **GREEDY)
         assert answer.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+@slow
+@pytest.mark.skipif(find_spec("fastapi") is None, reason="fastapi is not installed")
+def test_serve(tmp_path):
+    """The command of docs/integrations.md, and one request."""
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer = tiny.tokenizer("the quick brown fox jumps over the lazy dog " * 9, template)
+    model = tiny.adapted(tiny.llama(vocab_size=len(tokenizer)))
+    save_pretrained(model, tmp_path, tokenizer)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    code = "import hylora_kernels; from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--device", "cpu", "--port", at[10:]]
+    server = subprocess.Popen([*command, "--host", at[:9]])
+    asked = {
+        "model": str(tmp_path),
+        "messages": [{"role": "user", "content": "the quick"}],
+        "max_tokens": 6,
+        "generation_config": json.dumps({"do_sample": False}),
+    }
+    headers = {"content-type": "application/json"}
+    url = f"http://{at}/v1/chat/completions"
+    request = urllib.request.Request(url, json.dumps(asked).encode(), headers)
+    try:
+        for _ in range(120):
+            time.sleep(1)
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{at}/health"):
+                break
+        with urllib.request.urlopen(request, timeout=200) as answer:
+            (choice,) = json.load(answer)["choices"]
+    finally:
+        server.kill()
+        server.wait()
+    ids = tokenizer("the quick", return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert choice["message"]["content"] == tokenizer.decode(made, skip_special_tokens=True)

@@ -75,6 +75,16 @@ def test_files_of_others_need_overwrite(name, tmp_path):
     assert not (tmp_path / "model.safetensors.index.json").exists()
 
 
+def test_the_state_of_a_training_is_no_model(tmp_path):
+    """The processes of a Trainer write theirs before the first one has saved the model."""
+    state = ("optimizer.pt", "rng_state.pth", "rng_state_1.pth", "training_args.bin")
+    for name in state:
+        (tmp_path / name).write_text("theirs")
+    save_pretrained(build(), tmp_path)
+    load_pretrained(tmp_path)
+    assert all((tmp_path / name).read_text() == "theirs" for name in state)
+
+
 def test_weights_of_others_beside_a_saved_model_stay(tmp_path):
     save_pretrained(build(), tmp_path)
     theirs = tmp_path / "model-00001-of-00002.safetensors"
