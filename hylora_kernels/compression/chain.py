@@ -82,7 +82,7 @@ def record(model: nn.Module, blocks: list[Block], ids: Tensor) -> Chain:
     """Run the model up to its last block on ids [n, L], batch by batch.
 
     Raises ValueError, naming the block, unless the hidden states are all that each block hands to
-    the next: one replay, of the first batch with noise on its hidden states, must give what the
+    the next: one replay, of the first sequence with noise on its hidden states, must give what the
     model itself makes of them.
     """
     chain, device = Chain([], [], [], []), input_device(model)
@@ -95,7 +95,7 @@ def record(model: nn.Module, blocks: list[Block], ids: Tensor) -> Chain:
             _hold_once(seen.calls, chain.calls[0])
         chain.calls.append(seen.calls)
         chain.prints.append(seen.prints)
-    _check_with_noise(model, blocks, ids[:BATCH].to(device), chain)
+    _check_with_noise(model, blocks, ids[:1].to(device))
     return chain
 
 
@@ -180,26 +180,28 @@ class _Recorder:
         return hook
 
 
-def _check_with_noise(model: nn.Module, blocks: list[Block], ids: Tensor, chain: Chain) -> None:
-    """Compare the model on the first batch, with and without noise on the first block's input, with
+def _check_with_noise(model: nn.Module, blocks: list[Block], ids: Tensor) -> None:
+    """Compare the model on ids [1, L], with and without noise on the first block's input, with
     replays of both, block by block.
 
     The replays' other arguments were recorded without the noise. So a second tensor that blocks
     hand on, an argument computed from the hidden states, or anything that a block keeps for a later
     one, makes a difference.
     """
-    hidden = chain.hidden[0]
+    plain = _Recorder(blocks)
+    plain.forward(model, ids)
+    hidden = plain.hidden
     generator = torch.Generator("cpu").manual_seed(1)
     noise = torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden)
     noisy = hidden + 0.3 * hidden.float().std().to(hidden.dtype) * noise
     own = _Recorder(blocks, lambda _: noisy.clone())
     own.forward(model, ids)
-    calls, calls_apart = chain.calls[0], chain.apart().calls[0]
+    calls_apart = _apart(plain.calls)
     for block in blocks:
-        hidden = calls[block.path].run(block.module, hidden)
+        hidden = plain.calls[block.path].run(block.module, hidden)
         noisy = calls_apart[block.path].run(block.module, noisy)
-        _compare(block.path, hidden, chain.prints[0][block.path], "the first batch")
-        _compare(block.path, noisy, own.prints[block.path], "the first batch with noise")
+        _compare(block.path, hidden, plain.prints[block.path], "the first sequence")
+        _compare(block.path, noisy, own.prints[block.path], "the first sequence with noise")
 
 
 def _compare(path: str, output: Tensor, own: Tensor, what: str) -> None:

@@ -131,7 +131,7 @@ def test_what_blocks_hand_on_beside_their_hidden_states_is_noticed():
     layers = model.model.layers
     layers[0] = Wrapped(layers[0], lambda hidden: left.append(0.5 * hidden) or hidden)
     layers[1] = Wrapped(layers[1], lambda hidden: hidden + left[-1])
-    with pytest.raises(ValueError, match=r"model\.layers\.1, run by itself .*batch, .*refit=False"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1, run by itself .*sequence, .*refit=F"):
         record(model, discover(model).blocks, IDS)
 
 
