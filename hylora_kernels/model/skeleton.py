@@ -116,9 +116,7 @@ def put_empty_layers(model: PreTrainedModel, ours: dict, source: str | Path) -> 
         unstack_for(model, {*ours["modules"], *ours.get("linears", ())})
     for path, spec in ours["modules"].items():
         with reading(source, f"modules[{shown(path)}]"):
-            module = model.get_submodule(path)
-            empty = _empty_embedding if isinstance(module, nn.Embedding) else _empty_layer
-            model.set_submodule(path, empty(module, **spec))
+            model.set_submodule(path, empty_layer(model.get_submodule(path), spec))
     slots, tied = slots_of(model), ours.get("tied", {})
     for name, other in tied.items():
         with reading(source, f"tied[{shown(name)}]"):
@@ -152,6 +150,13 @@ def model_class_of(config: dict, source: str | Path) -> type[PreTrainedModel]:
     raise CheckpointError(f"{source}: transformers knows no model class {shown(name)}")
 
 
+def empty_layer(module: nn.Module, spec: dict) -> nn.Module:
+    """The layer for the linear or embedding `module` that an entry of config.json's modules
+    describes, on the meta device. Raises TypeError or ValueError if there is none."""
+    empty = _empty_embedding if isinstance(module, nn.Embedding) else _empty_linear
+    return empty(module, **spec)
+
+
 def _empty_embedding(
     embedding: nn.Embedding, *, rank=None, bits=None
 ) -> LowRankEmbedding | QuantizedEmbedding:
@@ -163,10 +168,9 @@ def _empty_embedding(
     return QuantizedEmbedding(*sizes, bits, device="meta")
 
 
-def _empty_layer(
+def _empty_linear(
     linear: nn.Module, *, rank, lora_rank, alpha, form, group=None, lora_dropout=0.0, bits=None
 ) -> SVDLoRALinear:
-    """The layer for `linear` that an entry of config.json describes, on the meta device."""
     if isinstance(linear, Conv1D):
         in_features, out_features = linear.weight.shape
     elif isinstance(linear, nn.Linear):
