@@ -69,7 +69,7 @@ class FinetuneOptions:
         1, "Forwards in one step, which takes batch * accumulate blocks in each process.", least=1
     )
     clip: float = option(1.0, "Largest norm of the gradient; inf: no clipping.")
-    chunk: int = option(64, "Tokens that the output head takes at a time.", least=1)
+    chunk: int = option(128, "Tokens that the output head takes at a time.", least=1)
     objective: str = option(
         "adapt",
         "Aim: adapt to the text, by next-token cross-entropy; or keep the dense model's breadth, "
