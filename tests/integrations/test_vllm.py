@@ -45,6 +45,14 @@ import gc, json, sys
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+from hylora_kernels.integrations.vllm import HyLoRAConfig, HyLoRAMethod
+
+entry = {"modules": {"a": {"rank": 1, "form": "pair"}}, "quant_method": "hylora", "format": 2}
+try:  # half of the inputs, as one of two processes gets them
+    HyLoRAMethod(HyLoRAConfig(entry), ["a"]).create_weights(None, 64, [8], 128, 8, None)
+except NotImplementedError as error:
+    print("RESULT", json.dumps(str(error)))
+
 greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 for folder, prompts, options in json.load(sys.stdin):
     try:
@@ -151,11 +159,16 @@ MODELS = {
     "codes": lambda: codes(LlamaConfig(**SIZES)),
 }
 EXPERT = "model.layers.0.mlp.experts.down_proj.3"
-# Name -> (the change to the folder "mixed", the error).
-REFUSED = {
-    "embedding": (with_entry("model.embed_tokens", rank=8), "model.embed_tokens: a low-rank"),
-    "experts": (with_entry(EXPERT, rank=8, form="pair"), f"{EXPERT}: compressed experts"),
-    "corrupted": (corrupted, "doesn't have its checksum"),
+CHANGES = {  # to the folder "mixed"
+    "embedding": with_entry("model.embed_tokens", rank=8),
+    "experts": with_entry(EXPERT, rank=8, form="pair"),
+    "corrupted": corrupted,
+}
+REFUSALS = {
+    "embedding": "model.embed_tokens: a low-rank embedding doesn't run in vLLM",
+    "experts": f"{EXPERT}: compressed experts don't run in vLLM",
+    "corrupted": "doesn't have its checksum",
+    "parallel": "a: tensor parallelism must be 1",
 }
 
 
@@ -167,10 +180,10 @@ def runs(metadata, tmp_path_factory) -> dict:
     eager = {"enforce_eager": True}
     for name, make in MODELS.items():
         save_pretrained(make(), work / name)
-    for name, (change, _) in REFUSED.items():
+    for name, change in CHANGES.items():
         shutil.copytree(work / "mixed", work / name)
         change(work / name)
-    jobs = {name: [str(work / name), prompts, eager] for name in (*MODELS, *REFUSED)}
+    jobs = {name: [str(work / name), prompts, eager] for name in (*MODELS, *CHANGES)}
     jobs["compiled"] = [str(work / "codes, tied"), prompts, {}]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, metadata))),
@@ -188,8 +201,9 @@ def runs(metadata, tmp_path_factory) -> dict:
         cwd=work,
     )
     results = [json.loads(s[7:]) for s in done.stdout.splitlines() if s.startswith("RESULT ")]
-    assert len(results) == len(jobs), done.stdout[-2000:] + done.stderr[-5000:]
-    return {name: (*jobs[name], found) for name, found in zip(jobs, results, strict=True)}
+    assert len(results) == 1 + len(jobs), done.stdout[-2000:] + done.stderr[-5000:]
+    found = dict(zip(jobs, results[1:], strict=True))
+    return {name: (*job, found[name]) for name, job in jobs.items()} | {"parallel": results[:1]}
 
 
 @needs_vllm
@@ -206,7 +220,7 @@ def test_tokens_are_those_of_transformers(name, runs):
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REFUSALS)
 def test_what_does_not_run_is_refused_by_name(name, runs):
     *_, found = runs[name]
-    assert REFUSED[name][1] in found
+    assert REFUSALS[name] in found
