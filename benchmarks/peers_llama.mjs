@@ -50,7 +50,11 @@ async function decode({model, count}) {
     return {seconds: times, tokens};
 }
 
-const answers = {prefill, decode, parts: async () => ({seconds: {}})};
+async function tokenize({model, text}) {
+    return {ids: [...sequences[model].model.tokenize(text)]};
+}
+
+const answers = {prefill, decode, tokenize, parts: async () => ({seconds: {}})};
 for await (const line of createInterface({input: process.stdin})) {
     const request = JSON.parse(line);
     say(await answers[request.do](request));

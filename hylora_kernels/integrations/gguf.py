@@ -7,6 +7,7 @@ and matrices whose rows are no multiple of its block of 32, in float32 and float
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK = 32
+SPACE = "\u2581"  # which SentencePiece writes for a space
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # model_type -> (llama.cpp's architecture, whether it rotates neighbouring pairs of a head).
 ARCHITECTURES = {
     "llama": ("llama", True),
@@ -155,33 +158,77 @@ def _add_tokenizer(
         tokenizer.save_pretrained(folder)
         file = Path(folder) / "tokenizer.json"
         described = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=words)
+        model = described.get("model", {})
+        # llama.cpp merges pieces by their scores, bytes by the list of merges.
+        of_pieces = model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+        special = gguf.SpecialVocab(folder, load_merges=not of_pieces, n_vocab=words)
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     kinds = gguf.TokenType
     texts, types = [], []
     for index in range(words):
-        if index not in tokens:
-            texts.append(f"[PAD{index}]")
+        token = tokens.get(index)
+        texts.append(f"[PAD{index}]" if token is None else token)
+        if token is None:
             types.append(kinds.UNUSED)
+        elif of_pieces and token == model.get("unk_token"):
+            types.append(kinds.UNKNOWN)
+        elif index in added:
+            types.append(kinds.CONTROL if added[index].special else kinds.USER_DEFINED)
         else:
-            texts.append(tokens[index])
-            is_special = index in added and added[index].special
-            usual = kinds.USER_DEFINED if index in added else kinds.NORMAL
-            types.append(kinds.CONTROL if is_special else usual)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_cut_of(described))
+            types.append(kinds.BYTE if of_pieces and BYTE.fullmatch(token) else kinds.NORMAL)
+    if of_pieces:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(_scores(model, texts))
+        writer.add_add_space_prefix(_has_space_in_front(described))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_cut_of(described))
+        writer.add_add_space_prefix(False)
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    writer.add_add_space_prefix(False)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _scores(model: dict[str, Any], pieces: list[str]) -> list[float]:
+    """SentencePiece's score of each piece, the highest of which is merged first: its place among
+    the merges, negative."""
+    places: dict[str, int] = {}
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        places.setdefault(left + right, len(places))
+    return [-float(places.get(piece, 0)) for piece in pieces]
+
+
+def _has_space_in_front(described: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json of SentencePiece's kind puts a space in front of a text.
+
+    Raises ValueError if it changes a text in any other way than to write spaces as SPACE.
+    """
+    steps = []
+    for step in (described.get("normalizer"), described.get("pre_tokenizer")):
+        parts = (step or {}).get("normalizers", (step or {}).get("pretokenizers", [step]))
+        steps.extend(part for part in parts if part is not None)
+    in_front = False
+    for step in steps:
+        kind = step["type"]
+        if kind == "Prepend" and step["prepend"] == SPACE:
+            in_front = True
+        elif kind == "Metaspace" and step["replacement"] == SPACE and not step.get("split"):
+            in_front |= step.get("prepend_scheme") != "never"
+        elif kind != "Replace" or step["pattern"] != {"String": " "} or step["content"] != SPACE:
+            raise ValueError(
+                f"tokenizer: of SentencePiece's steps GGUF has those for spaces alone, got {step}"
+            )
+    return in_front
 
 
 def _cut_of(described: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json."""
-    model = described.get("model", {})
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise ValueError("tokenizer must be a byte-level BPE for GGUF, as GPT-2 and Llama 3 have")
+    if described.get("model", {}).get("type") != "BPE":
+        raise ValueError(
+            "tokenizer must be a BPE for GGUF, of bytes as Llama 3 has or of pieces as Llama 2 has"
+        )
     cut = json.dumps(described.get("pre_tokenizer"))
     for name, words in CUTS.items():
         if all(word in cut for word in words):

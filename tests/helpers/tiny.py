@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -68,3 +70,38 @@ def tokenizer(text: str, chat_template: str | None = None) -> PreTrainedTokenize
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<end>")
     fast.chat_template = chat_template
     return fast
+
+
+def piece_tokenizer(text: str, space_in_front: bool = True) -> PreTrainedTokenizerFast:
+    """A BPE of pieces like Llama 2's, learned from `text`: spaces are a part of the pieces, and
+    bytes stand for characters that it has not seen."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    spaces = [normalizers.Replace(" ", "\u2581")]
+    if space_in_front:
+        spaces.insert(0, normalizers.Prepend("\u2581"))
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = normalizers.Sequence(spaces)
+    learned.train_from_iterator(
+        text.split("\n"), trainers.BpeTrainer(vocab_size=WORDS + 32, show_progress=False)
+    )
+    pieces = json.loads(learned.to_str())["model"]
+    bytes_first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    known = sorted(pieces["vocab"], key=pieces["vocab"].get)
+    vocab = {token: index for index, token in enumerate([*bytes_first, *known])}
+    merges = [tuple(merge) for merge in pieces["merges"]]
+    made = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    made.normalizer = learned.normalizer
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if space_in_front else []),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )

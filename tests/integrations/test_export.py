@@ -11,6 +11,7 @@ from helpers import tiny
 from helpers.checkpoints import build, logits
 from helpers.mixtures import mixture
 from helpers.quantizing import quantized_model
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -187,6 +188,27 @@ def test_gguf_is_read_back(changes, tokenizer, tmp_path):
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
     words = "the quick dog jumps"
     assert read(words).input_ids == tokenizer(words).input_ids
+
+
+def test_pieces_are_read_back(tmp_path):
+    """A tokenizer like Llama 2's: transformers rebuilds it from the pieces' scores alone."""
+    pytest.importorskip("gguf")
+    text = "the quick brown fox jumps over the lazy dog\n" * 9
+    tokenizer = tiny.piece_tokenizer(text)
+    export(llama(tokenizer), tmp_path / "f32", "gguf", tokenizer, gguf_type="F32", check=False)
+    read = load_model(tmp_path / "f32/model-F32.gguf", "cpu", "float32")[1]
+    for words in ("the quick dog jumps", "a lazy  thebrown", "caf\u00e9 \u732b"):
+        mine = tokenizer(words).input_ids
+        assert read(words, add_special_tokens=False).input_ids == mine, words
+        assert tokenizer.decode(mine) == words
+
+
+def test_pieces_of_a_text_that_is_changed_are_refused(tmp_path):
+    pytest.importorskip("gguf")
+    tokenizer = tiny.piece_tokenizer("the quick brown fox")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    with pytest.raises(ValueError, match=r"GGUF has those for spaces alone, got .*NFKC"):
+        export(llama(tokenizer), tmp_path / "made", "gguf", tokenizer)
 
 
 def test_gguf_types(tokenizer, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,33 @@ def models(words: int):
     yield "qwen3", tiny.causal_lm(config)
 
 
+@contextmanager
+def llama_cpp(folder: Path, files: dict[str, Path]):
+    """llama.cpp with the models of some files; the test is skipped where it can't be had."""
+    try:
+        peers.command("llama.cpp")
+    except peers_setup.Missing as error:
+        pytest.skip(str(error))
+    with (folder / "log").open("w+") as log:
+        engine = peers.Engine("llama.cpp", {"threads": 1, "length": 128, "models": files}, log)
+        try:
+            engine.answer()
+            yield engine
+        finally:
+            engine.close()
+
+
+@pytest.mark.parametrize("space_in_front", [True, False])
+def test_pieces_are_cut_as_transformers_does(space_in_front, tmp_path):
+    tokenizer = tiny.piece_tokenizer((WORDS * 2 + "\n") * 9, space_in_front)
+    model = tiny.llama(vocab_size=len(tokenizer), **SIZES)
+    export(model, tmp_path, "gguf", tokenizer, gguf_type="F32", check=False)
+    with llama_cpp(tmp_path, {"pieces": tmp_path / "model-F32.gguf"}) as engine:
+        for text in ("the quick dog jumps", "a lazy  thebrown", "caf\u00e9 \u732b"):
+            cut = engine.ask(do="tokenize", model="pieces", text=text)["ids"]
+            assert cut == tokenizer(text).input_ids, text
+
+
 def test_greedy_tokens_are_the_models(tmp_path):
     tokenizer = tiny.tokenizer(WORDS * 9)
     files, expected = {}, {}
@@ -61,17 +89,8 @@ def test_greedy_tokens_are_the_models(tmp_path):
         for _ in range(32):
             expected[name].append(int(decoder.likeliest))
             decoder.step(decoder.likeliest)
-    try:
-        peers.command("llama.cpp")
-    except peers_setup.Missing as error:
-        pytest.skip(str(error))
-    with (tmp_path / "log").open("w+") as log:
-        engine = peers.Engine("llama.cpp", {"threads": 1, "length": 128, "models": files}, log)
-        try:
-            engine.answer()
-            for name, tokens in expected.items():
-                first = engine.ask(do="prefill", model=name, ids=ids[0].tolist())["token"]
-                more = engine.ask(do="decode", model=name, count=31)["tokens"]
-                assert [first, *more] == tokens, name
-        finally:
-            engine.close()
+    with llama_cpp(tmp_path, files) as engine:
+        for name, tokens in expected.items():
+            first = engine.ask(do="prefill", model=name, ids=ids[0].tolist())["token"]
+            more = engine.ask(do="decode", model=name, count=31)["tokens"]
+            assert [first, *more] == tokens, name
