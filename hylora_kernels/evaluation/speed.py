@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hylora_kernels.inference.decoder import Decoder
-from hylora_kernels.inference.optimize import optimize_for_inference, restore_from_inference
+from hylora_kernels.inference.optimize import optimized_for_inference
 from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_context, context_length, vocabulary_size
@@ -70,7 +70,7 @@ def throughput(
     ids = torch.randint(vocabulary, (1, prompt_tokens), generator=generator, device="cpu").to(
         device
     )
-    with eval_mode(model), _optimized(model) if optimize else nullcontext():
+    with eval_mode(model), optimized_for_inference(model) if optimize else nullcontext():
         optimized = bool(packed_states(model))
         decoder = Decoder(model, length=prompt_tokens + new_tokens + 1)
         prefills = [_timed(device, decoder.prefill, ids) for _ in range(5)][1:4]
@@ -95,19 +95,6 @@ def prompt_that_fits(model: nn.Module, new_tokens: int = 32) -> int:
     """128, the tokens of a prompt to decode new ones after, or what a short context leaves."""
     context = context_length(model)
     return 128 if context is None else max(1, min(128, context - new_tokens - 1))
-
-
-@contextmanager
-def _optimized(model: nn.Module) -> Iterator[None]:
-    """Packed by optimize_for_inference in the block, and afterwards as it was before."""
-    already = bool(packed_states(model))
-    try:
-        if not already:
-            optimize_for_inference(model)
-        yield
-    finally:
-        if not already:
-            restore_from_inference(model)
 
 
 def _timed(device: torch.device, call: Callable[[Tensor], Tensor], tokens: Tensor) -> float:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from hylora_kernels.layers.packed import (
     PackedState,
     convert_layers,
     packed_class,
+    packed_states,
     packed_weights,
 )
 from hylora_kernels.layers.packed_parameter import PackedParameter
@@ -136,6 +139,19 @@ def restore_from_inference(model: nn.Module) -> nn.Module:
             if parameter is not None:
                 parameter.requires_grad_(True)
     return model
+
+
+@contextmanager
+def optimized_for_inference(model: nn.Module) -> Iterator[None]:
+    """Packed by optimize_for_inference in the block, and afterwards as it was before."""
+    already = bool(packed_states(model))
+    try:
+        if not already:
+            optimize_for_inference(model)
+        yield
+    finally:
+        if not already:
+            restore_from_inference(model)
 
 
 def _freeze(model: nn.Module) -> None:

@@ -8,15 +8,17 @@ question, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig
 
+from hylora_kernels.inference.decoder import Decoder
+from hylora_kernels.inference.optimize import optimized_for_inference
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import context_length, end_tokens
 from hylora_kernels.model.modules import eval_mode, is_offloaded, model_fingerprint
@@ -31,7 +33,6 @@ from hylora_kernels.support.console import note
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.text.blocks import tokenizer_rules
-from hylora_kernels.text.reserved import reserved_cache
 from hylora_kernels.text.writer import Vocabulary, Writer
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 PARTS = ("calibration", "recovery", "test")
 # Blocks that are written at once. A step on a GPU waits for the weights, and more rows cost little.
-# A CPU computes: of SmolLM2 in float32 a core writes 58, 85 and 122 tokens a second at 8, 16 and 32
-# rows, and a caller mostly wants about 10 blocks.
+# A CPU computes: of SmolLM2 in float32 a core writes 103, 150 and 165 tokens a second at 8, 16 and
+# 32 rows, and a caller mostly wants about 10 blocks.
 ROWS_ON_CPU = 16
 ROWS = 32
 
@@ -74,7 +75,7 @@ def self_blocks(
         self_blocks(model, tokenizer, count=64)
     """
     check_model(model, "generate")
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it, and generates with this.
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it; steps are a Decoder's.
     if tokenizer is None:
         raise ValueError("tokenizer must be given, got None")
     for name, value, least in (("count", count, 1), ("length", length, 2)):
@@ -108,6 +109,7 @@ class Stream:
         self.model, self.tokenizer, self.length = model, tokenizer, length
         self.rows = ROWS_ON_CPU if input_device(model).type == "cpu" else ROWS
         self.draws: dict[str, Any] = {"part": part, "seed": seed}
+        self._decoder: Decoder | None = None
         self.files = None if is_offloaded(model) else f"self-{self._fingerprint()}"
 
     def _fingerprint(self) -> str:
@@ -125,21 +127,36 @@ class Stream:
         """The first `count` batches, int64 [rows, length] each, found or written."""
         found = [self._find(number) for number in range(count)]
         missing = sum(ids is None for ids in found)
-        vocabulary = Vocabulary.of(self.model, self.tokenizer, self.length) if missing else None
-        with tqdm(
+        bar = tqdm(
             desc="the model's own text",
             total=missing * self.rows * self.length,
             unit=" tokens",
             unit_scale=True,
             disable=not progress or not missing,
             leave=False,
-        ) as bar:
+        )
+        with bar, eval_mode(self.model), contextlib.ExitStack() as self._undo:
+            vocabulary = Vocabulary.of(self.model, self.tokenizer, self.length) if missing else None
             for number, ids in enumerate(found):
                 if ids is None:
                     assert vocabulary is not None
                     ids = self._write(number, vocabulary, bar)
                     self._keep(number, ids)
                 yield ids
+
+    def _new_decoder(self) -> Decoder:
+        """Of the model packed for inference, until all is written, where a step is one call of C++
+        then."""
+        in_one_place = not any(hasattr(module, "_hf_hook") for module in self.model.modules())
+        if in_one_place and input_device(self.model).type == "cpu":
+            with contextlib.ExitStack() as undo, contextlib.suppress(RuntimeError):
+                # Some models write to their weights, which raises (RWKV).
+                undo.enter_context(optimized_for_inference(self.model))
+                decoder = Decoder(self.model, self.rows, self.length)
+                if decoder.runtime == "cpu":
+                    self._undo.push(undo.pop_all())
+                    return decoder
+        return Decoder(self.model, self.rows, self.length)
 
     def _find(self, number: int) -> Tensor | None:
         if self.files is None:
@@ -159,7 +176,9 @@ class Stream:
         one rounding can change all tokens after it."""
         begun = bar.n
         try:
-            return self._generate(number, vocabulary, bar)
+            if self._decoder is None:
+                self._decoder = self._new_decoder()
+            return self._blocks(number, vocabulary, bar, self._decoder.prefill, self._decoder.step)
         except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -167,37 +186,43 @@ class Stream:
             reason = f"{type(error).__name__}: {error}"
             note(f"self: written without a key-value cache, which takes long; with it {reason}")
             bar.update(begun - bar.n)
-            return self._generate(number, vocabulary, bar, use_cache=False)
+            again = self._reads_all_again()
+            return self._blocks(number, vocabulary, bar, again, again)
 
-    def _generate(
-        self, number: int, vocabulary: Vocabulary, bar: tqdm, use_cache: bool = True
+    def _reads_all_again(self) -> Callable[[Tensor], Tensor]:
+        """Tokens [rows], or the first ones [rows, 1] -> logits [rows, words] behind all so far."""
+        takes_use_cache = "use_cache" in inspect.signature(self.model.forward).parameters
+        options = {"use_cache": False} if takes_use_cache else {}
+        ids = torch.empty(self.rows, 0, dtype=torch.int64, device=input_device(self.model))
+
+        def again(tokens: Tensor) -> Tensor:
+            nonlocal ids
+            ids = torch.cat((ids, tokens.view(self.rows, 1)), 1)
+            return self.model(input_ids=ids, **options).logits[:, -1]
+
+        return again
+
+    @torch.no_grad()
+    def _blocks(
+        self,
+        number: int,
+        vocabulary: Vocabulary,
+        bar: tqdm,
+        begin: Callable[[Tensor], Tensor],
+        step: Callable[[Tensor], Tensor],
     ) -> Tensor:
+        """begin: the first tokens [rows, 1], and step: those of one place [rows], to the logits
+        [rows, words] of the tokens after them."""
         device = input_device(self.model)
         generator = torch.Generator(device)
         generator.manual_seed(int(fingerprint(batch=number, **self.draws)[:15], 16))
-        writer = Writer(vocabulary, self.rows, generator, bar)
-        # No row ends early, so that none is padded.
-        settings = GenerationConfig(max_length=self.length, pad_token_id=0, use_cache=use_cache)
-        with (
-            eval_mode(self.model),
-            reserved_cache(self.model, self.length),
-            _own_settings(self.model, settings),
-        ):
-            ids = self.model.generate(
-                input_ids=writer.first.to(device),
-                attention_mask=torch.ones_like(writer.first).to(device),
-                generation_config=settings,
-                logits_processor=[writer],
-            )
-        return ids.to("cpu", torch.int64)
-
-
-@contextmanager
-def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """No settings of generation but these: transformers fills what a call leaves open, such as
-    tokens to suppress or to end at, with the model's own."""
-    before, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = before
+        writer = Writer(vocabulary, self.rows, generator)
+        bar.update(self.rows)
+        written = [writer.first[:, 0]]
+        logits = begin(writer.first.to(device))
+        while True:
+            written.append(writer.next(logits))
+            bar.update(self.rows)
+            if len(written) == self.length:
+                return torch.stack(written, 1)
+            logits = step(written[-1].to(device))

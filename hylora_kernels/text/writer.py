@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import LogitsProcessor
 
 from hylora_kernels.model.context import end_tokens, vocabulary_size
 from hylora_kernels.support.console import note
@@ -58,19 +56,17 @@ class Vocabulary:
         return cls(words, sorted(plain) or list(range(words)), start, ends, turns)
 
 
-class Writer(LogitsProcessor):
-    """Chooses the next token of each row, so that greedy generation takes it.
+class Writer:
+    """Chooses the next token of each row.
 
     Even rows are raw text; odd ones are conversations, if there are any.
 
     first: int64 [rows, 1], the tokens that the rows begin with.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, rows: int, generator: torch.Generator, bar: tqdm
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, rows: int, generator: torch.Generator) -> None:
         self.words, self.plain = vocabulary.words, vocabulary.plain
-        self.generator, self.bar = generator, bar
+        self.generator, self.tokens = generator, 1
         start, ends, turns = vocabulary.start, vocabulary.ends, vocabulary.turns
         self.rows = [
             RawText(start, ends, self._any_word)
@@ -79,27 +75,25 @@ class Writer(LogitsProcessor):
             for row in range(rows)
         ]
         self.first = torch.tensor([[row.next(None)] for row in self.rows], device="cpu")
-        bar.update(rows)
 
     def _any_word(self) -> int:
         device = self.generator.device
         chosen = torch.randint(len(self.plain), (1,), generator=self.generator, device=device)
         return self.plain[int(chosen)]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """ids [rows, t], logits [rows, words] -> logits that leave token t of each row possible."""
-        probabilities = scores[:, : self.words].float().softmax(-1)
+    def next(self, logits: Tensor) -> Tensor:
+        """[rows, words] -> the next token of each row, int64 [rows], on the CPU."""
+        probabilities = logits[:, : self.words].float().softmax(-1)
         # One logit that is not finite makes all of its row NaN; -inf alone is a probability of 0.
         if not probabilities[:, 0].isfinite().all():
             raise FloatingPointError(
-                f"the model's logits are not finite behind {input_ids.shape[1]} tokens of the text "
-                "that it writes"
+                f"the model's logits are not finite behind {self.tokens} tokens of the text that it"
+                " writes"
             )
         drawn = draw(probabilities, self.generator).tolist()
-        tokens = [[row.next(token)] for row, token in zip(self.rows, drawn, strict=True)]
-        self.bar.update(len(tokens))
-        chosen = torch.tensor(tokens, device=scores.device)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+        self.tokens += 1
+        pairs = zip(self.rows, drawn, strict=True)
+        return torch.tensor([row.next(token) for row, token in pairs], device="cpu")
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:

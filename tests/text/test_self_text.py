@@ -11,12 +11,13 @@ from accelerate import cpu_offload
 from helpers import architectures, tiny, zoo
 from helpers.words import word_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import ByT5Tokenizer, DynamicCache, GenerationConfig
+from transformers import ByT5Tokenizer, GenerationConfig
 
-from hylora_kernels.model import cache as reserving
+from hylora_kernels.inference.optimize import optimize_for_inference
+from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.model.context import end_tokens
 from hylora_kernels.support.cache import cache_root
-from hylora_kernels.text import reserved, self_text, writer
+from hylora_kernels.text import self_text, writer
 from hylora_kernels.text.self_text import self_blocks
 from hylora_kernels.text.turns import turns_of
 
@@ -266,7 +267,7 @@ def test_a_batch_is_written_once(model, tokenizer, monkeypatch):
 def test_an_interrupted_call_goes_on_behind_its_last_batch(model, tokenizer, monkeypatch):
     whole = own_text(model, tokenizer, 2 * ROWS)
     next((cache_root() / "tokens").rglob("1.safetensors")).unlink()
-    call, steps = writer.Writer.__call__, []
+    call, steps = writer.Writer.next, []
 
     def interrupted(*args):
         steps.append(1)
@@ -275,7 +276,7 @@ def test_an_interrupted_call_goes_on_behind_its_last_batch(model, tokenizer, mon
         return call(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writer.Writer, "__call__", interrupted)
+        patch.setattr(writer.Writer, "next", interrupted)
         own_text(model, tokenizer, 2 * ROWS)
     numbers = count_batches(monkeypatch)
     assert torch.equal(own_text(model, tokenizer, 2 * ROWS), whole) and numbers == [1]
@@ -310,38 +311,38 @@ def test_progress_counts_tokens_a_second(model, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "opt", "qwen3"])
-def test_the_reserved_cache_changes_no_token(name, tokenizer, monkeypatch):
+def test_a_decoder_changes_no_token(name, tokenizer, monkeypatch, capsys):
     """mistral and the gemmas have windows of 8 tokens."""
     model = zoo.zoo_model(name)
     ids = own_text(model, tokenizer)
+    assert "without a key-value cache" not in capsys.readouterr().err
+
+    def none(*_args):
+        raise ValueError("no decoder here")
+
     monkeypatch.setattr(self_text.Stream, "_find", lambda *_: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(reserving, "DynamicCache", dict)
-        assert torch.equal(own_text(model, tokenizer), ids)
+    monkeypatch.setattr(self_text, "Decoder", none)
+    assert torch.equal(own_text(model, tokenizer), ids)
+    assert "without a key-value cache" in capsys.readouterr().err
 
 
-def test_keys_and_values_are_written_in_place(model, tokenizer, monkeypatch):
-    pointers, update = set(), reserving.ReservedLayer.update
+def test_a_packed_model_writes_and_stays_packed(tokenizer, monkeypatch):
+    runtimes, decoder = [], self_text.Decoder
 
-    def seen(layer, *args, **kwargs):
-        keys, values = update(layer, *args, **kwargs)
-        pointers.update((keys.data_ptr(), values.data_ptr()))
-        return keys, values
+    def seen(*args):
+        made = decoder(*args)
+        runtimes.append(made.runtime)
+        return made
 
-    monkeypatch.setattr(reserving.ReservedLayer, "update", seen)
-    own_text(model, tokenizer)
-    assert len(pointers) == 2 * model.config.num_hidden_layers
-
-
-@torch.no_grad()
-def test_a_cache_that_gets_its_layers_in_a_call_keeps_what_it_holds(model):
-    ids = tiny.tokens(2, 12)
-    want = model(input_ids=ids).logits
-    cache = DynamicCache()
-    with reserved.reserved_cache(model, 12):
-        found = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(5, 1)]
-    assert {type(layer) for layer in cache.layers} == {reserving.ReservedLayer}
-    torch.testing.assert_close(torch.cat(found, 1), want)
+    monkeypatch.setattr(self_text, "Decoder", seen)
+    model = tiny.llama(vocab_size=WORDS, hidden_size=64, intermediate_size=96)
+    ids = own_text(model, tokenizer)
+    assert not packed_states(model)
+    monkeypatch.setattr(self_text.Stream, "_find", lambda *_: None)
+    optimize_for_inference(model)
+    packed = len(packed_states(model))
+    assert torch.equal(own_text(model, tokenizer), ids) and len(packed_states(model)) == packed
+    assert runtimes == ["cpu" if packed else "transformers"] * 2
 
 
 @pytest.mark.parametrize(
