@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -218,6 +216,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], name: str) -> None:
 
     Raises OSError naming the file and HYLORA_CACHE if it can't be written.
     """
+    from safetensors import SafetensorError  # imported here: the layers alone need no safetensors
+    from safetensors.torch import save_file
+
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
         if path.exists() and not path.is_file():
@@ -234,6 +235,8 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor] | None:
     None without such a file. None also for a damaged one, or one that was written under another
     name, which a line on stderr says: the caller makes it again.
     """
+    from safetensors import safe_open
+
     try:
         if not path.exists():
             return None

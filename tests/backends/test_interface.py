@@ -14,7 +14,8 @@ import pytest
 import torch
 from helpers.numerics import Case, every_backend, every_form, make_inputs
 
-from hylora_kernels import available_backends, backends, ops, svd_lora_linear, use_backend
+from hylora_kernels import available_backends, backends, svd_lora_linear, use_backend
+from hylora_kernels.ops import linear
 
 INTERFACE = {
     "is_available": "",
@@ -57,7 +58,9 @@ def test_backends_do_not_import_one_another(backend):
 def test_every_backend_has_both_ops():
     assert list(backends.BACKENDS)[-1] == "eager", "it serves everything, so it is asked last"
     for backend in backends.BACKENDS:
-        assert ops._FORWARD_OPS[backend] is getattr(torch.ops.hylora, f"{backend}_forward").default
+        assert (
+            linear._FORWARD_OPS[backend] is getattr(torch.ops.hylora, f"{backend}_forward").default
+        )
         assert getattr(torch.ops.hylora, f"{backend}_backward").default
 
 

@@ -15,9 +15,10 @@ import torch
 from helpers.compressing import assert_same, compressed
 from helpers.words import text_of, word_tokenizer
 from helpers.zoo import tokens, zoo_model
+from safetensors import torch as torchfiles
 
 from hylora_kernels.compression.options import CompressOptions
-from hylora_kernels.support import cache, storage
+from hylora_kernels.support import storage
 
 FEW = {"include": ["down_proj"]}  # in two blocks: two files of factors, two of a refit
 FILES = 4
@@ -61,7 +62,7 @@ def killed_at(event, folder) -> None:
     """A compression that ends like one killed at an event: 1 is half of the first file written,
     2 all of it, 3 its temporary file renamed, 4 half of the second, and so on."""
     left = [event]
-    save_file, replace = cache.save_file, os.replace
+    save_file, replace = torchfiles.save_file, os.replace
 
     def passed():
         left[0] -= 1
@@ -80,7 +81,7 @@ def killed_at(event, folder) -> None:
         replace(old, new)
         passed()
 
-    cache.save_file, storage.os.replace = saving, replacing
+    torchfiles.save_file, storage.os.replace = saving, replacing
     few(folder)
 
 

@@ -301,7 +301,7 @@ def test_a_full_disk_names_the_file_and_the_variable(stored, monkeypatch):
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space (os error 28)")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(
         OSError, match=r"layer\.safetensors in the cache: No space .*HYLORA_CACHE"
     ) as e:
