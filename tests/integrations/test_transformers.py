@@ -136,7 +136,7 @@ def test_a_dtype_is_asked_for(name, tmp_path):
     assert copy.deepcopy(loaded).half().dtype == torch.float16
 
 
-def test_layers_put_in_by_hand_are_saved_whoever_calls(tmp_path):
+def test_layers_put_in_by_hand_are_saved_by_any_call(tmp_path):
     """On the class, as subclasses do through super(), with arguments by place or by name."""
     model = build("llama")
     PreTrainedModel.save_pretrained(model, tmp_path / "a", True, None, save_original_format=True)
