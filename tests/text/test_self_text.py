@@ -278,6 +278,7 @@ def test_an_interrupted_call_goes_on_behind_its_last_batch(model, tokenizer, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(writer.Writer, "next", interrupted)
         own_text(model, tokenizer, 2 * ROWS)
+    assert not packed_states(model)
     numbers = count_batches(monkeypatch)
     assert torch.equal(own_text(model, tokenizer, 2 * ROWS), whole) and numbers == [1]
 
