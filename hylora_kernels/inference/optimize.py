@@ -264,7 +264,7 @@ def _why_not_plain(layer: nn.Module) -> str:
             return f"its {name} is no plain parameter but a {type(parameter).__name__}"
         if parameter.layout is not torch.strided or parameter.is_meta:
             return f"its {name} is on {parameter.device} with layout {parameter.layout}"
-        if parameter.is_shared():
+        if parameter.device.type == "cpu" and parameter.is_shared():  # all of a GPU's are
             return f"its {name} is shared with other processes"
     return ""
 
