@@ -163,8 +163,9 @@ void* stream_of(const Tensor& t) {
 }
 #endif
 
-template <class Call>
-void launch(const Call& call, const cuda::Plan& plan, const Tensor& on, int64_t arch) {
+// plan: a Plan, or the number of multiprocessors where a call needs none.
+template <class Call, class Plan>
+void launch(const Call& call, const Plan& plan, const Tensor& on, int64_t arch) {
   const std::string reason = lacks(arch);
   STD_TORCH_CHECK(reason.empty(), reason);
 #if !defined(HYLORA_NO_CUDA)
@@ -397,6 +398,56 @@ void adapter_gradients(const Maybe& dh_a, const Maybe& x, const Maybe& h_a, cons
   launch(t, plan, left, arch);
 }
 
+// x [..., K] of up to 16 rows -> y [..., N] = x W^T + h_a B^T + bias. W: codes int32 [N, G, 2
+// bits], scales float16 [N, G], zeros uint8 [N, G], none at 8 bits; h_a [..., lora_rank] and B [N,
+// lora_rank] come together.
+Tensor quantized(const Tensor& given, const Tensor& codes, const Tensor& scales, const Maybe& zeros,
+                 int64_t bits, const Maybe& h_a, const Maybe& B, const Maybe& bias,
+                 int64_t multiprocessors, int64_t arch) {
+  const bool known = (bits >= 2 && bits <= 6) || bits == 8;
+  STD_TORCH_CHECK(known, "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
+  STD_TORCH_CHECK(zeros.has_value() == (bits < 8), "zeros must be given below 8 bits alone");
+  STD_TORCH_CHECK(h_a.has_value() == B.has_value(), "h_a and B must come together");
+  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 1, "x must be [..., K] with at least one dim");
+  STD_TORCH_CHECK(codes.dim() == 3, "codes must be [N, G, ", 2 * bits, "], got ", shape_of(codes));
+  std::vector<int64_t> sizes(dims);
+  cuda::QuantizedCall d{};
+  d.type = type_of(x, "x"), d.bits = int(bits);
+  d.M = 1, d.K = d.x_stride = x.size(dims - 1), d.N = codes.size(0), d.groups = codes.size(1);
+  for (int64_t i = 0; i < dims - 1; i++)
+    d.M *= sizes[i] = x.size(i);
+  sizes[dims - 1] = d.N;
+  STD_TORCH_CHECK(d.M >= 1 && d.M <= cuda::kQuantizedRows && d.K && d.N, "x must have 1 to ",
+                  cuda::kQuantizedRows, " rows and the matrix some, got ", shape_of(x), " and ",
+                  shape_of(codes));
+  STD_TORCH_CHECK(d.groups == (d.K + 63) / 64, "codes must have ", (d.K + 63) / 64,
+                  " groups in a row, got ", d.groups);
+  const Like like{x, "x"};
+  const int64_t groups = d.N * d.groups;
+  STD_TORCH_CHECK(groups < int64_t(1) << 31, "the matrix must have fewer than 2^31 groups");
+  d.x = x.data_ptr();
+  d.codes = like.piece(codes, "codes", ScalarType::Int, groups * 2 * bits);
+  d.scales = like.piece(scales, "scales", ScalarType::Half, groups);
+  if (zeros) d.zeros = like.piece(*zeros, "zeros", ScalarType::Byte, groups);
+  const int alignment = bits == 8 ? 16 : 8;
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(d.codes) % alignment == 0, "codes must begin on ",
+                  alignment, " bytes");
+  if (B) {
+    d.lora_rank = B->dim() == 2 ? B->size(1) : 0;
+    d.B = like.piece(*B, "B", x.scalar_type(), d.N * d.lora_rank);
+    d.h_a = like.piece(*h_a, "h_a", x.scalar_type(), d.M * d.lora_rank);
+  }
+  d.bias = like.piece_or_null(bias, "bias", d.N);
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  const Tensor y = new_tensor(x, sizes, dtype);
+  d.y = y.data_ptr();
+  launch(d, int(multiprocessors), x, arch);
+  return y;
+}
+
 // ------------------------------------------------------------ workspace sizes
 
 // Columns of h, floats of partial, counters, threads of a block, bytes of its shared memory.
@@ -433,6 +484,7 @@ STABLE_TORCH_LIBRARY_IMPL(hylora, CPU, m) {
   m.impl("cuda_layer", TORCH_BOX(&hylora::layer));
   m.impl("cuda_packed_layer", TORCH_BOX(&hylora::packed_layer));
   m.impl("cuda_packed_group", TORCH_BOX(&hylora::packed_group));
+  m.impl("cuda_quantized", TORCH_BOX(&hylora::quantized));
   m.impl("cuda_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }
 #else
@@ -447,6 +499,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hylora, m) {
   m.def("cuda_packed_group(Tensor x, Tensor P, Tensor Q, Tensor columns, Tensor others,"
         " Tensor?[] biases, Tensor(a!) counters, int[] places, int width, int multiprocessors,"
         " int arch) -> Tensor");
+  m.def(
+      "cuda_quantized(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, Tensor? h_a,"
+      " Tensor? B, Tensor? bias, int multiprocessors, int arch) -> Tensor");
   m.def("cuda_adapter_gradients(Tensor? dh_a, Tensor? x, Tensor? h_a, Tensor? dy, float alpha,"
         " int multiprocessors, int arch, Tensor(a!)? dA, Tensor(b!)? dB, Tensor(c!)? db,"
         " Tensor(d!)? partial, Tensor(e!) counters) -> ()");
@@ -465,6 +520,7 @@ STABLE_TORCH_LIBRARY_IMPL(hylora, CUDA, m) {
   m.impl("cuda_layer", TORCH_BOX(&hylora::layer));
   m.impl("cuda_packed_layer", TORCH_BOX(&hylora::packed_layer));
   m.impl("cuda_packed_group", TORCH_BOX(&hylora::packed_group));
+  m.impl("cuda_quantized", TORCH_BOX(&hylora::quantized));
   m.impl("cuda_adapter_gradients", TORCH_BOX(&hylora::adapter_gradients));
 }
 

@@ -53,6 +53,19 @@ struct AdapterGradientsCall {
   float alpha;
 };
 
+// y [M, N] = x W^T + h_a B^T + bias for up to 16 rows of x. W is quantised (weights.py): codes
+// [N, groups, 2 bits] words, scales [N, groups], zeros [N, groups], null at 8 bits; all contiguous.
+struct QuantizedCall {
+  Type type;
+  int bits;  // 2, 3, 4, 5, 6 or 8
+  const void *x, *codes, *scales, *zeros, *bias;
+  const void *h_a, *B;  // [M, lora_rank] and [N, lora_rank], contiguous; both null at rank 0
+  void* y;
+  int64_t M, K, N, groups, lora_rank, x_stride;
+};
+
+constexpr int64_t kQuantizedRows = 16;  // of x, the most
+
 // How a call is launched.
 struct Plan {
   int kernel;        // a Kernel
@@ -98,5 +111,6 @@ void complete(GroupCall&, const Plan&, void* h, float* partial, int32_t* counter
 const char* launch(const LayerCall&, const Plan&, void* stream);
 const char* launch(const AdapterGradientsCall&, const Plan&, void* stream);
 const char* launch(const GroupCall&, const Plan&, void* stream);
+const char* launch(const QuantizedCall&, int multiprocessors, void* stream);
 
 }  // namespace hylora::cuda

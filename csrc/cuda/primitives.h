@@ -11,9 +11,11 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
-struct alignas(16) Chunk {  // eight numbers, the most that one load brings
-  uint32_t word[4];
+template <int COUNT>
+struct alignas(4 * COUNT) Words {
+  uint32_t word[COUNT];
 };
+using Chunk = Words<4>;  // eight numbers, the most that one load brings
 
 }  // namespace hylora::cuda
 
@@ -95,6 +97,27 @@ DEVICE T rounded(float value) {
   return {uint16_t(pack<T>(value, 0.0f))};
 }
 
+// a - b of both halves, rounded once.
+template <class T>
+DEVICE uint32_t minus(uint32_t a, uint32_t b) {
+  uint32_t difference;
+  if constexpr (std::is_same_v<T, bf16>)  // sm_80 has no subtraction: a - b is b times -1 plus a
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(0xBF80BF80u), "r"(a));
+  else
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+
+// (a & mask) | rest in one instruction: the compiler makes two of it where both are constants.
+DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t rest) {
+  uint32_t found;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(a), "r"(mask), "r"(rest));
+  return found;
+}
+// The low halves of two words side by side, the first one's lowest; the high halves.
+DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
 DEVICE float widened(bf16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
 DEVICE float widened(fp16 value) {
   float wide;
@@ -126,6 +149,33 @@ DEVICE Chunk read_once(const Chunk* from) {
       : "=r"(c.word[0]), "=r"(c.word[1]), "=r"(c.word[2]), "=r"(c.word[3])
       : "l"(from));
   return c;
+}
+
+DEVICE Words<2> read_once(const Words<2>* from) {
+  Words<2> w;
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+      : "=r"(w.word[0]), "=r"(w.word[1])
+      : "l"(from));
+  return w;
+}
+DEVICE Words<1> read_once(const Words<1>* from) {
+  Words<1> w;
+  asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(w.word[0]) : "l"(from));
+  return w;
+}
+
+// Reads what other blocks read as well.
+template <int COUNT>
+DEVICE Words<COUNT> read_often(const Words<COUNT>* from) {
+  return *from;
+}
+
+// COUNT bytes at a multiple of COUNT, the first lowest.
+template <int COUNT>
+DEVICE uint32_t read_bytes(const uint8_t* from) {
+  if constexpr (COUNT == 4) return *reinterpret_cast<const uint32_t*>(from);
+  if constexpr (COUNT == 2) return *reinterpret_cast<const uint16_t*>(from);
+  return *from;
 }
 
 // Reads what other blocks of the launch have written: the load bypasses L1.

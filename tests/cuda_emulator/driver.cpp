@@ -12,6 +12,7 @@
 //   member type=0 x=x ... y=y y_at=64 y_stride=96   one that waits for the next `group`
 //   group split=1 programs=4 M=3 seed=1      all members in one launch; split -1: the plan's own
 //   adapter_gradients type=0 x=x ... split=2 kernel or split -1: the plan's own, for processors=4 arch=90
+//   quantized type=0 bits=4 x=x codes=c ... processors=4   a quantised matrix's product
 //   toy which=mma_bf16 in=a out=b blocks=1   one of toys.h, 32 threads a block
 //   round type=0 in=a out=b                  floats to numbers of a type
 //   write name=y                             a buffer to OUTPUT
@@ -157,6 +158,21 @@ void adapter_gradients(const Values& v) {
          none);
 }
 
+void quantized(const Values& v) {
+  cuda::QuantizedCall d{};
+  d.type = cuda::Type(integer(v, "type")), d.bits = int(integer(v, "bits"));
+  d.x = pointer(v, "x"), d.codes = pointer(v, "codes"), d.scales = pointer(v, "scales");
+  d.zeros = pointer(v, "zeros"), d.bias = pointer(v, "bias"), d.y = pointer(v, "y");
+  d.h_a = pointer(v, "h_a"), d.B = pointer(v, "B");
+  d.M = integer(v, "M"), d.K = integer(v, "K"), d.N = integer(v, "N");
+  d.groups = (d.K + 63) / 64, d.lora_rank = integer(v, "lora_rank"), d.x_stride = d.K;
+  emulation::next_order = {uint64_t(integer(v, "seed")), 8};
+  const char* error = cuda::launch(d, int(integer(v, "processors", 4)), nullptr);
+  printf("kernel=-1 split=1 programs=0 order=%llx seconds=0 left=0 error=%s\n",
+         (unsigned long long)emulation::last_hash, error);
+  fflush(stdout);
+}
+
 void toy(const Values& v) {
   const int blocks = int(integer(v, "blocks", 1));
   Buffer counters(4, 0);
@@ -206,6 +222,8 @@ int main(int count, char** arguments) {
       group(v);
     } else if (verb == "adapter_gradients") {
       adapter_gradients(v);
+    } else if (verb == "quantized") {
+      quantized(v);
     } else if (verb == "toy") {
       toy(v);
     } else if (verb == "round") {

@@ -50,22 +50,35 @@ def driver(sanitizer: str = "plain") -> Path:
         return done if done.exists() else build(folder, sanitizer)
 
 
-def build(folder: Path, sanitizer: str = "plain", kernels: Path = KERNELS, frame=None) -> Path:
+def build(
+    folder: Path, sanitizer: str = "plain", kernels: Path = KERNELS, frame=None, changed: str = ""
+) -> Path:
     """The driver with the kernels of one folder, built into another. frame: a folder where it has
-    been built before and all but the kernels is the same."""
+    been built before and all but the file `changed` of the kernels is the same."""
     flags = [*FLAGS[sanitizer], f"-I{kernels}", f"-I{HERE}"]
     parts = {"driver": HERE / "driver.cpp", "plan": kernels / "plan.cpp"}
-    objects = [(frame or folder) / f"{name}-{sanitizer}.o" for name in parts]
-    fibers, compiled = (frame or folder) / "fibers.o", folder / f"kernels-{sanitizer}.o"
+    parts |= {path.stem: path for path in sorted(kernels.glob("*.cu"))}
+    objects, fibers = [], (frame or folder) / "fibers.o"
+    for name, source in parts.items():
+        is_same = frame and not _depends(source, changed)
+        objects.append((frame if is_same else folder) / f"{name}-{sanitizer}.o")
+        if not is_same:
+            _do(*flags, "-x", "c++", "-c", source, "-o", objects[-1])
     if frame is None:
         # Built without sanitizers: one thread runs all fibers, which orders what they share.
         _do("-O2", "-std=c++17", "-Wall", "-Wextra", "-c", HERE / "fibers.cpp", "-o", fibers)
-        for source, to in zip(parts.values(), objects, strict=True):
-            _do(*flags, "-c", source, "-o", to)
-    _do(*flags, "-x", "c++", "-c", kernels / "kernels.cu", "-o", compiled)
     done = folder / f"driver-{sanitizer}"
-    _do(*flags, *objects, fibers, compiled, "-o", done.with_suffix(".new"))
+    _do(*flags, *objects, fibers, "-o", done.with_suffix(".new"))
     return done.with_suffix(".new").rename(done)
+
+
+def _depends(source: Path, changed: str) -> bool:
+    """Whether a source is the file `changed` or includes it, at any depth."""
+    if source.name == changed:
+        return True
+    included = re.findall(r'#include "(\w+\.h)"', source.read_text())
+    paths = (source.parent / name for name in included)
+    return any(_depends(path, changed) for path in paths if path.is_file())
 
 
 def _do(*words) -> None:
@@ -193,6 +206,20 @@ def _launch_of(line: str) -> Launch:
     return Launch(
         **{k: {"int": int, "float": float}.get(kinds[k], str)(v) for k, v in words.items()}
     )
+
+
+def quantized(script: Script, x: Tensor, W, bias=None, h_a=None, B=None, **how) -> int:
+    """The product of x [M, K] with W, a Words: the place of y. how: processors, seed, shift."""
+    shift = how.pop("shift", 0)
+    given = {"codes": W.words, "scales": W.scales, "zeros": W.zeros}
+    names = {name: script.give(tensor) for name, tensor in given.items()}
+    more = {"x": x, "bias": bias, "h_a": h_a, "B": B}
+    names |= {name: script.give(tensor, shift) for name, tensor in more.items()}
+    (M, K), N = x.shape, len(W.words)
+    y = script.empty(x.dtype, M, N)
+    sizes = {"M": M, "K": K, "N": N, "bits": W.bits, "lora_rank": 0 if B is None else B.shape[1]}
+    script.launch("quantized", type=TYPES[x.dtype], y=y, **sizes, **names, **how)
+    return script.write(y, x.dtype, M, N)
 
 
 # ----------------------------------------------------------------------------------- of one layer

@@ -65,8 +65,17 @@ template <class T>
 DEVICE uint32_t pack(float low, float high) {
   return rounded<T>(low).bits | uint32_t(rounded<T>(high).bits) << 16;
 }
+DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t rest) { return (a & mask) | rest; }
+DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 16; }
+DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000); }
+
 DEVICE float widened(bf16 value) { return emulation::from_bf16(value.bits); }
 DEVICE float widened(fp16 value) { return emulation::from_fp16(value.bits); }
+template <class T>
+DEVICE uint32_t minus(uint32_t a, uint32_t b) {
+  auto half = [](uint32_t pair, int i) { return widened(T{uint16_t(pair >> 16 * i)}); };
+  return pack<T>(half(a, 0) - half(b, 0), half(a, 1) - half(b, 1));
+}
 
 // Until the copy is waited for, its place holds NaN; it is read then, not before.
 DEVICE void copy_async(void* to, const void* from, int bytes) {
@@ -85,9 +94,24 @@ DEVICE void wait() {
           2 * i < copy.bytes ? static_cast<const uint16_t*>(copy.from)[i] : 0;
 }
 
-DEVICE Chunk read_once(const Chunk* from) {
-  emulation::expect_aligned(from, "a load of 16 bytes that are not aligned");
+template <int COUNT>
+DEVICE Words<COUNT> read_once(const Words<COUNT>* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(*from))
+    emulation::fault("a load of several words that are not aligned");
   return *from;
+}
+template <int COUNT>
+DEVICE Words<COUNT> read_often(const Words<COUNT>* from) {
+  return read_once(from);
+}
+template <int COUNT>
+DEVICE uint32_t read_bytes(const uint8_t* from) {
+  if (reinterpret_cast<uintptr_t>(from) % COUNT)
+    emulation::fault("a load of several bytes that are not aligned");
+  uint32_t found = 0;
+  for (int i = 0; i < COUNT; i++)
+    found |= uint32_t(from[i]) << 8 * i;
+  return found;
 }
 template <class T>
 DEVICE T read_fresh(const T* from) {

@@ -6,5 +6,6 @@ namespace hylora::cuda {
 const char* launch(const LayerCall&, const Plan&, void*) { return ""; }
 const char* launch(const AdapterGradientsCall&, const Plan&, void*) { return ""; }
 const char* launch(const GroupCall&, const Plan&, void*) { return ""; }
+const char* launch(const QuantizedCall&, int, void*) { return ""; }
 
 }  // namespace hylora::cuda

@@ -24,7 +24,7 @@ TARGET = (3, 80)  # multiprocessors, architecture
 TORCH_TARGET = "0x020a000000000000"  # setup.py's
 
 
-KERNELS = (CSRC / "cuda" / "kernels.cu", HERE / "fibers.cpp")
+KERNELS = (*sorted((CSRC / "cuda").glob("*.cu")), HERE / "fibers.cpp")
 NO_LAUNCH = (HERE / "no_launch.cpp",)
 
 

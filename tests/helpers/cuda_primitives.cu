@@ -45,6 +45,20 @@ __global__ void load_once(uint32_t* d, const Chunk* from) {
   for (int i = 0; i < 4; i++)
     d[i] = c.word[i];
 }
+__global__ void load_two_once(uint32_t* d, const Words<2>* from) {
+  const Words<2> w = read_once(from);
+  d[0] = w.word[0], d[1] = w.word[1];
+}
+__global__ void load_one_once(uint32_t* d, const Words<1>* from) { d[0] = read_once(from).word[0]; }
+__global__ void minus_bf16(uint32_t* d, const uint32_t* a, const uint32_t* b) {
+  d[0] = minus<bf16>(a[0], b[0]);
+}
+__global__ void minus_fp16(uint32_t* d, const uint32_t* a, const uint32_t* b) {
+  d[0] = minus<fp16>(a[0], b[0]);
+}
+__global__ void choose(uint32_t* d, const uint32_t* from) {
+  d[0] = and_or(from[0], from[1], from[2]);
+}
 __global__ void load_fresh(uint32_t* d, const Chunk* from) {
   const Chunk c = read_fresh(from);
   for (int i = 0; i < 4; i++)

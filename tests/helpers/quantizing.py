@@ -53,6 +53,18 @@ def dequantized(
     return Weights(*map(of, weights))
 
 
+def moved(weights: Weights, device: str) -> Weights:
+    """The same on a device."""
+
+    def of(value):
+        if isinstance(value, QuantizedMatrix):
+            parts = map(of, (value.codes, value.scales, value.zeros))
+            return QuantizedMatrix(*parts, value.bits, value.k)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Weights(*map(of, weights))
+
+
 def quantized_model(name: str = "llama, tied", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A tiny model with dense linears in 4 bits, the first a pair in 5 and 8; its embedding, and
     the head if it is tied to it, in 6."""

@@ -15,6 +15,7 @@ Both GPU backends pack so. Each brings its own forward, which chooses for calls 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -160,6 +161,7 @@ def pack(weights: Weights, backend: str, for_group: bool = False) -> PackedLayer
     )
 
 
+@functools.cache
 def kernels_target(device: torch.device) -> tuple[int, int] | None:
     """(multiprocessors, architecture) of a device that the C++ kernels serve, else None."""
     if device.type != "cuda" or torch.version.hip:

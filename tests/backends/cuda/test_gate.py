@@ -17,6 +17,7 @@ import torch
 from helpers.triton_code import KIB, Code, of_nvidia
 
 from hylora_kernels.backends.shared.library import LIBRARY, MISSING
+from hylora_kernels.weights import PLANES
 
 TESTS = Path(__file__).resolve().parents[2]
 ARCHS = [] if MISSING else [f"sm_{arch}" for arch in torch.ops.hylora.cuda_archs().split()]
@@ -35,10 +36,16 @@ BUDGETS = {
     "layer 128": (LOADS_TILES, 2),
     "decode": ({"HMMA", "LDG"}, 3),
     "adapter_gradients": (LOADS_TILES, 3),
+    "quantized 8 warps": ({"HMMA", "LDG"}, 2),
+    "quantized 16 warps": ({"HMMA", "LDG"}, 1),
 }
 LEAST_BLOCKS = 2  # blocks that a multiprocessor's shared memory must hold at the least
 SHARED = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 WAITING = {"layer", "decode", "decode_group"}  # kernels in which blocks wait for one another
+QUANTIZED = (  # as C++ mangles it: type, bits, QuantizedShape's four
+    r"_ZN6hylora4cuda9quantizedINS0_4(bf16|fp16)ELi(\d)E"
+    r"NS0_14QuantizedShapeILi(\d)ELi(\d)ELi(\d)ELi(\d+)E"
+)
 SHOWN = ("HMMA", "LDSM", "LDGSTS", "LDG", "ATOMG", "MEMBAR")
 
 
@@ -49,6 +56,12 @@ def test_machine_code(arch):
     found, faults = kernels_in_library(arch), {}
     names = [f"layer {side}{way}" for side in (64, 128) for way in ("", " transposed")]
     names += ["decode", "decode_group", "adapter_gradients"]
+    names += [
+        f"quantized {warps} warps, {bits} bits, {8 * tiles} x {columns}"
+        for bits in PLANES
+        for tiles in (1, 2)
+        for warps, columns in ((16, 16), (8, 32 if tiles == 1 and bits < 8 else 16))
+    ]
     assert sorted(found) == sorted(f"{n} {t}" for n in names for t in ("bf16", "fp16"))
     for name, code in sorted(found.items()):
         counts = " ".join(f"{opcode}={code.opcodes[opcode]}" for opcode in SHOWN)
@@ -95,6 +108,11 @@ def by_function(heading: str, text: str) -> dict[str, str]:
 
 def kernel_name(mangled: str) -> str:
     """As in "layer 64 transposed bf16"."""
+    if found := re.match(QUANTIZED, mangled):
+        dtype, *sizes = found.groups()
+        bits, tiles, tall, _, warps = map(int, sizes)
+        size = f"{8 * tiles} x {16 * tall}"
+        return f"quantized {warps} warps, {bits} bits, {size} {dtype}"
     shape = r"_ZN6hylora4cuda\d+([a-z_]+)INS0_4(bf16|fp16)E(?:Li(\d)ELb([01])E)?E"
     kernel, dtype, tile, transposed = re.match(shape, mangled).groups()
     words = [kernel, tile and ("64", "128")[int(tile)], transposed == "1" and "transposed", dtype]
@@ -104,6 +122,9 @@ def kernel_name(mangled: str) -> str:
 def sizes_of(name: str) -> tuple[int, int]:
     """(threads of a block, bytes of its shared memory), by the plan for a call that takes it."""
     device = (132, 90)
+    if found := re.match(r"quantized (\d+) warps, . bits, (\d+) x (\d+)", name):
+        warps, rows, columns = map(int, found.groups())
+        return 32 * warps, 4 * warps * rows * columns
     if name.startswith("adapter_gradients"):
         return torch.ops.hylora.cuda_adapter_gradients_sizes(2048, 2048, 2048, 32, *device)[3:]
     rows = {"decode": 1, "layer 64": 17, "layer 128": 8192}
@@ -175,6 +196,15 @@ TABLE = {
         "ld.global.nc.L1::no_allocate.v4.u32 {d0, d1, d2, d3}, p1[0]",
         *(f"p0[{4 * i}] = d{i}" for i in range(4)),
     ],
+    "load_two_once": [
+        "ld.global.nc.L1::no_allocate.v2.u32 {d0, d1}, p1[0]",
+        *(f"p0[{4 * i}] = d{i}" for i in range(2)),
+    ],
+    "load_one_once": ["ld.global.nc.L1::no_allocate.u32 d0, p1[0]", "p0[0] = d0"],
+    # 0xBF80 is -1 in bfloat16; a look-up table of 0xEA is (a & b) | c.
+    "minus_bf16": [f"fma.rn.bf16x2 d0, p2[0], {0xBF80BF80 - 2**32}, p1[0]", "p0[0] = d0"],
+    "minus_fp16": ["sub.f16x2 d0, p1[0], p2[0]", "p0[0] = d0"],
+    "choose": ["lop3.b32 d0, p1[0], p1[4], p1[8], 0xEA", "p0[0] = d0"],
     "load_fresh": [
         "ld.global.cg.v4.u32 {d0, d1, d2, d3}, p1[0]",
         *(f"p0[{4 * i}] = d{i}" for i in range(4)),
@@ -219,7 +249,7 @@ def steps_of(kernel: str, ptx: str) -> list[str]:
             values[operands[0]] = named(operands[1])
         elif opcode.startswith(("mov", "cvta")):
             source = operands[1]
-            is_symbol = not source.startswith("%") and not source.isdigit()
+            is_symbol = not source.startswith("%") and not source.lstrip("-").isdigit()
             values[operands[0]] = "shared" if is_symbol else values.get(source, source)
         elif opcode.startswith("st.global"):
             steps.append(f"{named(operands[0])} = {named(operands[1])}")

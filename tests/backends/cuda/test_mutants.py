@@ -21,6 +21,9 @@ from cuda_emulator import emulated
 from cuda_emulator.emulated import DECODE, KERNELS, TILE_64, Choice, Fault, Script
 from helpers.gpu_groups import KINDS, Layers, add_group
 from helpers.numerics import Case, assert_as_exact_as_formula, make_dy, make_inputs
+from helpers.quantizing import assert_as_exact_as_eager, random_matrix
+
+from hylora_kernels.backends.triton.quantized.launch import Words
 
 if emulated.COMPILER is None or platform.machine() != "x86_64":
     pytest.skip(
@@ -55,10 +58,17 @@ def failed_check(driver: Path) -> str:
         dy = make_dy(inputs)
         orders = [dataclasses.replace(choice, seed=seed, programs=2 + seed) for seed in SEEDS]
         layers.append((inputs, dy, [emulated.layer(script, inputs, dy, o) for o in orders]))
-    group, x = Layers(KINDS["odd"], torch.float16, backend="cuda"), torch.randn(3, 70).half()
+    group = Layers(KINDS["odd"], torch.float16, backend="cuda")
+    grouped_x = torch.randn(3, 70).half()
     grouped = [
-        add_group(script, group, x, Choice(split=2, programs=2 + seed, seed=seed)) for seed in SEEDS
+        add_group(script, group, grouped_x, Choice(split=2, programs=2 + seed, seed=seed))
+        for seed in SEEDS
     ]
+    products = []
+    for M, N, K, bits in ((9, 40, 200, 5), (1, 33, 130, 4)):
+        x, matrix = torch.randn(M, K).half(), random_matrix(N, K, bits)
+        at = [emulated.quantized(script, x, Words.of(matrix), seed=seed) for seed in SEEDS]
+        products.append((at, x, matrix))
     try:
         results, _ = emulated.run(driver, script)
     except Fault as fault:
@@ -73,10 +83,15 @@ def failed_check(driver: Path) -> str:
         if any(not torch.equal(got[name], found[0][name]) for got in found for name in got):
             return "same bits"
     try:
-        group.assert_right(results[grouped[0]], x)
+        group.assert_right(results[grouped[0]], grouped_x)
+        for at, x, matrix in products:
+            assert_as_exact_as_eager(results[at[0]], x, matrix)
     except AssertionError:
         return "numbers"
-    return "" if all(results[at].equal(results[grouped[0]]) for at in grouped) else "same bits"
+    for places in (grouped, *(at for at, _, _ in products)):
+        if any(not results[at].equal(results[places[0]]) for at in places):
+            return "same bits"
+    return ""
 
 
 class Mutant(NamedTuple):
@@ -98,10 +113,32 @@ class Mutant(NamedTuple):
         assert source.count(self.old) == 1, f"{source.count(self.old)} places: {self.old}"
         path.write_text(source.replace(self.old, self.new))
         frame = emulated.driver(self.sanitizer).parent
-        return emulated.build(folder, self.sanitizer, kernels, frame)
+        return emulated.build(folder, self.sanitizer, kernels, frame, self.file)
 
 
 MUTANTS = {
+    # ------------------------------------------------------------------------ quantised matrices
+    "a product scaled by the other row's scale": Mutant(
+        "quantized.h", "scale[i][2 * tall + j / 2]", "scale[i][2 * tall + j % 2]", "numbers"
+    ),
+    "high bits left where another word's lie": Mutant(
+        "quantized.h", "word >>= first / (2 * P::HIGH) * P::HIGH", "word >>= 0", "numbers"
+    ),
+    "one zero point for all groups of a run": Mutant(
+        "quantized.h", "zeros >> 8 * i & 0xFF", "zeros & 0xFF", "numbers"
+    ),
+    "a number of x past the last": Mutant(
+        "quantized.h", "if (at + j < depth) word", "if (at + j < depth + 1) word", "bounds"
+    ),
+    "a row past the matrix's last": Mutant(
+        "quantized.h",
+        "at_most(column0 + 8 * line + lane / 4, int(d.N) - 1)",
+        "(column0 + 8 * line + lane / 4)",
+        "bounds",
+    ),
+    "sums read before all warps have put them out": Mutant(
+        "quantized.h", "  synchronize();\n", "", "race"
+    ),
     # --------------------------------------------------------------------------------- barriers
     "no barrier between a stage's copies and its products": Mutant(
         "tile.h",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+from unittest import mock
 
 import pytest
 import torch
@@ -134,11 +135,11 @@ def test_a_captured_call_goes_by_the_backend_always(calls, monkeypatch):
     assert calls == ["backend", "backend", "backend", "launch"], "a capture warms nothing up"
 
 
-def test_without_kernels_or_in_float32_torch_multiplies(calls, monkeypatch):
+def test_without_kernels_or_in_float32_torch_multiplies(calls):
     layer, _ = packed_layer(dtype=torch.float32)
     layer(torch.randn(1, K)), layer(torch.randn(1, K))
-    monkeypatch.setattr(packed_gpu, "kernels_target", lambda device: None)
-    layer, plain = packed_layer()
+    with mock.patch.object(packed_gpu, "kernels_target", lambda device: None):
+        layer, plain = packed_layer()
     x = torch.randn(1, K, dtype=torch.bfloat16)
     assert_right(layer(x), x, plain), assert_right(layer(x), x, plain)
     assert calls == ["backend", "backend"], "then two products, straight"

@@ -1,13 +1,24 @@
-"""Quantised matrices where a GPU is: compiled, captured. On a CPU one small case, interpreted."""
+"""Quantised matrices where a GPU is: compiled, captured, by Triton's kernel and by the C++ one that
+serves up to 16 rows. On a CPU one small case, interpreted."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers.quantizing import assert_as_exact_as_eager, random_matrix
+from helpers.quantizing import (
+    FORMS,
+    K,
+    assert_as_exact_as_eager,
+    dequantized,
+    moved,
+    random_matrix,
+    random_weights,
+)
 
+from hylora_kernels import reference
 from hylora_kernels.backends import triton as backend
-from hylora_kernels.backends.triton.quantized import launch
+from hylora_kernels.backends.shared import quantized_gpu
+from hylora_kernels.backends.triton.quantized import launch, packed
 from hylora_kernels.backends.triton.quantized.launch import Words
 from hylora_kernels.reference import dequantize
 from hylora_kernels.weights import PLANES, QuantizedMatrix
@@ -21,9 +32,21 @@ def on(device: str, matrix: QuantizedMatrix) -> Words:
     return Words.of(QuantizedMatrix(*moved, matrix.bits, matrix.k))
 
 
-def test_rows_and_products(device):
+@pytest.fixture(params=["Triton", "C++"])
+def few_rows(request, device, monkeypatch):
+    """Whose kernel serves up to 16 rows."""
+    if request.param == "Triton":
+        monkeypatch.setattr(quantized_gpu, "LAUNCH", None)
+    elif device == "cpu":
+        pytest.skip("the C++ kernel needs a GPU; test_quantized.py of the cuda backend emulates it")
+    return request.param
+
+
+def test_rows_and_products(device, few_rows):
     on_gpu = device == "cuda"
-    sizes = [(1, 130, 72), (17, 65, 2048), (64, 96, 576), (70, 96, 576)] if on_gpu else [(1, 5, 72)]
+    few = [(1, 130, 72), (7, 96, 576), (16, 3000, 2048), (11, 65, 2000)]
+    many = [(17, 65, 2048), (64, 96, 576), (70, 96, 576)]
+    sizes = [(1, 5, 72)] if not on_gpu else few + many if few_rows == "Triton" else few
     for bits in PLANES if on_gpu else (4,):
         for M, n, k in sizes:
             matrix, ids = random_matrix(n, k, bits), torch.tensor([0, n - 1], device=device)
@@ -36,9 +59,24 @@ def test_rows_and_products(device):
                 assert torch.equal(launch.rows(ids, W, dtype).cpu(), expected)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_layers(device, few_rows, form):
+    weights = random_weights(form, bias=True)
+    exact = dequantized(weights)
+    for dtype in (torch.float16, torch.bfloat16) if device == "cuda" else (torch.float16,):
+        codes = dequantized(moved(weights, device), dtype, factors=False)
+        layer, own = packed.pack(codes, dtype), dequantized(weights, dtype)
+        for M in (1, 9, 16) if device == "cuda" else (1,):
+            x = torch.randn(M, K).to(dtype)
+            truth = reference.forward(x.double(), exact)[0]
+            error = (reference.forward(x, own)[0].double() - truth).norm()
+            y = layer.forward(x.to(device), codes.bias).cpu().double()
+            assert (y - truth).norm() <= 2 * error + torch.finfo(dtype).eps * truth.norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("M", [1, 70])
+@pytest.mark.parametrize("M", [1, 17, 70])
 def test_a_captured_call_computes_the_same(M):
     matrix = random_matrix(512, 2048, 4)
     W, x = on("cuda", matrix), torch.randn(M, 2048, device="cuda").half()

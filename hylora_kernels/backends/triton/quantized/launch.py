@@ -1,4 +1,8 @@
-"""From tensors to launches of kernels.py, and the ops that hide them from torch.compile."""
+"""From tensors to launches, and the ops that hide them from torch.compile.
+
+Up to 16 rows are one launch of the C++ kernel where the library has it for the device: on an H200
+it takes 0.5 to 0.8 of the time of the one of kernels.py, and a call of it less of the host's.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hylora_kernels import reference
-from hylora_kernels.backends.shared import counters
+from hylora_kernels.backends.shared import counters, quantized_gpu
 from hylora_kernels.backends.shared.gpu import on_device
 from hylora_kernels.backends.triton import dispatch
 from hylora_kernels.backends.triton.config import FUSION
@@ -112,6 +116,8 @@ def linear(
 
 
 def _linear(x, words, scales, zeros, bits, h_a, B, bias) -> Tensor:
+    if target := quantized_gpu.target_for(x):
+        return quantized_gpu.LAUNCH(x, words, scales, zeros, bits, h_a, B, bias, *target)
     K, N = x.shape[-1], len(words)
     flat = x.reshape(-1, K)
     h_a = None if h_a is None else h_a.reshape(-1, h_a.shape[-1])

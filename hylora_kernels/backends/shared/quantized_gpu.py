@@ -1,0 +1,23 @@
+"""The C++ launch for up to 16 rows of x and a quantised matrix on a GPU (csrc/cuda/quantized.h)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hylora_kernels.backends.shared import packed_gpu
+from hylora_kernels.backends.shared.library import MISSING
+
+LAUNCHED_ROWS = 16  # the most of x: csrc/cuda/call.h
+
+_OP = getattr(torch.ops.hylora, "cuda_quantized", None) if not MISSING else None
+LAUNCH = _OP and _OP.default
+
+
+def target_for(x: Tensor) -> tuple[int, int] | None:
+    """The (multiprocessors, architecture) of the launch that serves x [..., K]; None where none
+    does."""
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if not 1 <= rows <= LAUNCHED_ROWS or x.dtype not in packed_gpu.HALVES or LAUNCH is None:
+        return None
+    return packed_gpu.kernels_target(x.device)
