@@ -92,6 +92,10 @@ class Operands(NamedTuple):
         mine = self.wide_columns[member.y : member.y + member.N]
         return mine[: member.others], mine[member.others :]
 
+    def parts(self) -> list[Part]:
+        """What the torch products need of each member: views, which cost the host to make."""
+        return [Part.of(self, member) for member in self.members]
+
     @property
     def places(self) -> list[int]:
         """All members' places in one row."""
@@ -101,6 +105,23 @@ class Operands(NamedTuple):
     def counters(self) -> int:
         """The counters of a C++ launch: of each member a ticket, a block of rows, blocks of h."""
         return sum(2 + -(-m.rank // 16) + -(-m.lora_rank // 16) for m in self.members)
+
+
+class Part(NamedTuple):
+    """A member's matrices, transposed for torch's products. others, pivots: its columns, None in
+    the pair form."""
+
+    P: Tensor  # [K, r + ra]
+    Q: Tensor  # [r, others]
+    aB: Tensor | None  # [ra, N]
+    others: Tensor | None
+    pivots: Tensor | None
+
+    @classmethod
+    def of(cls, operands: Operands, member: Member) -> Part:
+        P, Q, aB = operands.of(member)
+        columns = operands.columns_of(member) if member.is_pivoted else (None, None)
+        return cls(P.T, Q.T, None if aB is None else aB.T, *columns)
 
 
 # x [M, K], operands, biases -> y [M, width] in one launch; None where the torch products are faster
@@ -123,6 +144,7 @@ class PackedGroup:
     counters: int
     places: list[int]
     target: tuple[int, int] | None
+    parts: list[Part]
     seen: set[int] = field(default_factory=set)
 
     @classmethod
@@ -147,7 +169,7 @@ class PackedGroup:
                     place.copy_(mine)
                     mine.data = place
         sizes = operands.counters, operands.places, target_of(operands)
-        return cls(first.backend, tuple(layers), operands, width, *sizes)
+        return cls(first.backend, tuple(layers), operands, width, *sizes, operands.parts())
 
     def forward(self, x: Tensor, biases: Sequence[Tensor | None], launch: Launch) -> Tensor:
         """x [..., K], a bias [N] or None for each member, or no biases -> y [..., width]. A decoded
@@ -160,7 +182,7 @@ class PackedGroup:
         if rows in self.seen and rows <= LAUNCHED_ROWS and self.target and not is_captured(device):
             zeros = counters.zeros_of_stream(device, self.counters)
             return _LAUNCH(x, *o[:4], biases, zeros, self.places, self.width, *self.target)
-        y = _forward(launch, x, o, _as_many(biases, o.members))
+        y = _forward(launch, x, o, _as_many(biases, o.members), self.parts)
         if rows and not is_captured(device):
             self.seen.add(rows)
         return y
@@ -195,7 +217,7 @@ def define(backend: str, launch: Launch) -> None:
         fields = len(Member._fields)
         members = [Member(*places[i : i + fields]) for i in range(0, len(places), fields)]
         operands = Operands(P, Q, columns, wide_columns, tuple(members), width)
-        return _forward(launch, x, operands, biases)
+        return _forward(launch, x, operands, biases, None)
 
     def fake(x, P, Q, columns, wide_columns, biases, places, width) -> Tensor:
         return x.new_empty(*x.shape[:-1], width)
@@ -211,11 +233,11 @@ def _as_many(biases: Sequence[Tensor | None], members: Sequence[Member]) -> list
     return list(biases) or [None] * len(members)
 
 
-def _forward(launch: Launch, x: Tensor, operands: Operands, biases) -> Tensor:
+def _forward(launch: Launch, x: Tensor, operands: Operands, biases, parts) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     y = launch(rows, operands, biases) if len(rows) else None
     if y is None:
-        y = torch_products_of(rows, operands, biases)
+        y = torch_products_of(rows, operands, biases, parts)
     shape = *x.shape[:-1], operands.width
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, shape)
 
@@ -223,40 +245,39 @@ def _forward(launch: Launch, x: Tensor, operands: Operands, biases) -> Tensor:
 # ------------------------------------------------------------------------------- the torch products
 
 
-def torch_products_of(x: Tensor, operands: Operands, biases) -> Tensor:
+def torch_products_of(
+    x: Tensor, operands: Operands, biases, parts: list[Part] | None = None
+) -> Tensor:
     """x [M, K] -> y [M, width] by one product for all members' h and one for each member.
 
     A dense member is one product of x. It comes last in P, so that it is left out of the first.
     """
-    factored = [m for m in operands.members if not m.is_dense]
-    shrunk = sum(_up(m.rank + m.lora_rank) for m in factored)
+    members, y = operands.members, x.new_empty(len(x), operands.width)
+    shrunk = sum(_up(m.rank + m.lora_rank) for m in members if not m.is_dense)
     h = x @ operands.P[:shrunk].T
-    y = x.new_empty(len(x), operands.width)
-    for member, bias in zip(operands.members, biases, strict=True):
-        to = y[:, member.y : member.y + member.N]
-        P, Q, aB = operands.of(member)
-        if member.is_dense:
-            h_m = None
-            _product(x, P[: member.rank], bias, to)
+    for m, part, bias in zip(members, parts or operands.parts(), biases, strict=True):
+        to = y.narrow(1, m.y, m.N)
+        if m.is_dense:
+            _product(x, part.P.narrow(1, 0, m.rank), bias, to)
         else:
-            h_m = h[:, member.p : member.p + len(P)]
-            _expand(h_m[:, : member.rank], Q, operands.columns_of(member), bias, to)
-        if aB is not None:
-            h_a = x @ P[member.rank :].T if h_m is None else h_m[:, member.rank :]
-            to.addmm_(h_a, aB.T)
+            _expand(h.narrow(1, m.p, m.rank), part, bias, to)
+        if part.aB is not None:
+            P_a = part.P.narrow(1, m.rank, m.lora_rank)
+            h_a = x @ P_a if m.is_dense else h.narrow(1, m.p + m.rank, m.lora_rank)
+            to.addmm_(h_a, part.aB)
     return y
 
 
-def _expand(h: Tensor, Q: Tensor, columns, bias: Tensor | None, to: Tensor) -> None:
-    others, pivots = columns
-    if not len(pivots):
+def _expand(h: Tensor, part: Part, bias: Tensor | None, to: Tensor) -> None:
+    others, pivots, Q = part.others, part.pivots, part.Q
+    if others is None or pivots is None:
         return _product(h, Q, bias, to)
     if torch_products.building_U_outweighs_order(len(h), len(pivots), h.device):
-        pair = Q.new_zeros(len(others) + len(pivots), Q.shape[1])
-        pair.index_copy_(0, others, Q)
+        pair = Q.new_zeros(len(others) + len(pivots), len(Q))
+        pair.index_copy_(0, others, Q.T)
         pair.index_copy_(0, pivots, torch.eye(len(pivots), dtype=Q.dtype, device=Q.device))
-        return _product(h, pair, bias, to)
-    to.index_copy_(1, others, h @ Q.T)
+        return _product(h, pair.T, bias, to)
+    to.index_copy_(1, others, h @ Q)
     to.index_copy_(1, pivots, h)
     if bias is not None:
         to += bias
@@ -264,11 +285,11 @@ def _expand(h: Tensor, Q: Tensor, columns, bias: Tensor | None, to: Tensor) -> N
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None, to: Tensor) -> None:
-    """to = left right^T + bias, into columns of y."""
+    """to = left right + bias, into columns of y."""
     if bias is None:
-        torch.mm(left, right.T, out=to)
+        torch.mm(left, right, out=to)
     else:
-        torch.addmm(bias, left, right.T, out=to)
+        torch.addmm(bias, left, right, out=to)
 
 
 # ------------------------------------------------------------------------------------------- places
