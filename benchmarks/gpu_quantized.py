@@ -151,6 +151,9 @@ class QuantizedBench(DecodeBench):
         models = self.attempt("building", 0, self.models)
         for batch in self.sizes.batches if models else ():
             self.attempt(f"runtime, batch {batch}", 10, self.in_runtime, models, batch)
+        if models:
+            batch = self.sizes.batches[0]
+            self.attempt("compiled", 60, self.in_runtime, models, batch, True)
 
     def models(self) -> dict[str, nn.Module]:
         found = {"dense": self.dense}

@@ -96,6 +96,7 @@ class CudaGraphs:
     be any more is decoded by its modules from the next prompt on.
 
     capture, why_not: captured() and why_not(), or what a test gives in their place.
+    compiled: as Decoder's.
     """
 
     likeliest = None  # the likeliest tokens: found from the logits
@@ -105,8 +106,10 @@ class CudaGraphs:
         model: nn.Module,
         capture: Callable | None = None,
         why_not: Callable[[nn.Module], str] = why_not,
+        compiled: bool = False,
     ) -> None:
         self.model, self.capture, self.why_not = model, capture or captured, why_not
+        self.stepped = torch.compile(model, dynamic=False) if compiled else model
         self.states: OrderedDict[tuple[int, int], _State] = OrderedDict()
         self.seen: list[Tensor] = []
         self.modules: Modules | None = None
@@ -152,7 +155,7 @@ class CudaGraphs:
         state = self.state
         state.token[: self.count].copy_(tokens[:, None])
         if state.replay is None:
-            state.replay = state.captured_by(self.capture, self.model)
+            state.replay = state.captured_by(self.capture, self.stepped)
         state.replay()
         self.tokens += 1
         assert state.logits is not None
@@ -269,7 +272,12 @@ class _State:
 def captured(
     run: Callable[[], None], put_back: Callable[[], None], device: torch.device
 ) -> Callable[[], None]:
-    """run() in a CUDA graph; put_back() undoes what a run changes."""
+    """run() in a CUDA graph; put_back() undoes what a run changes.
+
+    cuBLAS keeps a workspace for each stream until somebody clears them all, which torch.compile
+    does. The one of the graph is made while it is captured, in the graph's own memory, and no one
+    else's: a graph that took the stream's would go on to use memory that has been given back.
+    """
     with torch.cuda.device(device):
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
@@ -279,8 +287,10 @@ def captured(
                 put_back()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, stream=aside):
             run()
+        torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 

@@ -46,7 +46,9 @@ def test_a_model_decodes_in_each_width(bench, tmp_path):
     bench.run()
     assert bench.failures == []
     rows = json.loads((tmp_path / "models.json").read_text())
-    assert [row["candidate"] for row in rows] == ["dense", *WIDTHS]
+    assert [(row["mode"], row["candidate"]) for row in rows] == [
+        (mode, name) for mode in ("runtime", "runtime compiled") for name in ("dense", *WIDTHS)
+    ]
 
 
 def test_each_matrix_is_checked_and_in_the_table(bench, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from helpers import tiny
 from helpers.capturing import NoNumberAsked
 from helpers.zoo import ZOO, zoo_model
 
-from hylora_kernels import Decoder
+from hylora_kernels import Decoder, optimize_for_inference
 from hylora_kernels.inference import cuda_graph, decoder
 from hylora_kernels.inference.cuda_graph import CudaGraphs, why_no_static_step
 
@@ -75,6 +75,25 @@ def test_tokens_are_those_of_transformers(batch, capture, small_caches):
     assert torch.equal(greedy(graphs, ids, mask), by_transformers(model, ids, mask))
     rows = 4 if batch == 3 else batch
     assert list(graphs.states) == [(rows, 8), (rows, 16)] and graphs.tokens == 5 + NEW - 1
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+def test_compiled_steps_make_the_same_tokens(optimised, capture, small_caches, monkeypatch):
+    compiled, whole = [], torch.compile
+
+    def by_eager(model, **options):
+        compiled.append(options)
+        return whole(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", by_eager)
+    model = tiny.adapted(tiny.llama())
+    if optimised:
+        optimize_for_inference(model)
+    ids = tiny.tokens(2, 5)
+    graphs = CudaGraphs(model, capture, compiled=True)
+    assert torch.equal(greedy(graphs, ids), by_transformers(model, ids))
+    assert compiled == [{"dynamic": False}] and capture.count == 2
+    torch.compiler.reset()
 
 
 def test_nothing_is_captured_again_when_lengths_change(capture, small_caches):

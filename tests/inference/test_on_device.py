@@ -31,13 +31,14 @@ def test_an_optimised_model_says_the_same(form, device):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
 @pytest.mark.parametrize("optimised", [False, True], ids=["plain", "optimised"])
-def test_a_decoder_makes_the_tokens_of_transformers(optimised, device):
+def test_a_decoder_makes_the_tokens_of_transformers(optimised, compiled, device):
     model = tiny.adapted(tiny.llama(max_position_embeddings=512)).to(device)
     if optimised:
         optimize_for_inference(model)
     model.generation_config.eos_token_id = None
-    decoder = Decoder(model, 4)
+    decoder = Decoder(model, 4, compiled=compiled)
     if device == "cuda":
         assert decoder.runtime == "cuda graph", decoder.reason
     for count, length, new in ((1, 5, 12), (3, 250, 12), (2, 9, 4), (1, 7, 4)):
@@ -48,3 +49,16 @@ def test_a_decoder_makes_the_tokens_of_transformers(optimised, device):
         whole = model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
         found = torch.stack([*decoder.stream(ids, mask, max_new_tokens=new)], 1)
         assert torch.equal(found, whole[:, length:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graph_keeps_its_workspace_when_others_are_cleared():
+    model = tiny.llama(torch.bfloat16, max_position_embeddings=512).to("cuda")
+    decoder, ids = Decoder(model, 2), tiny.tokens(2, 9).to("cuda")
+    expected = torch.stack([*decoder.stream(ids, max_new_tokens=8)], 1)
+    torch._C._cuda_clearCublasWorkspaces()  # as torch.compile does
+    torch.cuda.empty_cache()
+    noise = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(64)]
+    found = torch.stack([*decoder.stream(ids, max_new_tokens=8)], 1)
+    assert len(noise) == 64 and torch.equal(found, expected)
