@@ -22,6 +22,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from hylora_kernels.inference.modules import Modules
+from hylora_kernels.inference.step_attention import attending
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_LENGTH = 256  # tokens that a cache holds at first; it doubles when it is full
@@ -233,13 +234,14 @@ class _State:
     def step(self, model: nn.Module) -> Tensor:
         """One token for every row; logits [batch, words]."""
         self.mask.index_fill_(3, self.place, True)
-        output = model(
-            input_ids=self.token,
-            attention_mask=self.mask,
-            position_ids=self.position,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with attending(model):
+            output = model(
+                input_ids=self.token,
+                attention_mask=self.mask,
+                position_ids=self.position,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         self.position.add_(1)
         self.place.add_(1)
         return output.logits[:, -1]
