@@ -1,4 +1,4 @@
-// Rows as 16-bit fixed point, for few rows times quantised panels (codes.h): products of integers
+// Rows as 16-bit fixed point, multiplied by quantised panels (codes.h): products of integers
 // are exact, and one instruction makes 16 or 32 of them.
 //
 // Every 64 numbers of a row have a scale of their own, a power of two of which the largest number

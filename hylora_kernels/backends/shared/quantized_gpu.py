@@ -14,10 +14,13 @@ _OP = getattr(torch.ops.hylora, "cuda_quantized", None) if not MISSING else None
 LAUNCH = _OP and _OP.default
 
 
-def target_for(x: Tensor) -> tuple[int, int] | None:
-    """The (multiprocessors, architecture) of the launch that serves x [..., K]; None where none
-    does."""
+def target_for(x: Tensor, *others: Tensor | None) -> tuple[int, int] | None:
+    """The (multiprocessors, architecture) of the launch that serves x [..., K] and others, such as
+    a bias; None where none does."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if not 1 <= rows <= LAUNCHED_ROWS or x.dtype not in packed_gpu.HALVES or LAUNCH is None:
         return None
+    for tensor in others:
+        if tensor is not None and not (tensor.dtype == x.dtype and tensor.is_contiguous()):
+            return None
     return packed_gpu.kernels_target(x.device)

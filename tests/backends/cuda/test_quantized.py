@@ -104,7 +104,10 @@ def test_a_call_of_few_rows_goes_there(op, shape, monkeypatch):
 def test_other_calls_go_elsewhere(op):
     for x in (torch.randn(17, 64).half(), torch.randn(1, 64), torch.randn(0, 64).half()):
         assert quantized_gpu.target_for(x) is None
-    assert quantized_gpu.target_for(torch.randn(1, 64).half()) == on_cpu.TARGET
+    x, bias = torch.randn(1, 64).half(), torch.randn(8, 2)
+    assert quantized_gpu.target_for(x, None, bias[0].half()) == on_cpu.TARGET
+    assert quantized_gpu.target_for(x, None, bias[0]) is None
+    assert quantized_gpu.target_for(x, bias.half().T) is None
     with mock.patch.object(packed_gpu, "kernels_target", lambda device: None):
         assert quantized_gpu.target_for(torch.randn(1, 64).half()) is None
 

@@ -116,7 +116,7 @@ def linear(
 
 
 def _linear(x, words, scales, zeros, bits, h_a, B, bias) -> Tensor:
-    if target := quantized_gpu.target_for(x):
+    if target := quantized_gpu.target_for(x, h_a, B, bias):
         return quantized_gpu.LAUNCH(x, words, scales, zeros, bits, h_a, B, bias, *target)
     K, N = x.shape[-1], len(words)
     flat = x.reshape(-1, K)
