@@ -163,15 +163,15 @@ void* stream_of(const Tensor& t) {
 }
 #endif
 
-// plan: a Plan, or the number of multiprocessors where a call needs none.
-template <class Call, class Plan>
-void launch(const Call& call, const Plan& plan, const Tensor& on, int64_t arch) {
+// how: a Plan, or the number of multiprocessors where a call needs none.
+template <class Call, class How>
+void launch(const Call& call, const How& how, const Tensor& on, int64_t arch) {
   const std::string reason = lacks(arch);
   STD_TORCH_CHECK(reason.empty(), reason);
 #if !defined(HYLORA_NO_CUDA)
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (on.is_cuda()) guard.emplace(on.get_device_index());
-  const char* error = cuda::launch(call, plan, stream_of(on));
+  const char* error = cuda::launch(call, how, stream_of(on));
   STD_TORCH_CHECK(!*error, "the CUDA launch failed: ", error);
 #endif
 }
@@ -435,7 +435,8 @@ Tensor quantized(const Tensor& given, const Tensor& codes, const Tensor& scales,
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(d.codes) % alignment == 0, "codes must begin on ",
                   alignment, " bytes");
   if (B) {
-    d.lora_rank = B->dim() == 2 ? B->size(1) : 0;
+    STD_TORCH_CHECK(B->dim() == 2, "B must be [", d.N, ", lora_rank], got ", shape_of(*B));
+    d.lora_rank = B->size(1);
     d.B = like.piece(*B, "B", x.scalar_type(), d.N * d.lora_rank);
     d.h_a = like.piece(*h_a, "h_a", x.scalar_type(), d.M * d.lora_rank);
   }

@@ -3,9 +3,9 @@
 // The matrix is the tensor cores' first operand, in tiles of 16 of its rows; x is the second. Of a
 // group of 64 codes a thread holds 16 of each of its rows. A product may pair the k in any order
 // that both operands share, so codes stay where their words hold them: two that lie 16 bits apart
-// become two numbers by one shift, one logical operation and one subtraction, 2.4 instructions a
-// code in all. The warps of a block share the contraction, in runs of groups whose loads are all
-// issued before the first product.
+// become two numbers by one shift, one logical operation and one subtraction, 2.5 to 3.2
+// instructions a code in all. The warps of a block share the contraction, in runs of groups whose
+// loads are all issued before the first product.
 #pragma once
 #include "decode.h"
 
@@ -72,7 +72,7 @@ DEVICE uint32_t offset_of(uint32_t zero) {
 }
 
 // A thread's 16 numbers of x in the group that begins at k, paired as numbers_of pairs codes.
-// WHOLE: 16-byte loads reach all of the group.
+// WHOLE: loads of several numbers reach all of the group.
 template <class T, int BITS, bool WHOLE>
 DEVICE void read_x(uint32_t (&pairs)[8], const T* row, int k, int depth) {
   using P = Planes<BITS>;
@@ -106,8 +106,8 @@ struct QuantizedLaunch {
   bool x_aligned, runs_aligned;
 };
 
-// A block has WARPS warps, each RUN groups at a time of TALL times 16 rows of the matrix, for
-// TILES times 8 rows of x.
+// A block makes ROWS rows by COLUMNS columns of y: TILES times 8 rows of x by TALL times 16 rows of
+// the matrix. It has WARPS warps; each takes RUN groups at a time.
 template <int TILES_, int TALL_, int RUN_, int WARPS_>
 struct QuantizedShape {
   static constexpr int TILES = TILES_, TALL = TALL_, RUN = RUN_, WARPS = WARPS_;
@@ -117,7 +117,8 @@ struct QuantizedShape {
   };
 };
 
-// A thread's 2 TALL rows of the matrix and TILES rows of x. Past the last they repeat it.
+// A thread's 2 TALL rows of the matrix and TILES rows of x. Rows past the end repeat the last one,
+// whose results are not stored twice.
 template <class T, class S>
 struct QuantizedLines {
   const uint32_t* codes;
@@ -129,8 +130,8 @@ struct QuantizedLines {
   int groups, depth;
 };
 
-// sums += the product over RUN groups from `group` on, all of which there are. WHOLE: 16-byte loads
-// reach all of their x.
+// sums += the product over RUN groups from `group` on, all of which there are. WHOLE: loads of
+// several numbers reach all of their x.
 template <class T, int BITS, class S, int RUN, bool WHOLE>
 DEVICE void add_run(float (&sums)[S::TALL][S::TILES][4], const QuantizedLines<T, S>& l, int group) {
   constexpr int LINES = 2 * S::TALL, PAIRS = (RUN + 1) / 2;

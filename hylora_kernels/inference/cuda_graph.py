@@ -26,6 +26,7 @@ from hylora_kernels.inference.step_attention import attending
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_LENGTH = 256  # tokens that a cache holds at first; it doubles when it is full
+MOST_COMPILED = 256  # sizes that torch.compile makes code for
 MOST_SIZES = 4  # whose graphs and caches are kept; the one longest unused goes
 MOST_DIFFERENCE = 0.05  # of logits, relative: a wrong mask or position gives 0.5 and more
 ARGUMENTS = ("attention_mask", "position_ids", "past_key_values")
@@ -156,7 +157,9 @@ class CudaGraphs:
         state = self.state
         state.token[: self.count].copy_(tokens[:, None])
         if state.replay is None:
-            state.replay = state.captured_by(self.capture, self.stepped)
+            # Code is compiled anew for each size, and models of one class share the limit.
+            with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+                state.replay = state.captured_by(self.capture, self.stepped)
         state.replay()
         self.tokens += 1
         assert state.logits is not None
@@ -278,7 +281,8 @@ def captured(
 
     cuBLAS keeps a workspace for each stream until somebody clears them all, which torch.compile
     does. The one of the graph is made while it is captured, in the graph's own memory, and no one
-    else's: a graph that took the stream's would go on to use memory that has been given back.
+    else's: a graph that took the stream's would go on to use memory that has been given back. To
+    that end all are cleared here, too.
     """
     with torch.cuda.device(device):
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -290,9 +294,11 @@ def captured(
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         torch._C._cuda_clearCublasWorkspaces()
-        with torch.cuda.graph(graph, stream=aside):
-            run()
-        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, stream=aside):
+                run()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 

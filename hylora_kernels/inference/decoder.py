@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from hylora_kernels.inference import cuda_graph
@@ -30,9 +31,9 @@ class Decoder:
     length: most tokens of a sequence, prompt and new ones together; None: the model's context.
             Memory for keys and values grows with the tokens, 256 at first and then twice as many
             each time, and never beyond `length`.
-    compiled: on a GPU, torch.compile fuses what lies between the linears of a step before its graph
-            is captured: 15 to 20 s once for each size of batch and cache, for up to twice the
-            tokens a second. Elsewhere without effect.
+    compiled: on a GPU with Triton, torch.compile fuses what lies between the linears of a step
+            before its graph is captured: 15 to 20 s once for each size of batch and cache.
+            Elsewhere without effect.
 
     A model without a context has no limit, if `length` is None.
 
@@ -203,7 +204,10 @@ class Decoder:
             if input_device(self.model).type == "cuda":
                 reason = cuda_graph.why_not(self.model)
                 if not reason:
-                    return CudaGraphs(self.model, compiled=self.compiled)
+                    compiled = self.compiled and has_triton()
+                    if self.compiled and not compiled:
+                        _log.warning("Decoder: compiled=True needs Triton: steps stay as they are")
+                    return CudaGraphs(self.model, compiled=compiled)
             else:
                 try:
                     return Native(self.model, self.batch, self.length)

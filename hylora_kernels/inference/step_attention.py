@@ -8,6 +8,7 @@ of one product, so that keys and values are read once, as they lie in the cache.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "hylora_step"
+ALTERING = ("position_bias", "softcap", "s_aux", "indices", "cache")  # what attend() doesn't know
+_lock = threading.RLock()  # a model's attention is that of its configuration
 
 
 def attend(
@@ -31,12 +34,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """query [n, heads, 1, D], key [n, groups, L, D], value [n, groups, L, Dv], attention_mask bool
     [n, 1, 1, L], at least one of a row true, or None -> ([n, 1, heads, Dv], None), as transformers
-    has it. Scores and their softmax are float32, as in torch's kernels.
+    has it. The softmax is float32, as in torch's kernels, and on a GPU the scores are.
 
-    Several queries, and a mask of numbers, go to "sdpa".
+    Several queries, a mask of numbers and what alters the scores go to "sdpa".
     """
     n, heads, queries, size = query.shape
-    if queries > 1 or (attention_mask is not None and attention_mask.dtype != torch.bool):
+    is_boolean = attention_mask is None or attention_mask.dtype == torch.bool
+    if queries > 1 or not is_boolean or any(others.get(name) is not None for name in ALTERING):
         given = (module, query, key, value, attention_mask)
         return sdpa_attention_forward(*given, scaling=scaling, **others)
     groups, length = key.shape[1:3]
@@ -65,11 +69,15 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextlib.contextmanager
 def attending(model: nn.Module) -> Iterator[None]:
-    """Inside it the model's attention is attend()."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
+    """Inside it the model's attention is attend(), if its class looks attention up by name."""
+    if not model._can_set_attn_implementation():
         yield
-    finally:
-        config._attn_implementation = before
+        return
+    config = model.config.get_text_config()
+    with _lock:
+        before = config._attn_implementation
+        config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before

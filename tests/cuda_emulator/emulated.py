@@ -209,10 +209,14 @@ def _launch_of(line: str) -> Launch:
 
 
 def quantized(script: Script, x: Tensor, W, bias=None, h_a=None, B=None, **how) -> int:
-    """The product of x [M, K] with W, a Words: the place of y. how: processors, seed, shift."""
-    shift = how.pop("shift", 0)
-    given = {"codes": W.words, "scales": W.scales, "zeros": W.zeros}
-    names = {name: script.give(tensor) for name, tensor in given.items()}
+    """The product of x [M, K] with W, a Words: the place of y.
+
+    how: processors; seed; shift, the bytes that x, bias, h_a and B are off their alignment;
+    shift_groups, those of the scales.
+    """
+    shift, shift_groups = how.pop("shift", 0), how.pop("shift_groups", 0)
+    names = {"codes": script.give(W.words), "scales": script.give(W.scales, shift_groups)}
+    names["zeros"] = script.give(W.zeros, shift_groups // 2)
     more = {"x": x, "bias": bias, "h_a": h_a, "B": B}
     names |= {name: script.give(tensor, shift) for name, tensor in more.items()}
     (M, K), N = x.shape, len(W.words)

@@ -10,9 +10,11 @@ import torch
 from helpers import tiny
 from helpers.capturing import NoNumberAsked
 from helpers.zoo import ZOO, zoo_model
+from transformers import FalconConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hylora_kernels import Decoder, optimize_for_inference
-from hylora_kernels.inference import cuda_graph, decoder
+from hylora_kernels.inference import cuda_graph, decoder, step_attention
 from hylora_kernels.inference.cuda_graph import CudaGraphs, why_no_static_step
 
 NEW = 12
@@ -67,23 +69,35 @@ def by_transformers(model, ids, mask=None, new=NEW):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
-def test_tokens_are_those_of_transformers(batch, capture, small_caches):
+def test_tokens_are_those_of_transformers(batch, capture, small_caches, monkeypatch):
+    queries = []
+
+    def attend(module, query, *given, **named):
+        queries.append(query.shape[2])
+        return step_attention.attend(module, query, *given, **named)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, step_attention.NAME, attend)
     model = tiny.adapted(tiny.llama())
     ids, mask = tiny.tokens(batch, 5), torch.ones(batch, 5, dtype=torch.int64)
     mask[0, :2] = 0
     graphs = CudaGraphs(model, capture)
     assert torch.equal(greedy(graphs, ids, mask), by_transformers(model, ids, mask))
     rows = 4 if batch == 3 else batch
+    assert set(queries) == {1}, "steps alone, not the prompt"
     assert list(graphs.states) == [(rows, 8), (rows, 16)] and graphs.tokens == 5 + NEW - 1
 
 
 @pytest.mark.parametrize("optimised", [False, True])
 def test_compiled_steps_make_the_same_tokens(optimised, capture, small_caches, monkeypatch):
-    compiled, whole = [], torch.compile
+    compiled, steps, whole = [], [], torch.compile
+
+    def counted(graph, inputs):
+        steps.append(graph)
+        return graph.forward
 
     def by_eager(model, **options):
         compiled.append(options)
-        return whole(model, backend="eager", **options)
+        return whole(model, backend=counted, **options)
 
     monkeypatch.setattr(torch, "compile", by_eager)
     model = tiny.adapted(tiny.llama())
@@ -92,7 +106,7 @@ def test_compiled_steps_make_the_same_tokens(optimised, capture, small_caches, m
     ids = tiny.tokens(2, 5)
     graphs = CudaGraphs(model, capture, compiled=True)
     assert torch.equal(greedy(graphs, ids), by_transformers(model, ids))
-    assert compiled == [{"dynamic": False}] and capture.count == 2
+    assert compiled == [{"dynamic": False}] and capture.count == 2 and steps
     torch.compiler.reset()
 
 
@@ -178,6 +192,14 @@ def test_architectures_are_captured_or_refused_with_a_reason(name, capture):
         assert torch.equal(greedy(CudaGraphs(model, capture), ids), by_transformers(model, ids))
     elif reason:
         assert re.search("forward takes no|a graph can't follow|needs attention 'sdpa'", reason)
+
+
+def test_a_model_that_asks_for_sdpa_by_name_keeps_it(capture):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = tiny.causal_lm(FalconConfig(**sizes, alibi=False), torch.float32)
+    assert why_no_static_step(model) == ""
+    ids = tiny.tokens(2, 5)
+    assert torch.equal(greedy(CudaGraphs(model, capture), ids), by_transformers(model, ids))
 
 
 def test_reasons():

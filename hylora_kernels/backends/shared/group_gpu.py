@@ -23,14 +23,13 @@ from torch import Tensor
 
 from hylora_kernels.backends.shared import counters, packed_gpu, torch_products
 from hylora_kernels.backends.shared.gpu import is_captured
-from hylora_kernels.backends.shared.library import MISSING
+from hylora_kernels.backends.shared.library import op_or_none
 from hylora_kernels.backends.shared.packed_gpu import HALVES, PackedLayer
 
 STEP = 8  # numbers: 16 bytes of bfloat16 and float16, which the kernels load at once
 LAUNCHED_ROWS, LAUNCHED_MEMBERS = 16, 8  # the most of the C++ launch: csrc/cuda/call.h
 
-_OP = getattr(torch.ops.hylora, "cuda_packed_group", None) if not MISSING else None
-_LAUNCH = _OP and _OP.default
+_LAUNCH = op_or_none("cuda_packed_group")
 _LIBRARY = torch.library.Library("hylora", "FRAGMENT")
 _SCHEMA = (
     "(Tensor x, Tensor P, Tensor Q, Tensor columns, Tensor wide_columns, Tensor?[] biases,"
@@ -134,6 +133,7 @@ class PackedGroup:
     them are undefined. It is never K.
 
     target: of the C++ launch, None where the kernels or this group's dtype or size don't allow it.
+    parts:  operands.parts().
     seen:   as in a PackedLayer.
     """
 

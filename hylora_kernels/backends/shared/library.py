@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +50,13 @@ def lacks(*ops: str) -> str:
         f"{LIBRARY} lacks the op {absent[0]}: it is older than the package (build it again) or no "
         "library of it"
     )
+
+
+def op_or_none(name: str) -> Any:
+    """An op of the library, looked up once, as a decoded token waits for every layer's call; None
+    where the library is missing or older."""
+    found = None if MISSING else getattr(torch.ops.hylora, name, None)
+    return found and found.default
 
 
 MISSING = _load()  # why there is no library, in words; "" if it is loaded

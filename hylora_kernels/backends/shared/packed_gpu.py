@@ -25,15 +25,14 @@ from torch import Tensor
 
 from hylora_kernels.backends.shared import counters, torch_products
 from hylora_kernels.backends.shared.gpu import is_captured, rows_of_one_launch, target_of
-from hylora_kernels.backends.shared.library import MISSING
+from hylora_kernels.backends.shared.library import op_or_none
 from hylora_kernels.weights import Weights
 
 HALVES = (torch.bfloat16, torch.float16)  # what the C++ kernels take
 # x [M, K], weights -> (y [M, N], h_a): a backend's forward
 Forward = Callable[[Tensor, Weights], tuple[Tensor, Tensor]]
 
-_OP = getattr(torch.ops.hylora, "cuda_packed_layer", None) if not MISSING else None
-_LAUNCH = _OP and _OP.default  # looked up once: a decoded token waits for every layer's call
+_LAUNCH = op_or_none("cuda_packed_layer")
 _LIBRARY = torch.library.Library("hylora", "FRAGMENT")
 _SCHEMA = (
     "(Tensor x, Tensor P, Tensor Q, Tensor? aB, Tensor? bias, Tensor? pivots, SymInt N) -> Tensor"

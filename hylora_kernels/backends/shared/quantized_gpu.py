@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hylora_kernels.backends.shared import packed_gpu
-from hylora_kernels.backends.shared.library import MISSING
+from hylora_kernels.backends.shared.library import op_or_none
 
 LAUNCHED_ROWS = 16  # the most of x: csrc/cuda/call.h
 
-_OP = getattr(torch.ops.hylora, "cuda_quantized", None) if not MISSING else None
-LAUNCH = _OP and _OP.default
+LAUNCH = op_or_none("cuda_quantized")
 
 
 def target_for(x: Tensor, *others: Tensor | None) -> tuple[int, int] | None:

@@ -209,7 +209,8 @@ def group_config(problem: Problem, target: Target, captured: bool) -> Config | T
     captured: as for default_config. Tables know single layers alone. On an H200, TinyLlama's
     q, k, v (6.8 MB as one pair) take 8.4, 9.6 and 14.0 us as one launch for 1, 8 and 64 rows, and
     15.8, 15.2 and 15.3 by the torch products; gate, up (40 MB) 15.1, 18.5 and 36.5, and 18.0, 16.1
-    and 16.7. Called one by one, the torch products cost the host less.
+    and 16.7. Called one by one, a launch through Triton costs the host more than they do
+    (default_config).
     """
     if target.kind == "interpreter":
         return _largest_tiles(problem)

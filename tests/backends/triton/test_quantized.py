@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
+from helpers.grouping import blocks_of
 from helpers.quantizing import (
     FORMS,
     K,
@@ -218,8 +219,12 @@ def test_a_model_is_packed_and_restored_bit_for_bit(monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad(), use_backend("triton"):
         expected = model(ids).logits
-        optimize_for_inference(model)
+        optimize_for_inference(model, group=True)
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-3)
+    kinds = [
+        type(group.packed) for block in blocks_of(model).values() for group in block.packed_groups
+    ]
+    assert kinds and set(kinds) == {groups.PackedQuantizedGroup}
     states = packed_states(model)
     assert states and all(isinstance(s.packed, packed.PackedQuantizedLayer) for s in states)
     restore_from_inference(model)

@@ -2,8 +2,8 @@
 
 Plain arithmetic on sizes, like the plain layers' config.py. The defaults take the tiles whose
 machine code spends the fewest instructions on a code (kernels.py). Up to 16 rows they serve where
-the C++ kernel doesn't (launch.py): of 7 other tiles, stages and splits none was faster than 0.88 of
-the default's time on an H200 at one row, nor of 4 at 64 rows.
+the C++ kernel doesn't (launch.py). On an H200, 4 bits, one row, 2048 to 2048, they take 7.3 us, six
+other tiles and splits 6.4 to 7.7; 2048 to 8192 10.9, the others 13.4 to 15.9.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From tensors to launches, and the ops that hide them from torch.compile.
 
 Up to 16 rows are one launch of the C++ kernel where the library has it for the device: on an H200
-it takes 0.5 to 0.8 of the time of the one of kernels.py, and a call of it less of the host's.
+it takes 0.5 to 0.8 of the time of the one of kernels.py.
 """
 
 from __future__ import annotations

@@ -43,6 +43,10 @@ class PackedQuantizedLayer:
     order: Tensor | None
 
     @property
+    def out_features(self) -> int:
+        return self.bias_shape[0]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The tensors that hold the weights, without the bias."""
         found = []
