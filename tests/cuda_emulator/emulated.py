@@ -56,29 +56,35 @@ def build(
     """The driver with the kernels of one folder, built into another. frame: a folder where it has
     been built before and all but the file `changed` of the kernels is the same."""
     flags = [*FLAGS[sanitizer], f"-I{kernels}", f"-I{HERE}"]
-    parts = {"driver": HERE / "driver.cpp", "plan": kernels / "plan.cpp"}
-    parts |= {path.stem: path for path in sorted(kernels.glob("*.cu"))}
-    objects, fibers = [], (frame or folder) / "fibers.o"
-    for name, source in parts.items():
-        is_same = frame and not _depends(source, changed)
-        objects.append((frame if is_same else folder) / f"{name}-{sanitizer}.o")
-        if not is_same:
-            _do(*flags, "-x", "c++", "-c", source, "-o", objects[-1])
-    if frame is None:
+    sources = sorted(kernels.glob("*.cu"))
+    if frame:  # quantized.h includes other headers, but what they are changed for is elsewhere
+        sources = [
+            source for source in sources if ("quantized" in changed) == (source.stem == "quantized")
+        ]
+    else:
+        sources = [*sources, HERE / "driver.cpp", kernels / "plan.cpp"]
         # Built without sanitizers: one thread runs all fibers, which orders what they share.
-        _do("-O2", "-std=c++17", "-Wall", "-Wextra", "-c", HERE / "fibers.cpp", "-o", fibers)
+        _do(
+            "-O2",
+            "-std=c++17",
+            "-Wall",
+            "-Wextra",
+            "-c",
+            HERE / "fibers.cpp",
+            "-o",
+            folder / "fibers.o",
+        )
+    built = {f"{source.stem}-{sanitizer}.o": source for source in sources}
+    for name, source in built.items():
+        _do(*flags, "-x", "c++", "-c", source, "-o", folder / name)
+    # The linker takes the first of several inline functions of one name: that of what is new.
+    objects = [folder / name for name in built]
+    names = ("driver", "kernels", "plan", "quantized")
+    kept = [f"{name}-{sanitizer}.o" for name in names if f"{name}-{sanitizer}.o" not in built]
+    objects += [frame / name for name in kept]
     done = folder / f"driver-{sanitizer}"
-    _do(*flags, *objects, fibers, "-o", done.with_suffix(".new"))
+    _do(*flags, *objects, (frame or folder) / "fibers.o", "-o", done.with_suffix(".new"))
     return done.with_suffix(".new").rename(done)
-
-
-def _depends(source: Path, changed: str) -> bool:
-    """Whether a source is the file `changed` or includes it, at any depth."""
-    if source.name == changed:
-        return True
-    included = re.findall(r'#include "(\w+\.h)"', source.read_text())
-    paths = (source.parent / name for name in included)
-    return any(_depends(path, changed) for path in paths if path.is_file())
 
 
 def _do(*words) -> None:
