@@ -31,6 +31,14 @@ extern "C" int cudaRuntimeGetVersion(int*);
 namespace hylora {
 namespace {
 
+using cuda::Like;
+using cuda::Maybe;
+using cuda::new_tensor;
+using cuda::shape_of;
+using cuda::type_of;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 // ------------------------------------------------------------ what the library holds
 
 // The architectures with machine code, as in "80 90"; "" if there are no kernels.

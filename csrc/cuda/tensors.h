@@ -12,7 +12,7 @@
 
 #include "call.h"
 
-namespace hylora {
+namespace hylora::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -25,10 +25,10 @@ inline std::string shape_of(const Tensor& t) {
   return words + "]";
 }
 
-inline cuda::Type type_of(const Tensor& t, const char* name) {
+inline Type type_of(const Tensor& t, const char* name) {
   const bool known = t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
   STD_TORCH_CHECK(known, name, " must be bfloat16 or float16");
-  return t.scalar_type() == ScalarType::Half ? cuda::Type::fp16 : cuda::Type::bf16;
+  return t.scalar_type() == ScalarType::Half ? Type::fp16 : Type::bf16;
 }
 
 // Checks that tensors have the device of `first`, and returns their pointers.
@@ -70,8 +70,8 @@ struct Like {
     return t ? piece(*t, its_name, first.scalar_type(), count) : nullptr;
   }
 
-  void workspace(const Maybe& partial, const Tensor& counters, const cuda::Plan& plan,
-                 float** partial_at, int32_t** counters_at) const {
+  void workspace(const Maybe& partial, const Tensor& counters, const Plan& plan, float** partial_at,
+                 int32_t** counters_at) const {
     STD_TORCH_CHECK(partial || !plan.partial_floats, "partial must be given: ", plan.partial_floats,
                     " numbers");
     *partial_at = partial ? static_cast<float*>(piece(*partial, "partial", ScalarType::Float,
@@ -96,4 +96,4 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
   return Tensor(handle);
 }
 
-}  // namespace hylora
+}  // namespace hylora::cuda
