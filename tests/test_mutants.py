@@ -252,8 +252,8 @@ KERNELS = {
     ),
     "x of quantised layers taken from a plain one of the group": Mutant(
         "csrc/cpu/group.cpp",
-        "bool& is_prepared = seen[call->is_quantized()];",
-        "bool& is_prepared = seen[0];",
+        "char*& x = prepared[member.call.is_quantized()];",
+        "char*& x = prepared[0];",
         BATTERY,
     ),
     "h not made fixed point": Mutant(

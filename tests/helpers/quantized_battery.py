@@ -84,9 +84,13 @@ def run_quantized(t, x: torch.Tensor, shape: tuple[int, ...], bits: int, product
     t.close(y, h @ U.W.T + bias.double() + part, ("pair of codes", x.shape, N, r, bits, products))
     SVh.check_unpacked(t, layer, 0)
     plain = torch.ops.hylora.cpu_pack(torch.randn(N, K).to(dtype))
-    group = ([layer, plain, layer], [0, N, 0], [bias, None, bias], [products] * 3, 3 * N)
-    first, _, last = t.call(ops.cpu_packed_group, scaled, *group).chunk(3, 1)
-    assert torch.equal(first, y) and torch.equal(last, y), ("grouped codes", x.shape, bits)
+    for place in (0, 1):  # of the plain member: x is made ready for it and for the others
+        members = [(layer, 0, bias), (layer, 0, bias)]
+        members.insert(place, (plain, N, None))
+        group = (*map(list, zip(*members, strict=True)), [products] * 3, 3 * N)
+        found = t.call(ops.cpu_packed_group, scaled, *group).chunk(3, 1)
+        for number, member in enumerate(found):
+            assert number == place or torch.equal(member, y), ("grouped codes", x.shape, bits)
     if r > N:
         return
     pivots = torch.randperm(N)[:r].sort().values.int()
