@@ -65,6 +65,8 @@ class Decoder:
         check_model(model, "generate")
         if not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
             raise ValueError(f"batch must be an int from 1 to {MAX_BATCH}, got {batch!r}")
+        if not isinstance(compiled, bool):
+            raise ValueError(f"compiled must be True or False, got {compiled!r}")
         if length is not None:
             if not isinstance(length, int) or length < 1:
                 raise ValueError(f"length must be a positive int or None, got {length!r}")

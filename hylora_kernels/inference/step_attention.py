@@ -19,8 +19,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "hylora_step"
-ALTERING = ("position_bias", "softcap", "s_aux", "indices", "cache")  # what attend() doesn't know
-_lock = threading.RLock()  # a model's attention is that of its configuration
+ALTERING = (
+    "position_bias",
+    "softcap",
+    "s_aux",
+    "sinks",
+    "indices",
+    "cache",
+)  # what attend() doesn't know
+_lock = threading.RLock()  # one thread at a time changes the attention that a model asks for
 
 
 def attend(

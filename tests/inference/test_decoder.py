@@ -262,6 +262,7 @@ IDS = zoo.tokens(2, 6)
     [
         (lambda d: Decoder(d.model, 0), "batch must be an int from 1 to 64, got 0"),
         (lambda d: Decoder(d.model, 65), "batch must be an int from 1 to 64, got 65"),
+        (lambda d: Decoder(d.model, compiled="yes"), "compiled must be True or False, got 'yes'"),
         (lambda d: Decoder(d.model, length=0), "length must be a positive int or None, got 0"),
         (lambda d: Decoder(d.model, length=65), "length must be at most 64, the model's context"),
         (lambda d: d.prefill(IDS[0]), r"ids must be token ids \[n >= 1, L >= 1\], got \[6\]"),
