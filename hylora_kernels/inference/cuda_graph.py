@@ -266,7 +266,11 @@ class _State:
         def put_back() -> None:
             torch._foreach_copy_(changing, before)
 
-        return capture(run, put_back, self.device)
+        try:
+            return capture(run, put_back, self.device)
+        except BaseException:  # an interruption, too: compiling takes seconds
+            put_back()
+            raise
 
     def _all(self, rows: Tensor) -> Tensor:
         """[n, ...] -> [batch, ...]: the first row again and again at the end."""

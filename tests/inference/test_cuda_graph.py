@@ -110,6 +110,26 @@ def test_compiled_steps_make_the_same_tokens(optimised, capture, small_caches, m
     torch.compiler.reset()
 
 
+def test_an_interrupted_capture_changes_nothing(capture):
+    model, interrupted = tiny.llama(), []
+
+    def interrupt(run, put_back, device):
+        if interrupted:
+            return capture(run, put_back, device)
+        run()
+        interrupted.append(1)
+        raise KeyboardInterrupt
+
+    graphs, ids = CudaGraphs(model, interrupt), tiny.tokens(2, 4)
+    token = graphs.prefill(ids, torch.ones_like(ids)).argmax(-1)
+    with pytest.raises(KeyboardInterrupt):
+        graphs.step(token)
+    found = [token]
+    for _ in range(3):
+        found.append(graphs.step(found[-1]).argmax(-1))
+    assert torch.equal(torch.stack(found, 1), by_transformers(model, ids, new=4))
+
+
 def test_nothing_is_captured_again_when_lengths_change(capture, small_caches):
     model = tiny.llama()
     graphs = CudaGraphs(model, capture)
