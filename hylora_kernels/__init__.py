@@ -33,6 +33,7 @@ __all__ = [
     "add_adapters",
     "merge_adapters",
     "analyze_spectrum",
+    "plan",
     "tie_embeddings",
     "finetune",
     "evaluate",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from hylora_kernels.model.checkpoint import load_pretrained
     from hylora_kernels.model.load import load_model
     from hylora_kernels.model.saving import save_pretrained
+    from hylora_kernels.planning.plan import plan
     from hylora_kernels.recovery.finetune import finetune
 else:
     _IMPORTED_ON_FIRST_USE = {
@@ -77,6 +79,7 @@ else:
         "add_adapters": "model.adapters",
         "merge_adapters": "model.adapters",
         "analyze_spectrum": "compression.spectrum",
+        "plan": "planning.plan",
         "tie_embeddings": "compression.tie",
         "finetune": "recovery.finetune",
         "evaluate": "evaluation.evaluate",

@@ -241,13 +241,15 @@ MAY_IMPORT = {
     "evaluation": "support weights layers model text inference",
     "compression": "support weights reference layers model text evaluation",
     "recovery": "support weights layers model text",
+    "planning": "support weights layers model text evaluation compression",
     "integrations": "support weights reference backends ops layers model"
     " text inference evaluation compression recovery",
-    "__init__.py": "support backends ops layers model compression recovery inference evaluation",
+    "__init__.py": "support backends ops layers model compression recovery planning inference"
+    " evaluation",
     "machine": "support weights reference backends ops",
     "experiments": "support layers model text compression recovery inference evaluation machine",
-    "cli": "support model text compression recovery inference evaluation machine experiments"
-    " integrations",
+    "cli": "support model text compression recovery planning inference evaluation machine"
+    " experiments integrations",
     "__main__.py": "cli",
 }
 

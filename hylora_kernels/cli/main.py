@@ -20,6 +20,7 @@ from hylora_kernels.cli import (
     export_commands,
     machine_commands,
     model_commands,
+    plan_command,
 )
 from hylora_kernels.cli.config import use_config, write_config
 from hylora_kernels.cli.errors import EXPECTED, one_line
@@ -51,6 +52,7 @@ VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "generate": (model_commands.generate, "Nothing was written."),
     "analyze": (model_commands.analyze, "Nothing was written."),
     "export": (export_commands.export, "Nothing was written: {out} is as it was."),
+    "plan": (plan_command.plan, "Nothing was written."),
     "sweep": (
         model_commands.sweep,
         "Finished cells are in {out}: repeat the command to continue.",

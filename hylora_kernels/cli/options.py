@@ -328,6 +328,7 @@ QUANTITIES: dict[str, tuple[str, Callable[..., float | str]]] = {
     "bits": ("For example 4.2 or 8.", read_bits),
     "embedding_rank": ("For example 256.", read_rank),
     "max_memory": ("For example 4GB.", read_size),
+    "memory": ("For example 24GB.", read_size),
     "target_mb": ("For example 80MB.", read_megabytes),
     "target_params": ("For example 100M.", read_count),
 }

@@ -47,7 +47,7 @@ class Times:
         except ValueError as error:
             raise ValueError(f"target_time={options.target_time!r}: {error}") from None
         self._head = model.get_output_embeddings()
-        self._shares = _expert_shares(model)
+        self._shares = expert_shares(model)
         self.device, self._dtype = input_device(model), floating_dtype(model)
         all_rows = {1, self.rows, *(self.rows * share for share in self._shares.values())}
         self._rates = rates_of(self.device, [self._dtype], all_rows, options.progress)
@@ -113,8 +113,11 @@ class Times:
         return self.rows * self._shares.get(target.path, 1.0)
 
 
-def _expert_shares(model: nn.Module) -> dict[str, float]:
-    """path of an expert's linear -> the share of the tokens that it reads, the same for all."""
+def expert_shares(model: nn.Module) -> dict[str, float]:
+    """path of an expert's linear -> the share of the tokens that it reads, the same for all.
+
+    Raises ValueError for experts whose share the config doesn't tell.
+    """
     stacks = {p: m for p, m in model.named_modules() if isinstance(m, ExpertLinears)}
     if not stacks:
         return {}
@@ -122,8 +125,8 @@ def _expert_shares(model: nn.Module) -> dict[str, float]:
     each = getattr(config, "num_experts_per_tok", None)
     if not each:
         raise ValueError(
-            "target_time can't be predicted: config.num_experts_per_tok, the experts that a token"
-            " is routed to, is not given"
+            "the time of experts can't be predicted: config.num_experts_per_tok, the experts that a"
+            " token is routed to, is not given"
         )
     return {
         f"{path}.{name}": each / stack.num_experts

@@ -50,7 +50,7 @@ def load_dense(
     trust = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if not trust_remote_code:
         check_config(config, path)
-        _refuse_code(folder, config)
+        refuse_code(folder, config)
     kind = str(config.get("model_type"))
     # The mapping is lazy: its get() finds nothing.
     usual = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401
@@ -66,7 +66,7 @@ def load_dense(
         _logged() as words,
         reading(folder, "no model comes of it", lambda: " ".join(words)[:2000]),
     ):
-        model, report = _auto_class(loaded).from_pretrained(
+        model, report = auto_class(loaded).from_pretrained(
             folder,
             dtype=dtype or "auto",
             use_safetensors=True,
@@ -107,7 +107,7 @@ def _logged() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-def _auto_class(config: PretrainedConfig) -> type:
+def auto_class(config: PretrainedConfig) -> type:
     """The class of transformers that makes the model: most vision-language models, whose text tower
     is a causal language model, are no AutoModelForCausalLM."""
     kind = type(config)
@@ -117,7 +117,7 @@ def _auto_class(config: PretrainedConfig) -> type:
     return AutoModelForImageTextToText if in_pictures else AutoModelForCausalLM
 
 
-def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
+def refuse_code(folder: Path, config: dict[str, Any]) -> None:
     """Raise CheckpointError for a folder that is no model without code or files from elsewhere."""
     kind = config.get("model_type")
     if "auto_map" in config and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
@@ -145,7 +145,7 @@ def check_size(config: Any, path: Path, tensors: int, held: int) -> None:
         torch.device("meta"),
         few_parameters(tensors, path),
     ):
-        empty = _auto_class(described).from_config(described, trust_remote_code=False)
+        empty = auto_class(described).from_config(described, trust_remote_code=False)
     wanted = sum(parameter.numel() for parameter in empty.parameters())
     if wanted > 2 * held + MORE_THAN_HELD:
         raise CheckpointError(

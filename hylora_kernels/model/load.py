@@ -106,6 +106,30 @@ def load_model(
     return model, tokenizer
 
 
+def find_config(
+    name_or_path: str | os.PathLike,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Path:
+    """The config.json of a model that load_model() takes, or a path of such a file itself; of a hub
+    id that file alone is fetched.
+
+    Raises ValueError naming the argument if there is none.
+    """
+    path = demo_model_dir() if name_or_path == DEMO_MODEL else Path(name_or_path).expanduser()
+    if path.is_dir():
+        path = current(path) / CONFIG
+        if not path.exists():
+            raise ValueError(f"name_or_path {str(name_or_path)!r} is a folder without a {CONFIG}")
+    if path.suffix == ".json" and path.is_file():
+        return path
+    if path.exists() or _looks_local(name_or_path):
+        found = f"is neither a folder nor a {CONFIG}" if path.exists() else "does not exist"
+        raise ValueError(f"name_or_path {str(name_or_path)!r} {found}")
+    return _hub_folder(str(name_or_path), trust_remote_code, revision, "config") / CONFIG
+
+
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of "smollm2-135m", a folder or a hub id, of which no weights are read.
 
@@ -184,7 +208,7 @@ def _hub_folder(
     argument: str = "name_or_path",
 ) -> Path:
     """The model's folder in the hub's cache, with the files that are read; code only if trusted,
-    no weights if it is the argument `tokenizer`."""
+    no weights if it is the argument `tokenizer`, config.json alone if it is `config`."""
     code = ["*.py"] if trust_remote_code else []
 
     def fetch(*patterns: str) -> Path:
@@ -196,6 +220,8 @@ def _hub_folder(
 
     try:
         small = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", *code)
+        if argument == "config":
+            return fetch(CONFIG, *code)
         if argument == "tokenizer":
             return fetch(*small)
         folder = fetch(*small, WEIGHTS)

@@ -73,6 +73,12 @@ def head_inputs(model: nn.Module, ids: Tensor) -> Tensor:
     return body(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1)
 
 
+def output_loss(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int = 128) -> Tensor:
+    """hidden [rows, d], labels [rows] -> the sum of the losses, with its gradient of hidden, by a
+    head that doesn't learn, as token_loss() makes them."""
+    return _ChunkedLoss.apply(hidden, head, labels, chunk, None, 0.0)
+
+
 def head_of(model: nn.Module, ids: Tensor) -> nn.Module | None:
     """The module that makes logits of head_inputs(); None where they are the logits."""
     return None if body_of(model, ids) is None else model.get_output_embeddings()

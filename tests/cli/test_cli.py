@@ -60,7 +60,7 @@ def recovered(home, compressed):
 def test_every_verb_is_there_and_says_what_it_does():
     assert set(cli.VERBS) == {
         "compress", "finetune", "evaluate", "generate", "analyze", "sweep", "info", "demo", "cache",
-        "selftest", "tune", "quantize", "export", "adapter export", "adapter import",
+        "selftest", "tune", "quantize", "export", "plan", "adapter export", "adapter import",
     }  # fmt: skip
     shown = run("--help").output
     for verb in cli.VERBS:

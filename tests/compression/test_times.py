@@ -136,7 +136,7 @@ def test_a_head_reads_one_row_and_an_expert_its_share(known_rates):
     head = model.get_output_embeddings()
     assert found.rest >= int(1e9 * seconds("dense", 16, head.weight.numel(), 1))
     vars(config)["num_experts_per_tok"] = None  # Its own setter takes a number alone.
-    with pytest.raises(ValueError, match=r"target_time can't be predicted: config\.num_experts"):
+    with pytest.raises(ValueError, match=r"experts can't be predicted: config\.num_experts"):
         Times(model, structure.targets, options)
 
 

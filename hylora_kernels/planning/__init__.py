@@ -1,0 +1,1 @@
+"""What a compression will need, before anything is loaded."""
