@@ -19,7 +19,12 @@ from hylora_kernels.cli.options import (
     library_options,
     refuse_foreign_folder,
 )
-from hylora_kernels.cli.output import trainable_line, write_report
+from hylora_kernels.cli.output import (
+    are_several,
+    is_first_process,
+    trainable_line,
+    write_report,
+)
 from hylora_kernels.compression.options import QuantizeOptions
 from hylora_kernels.experiments.options import TargetOptions
 from hylora_kernels.support.console import format_bytes, format_seconds, show
@@ -66,7 +71,10 @@ def compress(
     json_path: Json = None,
     png: Png = None,
 ) -> None:
-    """Replace a model's linears by low-rank ones and write the smaller model to a folder."""
+    """Replace a model's linears by low-rank ones and write the smaller model to a folder.
+
+    Processes of torchrun share the work.
+    """
     from hylora_kernels.compression.compress import compress as compress_model
     from hylora_kernels.experiments.target import compress_to_ratio
 
@@ -74,6 +82,8 @@ def compress(
     given = [name for name in SEARCH if search[name] != getattr(TargetOptions, name)]
     if target_ratio is None and given:
         raise ValueError(f"{given[0]} is read for target_ratio, which is not given")
+    if target_ratio is not None and are_several():
+        raise ValueError("target_ratio is searched by one process: run it without torchrun")
     refuse_foreign_folder(out, model, mark="frontier", overwrite=overwrite)
     trusted = options["trust_remote_code"]
     loaded, tokenizer = _savable(out, model, device, dtype, trusted, revision, tokenizer)
@@ -168,9 +178,11 @@ def _finish(
     png: Path | None,
     found: dict[str, Any],
 ) -> None:
-    """Write and print what was made; found: more for the report in JSON."""
+    """Write and print what was made, in the first process; found: more for the report in JSON."""
     from hylora_kernels.model.saving import save_pretrained
 
+    if not is_first_process():
+        return
     save_pretrained(model, out, tokenizer, overwrite=overwrite)
     show(report.render())
     show(trainable_line(model))

@@ -27,6 +27,7 @@ from hylora_kernels.cli.errors import EXPECTED, one_line
 from hylora_kernels.cli.options import with_parameters
 from hylora_kernels.cli.output import (
     check_output_files,
+    ended_together,
     first_process_prints,
     is_first_process,
     report_on_stdout,
@@ -95,22 +96,28 @@ def guarded(command: Callable[..., None], kept: str) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(context: typer.Context, *, config: Path | None, debug: bool, **given: Any) -> None:
-        try:
-            check_output_files(given)
-            with report_on_stdout(given.get("json_path")), first_process_prints(context.info_name):
-                command(**given)
-            if is_first_process():
-                write_config(context, given)
-        except KeyboardInterrupt:
-            say(f"\ninterrupted. {kept.format(**given)}", "yellow")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of stdout has ended, as in `hylora info | head`
-            raise
-        except EXPECTED as error:
-            if debug or os.environ.get("HYLORA_DEBUG", "0") not in ("", "0"):
+        with ended_together(str(context.info_name)) as is_told:
+            try:
+                check_output_files(given)
+                with (
+                    report_on_stdout(given.get("json_path")),
+                    first_process_prints(context.info_name),
+                ):
+                    command(**given)
+                if is_first_process():
+                    write_config(context, given)
+            except KeyboardInterrupt:
+                if is_first_process():
+                    say(f"\ninterrupted. {kept.format(**given)}", "yellow")
+                raise typer.Exit(130) from None
+            except BrokenPipeError:  # the reader of stdout has ended, as in `hylora info | head`
                 raise
-            say(f"error: {one_line(error, context.command.params)}", "red")
-            raise typer.Exit(2) from None
+            except EXPECTED as error:
+                if debug or os.environ.get("HYLORA_DEBUG", "0") not in ("", "0"):
+                    raise
+                if not is_told(error):
+                    say(f"error: {one_line(error, context.command.params)}", "red")
+                raise typer.Exit(2) from None
 
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context

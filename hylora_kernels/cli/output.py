@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +14,8 @@ from hylora_kernels.support.report import plain
 from hylora_kernels.support.storage import write_json
 
 STDOUT = Path("-")
+COMPRESSING = ("compress", "quantize")
+SHARED = (*COMPRESSING, "finetune")  # Commands whose work several processes share.
 PICTURES = (".png", ".svg", ".pdf")
 _stdout: ContextVar[TextIO | None] = ContextVar("_stdout", default=None)
 
@@ -46,10 +48,12 @@ def first_process_prints(command: str) -> Iterator[None]:
     Raises ValueError for a command that doesn't share its work: each process would do all of it and
     write the same files.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
+    if not are_several():
         yield
-    elif command != "finetune":
-        raise ValueError(f"{command} runs in one process, without torchrun: only finetune shares")
+    elif command not in SHARED:
+        raise ValueError(
+            f"{command} runs in one process, without torchrun: only {', '.join(SHARED)} share"
+        )
     elif is_first_process():
         yield
     else:
@@ -59,6 +63,29 @@ def first_process_prints(command: str) -> Iterator[None]:
             contextlib.redirect_stderr(nowhere),
         ):
             yield
+
+
+@contextlib.contextmanager
+def ended_together(command: str) -> Iterator[Callable[[BaseException], bool]]:
+    """Inside, the processes of torchrun are a group that a command of COMPRESSING shares its work
+    in, and an error in one ends all; yields the answer whether another process tells this error."""
+    if command not in COMPRESSING or not are_several():
+        yield lambda error: False
+        return
+    from hylora_kernels.support.processes import LostProcess, together
+
+    with together() as processes:
+
+        def is_told(error: BaseException) -> bool:
+            was_told = isinstance(error, LostProcess) and error.was_told
+            return not processes.fail(error) or was_told
+
+        yield is_told
+
+
+def are_several() -> bool:
+    """True in a process of several that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1"
 
 
 def is_first_process() -> bool:

@@ -22,6 +22,7 @@ from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedLinear
 from hylora_kernels.model.structure import Group, Target
 from hylora_kernels.reference import dequantize
+from hylora_kernels.support.processes import ALONE, Processes
 from hylora_kernels.support.storage import require_disk
 from hylora_kernels.weights import QuantizedMatrix
 
@@ -34,9 +35,16 @@ class BitCandidates:
     codes: gets the quantised matrices, and has those of an earlier run.
     """
 
-    def __init__(self, model: nn.Module, budget: BitBudget, codes: Codes, options: CompressOptions):
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: BitBudget,
+        codes: Codes,
+        options: CompressOptions,
+        processes: Processes = ALONE,
+    ):
         self._model, self._budget, self._options = model, budget, options
-        self.codes = codes
+        self.codes, self._processes = codes, processes
 
     def missing(self, target: Target) -> list[int]:
         """The widths of a matrix that are not in the workspace."""
@@ -53,12 +61,15 @@ class BitCandidates:
 
     @torch.no_grad()
     def quantize(self, statistics: Statistics) -> None:
-        """Quantise the linears of `statistics` in all widths; the workspace gets them and their
-        errors."""
+        """Quantise the linears of `statistics` in all widths, the groups divided among the
+        processes; the workspace gets them and their errors."""
         groups = [g for g in statistics.groups if any(map(self.missing, g.targets))]
-        hidden = not self._options.progress
+        widths = [(t.path, b) for g in groups for t in g.targets for b in self.missing(t)]
+        own = self._processes.share({g.leader.path: _cost(g) for g in groups})
+        groups, hidden = [g for g in groups if g.leader.path in own], not self._options.progress
         for group in tqdm(groups, "quantising", unit="group", disable=hidden, leave=False):
             self._quantize_group(group, statistics)
+        self.codes.receive(widths, self._processes)
 
     def _quantize_group(self, group: Group, statistics: Statistics) -> None:
         """The linears of a group read one input: one sweep over its columns serves all of them."""
@@ -87,8 +98,13 @@ class BitCandidates:
                 self.codes.store(target.path, FACTOR_BITS, None, loss, reached)
 
     def quantize_tables(self, statistics: TokenStatistics | None) -> None:
-        """Quantise embedding and output head in all their widths; statistics None for method
-        "svd"."""
+        """Quantise embedding and output head in all their widths, by the first process; statistics
+        None for method "svd"."""
+        widths = [(target.path, b) for target in self._budget.tables for b in self.missing(target)]
+        self._processes.by_first(lambda: self._quantize_tables(statistics), "quantising")
+        self.codes.receive(widths, self._processes)
+
+    def _quantize_tables(self, statistics: TokenStatistics | None) -> None:
         o = self._options
         for target in self._budget.tables:
             if not (widths := self.missing(target)):
@@ -117,3 +133,9 @@ class BitCandidates:
         if choice.rank or choice.bits not in self._budget.widths(target):
             return None
         return self.codes.matrix(target.path, choice.bits)
+
+
+def _cost(group: Group) -> float:
+    """Of rounding a group, whose columns are rounded one after the other, by its Gram matrix."""
+    K = group.leader.shape[1]
+    return float(K * K * (K + sum(target.shape[0] for target in group.targets)))

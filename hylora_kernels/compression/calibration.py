@@ -23,6 +23,9 @@ from hylora_kernels.layers.factorize import add_symmetric, fill_lower
 from hylora_kernels.model.loss import body_of, token_loss
 from hylora_kernels.model.modules import eval_mode
 from hylora_kernels.model.structure import Group
+from hylora_kernels.support.processes import ALONE, Processes
+
+STAGE = "calibrating"  # In the error of a lost process.
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +60,25 @@ class Statistics:
             return 1.0
         return 0.5 / (max(self.tokens[leader], 1) * self.predictions)
 
+    def add_others(self, processes: Processes) -> None:
+        """Add the sums of the other processes, which have read other sequences."""
+        if processes.size == 1:
+            return
+        with_gradients = processes.total([len(self.gradients)], STAGE)[0] > 0
+        wanted = [(self.inputs, g.leader.path, g.leader.shape[1], g) for g in self.groups]
+        if with_gradients:
+            targets = [(target, g) for g in self.groups for target in g.targets]
+            wanted += [(self.gradients, t.path, t.shape[0], g) for t, g in targets]
+        seen = processes.total((path in sums for sums, path, _, _ in wanted), STAGE)
+        for (sums, path, n, group), times in zip(wanted, seen, strict=True):
+            if times and path not in sums:
+                sums[path] = torch.zeros(n, n, device=group.leader.matrix.device)
+        processes.add((s[path] for s, path, _, _ in wanted if path in s), STAGE)
+        leaders = [group.leader.path for group in self.groups]
+        counts = (self.predictions, *(self.tokens.get(path, 0) for path in leaders))
+        self.predictions, *tokens = map(int, processes.total(counts, STAGE))
+        self.tokens.update(zip(leaders, tokens, strict=True))
+
     def clear(self) -> None:
         """Free the Gram matrices."""
         self.inputs.clear()
@@ -70,6 +92,9 @@ class Observer(Protocol):
 
     def begin(self, index: int, ids: Tensor) -> None:
         """Sequence `index`, int64 [1, L], is the next one."""
+
+    def add_others(self, processes: Processes) -> None:
+        """Add what the other processes have seen."""
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:
@@ -132,10 +157,12 @@ def gather(
     progress: bool = True,
     label: str = "",
     observers: Sequence[Observer] = (),
+    processes: Processes = ALONE,
 ) -> Statistics:
     """ids int64 [n, L] -> the statistics of `groups` over all n L tokens, one sequence at a time.
 
     observers: see the same forwards, and the same backwards if there are gradients.
+    processes: each reads every size-th sequence, and all have the sums over all.
 
     The model runs in eval mode, in its own dtype and on its device, and is left as it was. Raises
     FloatingPointError naming the first layer, in the order of the forward, whose inputs are not
@@ -163,14 +190,16 @@ def gather(
     forward = body if body is not None and all_within else model
     try:
         with _frozen(model), torch.set_grad_enabled(with_gradients):
+            own = range(len(ids))[processes.part(len(ids))]
             bar = tqdm(
-                ids.split(1),
+                own,
                 desc=label or "calibrating",
                 unit="seq",
                 disable=not progress,
                 leave=False,
             )
-            for index, row in enumerate(bar):
+            for index in bar:
+                row = ids[index : index + 1]
                 for observer in observers:
                     observer.begin(index, row)
                 if with_gradients:
@@ -182,6 +211,9 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
+    statistics.add_others(processes)
+    for observer in observers:
+        observer.add_others(processes)
     if with_gradients:
         _warn_of_missing_gradients(statistics)
     for group in groups:

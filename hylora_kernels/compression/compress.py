@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -39,9 +40,14 @@ from hylora_kernels.model.loss import mean_loss
 from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import refuse_unsavable, save_in_hylora_format
 from hylora_kernels.model.structure import discover
-from hylora_kernels.support.devices import free_memory
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.options import reported_options, takes_options
+from hylora_kernels.support.processes import (
+    ALONE,
+    Processes,
+    free_memory_of_each,
+    together,
+)
 from hylora_kernels.support.storage import require_disk
 from hylora_kernels.support.timing import timed
 
@@ -60,13 +66,17 @@ def compress(
     FloatingPointError naming the layer whose weights, activations or gradients are not finite.
     CompressOptions gives the sources of the methods.
 
+    Under torchrun, or in an initialised process group, all processes make this call, with the same
+    model: each reads its share of the text and factorizes its share of the layers, and all end with
+    the same compressed model. Of a lost process LostProcess names the rank.
+
     Example:
         model, report = compress(
             "my-org/my-model", keep=0.8, calibration="my.txt", samples=8, length=64
         )
         report.keep, report.layers[0].rank
     """
-    with Compression(model_or_id, options) as run:
+    with together() as processes, Compression(model_or_id, options, processes) as run:
         for statistics in run.calibrate():
             run.factorize(statistics)
             run.quantize(statistics)
@@ -83,10 +93,24 @@ class Compression:
     compress() raises. Until replace() the model is not changed, except that it is in eval() and on
     the device and in the dtype of the options. Factors and refitted blocks are stored in the
     workspace, from which an interrupted run and one with other options read them.
+
+    processes: share the work; each has a Compression of the same model and options.
     """
 
-    def __init__(self, model_or_id: nn.Module | str | Path, options: CompressOptions):
-        self.options = options
+    def __init__(
+        self,
+        model_or_id: nn.Module | str | Path,
+        options: CompressOptions,
+        processes: Processes = ALONE,
+    ):
+        if processes.size > 1 and options.target_time is not None:
+            raise ValueError(
+                "target_time is a share of the time that one process takes with all threads:"
+                " run it without torchrun"
+            )
+        if not processes.is_first:
+            options = replace(options, progress=False)
+        self.options, self.processes = options, processes
         seconds: dict[str, float] = {}
         with contextlib.ExitStack() as undo, timed(seconds, "load"):
             self.model, self.tokenizer = load_model_and_tokenizer(model_or_id, options)
@@ -116,17 +140,21 @@ class Compression:
             if not options.is_priced:
                 self.keep = self.budget.keep(options, lambda k: allocate(ranks, k, options.ranks))
             self.ids, sources, self.tokenizer = calibration_blocks(
-                self.model, self.tokenizer, options
+                self.model, self.tokenizer, options, processes
             )
             if options.refit:  # A chain that can't be run is refused before the long work, too.
                 assert self.ids is not None, "a refit reads text"
                 record(self.model, self.structure.blocks, self.ids[:2, :64])
-            self.workspace = open_workspace(self.model, self.structure, self.ids, options)
+            self.workspace = open_workspace(
+                self.model, self.structure, self.ids, options, processes
+            )
             self.rank_candidates = RankCandidates(
-                self.model, self.structure.targets, self.embedding, self.workspace, options
+                *(self.model, self.structure.targets, self.embedding, self.workspace),
+                options,
+                processes,
             )
             codes = self.workspace.codes(options.rounding)
-            self.bit_candidates = BitCandidates(self.model, self.bits, codes, options)
+            self.bit_candidates = BitCandidates(self.model, self.bits, codes, options, processes)
             self._undo, self._stacks = undo.pop_all(), stacks
         selected = [*self.structure.paths, *self._vocabulary_modules()]
         self.report = CompressReport(
@@ -146,8 +174,10 @@ class Compression:
     def __enter__(self) -> Compression:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         self._undo.close()
+        if kind is None:
+            self.processes.wait("replacing")  # Others may still read the workspace.
         self.workspace.close()
 
     def calibrate(self) -> Iterator[Statistics]:
@@ -158,12 +188,15 @@ class Compression:
         options = self.options
         if options.bits is not None:
             self.bit_candidates.require_disk()
-        missing = [
-            group
-            for group in self.structure.groups
-            if self.rank_candidates.missing(group.targets)
-            or any(map(self.bit_candidates.missing, group.targets))
-        ]
+        wanted = self.processes.agreed(
+            {
+                group.leader.path
+                for group in self.structure.groups
+                if self.rank_candidates.missing(group.targets)
+                or any(map(self.bit_candidates.missing, group.targets))
+            }
+        )
+        missing = [group for group in self.structure.groups if group.leader.path in wanted]
         token_work = self._token_work()
         if not missing or options.method != "two_sided":
             for work in token_work:
@@ -182,14 +215,15 @@ class Compression:
             return
         assert self.ids is not None, "every method but svd reads text"
         with_gradients = options.method == "two_sided"
-        memory = options.max_memory or free_memory(next(self.model.parameters()).device) // 2
+        memory = options.max_memory or free_memory_of_each(self.model, self.processes) // 2
         runs = calibration.passes(missing, with_gradients, memory)
         for index, groups in enumerate(runs, 1):
             label = "calibrating" + (f", pass {index} of {len(runs)}" if len(runs) > 1 else "")
             sums = [TokenSums(self.model, work.step) for work in token_work]
             with timed(self.report.seconds, "calibrate"):
                 statistics = calibration.gather(
-                    self.model, self.ids, groups, with_gradients, options.progress, label, sums
+                    *(self.model, self.ids, groups, with_gradients, options.progress, label, sums),
+                    self.processes,
                 )
             yield statistics
             statistics.clear()  # The caller's loop variable would keep them during what follows.
@@ -201,10 +235,16 @@ class Compression:
     def _token_work(self) -> list[TokenWork]:
         """The embedding's factors and the tables' codes, where they are not in the workspace."""
         work, embedding = [], self.embedding
-        if embedding is not None and self.rank_candidates.missing([embedding]):
+        no_factors, no_codes = self.processes.agreed(
+            (
+                embedding is not None and bool(self.rank_candidates.missing([embedding])),
+                any(map(self.bit_candidates.missing, self.bits.tables)),
+            )
+        )
+        if embedding is not None and no_factors:
             use = partial(self.rank_candidates.factorize_embedding, embedding)
             work.append(TokenWork(1, "factorize", use))
-        if any(map(self.bit_candidates.missing, self.bits.tables)):
+        if no_codes:
             step = 1 if self.ids is None else -(-len(self.ids) // TABLE_BLOCKS)
             work.append(TokenWork(step, "quantise", self.bit_candidates.quantize_tables))
         return work
@@ -215,7 +255,9 @@ class Compression:
         if self.ids is not None:
             with timed(seconds, "calibrate"):
                 ids = self.ids[:: work.step]
-                statistics = token_statistics(self.model, ids, self.options.progress)
+                statistics = token_statistics(
+                    self.model, ids, self.options.progress, self.processes
+                )
         with timed(seconds, work.stage):
             work.use(statistics)
 
@@ -249,6 +291,9 @@ class Compression:
 
         keep: None: that of the options. Where candidates have a price there is none.
         """
+        return self.processes.agreed(self._allocated(keep), "allocating")
+
+    def _allocated(self, keep: float | None) -> dict[str, Choice]:
         if self.options.is_priced:
             return self.bits.allocate(self.curves)
         ranks = allocate(self.curves, self.keep if keep is None else keep, self.options.ranks)
@@ -261,21 +306,29 @@ class Compression:
         options, blocks = self.options, self.structure.blocks
         if not options.refit:
             return {}
+        with timed(self.report.seconds, "refit"):
+            self.processes.by_first(lambda: self._refit_missing(choices), "refitting")
+            load = self._refits(choices)[2].load
+            matrices = {path: m for block in blocks for path, m in load(block.path).items()}
+        return matrices
+
+    def _refit_missing(self, choices: dict[str, Choice]) -> None:
+        """Refit the blocks that are not in the workspace, which gets them."""
+        options, blocks = self.options, self.structure.blocks
         ids, ranks, store = self._refits(choices)
         found = {block.path: store.find(block.path) for block in blocks}
         done = {path: matrices for path, matrices in found.items() if matrices is not None}
-        with timed(self.report.seconds, "refit"):
-            if len(done) < len(blocks):
-                missing = (b for b in blocks if b.path not in done)
-                require_disk(self.workspace.folder, refit_bytes(missing, ranks), "refitted blocks")
-                load = self.workspace.load
-                for block, matrices in refit_blocks(
-                    self.model, blocks, ids, load, ranks, done, options.progress
-                ):
-                    if block not in done:
-                        store.save(block, matrices)
-                        done[block] = store.load(block)
-        return {path: matrix for matrices in done.values() for path, matrix in matrices.items()}
+        if len(done) == len(blocks):
+            return
+        missing = (b for b in blocks if b.path not in done)
+        require_disk(self.workspace.folder, refit_bytes(missing, ranks), "refitted blocks")
+        load = self.workspace.load
+        for block, matrices in refit_blocks(
+            self.model, blocks, ids, load, ranks, done, options.progress
+        ):
+            if block not in done:
+                store.save(block, matrices)
+                done[block] = store.load(block)
 
     def forget_refit(self, choices: dict[str, Choice]) -> None:
         """Delete the refitted matrices of these ranks from the workspace."""
@@ -320,7 +373,10 @@ class Compression:
         ids = self.ids[-self.options.measure :]
         self.report.measured_blocks = len(ids)
         with timed(self.report.seconds, "measure"):
-            return mean_loss(self.model, ids, self.options.progress, f"loss, {label}")
+            own, loss = ids[self.processes.part(len(ids))], 0.0
+            if len(own):
+                loss = mean_loss(self.model, own, self.options.progress, f"loss, {label}")
+            return self.processes.total([loss * (len(own) / len(ids))], "measuring")[0]
 
     def _bytes(self, choices: dict[str, Choice]) -> int:
         """Of the file of weights, adapters as the option `count` says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import load_model, tokenizer_for
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
+from hylora_kernels.support.processes import ALONE, Processes
 from hylora_kernels.text.mix import Part, mixed_blocks
 from hylora_kernels.text.sources import texts_in
 
@@ -36,18 +38,19 @@ def load_model_and_tokenizer(
 
 
 def calibration_blocks(
-    model: nn.Module, tokenizer: Any, options: CompressOptions
+    model: nn.Module, tokenizer: Any, options: CompressOptions, processes: Processes = ALONE
 ) -> tuple[Tensor | None, list[Part], Any]:
     """(token ids int64 [n, L], their sources, the tokenizer that read them).
 
     The ids are None for method "svd". A tokenizer that is None is the model's own, where one is
-    needed.
+    needed. The first process alone reads or writes text.
     """
     o = options
     if o.method == "svd":
         return None, [], tokenizer
     tokenizer = tokenizer_for(model, tokenizer, texts_in(o.calibration))
-    ids, sources = mixed_blocks(
+    read = partial(
+        mixed_blocks,
         o.calibration,
         model,
         tokenizer,
@@ -58,5 +61,6 @@ def calibration_blocks(
         column=o.column,
         blocks=o.samples,
     )
+    ids, sources = processes.by_first(read, "reading text")
     check_blocks(model, ids)
     return ids, sources, tokenizer

@@ -3,6 +3,7 @@ costs and loses."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from hylora_kernels.compression.tokens import TokenStatistics
 from hylora_kernels.compression.whiten import factorize_whitened
 from hylora_kernels.compression.workspace import Workspace
 from hylora_kernels.model.structure import Target
+from hylora_kernels.support.processes import ALONE, Processes
 from hylora_kernels.support.storage import require_disk
 
 Value = TypeVar("Value")
@@ -37,8 +39,10 @@ class RankCandidates:
         embedding: Target | None,
         workspace: Workspace,
         options: CompressOptions,
+        processes: Processes = ALONE,
     ):
         self._model, self._options, self._workspace = model, options, workspace
+        self._processes = processes
         self._linears, self._embedding = linears, embedding
 
     def missing(self, targets: Sequence[Target]) -> list[Target]:
@@ -48,11 +52,18 @@ class RankCandidates:
         return [target for target in targets if not self._workspace.has(target.path)]
 
     def factorize(self, statistics: Statistics) -> None:
-        """Whiten and factorize the linears of `statistics`; the workspace gets their Factors."""
-        o = self._options
+        """Whiten and factorize the linears of `statistics`, divided among the processes; the
+        workspace gets their Factors."""
+        o, processes = self._options, self._processes
         linears = [(g.leader.path, t) for g in statistics.groups for t in self.missing(g.targets)]
+        costs = {t.path: float(math.prod(t.shape) * min(t.shape)) for _, t in linears}
+        own = processes.share(costs)
         for leader, target in tqdm(
-            linears, desc="factorizing", unit="layer", disable=not o.progress, leave=False
+            [linear for linear in linears if linear[1].path in own],
+            desc="factorizing",
+            unit="layer",
+            disable=not o.progress,
+            leave=False,
         ):
             factors = factorize_whitened(
                 target.path,
@@ -64,13 +75,19 @@ class RankCandidates:
             )
             factors.S.mul_(statistics.nats(leader) ** 0.5)
             self._workspace.save(target.path, factors)
+        self._workspace.receive([*costs], processes)
 
     def factorize_embedding(self, target: Target, statistics: TokenStatistics | None) -> None:
-        """The same for the embedding; statistics None for method "svd"."""
+        """The same for the embedding, by the first process; statistics None for method "svd"."""
         o, folder = self._options, self._workspace.folder
-        require_disk(folder, factor_bytes(target.shape), "the embedding's factors")
-        factors = factorize_embedding(self._model, target, statistics, o.method)
-        self._workspace.save(target.path, factors)
+
+        def work() -> None:
+            require_disk(folder, factor_bytes(target.shape), "the embedding's factors")
+            factors = factorize_embedding(self._model, target, statistics, o.method)
+            self._workspace.save(target.path, factors)
+
+        self._processes.by_first(work, "factorizing")
+        self._workspace.receive([target.path], self._processes)
 
     def curves(self) -> tuple[list[Curve], list[str]]:
         """(the candidates of every matrix, the paths of experts that no token reached), once all

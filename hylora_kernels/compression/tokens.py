@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hylora_kernels.compression.calibration import gather, gram
+from hylora_kernels.compression.calibration import STAGE, gather, gram
 from hylora_kernels.layers.factorize import to_float64
+from hylora_kernels.support.processes import ALONE, Processes
 
 TOKEN_DAMPING = 1e-1  # Share of the mean weight, added to each: most tokens are in no sample.
 METRIC_DAMPING = 1e-2  # Share of the mean diagonal, as of a linear's Gram matrices.
@@ -74,14 +75,16 @@ class TokenStatistics:
         return 0.5 * squares / (self.tokens * self.predictions)
 
 
-def token_statistics(model: nn.Module, ids: Tensor, progress: bool = True) -> TokenStatistics:
+def token_statistics(
+    model: nn.Module, ids: Tensor, progress: bool = True, processes: Processes = ALONE
+) -> TokenStatistics:
     """ids int64 [n, L] -> the statistics of the model's embedding and head over all n L tokens.
 
     The model runs in eval mode, one sequence at a time, and is left as it was. Raises
     FloatingPointError if hidden states or gradients are not finite.
     """
     sums = TokenSums(model)
-    gather(model, ids, [], True, progress, "reading tokens", [sums])
+    gather(model, ids, [], True, progress, "reading tokens", [sums], processes)
     return sums.finish()
 
 
@@ -112,6 +115,12 @@ class TokenSums:
         if self._reads:
             self._tokens += ids.numel()
             self._predictions += ids[:, 1:].numel()
+
+    def add_others(self, processes: Processes) -> None:
+        """Add the sums of the other processes, which have read other sequences."""
+        processes.add((self._n, self._C, self._c, self._G), STAGE)
+        counts = processes.total((self._tokens, self._predictions), STAGE)
+        self._tokens, self._predictions = map(int, counts)
 
     def finish(self) -> TokenStatistics:
         """Raises FloatingPointError if hidden states or gradients were not finite."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,13 +27,22 @@ from hylora_kernels.model.modules import model_fingerprint
 from hylora_kernels.model.structure import Structure
 from hylora_kernels.support.cache import Files, cache_dir
 from hylora_kernels.support.hashing import fingerprint
+from hylora_kernels.support.processes import ALONE, Processes
 from hylora_kernels.weights import QuantizedMatrix
 
 
 def open_workspace(
-    model: nn.Module, structure: Structure, ids: Tensor | None, options: CompressOptions
+    model: nn.Module,
+    structure: Structure,
+    ids: Tensor | None,
+    options: CompressOptions,
+    processes: Processes = ALONE,
 ) -> Workspace:
-    """The workspace of these weights, calibration tokens (int64 [n, L] or None) and options."""
+    """The workspace of these weights, calibration tokens (int64 [n, L] or None) and options.
+
+    All processes have one. Raises ValueError if they have different models or tokens, OSError if
+    one doesn't see the folder of the first.
+    """
     key = fingerprint(
         model=model_fingerprint(model),
         ids="none" if ids is None else ids,
@@ -43,7 +53,15 @@ def open_workspace(
         seed=options.seed if options.factorizer == "randomized" else 0,
         groups=[group.paths for group in structure.groups],
     )
-    return Workspace(key, options.cache)
+    if processes.agreed(key) != key:
+        raise ValueError(
+            f"the process of rank {processes.rank} has another model or other calibration tokens"
+            " than the first one"
+        )
+    made = Workspace(key, options.cache) if processes.is_first else None
+    folder = processes.agreed(made and made.folder.absolute(), "opening the workspace")
+    processes.require_shared(folder)
+    return made or Workspace(key, folder=folder)
 
 
 class Refits(Files):
@@ -78,6 +96,13 @@ class Codes(Files):
         self.save(_width(path, bits), tensors)
         self._whole[_width(path, bits)] = True
 
+    def receive(self, widths: Sequence[tuple[str, int]], processes: Processes) -> None:
+        """Wait for the matrices of these paths and bits, of which each process has stored its
+        share."""
+        parts = [_width(path, bits) for path, bits in widths]
+        processes.see(map(self.path, parts), "quantising")
+        self._whole.update(dict.fromkeys(parts, True))
+
     def matrix(self, path: str, bits: int) -> QuantizedMatrix | None:
         """The matrix of a width that is here; raises OSError if it is no longer."""
         t = self.load(_width(path, bits))
@@ -98,16 +123,19 @@ def _width(path: str, bits: int) -> str:
 class Workspace:
     """The folder of one factorization, a file of Factors for each layer.
 
-    key:   stands for all that the factors depend on.
-    cache: True puts it in the package's cache, a path into that folder; False makes a temporary
-           folder, which close() removes.
+    key:    stands for all that the factors depend on.
+    cache:  True puts it in the package's cache, a path into that folder; False makes a temporary
+            folder, which close() removes.
+    folder: one that another process has made, and removes.
 
     Raises OSError if the folder can't be made.
     """
 
-    def __init__(self, key: str, cache: bool | str | Path = True):
+    def __init__(self, key: str, cache: bool | str | Path = True, folder: Path | None = None):
         self.key, self.temporary = key, not cache
-        if self.temporary:
+        if folder is not None:
+            self.folder = folder
+        elif self.temporary:
             self.folder = _temporary_folder()
         elif cache is True:
             self.folder = cache_dir("compress", key)
@@ -136,6 +164,11 @@ class Workspace:
         }
         self._files.save(path, tensors)
         self._whole[path] = True
+
+    def receive(self, paths: Sequence[str], processes: Processes) -> None:
+        """Wait for the factors of these layers, of which each process has stored its share."""
+        processes.see((self._files.path(path) for path in paths), "factorizing")
+        self._whole.update(dict.fromkeys(paths, True))
 
     def load(self, path: str) -> Factors:
         """The factors of a layer that are here; raises OSError if they are no longer."""

@@ -16,6 +16,13 @@ def run_together(code: str, *arguments: object, processes: int = 2) -> list[tupl
 
     Raises AssertionError if one of them fails.
     """
+    ended = end_together(code, *arguments, processes=processes)
+    assert [status for status, *_ in ended] == [0] * processes, ended
+    return [(out, noise) for _, out, noise in ended]
+
+
+def end_together(code: str, *arguments: object, processes: int = 2) -> list[tuple[int, str, str]]:
+    """The same of processes that may fail: (exit status, stdout, stderr) of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,8 +47,7 @@ def run_together(code: str, *arguments: object, processes: int = 2) -> list[tupl
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * processes, printed
-    return printed
+    return [(p.returncode, *said) for p, said in zip(started, printed, strict=True)]
 
 
 def torchrun(
