@@ -66,7 +66,8 @@ def finetune(
     process = PartialState(cpu=device == "cpu")  # Each process of torchrun gets a GPU of its own.
     if process.is_main_process:
         refuse_foreign_folder(out, model, mark="training", overwrite=overwrite)
-    loaded, tokenizer = load(model, device, dtype, trust_remote_code, revision, tokenizer)
+    home = "cpu" if options["shard"] else device  # Shards go to the GPUs in training.
+    loaded, tokenizer = load(model, home, dtype, trust_remote_code, revision, tokenizer)
     require_disk(out, parameter_bytes(loaded), f"the recovered model in {out}")
     if teacher := options.pop("teacher"):
         kind = str(loaded.device), str(loaded.dtype).removeprefix("torch.")

@@ -112,7 +112,7 @@ def _check_weights(model: nn.Module, use: str, name: str) -> None:
         if use == "train" and isinstance(tensor, DTensor):
             raise ValueError(
                 f"{name} must be whole in each process, but {path} is sharded: pass the model "
-                "before fully_shard; only adapters are trained, and each process holds all of them"
+                "before fully_shard; finetune's shard=True divides it"
             )
         if use in ("adapt", "replace") and not (_is_plain(tensor) or id(tensor) in ours):
             kind = f"{str(tensor.dtype).removeprefix('torch.')} {type(tensor).__name__}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from hylora_kernels.recovery.factors import balanced_factors, starting_tensors
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.recovery.recipe import Recipe, frozen_hash
 from hylora_kernels.recovery.run import Run, taken_rows, training_mode
+from hylora_kernels.recovery.shard import require_processes, sharded
 from hylora_kernels.recovery.teacher import Teacher, load_teacher, run_teacher, set_aside
 from hylora_kernels.support.console import format_bytes, format_seconds, table
 from hylora_kernels.support.devices import input_device
@@ -124,7 +126,10 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     with the last weights that gave a finite loss, and report.stopped says so.
 
     Under torchrun or `accelerate launch` each process holds the whole model and takes its share of
-    the blocks; the first one alone prints and writes.
+    the blocks; the first one alone prints and writes. With shard=True each process holds its part
+    of the frozen weights of the blocks while it trains (recovery.shard). The model, and a teacher
+    that is loaded here, may then come in the CPU's memory, whole in each process, and go to the GPU
+    in parts; afterwards the model is whole again where it was.
 
     With train "adapters" a merged model gets new ones first, of its last singular components,
     lora_rank of them (model.adapters.renew_adapters): it has as many parameters when they are
@@ -145,6 +150,8 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     if not is_merged:
         to_train(model)  # raises if there is nothing
     accelerator = Accelerator(mixed_precision="no")
+    if options.shard:
+        require_processes(accelerator.num_processes)
     blocks, sources, teacher = _prepare(model, options, accelerator)
     if is_merged:
         renew_adapters(model, options.lora_rank or LORA_RANK, options.seed)
@@ -156,10 +163,11 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     prepared = balanced_factors(model, shown) if by_factors else nullcontext(start)
     with prepared as trained, training_mode(model, trained, options.gradient_checkpointing):
         total = parameter_count(model)
-        run = Run(model, trained, blocks, recipe, options, accelerator, teacher)
-        if options.resume:
-            run.load()
-        stopped = run.train()
+        with _placed(model, trained.values(), options, accelerator):
+            run = Run(model, trained, blocks, recipe, options, accelerator, teacher)
+            if options.resume:
+                run.load()
+            stopped = run.train()
         if frozen_hash(model, trained.values()) != recipe.base:
             raise RuntimeError("the frozen base changed in training: its hash is another one now")
         if options.merge and not by_factors:
@@ -226,7 +234,16 @@ def _with_teacher(
     if dense is None or not options.distill:
         return blocks, sources, None
     own = blocks[taken_rows(options, len(blocks), accelerator).unique()]
-    return blocks, sources, run_teacher(dense, model, own, device, shown)
+    if options.shard:
+        device = accelerator.device
+    divided = options.shard and dense is not options.teacher
+    return blocks, sources, run_teacher(dense, model, own, device, shown, divided)
+
+
+def _placed(
+    model: nn.Module, trained: Iterable[Tensor], options: FinetuneOptions, accelerator: Accelerator
+) -> AbstractContextManager[None]:
+    return sharded(model, accelerator.device, trained) if options.shard else nullcontext()
 
 
 def _report(run: Run, stopped: str, total: int, sources: list[Part]) -> FinetuneReport:

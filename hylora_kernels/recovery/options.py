@@ -33,7 +33,7 @@ class FinetuneOptions:
                  default of distill, and of the data (recovery.finetune says how).
     train:       "adapters", or "factors" (recovery.finetune says how). It sets the default of lr,
                  which is the factors'; the norms' is ten times as high. By default "factors" to
-                 keep, unless lora_rank or merge=False ask for adapters.
+                 keep, unless lora_rank, merge=False or shard ask for adapters.
     distill:     0 is next-token cross-entropy alone, 1 KL(teacher || model) alone.
     teacher:     a causal LM with the same vocabulary: a module, a hub id or folder, or a function
                  that loads it. It runs before training (recovery.teacher); one that is loaded here
@@ -102,6 +102,12 @@ class FinetuneOptions:
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward: less memory, more time."
     )
+    shard: bool = option(
+        False,
+        "Divide the frozen base among the processes of torchrun (FSDP2), for one larger than a "
+        "GPU. Adapters alone are trained then.",
+        reported=False,
+    )
     output_dir: str | Path | None = option(
         None, "Folder of the log, the loss curve and the checkpoint.", reported=False
     )
@@ -126,7 +132,8 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.train is None:
-            of_adapters = self.objective == "adapt" or self.lora_rank is not None or not self.merge
+            is_asked = self.lora_rank is not None or not self.merge or self.shard
+            of_adapters = self.objective == "adapt" or is_asked
             object.__setattr__(self, "train", "adapters" if of_adapters else "factors")
         if self.lr is None:
             object.__setattr__(self, "lr", self._usual_lr())
@@ -151,6 +158,10 @@ class FinetuneOptions:
         if self.train == "factors" and self.lora_rank is not None:
             raise ValueError(
                 f"lora_rank={self.lora_rank} is for new adapters, but train=factors makes none"
+            )
+        if self.train == "factors" and self.shard:
+            raise ValueError(
+                "shard=True divides what is frozen, but train=factors leaves next to nothing frozen"
             )
         if self.save_every is not None and self.output_dir is None:
             raise ValueError(f"save_every={self.save_every} needs an output_dir to save to")

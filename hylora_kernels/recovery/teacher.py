@@ -11,11 +11,12 @@ import copy
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from hylora_kernels.model.load import load_model
 from hylora_kernels.model.loss import RowsOfLogits, head_inputs, head_of
 from hylora_kernels.model.modules import model_fingerprint
 from hylora_kernels.recovery.options import GivenTeacher
+from hylora_kernels.recovery.shard import sharded
 from hylora_kernels.support.cache import Files, cache_dir
 from hylora_kernels.support.devices import input_device
 from hylora_kernels.support.hashing import fingerprint
@@ -101,13 +103,20 @@ def load_teacher(teacher: GivenTeacher, model: nn.Module, device: torch.device) 
 
 
 def run_teacher(
-    dense: nn.Module, model: nn.Module, blocks: Tensor, device: torch.device, progress: bool
+    dense: nn.Module,
+    model: nn.Module,
+    blocks: Tensor,
+    device: torch.device,
+    progress: bool,
+    shard: bool = False,
 ) -> Teacher:
     """Store the states of `blocks`, int64 [n, L], that are not in the cache already.
 
     dense:  the teacher. One block at a time runs through it, so that the states of a block depend
             on nothing else. A stopped pass goes on, and another run on the same text finds them.
     device: of the training, where the head will be.
+    shard:  the processes divide the teacher's blocks (recovery.shard), which leaves it without
+            them. All of them make this call, with blocks of their own.
 
     Raises FloatingPointError if the teacher's states are not finite, OSError if the disk has no
     space for them.
@@ -116,18 +125,23 @@ def run_teacher(
     start, name = time.perf_counter(), getattr(dense, "name_or_path", "") or type(dense).__name__
     key = model_fingerprint(dense)
     files = Files(cache_dir("teacher", key), key)
-    with torch.no_grad():
+    with torch.no_grad(), sharded(dense, device, back=False) if shard else nullcontext():
         own = blocks.to(input_device(dense))
         of_one = head_inputs(dense, own[:1, :2]).nbytes  # for one prediction
         nbytes = of_one * (blocks.shape[1] - 1)  # of a block
         missing = {_name(b) for b in blocks if not files.path(_name(b)).exists()}
         require_disk(files.folder, nbytes * len(missing), f"the states of teacher {name}")
-        for ids in tqdm(own, "teacher", unit="block", disable=not progress):
-            if files.find(_name(ids)) is None:
+        rounds = _most(len(own), device) if shard else len(own)
+        for index in tqdm(range(rounds), "teacher", unit="block", disable=not progress):
+            ids = own[index % len(own)]
+            is_missing = files.find(_name(ids)) is None
+            # Shards are gathered by all processes or none.
+            if _most(is_missing, device) if shard else is_missing:
                 states = head_inputs(dense, ids[None])
                 if not states.isfinite().all():
                     raise FloatingPointError(f"teacher {name}: its hidden states are not finite")
-                files.save(_name(ids), {"states": states})
+                if is_missing:
+                    files.save(_name(ids), {"states": states})
         head = head_of(dense, own)
     return Teacher(
         name=name,
@@ -137,6 +151,11 @@ def run_teacher(
         nbytes=nbytes * len(blocks),
         seconds=time.perf_counter() - start,
     )
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The largest of the processes' counts."""
+    return int(gather(torch.tensor([count], device=device)).max())
 
 
 def _name(block: Tensor) -> str:

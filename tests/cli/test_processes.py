@@ -32,10 +32,16 @@ def test_finetune_prints_and_writes_in_the_first_process_alone(tmp_path):
     assert files >= {"config.json", "finetune.json", "training/log.jsonl"}
     assert not [name for name in files if name.startswith(".")]
     assert load_model(tmp_path / "two", "cpu")[1] is not None
+    (first, _), (second, noise) = run_together(COMMAND, *words, tmp_path / "parts", "--shard")
+    assert "3 steps" in first and second == noise == ""
     alone = CliRunner().invoke(cli.app, [*map(str, [*words, tmp_path / "one"]), "--batch", "2"])
     assert alone.exit_code == 0, alone.output
-    reports = [json.loads((tmp_path / n / "finetune.json").read_text()) for n in ("one", "two")]
+    names = ("one", "two", "parts")
+    reports = [json.loads((tmp_path / n / "finetune.json").read_text()) for n in names]
+    assert reports[1]["losses"] == reports[2]["losses"]
     assert reports[1]["losses"] == pytest.approx(reports[0]["losses"], rel=1e-3)
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in names[1:]]
+    assert weights[0] == weights[1]
 
 
 def test_other_commands_run_in_one_process(monkeypatch):

@@ -21,8 +21,8 @@ HOW = {  # options of finetune() by what is trained
 train = functools.partial(finetune, progress=False)
 
 
-def model_of(dtype=torch.float32, **options):
-    return tiny.adapted(tiny.llama(dtype), **options)
+def model_of(dtype=torch.float32, layers=2, **options):
+    return tiny.adapted(tiny.llama(dtype, num_hidden_layers=layers), **options)
 
 
 def state(model):
