@@ -113,8 +113,14 @@ HYLORA_INLINE void multiply_unit(const char* unit, const FixedGroup* group, int 
   constexpr int kVectors = MR * P <= kSums ? P : kSums / MR;
   // One row takes all whole pairs of a lane together: the lane is loaded once.
   constexpr int kFit = 16 / kBits, kWhole = kFit * kBits, kTogether = MR == 1 ? kFit : 1;
+  // One row has two sums, whose additions would wait for one another, so each is kept as several.
+  // Of 4 bits, the pairs in the middle of halves are multiplied where they lie: `second` is 16
+  // times and `third` 256 times as large (at most 16 * 15 * 256 * 2^15 < 2^31), and two shifts are
+  // saved.
+  constexpr int kChains = W == 16 && MR == 1 ? 2 : 1;
+  constexpr bool kInPlace = kChains == 2 && kBits == 4;
   for (int i0 = 0; i0 < P; i0 += kVectors) {
-    VI sums[MR][kVectors] = {};
+    VI sums[MR][kVectors] = {}, second[kVectors] = {}, third[kVectors] = {};
     for (int half = 0; half < 2; half++) {
       const char* lanes = unit + half * kBits * 128 + i0 * W * 4;
       const char* numbers = reinterpret_cast<const char*>(group->numbers + half * 32);
@@ -133,10 +139,17 @@ HYLORA_INLINE void multiply_unit(const char* unit, const FixedGroup* group, int 
         for (int i = 0; i < kVectors; i++)
           unrolled<0, kCount>([&](auto j) HYLORA_LAMBDA {
             constexpr int J = decltype(j)::value;
-            const VU pair = codes_of_pair<kBits, kFirst + J>(lanes + i * W * 4);
+            if constexpr (kInPlace && J % 4 > 0 && J % 4 < 3) {
+              const VU lane = *reinterpret_cast<const VUu*>(lanes + kFirst / 4 * 128 + i * W * 4);
+              add_products((J == 1 ? second : third)[i], lane & splat_bits(0xf000f << 4 * J),
+                           both[0][J]);
+            } else {
+              const VU pair = codes_of_pair<kBits, kFirst + J>(lanes + i * W * 4);
 #pragma GCC unroll 8
-            for (int r = 0; r < MR; r++)
-              add_products(sums[r][i], pair, both[r][J]);
+              for (int r = 0; r < MR; r++)
+                add_products(kChains == 2 && !kInPlace && (kFirst + J) % 2 ? second[i] : sums[r][i],
+                             pair, both[r][J]);
+            }
           });
       };
       unrolled<0, kWhole, kTogether>([&](auto j) HYLORA_LAMBDA { add_pairs(j, Int<kTogether>()); });
@@ -145,6 +158,8 @@ HYLORA_INLINE void multiply_unit(const char* unit, const FixedGroup* group, int 
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; i++) {
       const UnitScales<kBits> of(unit, i0 + i);
+      if constexpr (kInPlace) second[i] = (second[i] >> 4) + (third[i] >> 8);
+      if constexpr (kChains == 2) sums[0][i] += second[i];
 #pragma GCC unroll 8
       for (int r = 0; r < MR; r++) {
         const FixedGroup& fixed = group[r];
@@ -282,7 +297,7 @@ HYLORA_INLINE void put_pair(T* to, int64_t ld, int i, int j, V even, V odd) {
 HYLORA_INLINE void put_pair(bf16* to, int64_t, int i, int j, V even, V odd) {
   const int column = i * W;
   *reinterpret_cast<VUu*>(to + (column >> 4) * 512 + j * 32 + (column & 15) * 2) =
-      bf16_bits(even) | bf16_bits(odd) << 16;
+      bf16_pairs(even, odd);
 }
 
 // Blocks [block, block + count) of 32 k of a quantised panel as blocks of a panel of T, in which

@@ -108,6 +108,16 @@ HYLORA_INLINE VU bf16_bits(V v) {
   return (rounded & ~is_nan) | (((u >> 16) | 0x40) & is_nan);
 }
 
+// The numbers as bf16, those of `even` in the low halves of lanes.
+HYLORA_INLINE VU bf16_pairs(V even, V odd) {
+#if defined(__AVX512BF16__)
+  const VU low = (VU)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  return low | (VU)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd)) << 16;
+#else
+  return bf16_bits(even) | bf16_bits(odd) << 16;
+#endif
+}
+
 HYLORA_INLINE void store(bf16* p, V v) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));

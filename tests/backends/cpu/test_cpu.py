@@ -126,6 +126,18 @@ def test_sizes_of_a_real_layer(M, sizes, form, dtype):
     assert_as_exact_as_formula(got, inputs, dy)
 
 
+@pytest.mark.parametrize("form", ["pair", "pivoted"])
+def test_every_number_of_few_rows(form):
+    """bf16 has code of its own for each number of rows; K is more than is summed at a time, and
+    odd."""
+    for M in (*range(1, 25), 27, 28, 31):
+        case = Case(M=M, sizes=(547, 101, 41), lora_rank=7, form=form)
+        inputs = make_inputs(case, torch.bfloat16)
+        with use_backend("cpu"):
+            got = by_op(svd_lora_linear, inputs, dy := make_dy(inputs))
+        assert_as_exact_as_formula(got, inputs, dy)
+
+
 @every_form
 @every_dtype
 @pytest.mark.parametrize("needs", [n for n in itertools.product((True, False), repeat=4) if any(n)])

@@ -20,7 +20,7 @@ from hylora_kernels.backends.cpu import packed as packed_module
 from hylora_kernels.backends.cpu.packed import in_panels
 from hylora_kernels.backends.shared.decoder_form import BlockForm, DecoderForm, LayerForm
 from hylora_kernels.inference.recognise import recognise
-from hylora_kernels.weights import QuantizedMatrix
+from hylora_kernels.weights import QuantizedMatrix, Weights
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=f"cpu: {cpu.why_not()}")
 every_width = pytest.mark.parametrize("bits", BITS)
@@ -111,6 +111,23 @@ def test_codes_are_unpacked_bit_for_bit_and_read_as_rows(bits):
             assert torch.equal(cpu.rows_packed(ids, packed), F.embedding(ids, W))
         with pytest.raises(IndexError, match=r"ids must be in \[0, 53\), got 53 to 53"):
             cpu.rows_packed(torch.tensor([53]), packed)
+
+
+@every_dtype
+@every_width
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_the_largest_codes_stay_integers(sign, bits, dtype):
+    """Of a group of equal numbers just below a power of two, and of equal codes, all sums are as
+    far from zero as they get; of random ones they never come near 2^31."""
+    codes, scales = torch.full((40, 128), 2**bits - 1, dtype=torch.uint8), torch.ones(40, 2)
+    zeros = None if bits == 8 else torch.zeros(40, 2, dtype=torch.uint8)
+    W = reference.quantized(codes, scales, zeros, bits)
+    weights = Weights(W, torch.empty(0, 40), pivots=torch.arange(40, dtype=torch.int32))
+    packed = cpu.pack(weights, dtype)
+    for M in (1, 2, 4):
+        x = torch.full((M, 128), sign * (2 - torch.finfo(dtype).eps), dtype=dtype)
+        truth = x.double() @ reference.dequantize(W, torch.float64).T
+        torch.testing.assert_close(cpu.forward_packed(x, packed, None), truth.to(dtype))
 
 
 @every_dtype
