@@ -131,7 +131,6 @@ def child(model: str, samples: int, length: int, keep: float, cpu: bool, by_bloc
 def compress_by_block(model: str, given: dict[str, Any]) -> Any:
     """The report of a compression that holds one block at a time."""
     from hylora_kernels.compression.to_folder import compress_to_folder
-
     from hylora_kernels.model.load import load_model
 
     loaded, _ = load_model(model, "cpu", by_block=True)

@@ -29,6 +29,7 @@ __all__ = [
     "use_backend",
     "load_model",
     "compress",
+    "compress_to_folder",
     "quantize_model",
     "add_adapters",
     "merge_adapters",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from hylora_kernels.compression.quantize_model import quantize_model
     from hylora_kernels.compression.spectrum import analyze_spectrum
     from hylora_kernels.compression.tie import tie_embeddings
+    from hylora_kernels.compression.to_folder import compress_to_folder
     from hylora_kernels.evaluation.evaluate import evaluate
     from hylora_kernels.inference.decoder import Decoder
     from hylora_kernels.inference.generate import generate
@@ -75,6 +77,7 @@ else:
     _IMPORTED_ON_FIRST_USE = {
         "load_model": "model.load",
         "compress": "compression.compress",
+        "compress_to_folder": "compression.to_folder",
         "quantize_model": "compression.quantize_model",
         "add_adapters": "model.adapters",
         "merge_adapters": "model.adapters",

@@ -40,6 +40,14 @@ Png = Annotated[
     Option(help="Draw the predicted loss, the ranks and the bits by depth to this file."),
 ]
 
+ByBlock = Annotated[
+    bool,
+    Option(
+        "--by-block",
+        help="For a model larger than memory: read one decoder block at a time from its files.",
+    ),
+]
+
 # The options of compress that --target-ratio alone reads.
 SEARCH = ("texts", "limit", "evaluations")
 
@@ -63,6 +71,7 @@ def compress(
         ),
     ] = None,
     options: dict[str, Any],
+    by_block: ByBlock = False,
     overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -76,7 +85,9 @@ def compress(
     Processes of torchrun share the work.
     """
     from hylora_kernels.compression.compress import compress as compress_model
+    from hylora_kernels.compression.to_folder import compress_to_folder
     from hylora_kernels.experiments.target import compress_to_ratio
+    from hylora_kernels.model.saving import save_pretrained
 
     search = {name: options.pop(name) for name in SEARCH}
     given = [name for name in SEARCH if search[name] != getattr(TargetOptions, name)]
@@ -84,10 +95,19 @@ def compress(
         raise ValueError(f"{given[0]} is read for target_ratio, which is not given")
     if target_ratio is not None and are_several():
         raise ValueError("target_ratio is searched by one process: run it without torchrun")
+    if by_block and target_ratio is not None:
+        raise ValueError("target_ratio goes without by_block: it tries models that are in memory")
     refuse_foreign_folder(out, model, mark="frontier", overwrite=overwrite)
     trusted = options["trust_remote_code"]
-    loaded, tokenizer = _savable(out, model, device, dtype, trusted, revision, tokenizer)
+    loaded, tokenizer = _savable(out, model, device, dtype, trusted, revision, tokenizer, by_block)
     found: dict[str, Any] = {}
+    if by_block:
+        report = compress_to_folder(
+            loaded, out, overwrite=overwrite, tokenizer=tokenizer, **options
+        )
+        _finish(loaded, report, out, json_path, png, found)
+        show(f"written to {out}. Next: hylora evaluate {out}")
+        return
     if target_ratio is None:
         loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
     else:
@@ -103,7 +123,10 @@ def compress(
         if frontier.note:
             show(frontier.note)
         found = {"frontier": frontier.to_dict()}
-    _finish(loaded, tokenizer, report, out, overwrite, json_path, png, found)
+    if not is_first_process():
+        return
+    save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
+    _finish(loaded, report, out, json_path, png, found)
     show(f"written to {out}. Next: hylora finetune {out} --out {out}-recovered")
 
 
@@ -122,6 +145,7 @@ def quantize(
     ] = None,
     adapt_steps: Annotated[int, Option(min=1, help="Updates on the text of --adapt.")] = 60,
     adapt_rank: Annotated[int, Option(min=1, help="Rank of the adapters of --adapt.")] = 32,
+    by_block: ByBlock = False,
     overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -132,13 +156,23 @@ def quantize(
 ) -> None:
     """Put a model's matrices into few bits, every rank as it is, and write the smaller model."""
     from hylora_kernels.compression.quantize_model import quantize_model
+    from hylora_kernels.compression.to_folder import compress_to_folder
+    from hylora_kernels.model.saving import save_pretrained
     from hylora_kernels.recovery.adapt import adapt_dense
 
-    QuantizeOptions(**options)  # Before the long work.
+    checked = QuantizeOptions(**options)  # Before the long work.
+    if by_block and adapt is not None:
+        raise ValueError("adapt goes without by_block: it trains a model that is in memory")
     refuse_foreign_folder(out, model, mark="training", overwrite=overwrite)
     trusted = options["trust_remote_code"]
-    loaded, tokenizer = _savable(out, model, device, dtype, trusted, revision, tokenizer)
+    loaded, tokenizer = _savable(out, model, device, dtype, trusted, revision, tokenizer, by_block)
     found: dict[str, Any] = {}
+    if by_block:
+        given = checked.for_compress() | {"tokenizer": tokenizer}
+        report = compress_to_folder(loaded, out, overwrite=overwrite, **given)
+        _finish(loaded, report, out, json_path, png, found)
+        show(f"written to {out}. Next: hylora evaluate {out}")
+        return
     if adapt is not None:
         text = {name: options[name] for name in ("split", "column", "length", "seed")}
         trained = adapt_dense(
@@ -154,7 +188,10 @@ def quantize(
         found = {"adapt": trained.to_dict()}
         options["calibration"] = options["calibration"] or adapt
     loaded, report = quantize_model(loaded, tokenizer=tokenizer, **options)
-    _finish(loaded, tokenizer, report, out, overwrite, json_path, png, found)
+    if not is_first_process():
+        return
+    save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
+    _finish(loaded, report, out, json_path, png, found)
     show(f"written to {out}. Next: hylora evaluate {out}")
 
 
@@ -170,20 +207,13 @@ def _savable(out: Path, *given: Any) -> "tuple[PreTrainedModel, PreTrainedTokeni
 
 def _finish(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
     report: "CompressReport",
     out: Path,
-    overwrite: bool,
     json_path: Path | None,
     png: Path | None,
     found: dict[str, Any],
 ) -> None:
-    """Write and print what was made, in the first process; found: more for the report in JSON."""
-    from hylora_kernels.model.saving import save_pretrained
-
-    if not is_first_process():
-        return
-    save_pretrained(model, out, tokenizer, overwrite=overwrite)
+    """Print what was made and write the report; found: more for it in JSON."""
     show(report.render())
     show(trainable_line(model))
     if report.sources:

@@ -292,13 +292,13 @@ def load(
     trust_remote_code: bool,
     revision: str | None = None,
     tokenizer: str | None = None,
+    by_block: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | None"]:
     from hylora_kernels.model.load import load_model, load_tokenizer
 
     other = load_tokenizer(tokenizer) if tokenizer else None
-    loaded, own = load_model(
-        model, device, dtype, trust_remote_code=trust_remote_code, revision=revision
-    )
+    trust = {"trust_remote_code": trust_remote_code, "revision": revision}
+    loaded, own = load_model(model, device, dtype, by_block=by_block, **trust)
     return loaded, own if other is None else other
 
 

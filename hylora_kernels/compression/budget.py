@@ -14,6 +14,7 @@ from torch import nn
 
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.ranks import DENSE, Choice, Curve, Infeasible
+from hylora_kernels.model.modules import tensors_saved_once
 from hylora_kernels.model.structure import Target
 
 MB = 1_000_000
@@ -39,9 +40,9 @@ class Budget:
 
     def __init__(self, model: nn.Module, targets: Sequence[Target], form: str):
         tensors = model.state_dict()
-        own = {(t.data_ptr(), t.shape): t for t in tensors.values()}  # A tied one is saved once.
         self.dense = Size(
-            sum(p.numel() for p in model.parameters()), sum(t.nbytes for t in own.values())
+            sum(p.numel() for p in model.parameters()),
+            sum(t.nbytes for t in tensors_saved_once(model)),
         )
         self.linears = sum(target.matrix.numel() for target in targets)
         self._element = {t.path: t.matrix.element_size() for t in targets}

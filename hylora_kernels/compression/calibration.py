@@ -88,7 +88,11 @@ class Statistics:
 class Observer(Protocol):
     """Something else that sees a pass over the text, by hooks of its own."""
 
-    def hooks(self) -> list[RemovableHandle]: ...
+    def front_hooks(self) -> list[RemovableHandle]:
+        """In front of the blocks."""
+
+    def tail_hooks(self) -> list[RemovableHandle]:
+        """Behind the blocks."""
 
     def begin(self, index: int, ids: Tensor) -> None:
         """Sequence `index`, int64 [1, L], is the next one."""
@@ -126,6 +130,25 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def gather_in_passes(
+    model: nn.Module,
+    ids: Tensor,
+    groups: list[Group],
+    with_gradients: bool,
+    max_memory: int,
+    progress: bool = True,
+    observers: Sequence[Observer] = (),
+    processes: Processes = ALONE,
+) -> Iterator[Statistics]:
+    """Yield the statistics of `groups`, one pass over the text at a time, as many as max_memory
+    requires. The observers see the first pass."""
+    runs = passes(groups, with_gradients, max_memory)
+    for index, part in enumerate(runs, 1):
+        label = "calibrating" + (f", pass {index} of {len(runs)}" if len(runs) > 1 else "")
+        yield gather(model, ids, part, with_gradients, progress, label, observers, processes)
+        observers = ()
 
 
 def passes(groups: list[Group], with_gradients: bool, max_memory: int) -> list[list[Group]]:
@@ -170,27 +193,18 @@ def gather(
     """
     device = next(model.parameters()).device
     body = body_of(model, ids[:1].to(device))  # Its probe must not count below.
-    statistics, hooks = Statistics(groups), []
-    for group in groups:
-        hook = _see_input(statistics, group.leader.path)
-        hooks.append(group.leader.module.register_forward_pre_hook(hook))
-        for target in group.targets if with_gradients else ():
-            hook = _see_output(statistics, target.path)
-            hooks.append(target.module.register_forward_hook(hook))
-    if with_gradients:  # Gradients flow only if something below the linears asks for one.
-        # The clone is no leaf, so that a model may scale it in place (CTRL).
-        def embedded(_module, _args, output):
-            return output.detach().requires_grad_().clone()
-
-        hooks.append(model.get_input_embeddings().register_forward_hook(embedded))
-    for observer in observers:
-        hooks.extend(observer.hooks())
+    statistics = Statistics(groups)
     within_body = set() if body is None else set(body.modules())
     all_within = all(group.leader.module in within_body for group in groups)
     forward = body if body is not None and all_within else model
-    try:
-        with _frozen(model), torch.set_grad_enabled(with_gradients):
-            own = range(len(ids))[processes.part(len(ids))]
+    own = range(len(ids))[processes.part(len(ids))]
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(watching(statistics, with_gradients))
+        if with_gradients:
+            hooks.enter_context(gradients_from(model))
+        for observer in observers:
+            hooks.enter_context(removed([*observer.front_hooks(), *observer.tail_hooks()]))
+        with frozen(model), torch.set_grad_enabled(with_gradients):
             bar = tqdm(
                 own,
                 desc=label or "calibrating",
@@ -208,15 +222,32 @@ def gather(
                     statistics.predictions += predictions
                 else:
                     forward(input_ids=row.to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     statistics.add_others(processes)
     for observer in observers:
         observer.add_others(processes)
+    return finished(statistics, with_gradients, device)
+
+
+@contextlib.contextmanager
+def watching(statistics: Statistics, with_gradients: bool) -> Iterator[None]:
+    """Add what the linears of the statistics' groups see inside to the sums, of which finished()
+    makes whole ones."""
+    hooks = []
+    for group in statistics.groups:
+        hook = _see_input(statistics, group.leader.path)
+        hooks.append(group.leader.module.register_forward_pre_hook(hook))
+        for target in group.targets if with_gradients else ():
+            hook = _see_output(statistics, target.path)
+            hooks.append(target.module.register_forward_hook(hook))
+    with removed(hooks):
+        yield
+
+
+def finished(statistics: Statistics, with_gradients: bool, device: torch.device) -> Statistics:
+    """The same statistics, their sums whole matrices. Raises FloatingPointError as gather()."""
     if with_gradients:
         _warn_of_missing_gradients(statistics)
-    for group in groups:
+    for group in statistics.groups:
         statistics.tokens.setdefault(group.leader.path, 0)
         _finish(statistics.inputs, group.leader.path, group.leader.shape[1], device)
         for target in group.targets if with_gradients else ():
@@ -226,7 +257,29 @@ def gather(
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def gradients_from(model: nn.Module) -> Iterator[None]:
+    """Inside, the embedding's output asks for a gradient, without which none would flow."""
+
+    # The clone is no leaf, so that a model may scale it in place (CTRL).
+    def embedded(_module, _args, output):
+        return output.detach().requires_grad_().clone()
+
+    with removed([model.get_input_embeddings().register_forward_hook(embedded)]):
+        yield
+
+
+@contextlib.contextmanager
+def removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """The hooks are removed when the `with` ends."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
     """eval mode and no parameter gradients inside; everything as before afterwards."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)

@@ -8,7 +8,9 @@ therefore keeps the arguments of its own calls. What of them equals the first ba
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hylora_kernels.model.by_block import is_by_block, unread
 from hylora_kernels.model.structure import Block
 from hylora_kernels.support.devices import input_device
 
@@ -51,7 +54,7 @@ class Chain:
     tokens: by batch, how many.
     hidden: by batch, the states in front of the first block.
     calls:  by batch, path of a block -> its call.
-    prints: by batch, path of a block -> `fingerprint` of its output.
+    prints: by batch, path of a block -> `fingerprint` of its output; empty where it was not run.
     """
 
     tokens: list[int]
@@ -69,7 +72,8 @@ class Chain:
     def check(self, block: Block, outputs: list[Tensor]) -> None:
         """Raise ValueError unless the outputs of a block, by batch, are the model's own."""
         for index, (output, prints) in enumerate(zip(outputs, self.prints, strict=True)):
-            _compare(block.path, output, prints[block.path], f"batch {index}")
+            if prints:
+                _compare(block.path, output, prints[block.path], f"batch {index}")
 
     def apart(self) -> Chain:
         """The same calls with dicts and lists of their own, for another stream: what its blocks
@@ -83,20 +87,88 @@ def record(model: nn.Module, blocks: list[Block], ids: Tensor) -> Chain:
 
     Raises ValueError, naming the block, unless the hidden states are all that each block hands to
     the next: one replay, of the first sequence with noise on its hidden states, must give what the
-    model itself makes of them.
+    model itself makes of them. Where the blocks are in files, that one replay is all that is run.
     """
     chain, device = Chain([], [], [], []), input_device(model)
+    outline = Outline(model, blocks, ids) if is_by_block(model) else None
     for batch in ids.split(BATCH):
-        seen = _Recorder(blocks)
-        seen.forward(model, batch.to(device))
+        if outline is not None:
+            hidden, calls = outline.forward(batch.to(device))
+            prints: dict[str, Tensor] = {}
+        else:
+            seen = _Recorder(blocks)
+            seen.forward(model, batch.to(device))
+            hidden, calls, prints = seen.hidden, seen.calls, seen.prints
         chain.tokens.append(batch.numel())
-        chain.hidden.append(seen.hidden)
+        chain.hidden.append(hidden)
         if chain.calls and len(batch) == BATCH:
-            _hold_once(seen.calls, chain.calls[0])
-        chain.calls.append(seen.calls)
-        chain.prints.append(seen.prints)
-    _check_with_noise(model, blocks, ids[:1].to(device))
+            hold_once(calls, chain.calls[0])
+        chain.calls.append(calls)
+        chain.prints.append(prints)
+    if outline is None:
+        _check_with_noise(model, blocks, ids[:1].to(device))
     return chain
+
+
+class Outline:
+    """A model without its blocks, each of which hands its hidden states on as they are.
+
+    Its forwards show how the blocks are called (with which masks and positions) and what stands in
+    front of the first and behind the last one, and take the time of embedding and head alone.
+
+    The constructor runs the blocks on the first sequence of ids [n, L], and raises ValueError as
+    record() does.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[Block], ids: Tensor):
+        self._model, self._blocks = model, blocks
+        with torch.no_grad():
+            seen = _check_with_noise(model, blocks, ids[:1].to(input_device(model)))
+        self._places = {path: call.place for path, call in seen.calls.items()}
+        self._others = seen.others
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, dict[str, Call]]:
+        """ids [n, L] -> (the states in front of the first block, path of a block -> its call)."""
+        calls: dict[str, Call] = {}
+        states: list[Tensor] = []
+
+        def at_block(path: str, args: tuple, kwargs: dict, hidden: Tensor) -> Tensor:
+            calls[path] = Call(*_put(args, kwargs, self._places[path], None), self._places[path])
+            states.append(hidden)
+            if len(calls) == len(self._blocks):
+                raise Stop
+            return hidden
+
+        with self._calling(at_block), contextlib.suppress(Stop):
+            self._model(input_ids=ids, use_cache=False)
+        return states[0].clone(), calls
+
+    @contextmanager
+    def behind(self, hidden: Tensor) -> Iterator[None]:
+        """Inside, the model's outputs are those of the states `hidden` behind its last block."""
+        last = self._blocks[-1].path
+        with self._calling(lambda path, _args, _kwargs, own: hidden if path == last else own):
+            yield
+
+    @contextmanager
+    def _calling(self, at_block: Callable[[str, tuple, dict, Tensor], Tensor]) -> Iterator[None]:
+        def through(path, *args, **kwargs):
+            hidden = at_block(path, args, kwargs, _get(args, kwargs, self._places[path]))
+            others = self._others[path]
+            return hidden if others is None else (hidden, *others)
+
+        modules = {block.path: block.module for block in self._blocks}
+        before = {path: vars(module).get("forward") for path, module in modules.items()}
+        with unread(self._model):
+            for path, module in modules.items():
+                vars(module)["forward"] = functools.partial(through, path)
+            try:
+                yield
+            finally:
+                for path, module in modules.items():
+                    del vars(module)["forward"]
+                    if before[path] is not None:
+                        vars(module)["forward"] = before[path]
 
 
 def first(output: Any) -> Any:
@@ -118,6 +190,7 @@ class _Recorder:
         self.blocks, self.change = blocks, change
         self.calls: dict[str, Call] = {}
         self.prints: dict[str, Tensor] = {}
+        self.others: dict[str, tuple | None] = {}  # What a block returns besides hidden states.
         self.output: Tensor | None = None
         self.hidden = torch.empty(0, device="cpu")
 
@@ -173,6 +246,7 @@ class _Recorder:
     def _after(self, path: str):
         def hook(_module, _args, output):
             self.output = first(output)
+            self.others[path] = None if output is self.output else tuple(output[1:])
             self.prints[path] = fingerprint(self.output)
             if len(self.calls) == len(self.blocks):
                 raise Stop
@@ -180,9 +254,11 @@ class _Recorder:
         return hook
 
 
-def _check_with_noise(model: nn.Module, blocks: list[Block], ids: Tensor) -> None:
-    """Compare the model on ids [1, L], with and without noise on the first block's input, with
-    replays of both, block by block.
+def _check_with_noise(model: nn.Module, blocks: list[Block], ids: Tensor) -> _Recorder:
+    """What the model's forward on ids [1, L] shows, once it is known that blocks form a chain.
+
+    It compares the model on ids, with and without noise on the first block's input, with replays of
+    both, block by block.
 
     The replays' other arguments were recorded without the noise. So a second tensor that blocks
     hand on, an argument computed from the hidden states, or anything that a block keeps for a later
@@ -202,6 +278,7 @@ def _check_with_noise(model: nn.Module, blocks: list[Block], ids: Tensor) -> Non
         noisy = calls_apart[block.path].run(block.module, noisy)
         _compare(block.path, hidden, plain.prints[block.path], "the first sequence")
         _compare(block.path, noisy, own.prints[block.path], "the first sequence with noise")
+    return plain
 
 
 def _compare(path: str, output: Tensor, own: Tensor, what: str) -> None:
@@ -228,7 +305,7 @@ def _put(args: tuple, kwargs: dict, place: int | str, value: Tensor | None) -> t
     return args, kwargs | {place: value}
 
 
-def _hold_once(calls: dict[str, Call], earlier: dict[str, Call]) -> None:
+def hold_once(calls: dict[str, Call], earlier: dict[str, Call]) -> None:
     """Replace tensors in the calls' arguments by the equal ones of an earlier batch."""
     for path, call in calls.items():
         before = earlier[path]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hylora_kernels.compression import calibration
 from hylora_kernels.compression.bit_candidates import TABLE_BLOCKS, BitCandidates
 from hylora_kernels.compression.bits import BitBudget
 from hylora_kernels.compression.budget import Budget
-from hylora_kernels.compression.calibration import Statistics
+from hylora_kernels.compression.by_block import gather_by_block, without_text
+from hylora_kernels.compression.calibration import Statistics, gather_in_passes
 from hylora_kernels.compression.chain import record
 from hylora_kernels.compression.embedding import embedding_target, holders, replace_embedding
 from hylora_kernels.compression.factors import factor_bytes
@@ -28,8 +29,9 @@ from hylora_kernels.compression.refit import refit_blocks, refit_bytes
 from hylora_kernels.compression.replace import replace_linear, replace_table
 from hylora_kernels.compression.report import CompressReport, LayerReport
 from hylora_kernels.compression.tokens import TokenSums, TokenWork, token_statistics
-from hylora_kernels.compression.workspace import Refits, open_workspace
+from hylora_kernels.compression.workspace import Refits, Refitted, open_workspace
 from hylora_kernels.layers.experts import restack, settle, unstack
+from hylora_kernels.model.by_block import hold, is_by_block
 from hylora_kernels.model.check import require_finite
 from hylora_kernels.model.coverage import (
     body_parameters,
@@ -39,7 +41,7 @@ from hylora_kernels.model.coverage import (
 from hylora_kernels.model.loss import mean_loss
 from hylora_kernels.model.modules import freeze_all_but_adapters, keep_unscaled
 from hylora_kernels.model.saving import refuse_unsavable, save_in_hylora_format
-from hylora_kernels.model.structure import discover
+from hylora_kernels.model.structure import Target, discover
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.options import reported_options, takes_options
 from hylora_kernels.support.processes import (
@@ -49,7 +51,7 @@ from hylora_kernels.support.processes import (
     together,
 )
 from hylora_kernels.support.storage import require_disk
-from hylora_kernels.support.timing import timed
+from hylora_kernels.support.timing import timed, timed_steps
 
 
 @takes_options(CompressOptions)
@@ -76,6 +78,11 @@ def compress(
         )
         report.keep, report.layers[0].rank
     """
+    if isinstance(model_or_id, nn.Module) and is_by_block(model_or_id):
+        raise ValueError(
+            "model_or_id must be in memory, but its blocks are in files: compress_to_folder() takes"
+            " it"
+        )
     with together() as processes, Compression(model_or_id, options, processes) as run:
         for statistics in run.calibrate():
             run.factorize(statistics)
@@ -182,9 +189,9 @@ class Compression:
 
     def calibrate(self) -> Iterator[Statistics]:
         """Yield the statistics of the groups without factors or codes in the workspace, one pass
-        over the text at a time, as many as max_memory requires. They are freed before the next
-        pass. What embedding and output head lack is made on the way, by the first pass if it has
-        gradients."""
+        over the text at a time, as many as max_memory requires, or, of a model whose blocks are in
+        files, one block, which is in memory meanwhile. They are freed before the next ones. What
+        embedding and output head lack is made from the first pass, if it has gradients."""
         options = self.options
         if options.bits is not None:
             self.bit_candidates.require_disk()
@@ -211,26 +218,24 @@ class Compression:
         require_disk(self.workspace.folder, needed, "factors")
         require_finite(self.model)
         if options.method == "svd":
-            yield Statistics(missing)
+            yield from without_text(self.structure, missing)
             return
         assert self.ids is not None, "every method but svd reads text"
         with_gradients = options.method == "two_sided"
         memory = options.max_memory or free_memory_of_each(self.model, self.processes) // 2
-        runs = calibration.passes(missing, with_gradients, memory)
-        for index, groups in enumerate(runs, 1):
-            label = "calibrating" + (f", pass {index} of {len(runs)}" if len(runs) > 1 else "")
-            sums = [TokenSums(self.model, work.step) for work in token_work]
-            with timed(self.report.seconds, "calibrate"):
-                statistics = calibration.gather(
-                    *(self.model, self.ids, groups, with_gradients, options.progress, label, sums),
-                    self.processes,
-                )
+        sums = [TokenSums(self.model, work.step) for work in token_work]
+        how = (missing, with_gradients, memory, options.progress, sums)
+        if is_by_block(self.model):
+            states = self.workspace.states()
+            runs = gather_by_block(self.model, self.structure, self.ids, states, *how)
+        else:
+            runs = gather_in_passes(self.model, self.ids, *how, self.processes)
+        for statistics in timed_steps(self.report.seconds, "calibrate", runs):
             yield statistics
             statistics.clear()  # The caller's loop variable would keep them during what follows.
-            for work, found in zip(token_work, sums, strict=True):
-                with timed(self.report.seconds, work.stage):
-                    work.use(found.finish())
-            token_work = []
+        for work, found in zip(token_work, sums, strict=True):
+            with timed(self.report.seconds, work.stage):
+                work.use(found.finish())
 
     def _token_work(self) -> list[TokenWork]:
         """The embedding's factors and the tables' codes, where they are not in the workspace."""
@@ -300,35 +305,35 @@ class Compression:
         bits = AS_IS if self.options.bits is None else FACTOR_BITS
         return {path: Choice(rank, bits) for path, rank in ranks.items()} | self.bits.fixed()
 
-    def refit(self, choices: dict[str, Choice]) -> dict[str, Tensor]:
+    def refit(self, choices: dict[str, Choice]) -> Mapping[str, Tensor]:
         """path -> refitted U float32 [N, R], or weight [N, K] of a linear left dense; {} with
-        refit=False."""
+        refit=False. They are read from the workspace when they are asked for."""
         options, blocks = self.options, self.structure.blocks
         if not options.refit:
             return {}
         with timed(self.report.seconds, "refit"):
             self.processes.by_first(lambda: self._refit_missing(choices), "refitting")
-            load = self._refits(choices)[2].load
-            matrices = {path: m for block in blocks for path, m in load(block.path).items()}
-        return matrices
+        return Refitted(self._refits(choices)[2], blocks)
 
     def _refit_missing(self, choices: dict[str, Choice]) -> None:
         """Refit the blocks that are not in the workspace, which gets them."""
         options, blocks = self.options, self.structure.blocks
         ids, ranks, store = self._refits(choices)
-        found = {block.path: store.find(block.path) for block in blocks}
-        done = {path: matrices for path, matrices in found.items() if matrices is not None}
-        if len(done) == len(blocks):
+        missing = {block.path: block for block in blocks if store.find(block.path) is None}
+        if not missing:
             return
-        missing = (b for b in blocks if b.path not in done)
-        require_disk(self.workspace.folder, refit_bytes(missing, ranks), "refitted blocks")
+        needed = refit_bytes(missing.values(), ranks)
+        require_disk(self.workspace.folder, needed, "refitted blocks")
+
+        def done(path: str) -> dict[str, Tensor] | None:
+            return None if path in missing else store.load(path)
+
         load = self.workspace.load
         for block, matrices in refit_blocks(
             self.model, blocks, ids, load, ranks, done, options.progress
         ):
-            if block not in done:
+            if block in missing:
                 store.save(block, matrices)
-                done[block] = store.load(block)
 
     def forget_refit(self, choices: dict[str, Choice]) -> None:
         """Delete the refitted matrices of these ranks from the workspace."""
@@ -345,14 +350,23 @@ class Compression:
             ranks = {p: R and R - adapter_rank(R, o.lora_rank) for p, R in ranks.items()}
         return ids, ranks, self.workspace.refits(fingerprint(ids=ids, ranks=ranks))
 
-    def replace(self, choices: dict[str, Choice], refitted: dict[str, Tensor]) -> None:
-        """Put the chosen layers into the model, freeze all but the adapters, end the report."""
+    def replace(
+        self,
+        choices: dict[str, Choice],
+        refitted: Mapping[str, Tensor],
+        write: Callable[[str], None] | None = None,
+    ) -> None:
+        """Put the chosen layers into the model, freeze all but the adapters, end the report.
+
+        write: called with the path of each block that is finished, while it is in memory; where the
+               blocks are in files, it has to store it (saving.saved_by_block).
+        """
         model = self.model
         self.report.dense_loss = self._measured_loss("dense")
         if self.bits.times is not None:
             self.report.timing = self.bits.times.compare(choices)
         with timed(self.report.seconds, "replace"):
-            self.report.layers, self.report.tables = self._put(choices, refitted)
+            self.report.layers, self.report.tables = self._put(choices, refitted, write)
         self._undo.pop_all()
         settle(model, self._stacks, self.structure.paths)
         earlier = getattr(model, "hylora_linears", None) or []  # Of another part.
@@ -385,7 +399,9 @@ class Compression:
         return self.bits.total(choices)
 
     @contextlib.contextmanager
-    def trial(self, choices: dict[str, Choice], refitted: dict[str, Tensor]) -> Iterator[nn.Module]:
+    def trial(
+        self, choices: dict[str, Choice], refitted: Mapping[str, Tensor]
+    ) -> Iterator[nn.Module]:
         """The model with its chosen layers; after the block it has its own linears again.
 
         Memory: the dense linears stay beside the low-rank ones, so 1 + keep times the linears.
@@ -409,24 +425,20 @@ class Compression:
 
     @torch.no_grad()
     def _put(
-        self, choices: dict[str, Choice], refitted: dict[str, Tensor]
+        self,
+        choices: dict[str, Choice],
+        refitted: Mapping[str, Tensor],
+        write: Callable[[str], None] | None = None,
     ) -> tuple[list[LayerReport], list[LayerReport]]:
         """Put the chosen layers into the model -> CompressReport.layers, .tables."""
-        targets, hidden = self.structure.targets, not self.options.progress
-        bar = tqdm(targets, desc="replacing", disable=hidden, leave=False)
-        reports = [
-            replace_linear(
-                self.model,
-                target,
-                self.workspace.load(target.path) if self.options.low_rank else None,
-                choices[target.path],
-                refitted.get(target.path),
-                self.bit_candidates.matrix(target, choices[target.path]),
-                self.options,
-                self.options.seed + index,
-            )
-            for index, target in enumerate(bar)
-        ]
+        blocks = {t.path: block for block in self.structure.blocks for t in block.targets}
+        hidden, reports = not self.options.progress, []
+        bar = tqdm(self.structure.targets, desc="replacing", disable=hidden, leave=False)
+        for block, targets in groupby(enumerate(bar), lambda item: blocks.get(item[1].path)):
+            with hold(nn.Module() if block is None else block.module):
+                reports += [self._put_one(i, t, choices, refitted) for i, t in targets]
+                if block is not None and write is not None:
+                    write(block.path)
         method = self.options.method
         if (target := self.embedding) is not None:
             factors, rank = self.workspace.load(target.path), choices[target.path].rank
@@ -438,6 +450,24 @@ class Compression:
             tables.append(replace_table(self.model, target, choice, codes, in_nats))
         self.bits.explain([*reports, *tables], self.curves, self.bit_candidates.codes)
         return reports, tables
+
+    def _put_one(
+        self,
+        index: int,
+        target: Target,
+        choices: dict[str, Choice],
+        refitted: Mapping[str, Tensor],
+    ) -> LayerReport:
+        return replace_linear(
+            self.model,
+            target,
+            self.workspace.load(target.path) if self.options.low_rank else None,
+            choices[target.path],
+            refitted.get(target.path),
+            self.bit_candidates.matrix(target, choices[target.path]),
+            self.options,
+            self.options.seed + index,
+        )
 
     def _vocabulary_modules(self) -> dict[str, nn.Module]:
         """path -> the dense embedding and output head that are replaced."""

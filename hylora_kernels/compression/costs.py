@@ -19,6 +19,7 @@ from hylora_kernels.compression.ranks import DENSE, Choice, adapter_rank
 from hylora_kernels.layers.factors import factor_count
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedFactor, QuantizedLinear
+from hylora_kernels.model.modules import tensors_saved_once
 from hylora_kernels.model.structure import Target
 
 HEADER = 256  # Bytes, at most, of a file's header besides an entry for each tensor.
@@ -42,8 +43,7 @@ class Costs:
         self._options = options
         self._places = {t.path: len(holders(model, t.module.weight)) for t in tables}
         state = model.state_dict()
-        own = {(t.data_ptr(), t.shape): t for t in state.values()}  # A tied one is saved once.
-        size = sum(t.nbytes for t in own.values())
+        size = sum(t.nbytes for t in tensors_saved_once(model))
         self._digits = len(str(size))
         self.dense = size + HEADER + sum(self._entry(n, t.shape) for n, t in state.items())
         self._as_is = {t.path: self._held(t) for t in (*linears, *tables)}

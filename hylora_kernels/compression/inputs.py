@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from hylora_kernels.compression.options import CompressOptions
+from hylora_kernels.model.by_block import is_by_block
 from hylora_kernels.model.check import check_model
 from hylora_kernels.model.context import check_blocks
 from hylora_kernels.model.load import load_model, tokenizer_for
+from hylora_kernels.support.console import note
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.processes import ALONE, Processes
-from hylora_kernels.text.mix import Part, mixed_blocks
-from hylora_kernels.text.sources import texts_in
+from hylora_kernels.text.mix import SELF, Part, default_mix, mixed_blocks
+from hylora_kernels.text.sources import Mix, Source, is_mix, texts_in
 
 
 def load_model_and_tokenizer(
@@ -48,10 +50,13 @@ def calibration_blocks(
     o = options
     if o.method == "svd":
         return None, [], tokenizer
-    tokenizer = tokenizer_for(model, tokenizer, texts_in(o.calibration))
+    mix = o.calibration
+    if is_by_block(model):
+        mix = _without_own_text(mix, o.samples)
+    tokenizer = tokenizer_for(model, tokenizer, texts_in(mix))
     read = partial(
         mixed_blocks,
-        o.calibration,
+        mix,
         model,
         tokenizer,
         o.length,
@@ -64,3 +69,17 @@ def calibration_blocks(
     ids, sources = processes.by_first(read, "reading text")
     check_blocks(model, ids)
     return ids, sources, tokenizer
+
+
+def _without_own_text(mix: Source | Mix | None, blocks: int) -> Mix:
+    """The sources of a mix, as default_mix() completes it, without the text that the model writes.
+
+    Raises ValueError if the mix asks for that text by name.
+    """
+    entries, why = default_mix(mix, blocks), "each token of it would read the whole model"
+    kept: Mix = [(source, n) for source, n in entries if source != SELF]
+    if len(kept) < len(entries):
+        if is_mix(mix) or mix == SELF:
+            raise ValueError(f"calibration {SELF!r} can't be written block by block: {why}")
+        note(f"{SELF}: left out, since {why} from its files")
+    return kept

@@ -29,6 +29,7 @@ from hylora_kernels.compression.calibration import add_gram, gram
 from hylora_kernels.compression.chain import Call, Stop, record
 from hylora_kernels.compression.factors import Factors
 from hylora_kernels.layers.factorize import fill_lower, to_float64
+from hylora_kernels.model.by_block import hold
 from hylora_kernels.model.structure import Block, Target
 
 RIDGE = 4.0  # Times the mean diagonal, for a factored layer.
@@ -42,7 +43,7 @@ def refit_blocks(
     ids: Tensor,
     load_factors: Callable[[str], Factors],
     ranks: dict[str, int],
-    done: dict[str, dict[str, Tensor]],
+    done: Callable[[str], dict[str, Tensor] | None],
     progress: bool = True,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (path of the block, path of a linear -> its refitted matrix) for each block.
@@ -54,7 +55,7 @@ def refit_blocks(
     ids:          int64 [n, L].
     load_factors: path -> Factors.
     ranks:        path -> total rank R, 0 for a linear left dense.
-    done:         results of an interrupted run, which are taken as they are.
+    done:         path of a block -> its result of an interrupted run, which is taken as it is.
 
     Linears in front of the blocks are taken as dense. A linear that doesn't read every token, such
     as one of a routed expert, keeps its U: the two models route other tokens to it.
@@ -70,33 +71,33 @@ def refit_blocks(
     student_chain = chain.apart()
     dense_stream = student_stream = chain.hidden
     for block in tqdm(blocks, desc="refitting", unit="block", disable=not progress, leave=False):
-        student = copy.deepcopy(block)
-        for target in student.targets:
-            if target.routed:
-                solver.truncate(target)
-        if block.path in done:
-            fitted = done[block.path]
+        with hold(block.module):
+            student, fitted = copy.deepcopy(block), done(block.path)
             for target in student.targets:
-                if target.path in fitted:
-                    target.matrix.copy_(solver.product(target.path, fitted[target.path]))
-            dense_stream = chain.run(block, dense_stream)
-            student_stream = student_chain.run(student, student_stream)
-        else:
-            batches = [
-                _Batch(*values)
-                for values in zip(
-                    chain.tokens,
-                    *(dense_stream, (calls[block.path] for calls in chain.calls)),
-                    *(student_stream, (calls[block.path] for calls in student_chain.calls)),
-                    strict=True,
-                )
-            ]
-            with _replaying(student) as replay:
-                fitted, dense_stream = _refit_block(block, student, batches, solver, replay)
-                student_stream = [
-                    batch.student_call.run(student.module, batch.student)
-                    for batch in replay.each(batches)
+                if target.routed:
+                    solver.truncate(target)
+            if fitted is not None:
+                for target in student.targets:
+                    if target.path in fitted:
+                        target.matrix.copy_(solver.product(target.path, fitted[target.path]))
+                dense_stream = chain.run(block, dense_stream)
+                student_stream = student_chain.run(student, student_stream)
+            else:
+                batches = [
+                    _Batch(*values)
+                    for values in zip(
+                        chain.tokens,
+                        *(dense_stream, (calls[block.path] for calls in chain.calls)),
+                        *(student_stream, (calls[block.path] for calls in student_chain.calls)),
+                        strict=True,
+                    )
                 ]
+                with _replaying(student) as replay:
+                    fitted, dense_stream = _refit_block(block, student, batches, solver, replay)
+                    student_stream = [
+                        batch.student_call.run(student.module, batch.student)
+                        for batch in replay.each(batches)
+                    ]
         chain.check(block, dense_stream)
         yield block.path, fitted
 

@@ -103,18 +103,15 @@ class TokenSums:
         self._step, self._reads = step, False
         self._tokens = self._predictions = 0
 
-    def hooks(self) -> list[RemovableHandle]:
-        return [
-            self._embedding.register_forward_hook(self._embedded),
-            self._head.register_forward_hook(self._predicted),
-        ]
+    def front_hooks(self) -> list[RemovableHandle]:
+        return [self._embedding.register_forward_hook(self._embedded)]
+
+    def tail_hooks(self) -> list[RemovableHandle]:
+        return [self._head.register_forward_hook(self._predicted)]
 
     def begin(self, index: int, ids: Tensor) -> None:
         """Sequence `index`, int64 [1, L], is the next one."""
         self._reads = index % self._step == 0
-        if self._reads:
-            self._tokens += ids.numel()
-            self._predictions += ids[:, 1:].numel()
 
     def add_others(self, processes: Processes) -> None:
         """Add the sums of the other processes, which have read other sequences."""
@@ -137,6 +134,8 @@ class TokenSums:
 
     def _embedded(self, _module, args, output):
         if self._reads:
+            self._tokens += args[0].numel()
+            self._predictions += args[0][..., 1:].numel()
             _add(self._n, torch.bincount(args[0].flatten(), minlength=len(self._n)))
             output.register_hook(lambda g: _add(self._C, gram(g, g)))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from hylora_kernels.compression.gptq import DAMPING
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.whiten import GRADIENT_DAMPING, INPUT_DAMPING
 from hylora_kernels.model.modules import model_fingerprint
-from hylora_kernels.model.structure import Structure
+from hylora_kernels.model.structure import Block, Structure
 from hylora_kernels.support.cache import Files, cache_dir
 from hylora_kernels.support.hashing import fingerprint
 from hylora_kernels.support.processes import ALONE, Processes
@@ -66,6 +66,37 @@ def open_workspace(
 
 class Refits(Files):
     """The finished blocks of one refit, a file of matrices (by the path of the linear) for each."""
+
+    def done(self, blocks: Sequence[Block]) -> set[str]:
+        """Paths of the blocks that are here and whole, for which each file is read."""
+        return {block.path for block in blocks if self.find(block.path) is not None}
+
+
+class Refitted(Mapping[str, Tensor]):
+    """path of a linear -> its refitted matrix, of blocks that are all in `refits`. Files are read
+    when asked for, and the last block is kept."""
+
+    def __init__(self, refits: Refits, blocks: Sequence[Block]):
+        self._block_of = {
+            target.path: block.path
+            for block in blocks
+            for target in block.targets
+            if not target.routed
+        }
+        self._refits, self._last = refits, ("", dict[str, Tensor]())
+
+    def __getitem__(self, path: str) -> Tensor:
+        block = self._block_of[path]
+        if self._last[0] != block:
+            self._last = ("", {})  # Freed before the next block is read.
+            self._last = (block, self._refits.load(block))
+        return self._last[1][path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._block_of)
+
+    def __len__(self) -> int:
+        return len(self._block_of)
 
 
 class Codes(Files):
@@ -192,6 +223,10 @@ class Workspace:
         """The quantised matrices of one way of rounding."""
         name = f"codes-{rounding}-{DAMPING}"
         return Codes(self.folder / name, f"{self._files.name}/{name}")
+
+    def states(self) -> Files:
+        """Hidden states of the calibration text on their way through the model (by_block.py)."""
+        return Files(self.folder / "states", f"{self._files.name}/states")
 
     def refits(self, key: str) -> Refits:
         """The refitted blocks of one set of ranks and tokens, which `key` stands for."""

@@ -15,7 +15,7 @@ from hylora_kernels.layers.experts import stack_of
 from hylora_kernels.layers.packed import refuse_packed
 from hylora_kernels.model.modules import empty_weights
 from hylora_kernels.model.saving import COMPRESSED, unwrapped
-from hylora_kernels.model.skeleton import Slot, slots_of
+from hylora_kernels.model.slots import Slot, slots_of
 
 
 @torch.no_grad()

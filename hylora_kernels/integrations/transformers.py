@@ -23,7 +23,7 @@ from hylora_kernels.model.tensorfile import TensorFile
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hylora_kernels.model.skeleton import Slot
+    from hylora_kernels.model.slots import Slot
 
 SOURCE = "quantization_config"
 
@@ -66,7 +66,8 @@ class HyLoRAQuantizer(HfQuantizer):
         **others: Any,
     ) -> None:
         from hylora_kernels.model.checkpoint import check_weights
-        from hylora_kernels.model.skeleton import put_empty_layers, slots_of, tie
+        from hylora_kernels.model.skeleton import put_empty_layers, tie
+        from hylora_kernels.model.slots import slots_of
 
         _refuse_another_class(model)
         ours = vars(self.quantization_config)
@@ -114,7 +115,7 @@ def _complete(model: PreTrainedModel, files: list[TensorFile], checksums: dict) 
     """
     from hylora_kernels.model.checkpoint import check_pivots
     from hylora_kernels.model.saving import rebuilt_empty, saved_config
-    from hylora_kernels.model.skeleton import slots_of
+    from hylora_kernels.model.slots import slots_of
 
     slots, empty = slots_of(model), slots_of(rebuilt_empty(model, saved_config(model)))
     for name, slot in empty.items():

@@ -41,7 +41,8 @@ from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear,
 from hylora_kernels.model.checkpoint import check_pivots
 from hylora_kernels.model.files import CheckpointError, shown
 from hylora_kernels.model.format import METHOD, check_entry, guard_of
-from hylora_kernels.model.skeleton import Slot, empty_layer, slots_of
+from hylora_kernels.model.skeleton import empty_layer
+from hylora_kernels.model.slots import Slot, slots_of
 from hylora_kernels.model.tensorfile import checksum
 from hylora_kernels.ops.packed import packed_embedding, packed_group, packed_linear
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hylora_kernels.layers.packed import refuse_packed
 from hylora_kernels.layers.quantized import QuantizedFactor
+from hylora_kernels.model.by_block import in_memory, is_by_block
 from hylora_kernels.model.context import probe_ids, vocabulary_size
 from hylora_kernels.model.modules import eval_mode
 
@@ -49,7 +50,7 @@ def check_model(
 def require_finite(model: nn.Module) -> None:
     """Raise FloatingPointError naming the first layer of which a parameter is not finite."""
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not in_memory(model, name, parameter).isfinite().all():
             path, _, kind = name.rpartition(".")
             raise FloatingPointError(f"layer {path}: its {kind} is not finite")
 
@@ -104,7 +105,8 @@ def _check_weights(model: nn.Module, use: str, name: str) -> None:
         )
     ours = {id(p) for m in codes.values() for p in m.parameters()}
     for path, tensor in chain(model.named_parameters(), _codes(model)):
-        if tensor.is_meta and (changes or not _has_offload_hooks(model)):
+        is_read = use == "replace" and is_by_block(model)
+        if tensor.is_meta and not is_read and (changes or not _has_offload_hooks(model)):
             raise ValueError(
                 f"{name} must have its weights in memory, but {path} is on the meta device: load "
                 "it without offloading"

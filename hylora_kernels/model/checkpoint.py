@@ -20,14 +20,8 @@ from hylora_kernels.model.format import (
 )
 from hylora_kernels.model.modules import freeze_all_but_adapters
 from hylora_kernels.model.saving import save_in_hylora_format
-from hylora_kernels.model.skeleton import (
-    Slot,
-    blueprint,
-    build,
-    check_made_buffers,
-    missing_from,
-    slots_of,
-)
+from hylora_kernels.model.skeleton import blueprint, build, check_made_buffers
+from hylora_kernels.model.slots import Slot, missing_from, slots_of
 from hylora_kernels.model.tensorfile import Entry, TensorFile
 from hylora_kernels.support.devices import resolve_device, resolve_dtype
 from hylora_kernels.support.staging import current

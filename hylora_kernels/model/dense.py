@@ -6,26 +6,32 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
+from hylora_kernels.model.by_block import BLOCKS, StoredBlock
 from hylora_kernels.model.files import CheckpointError, reading, shown
-from hylora_kernels.model.format import CONFIG, open_weights
+from hylora_kernels.model.format import CONFIG, GENERATION_CONFIG, open_weights
 from hylora_kernels.model.limits import check_config, few_parameters, unusual_fields
+from hylora_kernels.model.modules import empty_weights
 from hylora_kernels.model.skeleton import check_made_buffers
+from hylora_kernels.model.slots import Slot, slots_of
+from hylora_kernels.model.structure import block_list, linears
+from hylora_kernels.model.tensorfile import TensorFile
 
 # Numbers that a config may describe beyond those in the files: what is missing stands in the report
 # of transformers, which comes when all is made.
@@ -46,22 +52,7 @@ def load_dense(
     model's, or that belong to one of its modules which has no place for them. transformers would
     fill the gaps with random numbers.
     """
-    path = folder / CONFIG
-    trust = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    if not trust_remote_code:
-        check_config(config, path)
-        refuse_code(folder, config)
-    kind = str(config.get("model_type"))
-    # The mapping is lazy: its get() finds nothing.
-    usual = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401
-    with reading(path, "no config comes of it", lambda: unusual_fields(config, usual)):
-        loaded = AutoConfig.from_pretrained(folder, **trust)
-    entries = [entry for file in open_weights(folder) for entry in file.entries.values()]
-    if not trust_remote_code:
-        held = sum(math.prod(entry.shape) for entry in entries)
-        if config.get("quantization_config"):
-            held = NUMBERS_IN_A_BYTE * sum(entry.length for entry in entries)
-        check_size(loaded, path, len(entries), held)
+    loaded, trust = _checked_config(folder, config, trust_remote_code)
     with (
         _logged() as words,
         reading(folder, "no model comes of it", lambda: " ".join(words)[:2000]),
@@ -75,8 +66,125 @@ def load_dense(
             **trust,
         )
     require_complete(model, report, folder)
-    check_made_buffers(model, path)
+    check_made_buffers(model, folder / CONFIG)
     return model
+
+
+def empty_dense(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The same model, its parameters on the meta device, the buffers it makes real; in the dtype of
+    the checkpoint, that of its first tensor of floats, if dtype is None."""
+    loaded, trust = _checked_config(folder, config, trust_remote_code)
+    if dtype is None and (dtype := getattr(loaded, "dtype", None)) is None:
+        entries = (entry for file in open_weights(folder) for entry in file.entries.values())
+        dtype = next((e.dtype for e in entries if e.dtype.is_floating_point), torch.float32)
+    with reading(folder, "no model comes of it"), empty_weights():
+        model = auto_class(loaded).from_config(
+            loaded, dtype=dtype, trust_remote_code=trust["trust_remote_code"]
+        )
+    model.tie_weights()
+    return model
+
+
+def load_by_block(
+    folder: Path,
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """The dense model of a folder, all but its blocks in memory, in eval().
+
+    dtype: None is the checkpoint's own. Raises CheckpointError as load_dense() does, and for a
+    model of which files have tensors under other names (experts, apart from their stack).
+    """
+    path = folder / CONFIG
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{path}: a quantised model can't be read block by block")
+    files = open_weights(folder)
+    model = empty_dense(folder, config, dtype, trust_remote_code)
+    stored = {name: file for file in files for name in file.entries}
+    blocks = block_list(model, linears(model))
+    if not blocks:
+        raise CheckpointError(f"{path}: the model has no list of decoder blocks to read one by one")
+    slots = {name: slot for name, slot in slots_of(model).items() if slot.kind != "made"}
+    try:
+        require_complete(model, _report(slots, stored), folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; block by block, tensors are read by the names that the model gives them,"
+            " which transformers changes for some models while it loads them whole"
+        ) from None
+    tied: dict[int, Tensor] = {}
+    for name, slot in slots.items():
+        if name in stored and not name.startswith(tuple(f"{block}." for block in blocks)):
+            floating = slot.tensor.is_floating_point()
+            tensor = stored[name].read(name).to(device, slot.tensor.dtype if floating else None)
+            tied[id(slot.tensor)] = slot.set(tensor)
+    for slot in slots.values():
+        if id(slot.tensor) in tied:
+            setattr(slot.module, slot.name, tied[id(slot.tensor)])
+    for slot in slots_of(model).values():
+        if slot.kind == "made":
+            slot.set(slot.tensor.to(device))
+    check_made_buffers(model, path)
+    vars(model)[BLOCKS] = {
+        block: StoredBlock(
+            model.get_submodule(block),
+            {
+                name.removeprefix(f"{block}."): (stored[name], name)
+                for name in slots
+                if name.startswith(f"{block}.")
+            },
+            device,
+            model.dtype,
+        )
+        for block in blocks
+    }
+    if (folder / GENERATION_CONFIG).is_file():
+        with reading(folder / GENERATION_CONFIG, "no GenerationConfig comes of it"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    return model.eval()
+
+
+def _report(slots: Mapping[str, Slot], stored: Mapping[str, TensorFile]) -> dict[str, Any]:
+    """What transformers' report says of a model that it has loaded itself."""
+    by_tensor: dict[int, list[str]] = {}
+    for name, slot in slots.items():
+        by_tensor.setdefault(id(slot.tensor), []).append(name)
+    missing = [names[0] for names in by_tensor.values() if not any(n in stored for n in names)]
+    mismatched = [
+        (name, stored[name].entries[name].shape, tuple(slot.tensor.shape))
+        for name, slot in slots.items()
+        if name in stored and stored[name].entries[name].shape != tuple(slot.tensor.shape)
+    ]
+    unexpected = [name for name in stored if name not in slots]
+    return {"missing_keys": missing, "mismatched_keys": mismatched, "unexpected_keys": unexpected}
+
+
+def _checked_config(
+    folder: Path, config: dict[str, Any], trust_remote_code: bool
+) -> tuple[PretrainedConfig, dict[str, bool]]:
+    """(transformers' config of a folder whose config.json is `config`, its arguments of trust)."""
+    path = folder / CONFIG
+    trust = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if not trust_remote_code:
+        check_config(config, path)
+        refuse_code(folder, config)
+    kind = str(config.get("model_type"))
+    # The mapping is lazy: its get() finds nothing.
+    usual = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401
+    with reading(path, "no config comes of it", lambda: unusual_fields(config, usual)):
+        loaded = AutoConfig.from_pretrained(folder, **trust)
+    if not trust_remote_code:
+        entries = [entry for file in open_weights(folder) for entry in file.entries.values()]
+        held = sum(math.prod(entry.shape) for entry in entries)
+        if config.get("quantization_config"):
+            held = NUMBERS_IN_A_BYTE * sum(entry.length for entry in entries)
+        check_size(loaded, path, len(entries), held)
+    return loaded, trust
 
 
 class _Words(logging.Handler):

@@ -28,6 +28,7 @@ from hylora_kernels.model import checkpoint
 from hylora_kernels.model.dense import (
     NUMBERS_IN_A_BYTE,
     check_size,
+    load_by_block,
     load_dense,
     require_complete,
 )
@@ -64,6 +65,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    by_block: bool = False,
 ) -> Loaded:
     """(a causal language model in eval(), its tokenizer or None).
 
@@ -75,6 +77,8 @@ def load_model(
     trust_remote_code: run the Python files that a dense model's folder or repository brings along
                   where transformers has no such classes. They may do anything.
     revision:     branch, tag or commit of a hub id; by default its main branch.
+    by_block:     leave the decoder blocks of a dense model in its files; each is read when it runs
+                  (model/by_block.py).
 
     Raises ValueError naming the argument for a path that does not exist or an id that can't be had,
     CheckpointError naming the file, and the field or tensor, for what is wrong in a folder. Every
@@ -89,15 +93,17 @@ def load_model(
         raise ValueError(f"revision={revision!r} goes with a hub id, got {str(name_or_path)!r}")
     try:
         if path.suffix == ".gguf" and path.is_file():
+            if by_block:
+                raise CheckpointError(f"{path}: only safetensors can be read block by block")
             model, tokenizer = _load_gguf(path)
             return model.to(device, dtype or torch.bfloat16).eval(), tokenizer
         if path.is_dir():
-            return _load_folder(path, device, dtype, trust_remote_code)
+            return _load_folder(path, device, dtype, trust_remote_code, by_block)
         if path.exists() or _looks_local(name_or_path):
             found = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
             raise ValueError(f"name_or_path {str(name_or_path)!r} {found}")
         folder = _hub_folder(str(name_or_path), trust_remote_code, revision)
-        model, tokenizer = _load_folder(folder, device, dtype, trust_remote_code)
+        model, tokenizer = _load_folder(folder, device, dtype, trust_remote_code, by_block)
     except CheckpointError as error:
         raise CheckpointError(
             f"name_or_path {str(name_or_path)!r} could not be loaded: {error}"
@@ -237,7 +243,11 @@ def _hub_folder(
 
 
 def _load_folder(
-    path: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    by_block: bool,
 ) -> Loaded:
     folder = current(path)
     if not os.path.lexists(folder / CONFIG):
@@ -247,7 +257,13 @@ def _load_folder(
     ours = config.get("quantization_config")
     with _quiet(bars=False):
         if isinstance(ours, dict) and ours.get("quant_method") == METHOD:
+            if by_block:
+                raise CheckpointError(
+                    f"{folder / CONFIG}: the model is compressed; dense ones are read by block"
+                )
             model = checkpoint.load_pretrained(path, device=device, dtype=dtype)
+        elif by_block:
+            model = load_by_block(folder, config, device, dtype, trust_remote_code)
         else:
             model = load_dense(folder, config, dtype, trust_remote_code).to(device).eval()
         return model, _load_tokenizer(folder, trust_remote_code)

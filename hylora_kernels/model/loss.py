@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
+from hylora_kernels.model.by_block import is_by_block
 from hylora_kernels.model.modules import eval_mode
 
 RowsOfLogits = Callable[[slice], Tensor]
@@ -52,9 +53,11 @@ def token_loss(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, ids: Tensor, progress: bool = False, label: str = "") -> float:
-    """ids int64 [n, L] -> the mean next-token loss in nats, in eval(), one sequence at a time."""
+    """ids int64 [n, L] -> the mean next-token loss in nats, in eval(), one sequence at a time, or
+    eight where each forward reads the model from its files."""
     total, count, device = 0.0, 0, next(model.parameters()).device
-    bar = tqdm(ids.split(1), desc=label, unit="seq", disable=not progress, leave=False)
+    rows = ids.split(8 if is_by_block(model) else 1)
+    bar = tqdm(rows, desc=label, unit="seq", disable=not progress, leave=False)
     with eval_mode(model):
         for row in bar:
             loss, predictions = token_loss(model, row.to(device))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from hylora_kernels.layers.embedding import LowRankEmbedding
@@ -17,7 +17,8 @@ from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.packed import packed_states
 from hylora_kernels.layers.packed_parameter import PackedParameter
 from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedFactor, own_parameters
-from hylora_kernels.support.hashing import fingerprint
+from hylora_kernels.model.by_block import in_memory
+from hylora_kernels.support.hashing import all_tensors, fingerprint
 
 _empty = threading.RLock()
 
@@ -50,10 +51,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """20 hex digits that change with all that a model's outputs depend on: weights, config, and the
-    scales of its adapters, which no state_dict holds."""
+    scales of its adapters, which no state_dict holds. Weights in files are read one by one."""
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     scales = [layer.alpha for layer in model.modules() if isinstance(layer, SVDLoRALinear)]
-    return fingerprint(model=model, config=config, scales=scales)
+    tensors = all_tensors(model).items()
+    read = ((name, in_memory(model, name, tensor)) for name, tensor in tensors)
+    return fingerprint(model=read, config=config, scales=scales)
+
+
+def tensors_saved_once(model: nn.Module) -> list[Tensor]:
+    """The tensors of the model's state_dict, each of several tied ones once."""
+    state = model.state_dict(keep_vars=True)
+    own = {id(t) if t.is_meta else (t.data_ptr(), t.shape): t for t in state.values()}
+    return list(own.values())
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hylora_kernels.layers.embedding import LowRankEmbedding
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from hylora_kernels.model.by_block import stored_blocks
 from hylora_kernels.model.format import (
     ANY_WEIGHTS,
     CONFIG,
@@ -37,12 +39,14 @@ from hylora_kernels.model.format import (
     own_files,
 )
 from hylora_kernels.model.modules import forget_ties_of_factors
-from hylora_kernels.model.skeleton import build, missing_from, slots_of
-from hylora_kernels.model.tensorfile import checksum
+from hylora_kernels.model.skeleton import build
+from hylora_kernels.model.slots import missing_from, slots_of
+from hylora_kernels.model.tensorfile import TensorFile, checksum
 from hylora_kernels.support.staging import current, discard, exclusive, files_in, replacement
 from hylora_kernels.support.storage import require_disk, write_json, write_text
 
 COMPRESSED = (SVDLoRALinear, LowRankEmbedding, QuantizedEmbedding)
+REST = ""  # The shard of what is in no block.
 MARK = "in_hylora_format"  # an attribute of models whose own save_pretrained writes this format
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger(__name__)
@@ -143,7 +147,7 @@ def refuse_unsavable(
     with tempfile.TemporaryDirectory() as folder:
         _write_other_files(model, tokenizer, Path(folder))
     try:
-        _tensors_to_save(model, config, model.state_dict(), empty)
+        _tensors_to_save(model, config, model.state_dict(), empty, stored_blocks(model))
     except ValueError as error:
         if not warn_if_modified:
             raise
@@ -171,26 +175,102 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+@contextmanager
+def saved_by_block(
+    model: nn.Module,
+    dir: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> Iterator[Callable[[str], None]]:
+    """save_pretrained() of a model whose blocks are in files (model/by_block.py), each block a
+    shard.
+
+    Yields a function of a block's path, which writes it: to be called while a changed block is in
+    memory as it shall be saved, and from then on it is read from there. The folder changes when the
+    `with` ends, all at once; if it raises, it stays as it was.
+    """
+    model, target = unwrapped(model), Path(dir)
+    blocks = stored_blocks(model)
+    shards = dict(zip((REST, *blocks), _shard_names(len(blocks) + 1), strict=True))
+    checksums: dict[str, dict[str, str]] = {}
+    sizes: dict[str, int] = {}
+
+    def write_file(new: Path, shard: str, tensors: dict[str, Tensor]) -> None:
+        checksums[shard] = _write_file(tensors, new / shard)
+        sizes[shard] = sum(tensor.nbytes for tensor in tensors.values())
+
+    def read_from(folder: Path, path: str) -> None:
+        file = TensorFile(folder / shards[path])
+        names = (name.removeprefix(f"{path}.") for name in file.entries)
+        blocks[path].is_stored_in({name: (file, f"{path}.{name}") for name in names})
+
+    with _replaced(target, overwrite) as new:
+
+        def write(path: str) -> None:
+            write_file(new, shards[path], blocks[path].module.state_dict(prefix=f"{path}."))
+            read_from(new, path)
+
+        yield write
+        for path, block in blocks.items():
+            if shards[path] not in checksums:  # A block that nothing has changed.
+                with block.held():
+                    write(path)
+        config = saved_config(model)
+        tensors = _tensors_to_save(
+            model, config, model.state_dict(), rebuilt_empty(model, config), set(blocks)
+        )
+        write_file(new, shards[REST], {n: t for n, t in tensors.items() if not t.is_meta})
+        weight_map = {name: shard for shard, names in checksums.items() for name in names}
+        metadata = {"total_size": sum(sizes.values())}
+        write_json(new / INDEX, {"metadata": metadata, "weight_map": weight_map})
+        _write_the_rest(model, tokenizer, new, target, config, checksums, overwrite)
+    for path in blocks:
+        read_from(target, path)
+
+
 def _save(model, state_dict, target: Path, tokenizer, max_shard_size, overwrite: bool) -> None:
     config = saved_config(model)
     tensors = _tensors_to_save(model, config, state_dict, rebuilt_empty(model, config))
+    needed = sum(t.nbytes for t in tensors.values())
+    with _replaced(target, overwrite, needed) as new:
+        checksums = _write_weights(tensors, new, max_shard_size)
+        _write_the_rest(model, tokenizer, new, target, config, checksums, overwrite)
+
+
+@contextmanager
+def _replaced(target: Path, overwrite: bool, needed: int = 0) -> Iterator[Path]:
+    """A new folder, whose files replace those of `target` when the `with` ends."""
     if not target.is_dir():
         refuse_foreign_files(target)
         target.mkdir(parents=True, exist_ok=True)
     with exclusive(target):
         refuse_foreign_files(target, overwrite)
-        require_disk(target, sum(t.nbytes for t in tensors.values()), f"saving to {target}")
+        require_disk(target, needed, f"saving to {target}")
         with replacement(target, last=CONFIG) as new:
-            ours = config["quantization_config"]
-            ours["checksums"] = _write_weights(tensors, new, max_shard_size)
-            _write_other_files(model, tokenizer, new)
-            ours["files"] = sorted([*files_in(new), CONFIG])
-            write_text(new / CONFIG, json.dumps(config, indent=2) + "\n")
-            refuse_foreign_files(target, overwrite, ours["files"])
-            obsolete = own_files(target) or set()
-            if overwrite:
-                obsolete |= set(filter(WEIGHT_FILES.fullmatch, os.listdir(target)))
-            discard(new, obsolete - set(ours["files"]))
+            yield new
+
+
+def _write_the_rest(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    new: Path,
+    target: Path,
+    config: dict,
+    checksums: dict[str, dict[str, str]],
+    overwrite: bool,
+) -> None:
+    """Write all but the weights to the folder `new`, and list what they make obsolete."""
+    ours = config["quantization_config"]
+    ours["checksums"] = checksums
+    _write_other_files(model, tokenizer, new)
+    ours["files"] = sorted([*files_in(new), CONFIG])
+    write_text(new / CONFIG, json.dumps(config, indent=2) + "\n")
+    refuse_foreign_files(target, overwrite, ours["files"])
+    obsolete = own_files(target) or set()
+    if overwrite:
+        obsolete |= set(filter(WEIGHT_FILES.fullmatch, os.listdir(target)))
+    discard(new, obsolete - set(ours["files"]))
 
 
 def saved_config(model: PreTrainedModel) -> dict:
@@ -244,8 +324,12 @@ def rebuilt_empty(model: PreTrainedModel, config: dict) -> PreTrainedModel:
     return empty
 
 
-def _tensors_to_save(model, config: dict, state_dict: dict, empty) -> dict[str, Tensor]:
+def _tensors_to_save(
+    model, config: dict, state_dict: dict, empty, in_files: Collection[str] = ()
+) -> dict[str, Tensor]:
     """name -> tensor; of tied tensors only one, if the model rebuilt from `config` ties them too.
+
+    in_files: paths of blocks whose tensors may be on the meta device.
 
     A buffer that a model makes for itself is saved only if a new model makes another one: after
     model.to(torch.bfloat16), for example, the rotary frequencies are rounded.
@@ -257,7 +341,7 @@ def _tensors_to_save(model, config: dict, state_dict: dict, empty) -> dict[str, 
             tensors[name] = slot.tensor
     first = {}
     for name, tensor in list(tensors.items()):
-        if tensor.is_meta:
+        if tensor.is_meta and not name.startswith(tuple(f"{path}." for path in in_files)):
             raise ValueError(f"model: {name!r} is on the meta device: there is nothing to save")
         wanted = rebuilt[name].tensor if name in rebuilt else None
         if wanted is None or _kind(tensor) != _kind(wanted):
@@ -301,21 +385,30 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_size) -> 
     )
     checksums, files = {}, split.filename_to_tensors.items()
     for file, names in tqdm(files, desc="saving", unit="file", delay=2):
-        shard, storages = {}, set()
-        for name in names:
-            tensor = tensors[name].cpu().contiguous()
-            storage = tensor.untyped_storage()
-            # The format has no shared memory: a tensor that shares its storage is copied.
-            if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
-                tensor = tensor.clone()
-            storages.add(storage.data_ptr())
-            shard[name] = tensor
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        checksums[file] = {name: checksum(tensor) for name, tensor in shard.items()}
+        checksums[file] = _write_file({name: tensors[name] for name in names}, folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
     return checksums
+
+
+def _write_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    """Write one file of weights; returns {tensor: crc32}."""
+    shard, storages = {}, set()
+    for name, given in tensors.items():
+        tensor = given.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        # The format has no shared memory: a tensor that shares its storage is copied.
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(storage.data_ptr())
+        shard[name] = tensor
+    save_file(shard, path, metadata={"format": "pt"})
+    return {name: checksum(tensor) for name, tensor in shard.items()}
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def save_in_hylora_format(model: Model) -> Model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,17 @@ LAYOUT = 2  # raise it when the meaning of cached files or the algorithm's numbe
 def fingerprint(**parts: object) -> str:
     """20 hex digits that change with any part: the name of a cached result.
 
-    A part is a tensor, a module (its state_dict and its other buffers count: names, dtypes, shapes,
-    bytes) or anything that json.dumps takes; other values count by their str().
+    A part is a tensor, an iterator of named tensors (names, dtypes, shapes, bytes count), a module
+    (its state_dict and its other buffers, in the same way) or anything that json.dumps takes; other
+    values count by their str().
     """
     digest = hashlib.sha256(f"layout {LAYOUT}".encode())
     for name, part in sorted(parts.items()):
         digest.update(name.encode())
         if isinstance(part, nn.Module):
-            # Buffers that no checkpoint holds, such as rotary frequencies, change results too.
-            for key, tensor in (part.state_dict() | dict(part.named_buffers())).items():
+            part = iter(all_tensors(part).items())
+        if isinstance(part, Iterator):
+            for key, tensor in part:
                 digest.update(f"{key}{_kind(tensor)}".encode())
                 digest.update(tensor_bytes(tensor))
         elif isinstance(part, Tensor):
@@ -32,6 +34,12 @@ def fingerprint(**parts: object) -> str:
         else:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:20]
+
+
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state_dict, and its buffers that no checkpoint holds, such as rotary
+    frequencies, which change results too."""
+    return module.state_dict() | dict(module.named_buffers())
 
 
 def tensor_hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:

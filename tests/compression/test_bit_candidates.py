@@ -33,10 +33,9 @@ def test_experts_that_no_token_reaches_are_no_cheaper_than_their_siblings():
 
 
 def test_one_pass_serves_linears_and_tables(tmp_path, monkeypatch):
-    compress = importlib.import_module("hylora_kernels.compression.compress")
     passes = []
-    for name in ("gather", "token_statistics"):
-        place = compress if name == "token_statistics" else compress.calibration
+    for name, module in (("gather", "calibration"), ("token_statistics", "compress")):
+        place = importlib.import_module(f"hylora_kernels.compression.{module}")
         work = getattr(place, name)
         monkeypatch.setattr(
             place, name, lambda *a, n=name, work=work: (passes.append(n), work(*a))[1]

@@ -23,7 +23,7 @@ from hylora_kernels.text.sources import SPLIT_TEXTS
 IDS = tiny.tokens(8, 8, words=41)
 TEXT = [text_of(*range(1, 41)) for _ in range(3)]
 OPTIONS = SMALL | {"tokenizer": word_tokenizer(), "length": 8, "samples": 4, "cache": False}
-compression = importlib.import_module("hylora_kernels.compression.compress")
+calibration = importlib.import_module("hylora_kernels.compression.calibration")
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +36,13 @@ def library(monkeypatch):
 @pytest.fixture
 def read(monkeypatch):
     """The token ids of each calibration."""
-    seen, gather = [], compression.calibration.gather
+    seen, gather = [], calibration.gather
 
     def gathering(model, ids, *arguments):
         seen.append(ids)
         return gather(model, ids, *arguments)
 
-    monkeypatch.setattr(compression.calibration, "gather", gathering)
+    monkeypatch.setattr(calibration, "gather", gathering)
     return seen
 
 

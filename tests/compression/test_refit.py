@@ -36,7 +36,7 @@ def factors_of(model, paths, seed=0):
 def refitted(model, factors, ranks, ids=IDS):
     """path -> the matrix that refit makes of it, [N, K] float64."""
     results = refit_blocks(
-        model, discover(model).blocks, ids, factors.get, ranks, {}, progress=False
+        model, discover(model).blocks, ids, factors.get, ranks, {}.get, progress=False
     )
     products = {}
     for _, matrices in results:
@@ -168,7 +168,7 @@ def test_finished_blocks_are_taken_as_they_are():
     ranks = dict.fromkeys(paths, 5) | {paths[-1]: 0}
 
     def run(done):
-        return dict(refit_blocks(model, blocks, IDS, factors.get, ranks, done, progress=False))
+        return dict(refit_blocks(model, blocks, IDS, factors.get, ranks, done.get, progress=False))
 
     whole = run({})
     first = {block.path: whole[block.path] for block in blocks[:1]}
@@ -257,7 +257,7 @@ def test_blocks_that_are_no_chain_are_refused():
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match=r"refit needs a model with a list of blocks.*refit=False"):
-        next(refit_blocks(zoo_model("llama"), [], IDS, None, {}, {}))
+        next(refit_blocks(zoo_model("llama"), [], IDS, None, {}, {}.get))
 
 
 def test_what_overflows_in_the_compressed_model_is_named():
