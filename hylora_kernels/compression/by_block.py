@@ -97,6 +97,7 @@ class _BlockByBlock:
             )
         self._ids, self._files, self._memory = ids, files, memory
         self._with_gradients, self._progress = with_gradients, progress
+        self._known: set[str] = set()  # States that are there and whole.
         self._outline = Outline(model, self._blocks, ids)
         if with_gradients:
             body_of(model, ids[:1].to(self._device))  # Its probe needs the blocks' own forwards.
@@ -116,12 +117,10 @@ class _BlockByBlock:
     # ------------------------------------------------------------------------------ forward
 
     def _forward(self, todo: list[list[Group]]) -> Iterator[Statistics]:
-        last = max(k for k, groups in enumerate(todo) if groups)
-        self._run_to(min(k for k, groups in enumerate(todo) if groups))
-        for k, block in enumerate(self._blocks[: last + 1]):
+        for k, block in enumerate(self._blocks):
             if not todo[k]:
-                self._run_to(k + 1)
                 continue
+            self._run_to(k, all_before=False)
             with hold(block.module):
                 for groups in passes(todo[k], False, self._memory):
                     statistics = self._statistics(groups)
@@ -129,14 +128,15 @@ class _BlockByBlock:
                         for i in self._sequences(f"calibrating {block.path}"):
                             self._run(block, k, i)
                     yield finished(statistics, False, self._device)
-            self._remove(HIDDEN, k)
+            for done in range(k + 1):
+                self._remove(HIDDEN, done)
 
-    def _run_to(self, end: int) -> None:
-        """Make the states in front of block `end` and of all before it, but for those that are
-        there."""
-        done = 0
-        while done < end and self._has(HIDDEN, done + 1):
-            done += 1
+    def _run_to(self, end: int, all_before: bool = True) -> None:
+        """Make the states in front of block `end`, and with all_before of those in front of it, but
+        for what is there."""
+        there = [k for k in range(end + 1) if self._has(HIDDEN, k)]
+        gap = next((k for k in range(end + 1) if k not in there), end + 1)
+        done = gap - 1 if all_before else max(there)
         bar = tqdm(
             self._blocks[done:end],
             desc="hidden states",
@@ -164,7 +164,7 @@ class _BlockByBlock:
         stops = (k for k in range(first, n + 1) if not any(todo[k:]) and self._has(GRADIENT, k))
         start = next(stops, None)
         if start is None or observers:
-            self._run_to(n)
+            self._run_to(n, all_before=start is None)
             self._tail(observers, store=start is None)
         start = n if start is None else start
         self._run_to(start - 1)
@@ -258,13 +258,19 @@ class _BlockByBlock:
     def _save(self, kind: str, k: int, i: int, states: Tensor | None) -> None:
         assert states is not None, "a block's output depends on its input"
         self._files.save(f"{kind}-{k}-{i}", {"states": states})
+        self._known.add(f"{kind}-{k}-{i}")
 
     def _has(self, kind: str, k: int) -> bool:
-        names = (f"{kind}-{k}-{i}" for i in range(len(self._ids)))
-        return all(self._files.path(n).exists() and self._files.find(n) for n in names)
+        names = [f"{kind}-{k}-{i}" for i in range(len(self._ids))]
+        # Each file that an earlier run has left is read once, to be sure of it.
+        if not all(name in self._known or self._files.find(name) for name in names):
+            return False
+        self._known.update(names)
+        return True
 
     def _remove(self, kind: str, k: int) -> None:
         for i in range(len(self._ids)):
+            self._known.discard(f"{kind}-{k}-{i}")
             self._files.path(f"{kind}-{k}-{i}").unlink(missing_ok=True)
 
     def _require_disk(self, one: int) -> None:
