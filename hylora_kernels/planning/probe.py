@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hylora_kernels.compression.calibration import add_gram
-from hylora_kernels.compression.chain import first
+from hylora_kernels.compression.chain import Call
 from hylora_kernels.compression.quantize import quantize_each
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.hollow import filled, first_call
@@ -77,30 +77,46 @@ class Probe:
         )
 
     def block(self) -> tuple[float, float]:
-        """A decoder block on one block of text, in the model's dtype: the model's own with random
-        weights, or the widest square product of it that fits where that is too large."""
+        """A decoder block on one block of text, in the model's dtype, without and with gradients:
+        the model's first one with random weights, or a product alone where that is too large."""
         w, L = self.work, self.work.length
-        args, kwargs = first_call(w.model, w.module, L)
         if w.block_bytes[0] > min(LARGEST_BLOCK, free_memory(self.device) / 3):
-            raise MemoryError(f"a block of the model takes {w.block_bytes[0]:,} bytes")
+            return self._product()
+        call, hidden = self._call()
+        x = self._random(*hidden.shape, dtype=self.dtype)
         with filled(w.module) as block:
-            to = functools.partial(_moved, device=self.device)
             block.to(self.device)
-            args, kwargs = to(args), {name: to(value) for name, value in kwargs.items()}
-            x = torch.randn(args[0].shape, device=self.device).to(self.dtype)
 
             def forward() -> None:
                 with torch.no_grad():
-                    block(x, *args[1:], **kwargs)
+                    call.run(block, x)
 
             def training() -> None:
                 leaf = x.clone().requires_grad_()
-                y = first(block(leaf, *args[1:], **kwargs))
+                y = call.run(block, leaf)
                 torch.autograd.grad(y, leaf, torch.ones_like(y))
 
             alone, both = self.seconds(forward), self.seconds(training)
             block.to("cpu")
         return L * w.forward_flops(0) / alone, L * w.training_flops(0) / both
+
+    def _call(self) -> tuple[Call, Tensor]:
+        """How the model calls its first block, and with which hidden states."""
+        args, kwargs = first_call(self.work.model, self.work.module, self.work.length)
+        args = _moved(args, self.device)
+        kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 2:
+                return Call(args, kwargs, place), value
+        raise ValueError("the model calls its first block without hidden states: set probe=False")
+
+    def _product(self) -> tuple[float, float]:
+        """One product of the model's width instead of a block."""
+        rows, n = self.work.length, self.work.head_shape[1]
+        x, weight = (self._random(m, n, dtype=self.dtype) for m in (rows, n))
+        rate = 2.0 * rows * n * n / self.seconds(lambda: x @ weight.T)
+        return rate, rate
 
     def head(self) -> float:
         """The output head with the loss and the gradient of its input."""

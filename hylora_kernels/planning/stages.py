@@ -284,7 +284,7 @@ class Cost:
         seconds += self._reading(2)
         memory = self._loaded + self._block + self._heap()
         memory += 0 if self.by_block else w.result.bytes_as_is
-        return Stage("measure", self._shared(seconds), memory)
+        return Stage("measure", seconds, memory)
 
     def _save(self) -> Stage:
         w = self.work
