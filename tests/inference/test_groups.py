@@ -13,7 +13,16 @@ from helpers import tiny
 from helpers.grouping import Attention, Calls, Gated, Toy, blocks_of, optimise, optimised, ungrouped
 from helpers.grouping import in_panels as in_panels
 from helpers.numerics import make_layer
-from helpers.optimising import FLOAT32, every_dtype, llama, logits, packs, same_state, state_of
+from helpers.optimising import (
+    FLOAT32,
+    assert_same_but_rounding,
+    every_dtype,
+    llama,
+    logits,
+    packs,
+    same_state,
+    state_of,
+)
 from helpers.zoo import ZOO, zoo_model
 from torch import nn
 
@@ -54,8 +63,7 @@ def test_a_model_gives_the_same_numbers(form, dtype, caplog):
         ids = tiny.tokens(2, length)
         with torch.no_grad():
             got, want = (m(input_ids=ids % 96, use_cache=False).logits for m in (model, twin))
-        eps = torch.finfo(dtype).eps
-        assert (got - want).norm() <= 4 * eps * want.norm()
+        assert_same_but_rounding(got, want)
     assert same_state(model.state_dict(), state)
     restore_from_inference(model)
     assert [type(m) for m in model.modules()] == kinds and same_state(model.state_dict(), state)
@@ -92,13 +100,14 @@ def test_names_do_not_matter():
 
 
 def test_a_linear_called_by_hand_computes_what_it_always_does():
-    """Also where the members' outputs are as wide as x together."""
+    """Also where the members' outputs are as wide as x together. A group's outputs lie side by
+    side, and of rows that aren't contiguous torch's silu has other bits on AVX-512."""
     for N in (48, 16):
         model = optimised(Gated(N=N))
         twin, x = ungrouped(model), torch.randn(3, 32)
         for name in ("first", "second"):
             assert torch.equal(getattr(model.block, name)(x), getattr(twin.block, name)(x))
-        assert torch.equal(model.block(x), twin.block(x))
+        torch.testing.assert_close(model.block(x), twin.block(x))
     assert model.block.packed_groups[0].columns[0].width != 32
 
 
@@ -317,7 +326,7 @@ def test_restoring_a_part_leaves_the_rest():
     want = logits(model)
     restore_from_inference(model.model.layers[0])
     assert list(blocks_of(model)) == ["model.layers.1.self_attn", "model.layers.1.mlp"]
-    torch.testing.assert_close(logits(model), want)
+    assert_same_but_rounding(logits(model), want, roundings=32)
     restore_from_inference(model)
     assert not blocks_of(model)
 

@@ -100,7 +100,8 @@ def test_export():
     program = torch.export.export(model, (ids,), dynamic_shapes=(*rows, None)[:1])
     for count in (3, 9):
         ids = torch.randint(9, (count, 4))
-        assert torch.equal(program.module()(ids), model(ids))
+        # Of rows that aren't contiguous, as a group's outputs are, torch's silu has other bits.
+        torch.testing.assert_close(program.module()(ids), model(ids))
 
 
 def test_autocast_and_gradients_are_as_without_groups():
