@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
 from torch import nn
 
-CPUINFO = Path("/proc/cpuinfo")
+CPUINFO, OWN_GROUPS = Path("/proc/cpuinfo"), Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+# Of a memory cgroup, version 1 and 2: its limit, what is used of it, and the line of memory.stat
+# that says how much of that is page cache which the system gives up.
+MEMORY_FILES = {
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "": ("memory.max", "memory.current", "inactive_file"),
+}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -63,10 +71,35 @@ def cpu_field(name: str) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in the machine."""
+    """Bytes that are free on a GPU, or in the machine and in the limit of this process's container
+    or job, whichever is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_free_in_groups()])
+
+
+def _free_in_groups() -> Iterator[int]:
+    """What the memory cgroups of this process, and those that these stand in, leave it."""
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return  # Not Linux.
+    for _, kind, path in (line.split(":", 2) for line in lines):
+        if kind not in MEMORY_FILES:
+            continue
+        limit, used, cache = MEMORY_FILES[kind]
+        group = PurePosixPath(path)
+        # A container sees its own group at the root.
+        for inner in (group, *group.parents):
+            folder = GROUPS / kind / inner.relative_to("/")
+            try:
+                most, now = int((folder / limit).read_text()), int((folder / used).read_text())
+                stat = dict(
+                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
+                )
+            except (OSError, ValueError):  # No such group, or "max".
+                continue
+            yield max(most - now + int(stat.get(cache, 0)), 0)
 
 
 def input_device(model: nn.Module) -> torch.device:

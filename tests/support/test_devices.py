@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
+from hylora_kernels.support import devices
 from hylora_kernels.support.devices import fast_dtype, resolve_device, resolve_dtype
 
 
@@ -53,3 +55,46 @@ def test_dtypes():
     for wrong in ("int8", torch.int8, 16):
         with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float16, float"):
             resolve_dtype(wrong)
+
+
+class TestFreeMemory:
+    """The least of what the machine and the memory cgroups leave."""
+
+    @pytest.fixture
+    def group(self, tmp_path, monkeypatch):
+        """Makes a cgroup: (kind, path, limit, used, page cache that can be given up)."""
+        monkeypatch.setattr(devices, "GROUPS", tmp_path / "groups")
+        monkeypatch.setattr(devices, "OWN_GROUPS", tmp_path / "own")
+        (tmp_path / "own").write_text("4:memory:/jobs/mine\n3:cpuset:/\n0::/a/b\n")
+
+        def make(kind, path, *values):
+            folder = tmp_path / "groups" / kind / path
+            folder.mkdir(parents=True, exist_ok=True)
+            limit, used, cache = devices.MEMORY_FILES[kind]
+            for name, value in zip((limit, used, "memory.stat"), values, strict=True):
+                text = f"anon 5\n{cache} {value}\n" if name == "memory.stat" else f"{value}\n"
+                (folder / name).write_text(text)
+
+        return make
+
+    @pytest.mark.parametrize("kind", ["memory", ""])
+    @pytest.mark.parametrize("place", ["own", "parent", "root"])
+    def test_of_a_group(self, kind, place, group):
+        own = "jobs/mine" if kind else "a/b"
+        group(kind, {"own": own, "parent": own.split("/")[0], "root": "."}[place], 5000, 3000, 700)
+        assert devices.free_memory(torch.device("cpu")) == 2700
+
+    def test_the_least_of_several(self, group):
+        group("", "a", 9000, 1000, 0)
+        group("", "a/b", "max", 1000, 0)
+        group("memory", "jobs", 4000, 1500, 0)
+        assert devices.free_memory(torch.device("cpu")) == 2500
+
+    def test_without_a_limit(self, group):
+        group("memory", ".", 9223372036854771712, 1000, 0)
+        free, there = devices.free_memory(torch.device("cpu")), psutil.virtual_memory().available
+        assert abs(free - there) < 2**30
+
+    def test_without_groups(self, group, tmp_path):
+        (tmp_path / "own").unlink()
+        assert devices.free_memory(torch.device("cpu")) > 2**26
