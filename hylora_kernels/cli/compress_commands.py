@@ -105,8 +105,9 @@ def compress(
         report = compress_to_folder(
             loaded, out, overwrite=overwrite, tokenizer=tokenizer, **options
         )
-        _finish(loaded, report, out, json_path, png, found)
-        show(f"written to {out}. Next: hylora evaluate {out}")
+        if is_first_process():
+            _finish(loaded, report, out, json_path, png, found)
+            show(f"written to {out}. Next: hylora evaluate {out}")
         return
     if target_ratio is None:
         loaded, report = compress_model(loaded, tokenizer=tokenizer, **options)
@@ -170,8 +171,9 @@ def quantize(
     if by_block:
         given = checked.for_compress() | {"tokenizer": tokenizer}
         report = compress_to_folder(loaded, out, overwrite=overwrite, **given)
-        _finish(loaded, report, out, json_path, png, found)
-        show(f"written to {out}. Next: hylora evaluate {out}")
+        if is_first_process():
+            _finish(loaded, report, out, json_path, png, found)
+            show(f"written to {out}. Next: hylora evaluate {out}")
         return
     if adapt is not None:
         text = {name: options[name] for name in ("split", "column", "length", "seed")}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hylora_kernels.compression.calibration import (
+    STAGE,
     Observer,
     Statistics,
     finished,
@@ -35,6 +36,7 @@ from hylora_kernels.model.loss import body_of, token_loss
 from hylora_kernels.model.structure import Block, Group, Structure
 from hylora_kernels.support.cache import Files
 from hylora_kernels.support.devices import input_device
+from hylora_kernels.support.processes import ALONE, Processes
 from hylora_kernels.support.storage import require_disk
 
 HIDDEN, GRADIENT = "hidden", "gradient"
@@ -50,6 +52,7 @@ def gather_by_block(
     max_memory: int,
     progress: bool = True,
     observers: Sequence[Observer] = (),
+    processes: Processes = ALONE,
 ) -> Iterator[Statistics]:
     """Yield the statistics of `groups` over ids int64 [n, L], those of one block at a time, while
     the block is in memory: from the last to the first, or without gradients from the first on.
@@ -58,11 +61,13 @@ def gather_by_block(
                 goes on there.
     max_memory: bytes of statistics at a time; a block whose own take more is run several times.
     observers:  see each sequence in front of the blocks and behind them.
+    processes:  read sequences of their own; `files` is one folder for all.
 
     Raises ValueError unless the blocks form a chain (chain.record()) that has all groups in it,
     OSError if the disk has no place for the states, FloatingPointError as gather().
     """
-    run = _BlockByBlock(model, structure, ids, files, with_gradients, max_memory, progress)
+    given = (model, structure, ids, files, with_gradients, max_memory, progress, processes)
+    run = _BlockByBlock(*given)
     yield from run.statistics(groups, observers)
 
 
@@ -86,6 +91,7 @@ class _BlockByBlock:
         with_gradients: bool,
         memory: int,
         progress: bool = True,
+        processes: Processes = ALONE,
     ):
         self._model, self._blocks, self._device = model, structure.blocks, input_device(model)
         inside = {path for block in self._blocks for group in block.groups for path in group.paths}
@@ -97,6 +103,7 @@ class _BlockByBlock:
             )
         self._ids, self._files, self._memory = ids, files, memory
         self._with_gradients, self._progress = with_gradients, progress
+        self._processes, self._own = processes, range(len(ids))[processes.part(len(ids))]
         self._known: set[str] = set()  # States that are there and whole.
         self._outline = Outline(model, self._blocks, ids)
         if with_gradients:
@@ -112,7 +119,11 @@ class _BlockByBlock:
             yield from self._backward(todo, observers)
         elif wanted:
             yield from self._forward(todo)
-        self._files.clear()
+        for observer in observers:
+            observer.add_others(self._processes)
+        self._processes.wait(STAGE)  # Others may still read their states.
+        if self._processes.is_first:
+            self._files.clear()
 
     # ------------------------------------------------------------------------------ forward
 
@@ -127,6 +138,7 @@ class _BlockByBlock:
                     with watching(statistics, False), frozen(self._model), torch.no_grad():
                         for i in self._sequences(f"calibrating {block.path}"):
                             self._run(block, k, i)
+                    statistics.add_others(self._processes)
                     yield finished(statistics, False, self._device)
             for done in range(k + 1):
                 self._remove(HIDDEN, done)
@@ -146,7 +158,7 @@ class _BlockByBlock:
         )
         for k, block in enumerate(bar, done):
             with hold(block.module), frozen(self._model), torch.no_grad():
-                for i in range(len(self._ids)):
+                for i in self._own:
                     self._run(block, k, i)
 
     def _run(self, block: Block, k: int, i: int) -> None:
@@ -162,11 +174,12 @@ class _BlockByBlock:
         first = 0 if observers else min((k for k, groups in enumerate(todo) if groups), default=n)
         # Where an earlier run has stopped: nothing is left to do behind these gradients.
         stops = (k for k in range(first, n + 1) if not any(todo[k:]) and self._has(GRADIENT, k))
-        start = next(stops, None)
-        if start is None or observers:
-            self._run_to(n, all_before=start is None)
-            self._tail(observers, store=start is None)
-        start = n if start is None else start
+        # Of several processes the one that has come least far says where.
+        start = -self._processes.least(-next(stops, n + 1))
+        if start > n or observers:
+            self._run_to(n, all_before=start > n)
+            self._tail(observers, store=start > n)
+        start = min(start, n)
         self._run_to(start - 1)
         for k in reversed(range(first, start)):
             block = self._blocks[k]
@@ -178,6 +191,7 @@ class _BlockByBlock:
                         for i in self._sequences(f"calibrating {block.path}"):
                             self._back_through(k, block, i, store=groups is runs[-1])
                     if groups:
+                        statistics.add_others(self._processes)
                         yield finished(statistics, True, self._device)
             self._remove(GRADIENT, k + 1)
             if k + 1 < n or not observers:
@@ -220,26 +234,27 @@ class _BlockByBlock:
 
     # ------------------------------------------------------------------------------- states
 
-    def _called(self) -> list[dict[str, Call]]:
+    def _called(self) -> dict[int, dict[str, Call]]:
         """By sequence, the blocks' calls; the states in front of the first block are stored."""
-        calls: list[dict[str, Call]] = []
+        calls: dict[int, dict[str, Call]] = {}
         with torch.no_grad(), frozen(self._model):
-            for i, row in enumerate(self._ids.split(1)):
-                hidden, found = self._outline.forward(row.to(self._device))
+            for i in self._own:
+                hidden, found = self._outline.forward(self._ids[i : i + 1].to(self._device))
                 if calls:
-                    hold_once(found, calls[0])
+                    hold_once(found, calls[self._own[0]])
                 else:
                     self._require_disk(len(self._ids) * hidden.nbytes)
                 if self._files.find(f"{HIDDEN}-0-{i}") is None:
                     self._save(HIDDEN, 0, i, hidden)
-                calls.append(found)
+                calls[i] = found
         return calls
 
     def _call(self, block: Block, i: int) -> Call:
         return self._calls[i][block.path]
 
     def _statistics(self, groups: list[Group]) -> Statistics:
-        return Statistics(groups, predictions=self._ids[:, 1:].numel() * self._with_gradients)
+        predictions = len(self._own) * (self._ids.shape[1] - 1) * self._with_gradients
+        return Statistics(groups, predictions=predictions)
 
     def _row(self, i: int, observers: Sequence[Observer]) -> Tensor:
         row = self._ids[i : i + 1]
@@ -248,9 +263,7 @@ class _BlockByBlock:
         return row.to(self._device)
 
     def _sequences(self, label: str) -> tqdm:
-        return tqdm(
-            range(len(self._ids)), label, unit="seq", disable=not self._progress, leave=False
-        )
+        return tqdm(self._own, label, unit="seq", disable=not self._progress, leave=False)
 
     def _load(self, kind: str, k: int, i: int) -> Tensor:
         return self._files.load(f"{kind}-{k}-{i}")["states"].to(self._device)
@@ -261,7 +274,7 @@ class _BlockByBlock:
         self._known.add(f"{kind}-{k}-{i}")
 
     def _has(self, kind: str, k: int) -> bool:
-        names = [f"{kind}-{k}-{i}" for i in range(len(self._ids))]
+        names = [f"{kind}-{k}-{i}" for i in self._own]
         # Each file that an earlier run has left is read once, to be sure of it.
         if not all(name in self._known or self._files.find(name) for name in names):
             return False
@@ -269,7 +282,7 @@ class _BlockByBlock:
         return True
 
     def _remove(self, kind: str, k: int) -> None:
-        for i in range(len(self._ids)):
+        for i in self._own:
             self._known.discard(f"{kind}-{k}-{i}")
             self._files.path(f"{kind}-{k}-{i}").unlink(missing_ok=True)
 

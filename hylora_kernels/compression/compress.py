@@ -224,12 +224,12 @@ class Compression:
         with_gradients = options.method == "two_sided"
         memory = options.max_memory or free_memory_of_each(self.model, self.processes) // 2
         sums = [TokenSums(self.model, work.step) for work in token_work]
-        how = (missing, with_gradients, memory, options.progress, sums)
+        how = (missing, with_gradients, memory, options.progress, sums, self.processes)
         if is_by_block(self.model):
             states = self.workspace.states()
             runs = gather_by_block(self.model, self.structure, self.ids, states, *how)
         else:
-            runs = gather_in_passes(self.model, self.ids, *how, self.processes)
+            runs = gather_in_passes(self.model, self.ids, *how)
         for statistics in timed_steps(self.report.seconds, "calibrate", runs):
             yield statistics
             statistics.clear()  # The caller's loop variable would keep them during what follows.

@@ -30,7 +30,7 @@ def compress_to_folder(
 
     Returns the report; `model` reads its blocks from `dir` from then on. Raises what compress() and
     save_pretrained() raise, and ValueError for a model whose blocks don't form a chain of hidden
-    states, for a linear outside of them, and under torchrun.
+    states, or for a linear outside of them. Processes of torchrun share the work, as in compress().
 
     Example:
         model, tokenizer = load_model("my-org/my-model", by_block=True)
@@ -39,15 +39,15 @@ def compress_to_folder(
         )
     """
     checked = CompressOptions(**options)
-    with together() as processes:
-        if processes.size > 1:
-            raise ValueError("compress_to_folder() runs in one process, without torchrun")
-    with Compression(model, checked) as run:
+    with together() as processes, Compression(model, checked, processes) as run:
         for statistics in run.calibrate():
             run.factorize(statistics)
             run.quantize(statistics)
         choices = run.allocate()
         refitted = run.refit(choices)
-        with saved_by_block(run.model, dir, checked.tokenizer, overwrite=overwrite) as write:
+        saved = saved_by_block(
+            run.model, dir, checked.tokenizer, overwrite=overwrite, processes=processes
+        )
+        with saved as write:
             run.replace(choices, refitted, write)
     return run.report

@@ -42,6 +42,7 @@ from hylora_kernels.model.modules import forget_ties_of_factors
 from hylora_kernels.model.skeleton import build
 from hylora_kernels.model.slots import missing_from, slots_of
 from hylora_kernels.model.tensorfile import TensorFile, checksum
+from hylora_kernels.support.processes import ALONE, Processes
 from hylora_kernels.support.staging import current, discard, exclusive, files_in, replacement
 from hylora_kernels.support.storage import require_disk, write_json, write_text
 
@@ -182,13 +183,15 @@ def saved_by_block(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
+    processes: Processes = ALONE,
 ) -> Iterator[Callable[[str], None]]:
     """save_pretrained() of a model whose blocks are in files (model/by_block.py), each block a
     shard.
 
     Yields a function of a block's path, which writes it: to be called while a changed block is in
     memory as it shall be saved, and from then on it is read from there. The folder changes when the
-    `with` ends, all at once; if it raises, it stays as it was.
+    `with` ends, all at once; if it raises, it stays as it was. Of several `processes`, all of which
+    see the folder, the first one writes.
     """
     model, target = unwrapped(model), Path(dir)
     blocks = stored_blocks(model)
@@ -205,26 +208,41 @@ def saved_by_block(
         names = (name.removeprefix(f"{path}.") for name in file.entries)
         blocks[path].is_stored_in({name: (file, f"{path}.{name}") for name in names})
 
-    with _replaced(target, overwrite) as new:
-
+    def writer(new: Path) -> Callable[[str], None]:
         def write(path: str) -> None:
-            write_file(new, shards[path], blocks[path].module.state_dict(prefix=f"{path}."))
+            if processes.is_first:
+                tensors = blocks[path].module.state_dict(prefix=f"{path}.")
+                write_file(new, shards[path], tensors)
+            processes.wait(f"writing {path}")
+            written.add(path)
             read_from(new, path)
 
-        yield write
+        return write
+
+    def write_unchanged(write: Callable[[str], None]) -> None:
         for path, block in blocks.items():
-            if shards[path] not in checksums:  # A block that nothing has changed.
+            if path not in written:
                 with block.held():
                     write(path)
-        config = saved_config(model)
-        tensors = _tensors_to_save(
-            model, config, model.state_dict(), rebuilt_empty(model, config), set(blocks)
-        )
-        write_file(new, shards[REST], {n: t for n, t in tensors.items() if not t.is_meta})
-        weight_map = {name: shard for shard, names in checksums.items() for name in names}
-        metadata = {"total_size": sum(sizes.values())}
-        write_json(new / INDEX, {"metadata": metadata, "weight_map": weight_map})
-        _write_the_rest(model, tokenizer, new, target, config, checksums, overwrite)
+
+    written: set[str] = set()
+    if processes.is_first:
+        with _replaced(target, overwrite) as new:
+            yield (write := writer(processes.agreed(new.absolute(), "writing")))
+            write_unchanged(write)
+            config = saved_config(model)
+            tensors = _tensors_to_save(
+                model, config, model.state_dict(), rebuilt_empty(model, config), blocks
+            )
+            write_file(new, shards[REST], {n: t for n, t in tensors.items() if not t.is_meta})
+            weight_map = {name: shard for shard, names in checksums.items() for name in names}
+            metadata = {"total_size": sum(sizes.values())}
+            write_json(new / INDEX, {"metadata": metadata, "weight_map": weight_map})
+            _write_the_rest(model, tokenizer, new, target, config, checksums, overwrite)
+    else:
+        yield (write := writer(processes.agreed(Path(), "writing")))
+        write_unchanged(write)
+    processes.wait("writing")
     for path in blocks:
         read_from(target, path)
 

@@ -6,11 +6,14 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers.compressing import assert_same, close
+from helpers.compressing import IDS, assert_same, close, compressed
 from helpers.processes import end_together, run_together
 from helpers.sharing import CASES, compressed_case
+from helpers.zoo import zoo_model
 from safetensors.torch import load_file
 from torch import nn
+
+from hylora_kernels.model.checkpoint import load_pretrained
 
 SHARE = """
 import os, sys
@@ -170,3 +173,53 @@ def test_a_killed_process_ends_the_run_and_a_second_one_continues(stage, tmp_pat
     model, _ = compressed_case("plain", tmp_path)
     assert len(factorized) == 21 - len(done) and not done & set(factorized)
     assert same_linears(model, compressed_case("plain", tmp_path / "alone")[0])
+
+
+BY_BLOCK = """
+import os, sys
+os.fsync = lambda file: None
+from pathlib import Path
+import torch
+from helpers.compressing import IDS, SMALL
+from hylora_kernels import compress_to_folder, load_model
+
+folder = Path(sys.argv[1])
+model, _ = load_model(folder / "dense", "cpu", by_block=True)
+options = SMALL | {"calibration": IDS, "keep": 0.7, "cache": folder / "cache", "embedding_rank": 8}
+if sys.argv[2:]:
+    from hylora_kernels.compression.workspace import Workspace
+    save, calls = Workspace.save, []
+
+    def saving(*given):
+        calls.append(None)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            os._exit(1)
+        return save(*given)
+
+    Workspace.save = saving
+report = compress_to_folder(model, folder / "small", **options)
+with torch.no_grad():
+    torch.save((model(IDS).logits, report.loss), folder / f"logits-{os.environ['RANK']}.pt")
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 7])
+def test_a_model_in_its_files(processes, tmp_path):
+    """Block by block, by two processes, of which one is lost and the command is given again, and by
+    more processes than there are sequences."""
+    dense = zoo_model("qwen2")
+    dense.save_pretrained(tmp_path / "dense")
+    if processes == 2:
+        ended = end_together(BY_BLOCK, tmp_path, "lost")
+        assert all(status for status, *_ in ended) and "rank 1" in ended[0][2]
+        assert not (tmp_path / "small" / "config.json").exists()
+    run_together(BY_BLOCK, tmp_path, processes=processes)
+    alone, report = compressed(dense, embedding_rank=8)
+    found = load_pretrained(tmp_path / "small")
+    assert same_linears(found, alone)
+    for rank in range(processes):
+        logits, loss = torch.load(tmp_path / f"logits-{rank}.pt", weights_only=False)
+        with torch.no_grad():
+            assert torch.equal(logits, found(IDS).logits)
+        assert loss == pytest.approx(report.loss, rel=1e-3)
+    assert not list((tmp_path / "cache").rglob("hidden-*"))
