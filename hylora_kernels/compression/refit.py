@@ -208,8 +208,9 @@ def ridge_solve(T: Tensor, prior: Tensor, own: Tensor, ridge: Tensor) -> Tensor:
     of zeros."""
     if not ridge > 0:
         return prior
-    eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
-    L = torch.linalg.cholesky(own + ridge * eye)
+    ridged = own.clone()
+    ridged.diagonal().add_(ridge)
+    L = torch.linalg.cholesky(ridged)
     return torch.cholesky_solve((T + ridge * prior).T, L).T
 
 

@@ -122,7 +122,8 @@ def is_dead(gram: Tensor) -> bool:
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    damped = to_float64(gram).clone()
+    damped = to_float64(gram)
+    damped = damped.clone() if damped is gram else damped
     damped.diagonal().add_(damping * damped.diagonal().mean())
     return damped
 
