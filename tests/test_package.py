@@ -240,7 +240,7 @@ MAY_IMPORT = {
     "text": "support model inference",
     "evaluation": "support weights layers model text inference",
     "compression": "support weights reference layers model text evaluation",
-    "recovery": "support weights layers model text",
+    "recovery": "support weights layers model text compression",
     "planning": "support weights layers model text evaluation compression",
     "integrations": "support weights reference backends ops layers model"
     " text inference evaluation compression recovery",

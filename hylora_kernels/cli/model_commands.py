@@ -5,6 +5,7 @@ A command imports what it needs in its body, so that --help stays quick.
 
 # No `from __future__ import annotations`: typer reads the annotations themselves.
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +83,10 @@ def finetune(
         return
     save_pretrained(loaded, out, tokenizer, overwrite=overwrite)
     show(f"trained {report.trainable:,} / total {report.total:,} parameters on {report.text}")
-    if report.teacher:
+    if report.fits:
+        means = (statistics.fmean(getattr(f, n) for f in report.fits) for n in ("before", "after"))
+        show("mean error of the blocks: {:.4f} before, {:.4f} after".format(*means))
+    elif report.teacher:
         show(
             f"teacher {report.teacher}: {format_seconds(report.teacher_seconds)}, its states take "
             f"{format_bytes(report.teacher_bytes)} in the cache"

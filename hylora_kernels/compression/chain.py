@@ -82,8 +82,8 @@ class Chain:
 
 
 @torch.no_grad()
-def record(model: nn.Module, blocks: list[Block], ids: Tensor) -> Chain:
-    """Run the model up to its last block on ids [n, L], batch by batch.
+def record(model: nn.Module, blocks: list[Block], ids: Tensor, size: int = BATCH) -> Chain:
+    """Run the model up to the last of `blocks` on ids [n, L], in batches of `size` sequences.
 
     Raises ValueError, naming the block, unless the hidden states are all that each block hands to
     the next: one replay, of the first sequence with noise on its hidden states, must give what the
@@ -91,7 +91,7 @@ def record(model: nn.Module, blocks: list[Block], ids: Tensor) -> Chain:
     """
     chain, device = Chain([], [], [], []), input_device(model)
     outline = Outline(model, blocks, ids) if is_by_block(model) else None
-    for batch in ids.split(BATCH):
+    for batch in ids.split(size):
         if outline is not None:
             hidden, calls = outline.forward(batch.to(device))
             prints: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def record(model: nn.Module, blocks: list[Block], ids: Tensor) -> Chain:
             hidden, calls, prints = seen.hidden, seen.calls, seen.prints
         chain.tokens.append(batch.numel())
         chain.hidden.append(hidden)
-        if chain.calls and len(batch) == BATCH:
+        if chain.calls and len(batch) == size:
             hold_once(calls, chain.calls[0])
         chain.calls.append(calls)
         chain.prints.append(prints)

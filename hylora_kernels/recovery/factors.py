@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +88,12 @@ def starting_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def balanced_factors(model: nn.Module, progress: bool) -> Iterator[dict[str, nn.Parameter]]:
-    """In the block every compressed layer of `model` is a BalancedFactors, and it and the weights
-    of the norms alone require gradients; yields name -> what is to be trained.
+def balanced_factors(
+    model: nn.Module, progress: bool, under: str = ""
+) -> Iterator[dict[str, nn.Parameter]]:
+    """In the block every compressed layer of `model`, or of its module at the path `under`, is a
+    BalancedFactors, and it and the weights of the norms there alone require gradients; yields
+    name -> what is to be trained.
 
     Afterwards the layers are plain factors without adapters, of the same size and form as the old
     ones merged, and frozen. An exception puts the old layers and norms back. A norm's weight may
@@ -98,7 +102,7 @@ def balanced_factors(model: nn.Module, progress: bool) -> Iterator[dict[str, nn.
     Layers whose factors another module holds too (a head and its low-rank embedding) stay as they
     are; an expert's layers are trained like all others.
     """
-    layers, norms = unshared_layers(model), _norms(model)
+    layers, norms = _inside(unshared_layers(model), under), _inside(_norms(model), under)
     weights = {f"{path}.weight": norm.weight for path, norm in norms.items()}
     copies = {name: weight.detach().clone() for name, weight in weights.items()}
     back, made, trained = layers, {}, {}
@@ -145,6 +149,11 @@ class _InDtype(nn.Module):
 
 def _weights(layer: SVDLoRALinear) -> Weights:
     return Weights(layer.SVh, layer.U, layer.A, layer.B, None, layer.alpha, layer.pivots)
+
+
+def _inside(modules: dict[str, Any], under: str) -> dict[str, Any]:
+    """Those of the modules by path that stand in the module at the path `under`."""
+    return {path: m for path, m in modules.items() if not under or path.startswith(f"{under}.")}
 
 
 def _norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from hylora_kernels.layers.linear import SVDLoRALinear
 from hylora_kernels.model.adapters import merge_adapters, renew_adapters
 from hylora_kernels.model.check import check_model
-from hylora_kernels.model.modules import freeze_all_but_adapters, parameter_count
+from hylora_kernels.model.modules import (
+    freeze_all_but_adapters,
+    model_fingerprint,
+    parameter_count,
+)
 from hylora_kernels.recovery.blocks import training_blocks
+from hylora_kernels.recovery.blockwise import BlockFit, BlockRun
 from hylora_kernels.recovery.factors import balanced_factors, starting_tensors
 from hylora_kernels.recovery.options import FinetuneOptions
 from hylora_kernels.recovery.recipe import Recipe, frozen_hash
@@ -53,7 +58,10 @@ class FinetuneReport(Report):
                blocks of this process: predictions x d x bytes of its dtype. teacher_seconds: that
                it ran in this session.
     options:   the recipe.
-    losses:    mean loss of each step in nats a token: of cross-entropy and KL by their shares.
+    losses:    mean loss of each step in nats a token: of cross-entropy and KL by their shares. With
+               scope "block" of each block's steps in turn, in the unit of `fits`.
+    fits:      with scope "block" each block's error before and after; steps and tokens are
+               then those of each block, and teacher_seconds those of the dense blocks.
     """
 
     steps: int
@@ -73,6 +81,7 @@ class FinetuneReport(Report):
     teacher_seconds: float
     options: dict[str, object]
     losses: list[float]
+    fits: list[BlockFit] = field(default_factory=list)
 
     def render(self) -> Table:
         """A rich table."""
@@ -85,10 +94,14 @@ class FinetuneReport(Report):
             ("learning rate", self.lr),
             ("loss", f"{self.first_loss:.3f} to {self.last_loss:.3f}"),
         ]
-        if self.teacher:
+        if self.fits:
+            rows.append(("dense blocks", format_seconds(self.teacher_seconds)))
+        elif self.teacher:
             states = f"{format_bytes(self.teacher_bytes)} on disk"
             rows.append(("teacher", f"{self.teacher}, {format_seconds(self.teacher_seconds)}"))
             rows.append(("teacher's states", states))
+        for fit in self.fits:
+            rows.append((fit.path, f"{fit.before:.4f} to {fit.after:.4f}"))
         if self.stopped:
             rows.append(("stopped", self.stopped))
         return table(f"trained on {self.text}", ("", "value"), rows)
@@ -135,6 +148,12 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     lora_rank of them (model.adapters.renew_adapters): it has as many parameters when they are
     merged.
 
+    scope "block" trains one block after the other, `steps` updates each, to give the states that
+    the dense model has behind it, from those that the trained blocks before it make
+    (recovery.blockwise). Gradients, moments and activations are those of one block; the dense model
+    stays in memory, its blocks only if it was loaded whole. In one process. The blocks that are
+    done are in the cache, and a run that was stopped takes them from there.
+
     Raises ValueError for a dense model without adapters or factors, an argument out of its range,
     or a checkpoint of another run (naming the field); RuntimeError if anything frozen changed.
 
@@ -152,6 +171,8 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
     accelerator = Accelerator(mixed_precision="no")
     if options.shard:
         require_processes(accelerator.num_processes)
+    if options.scope == "block":
+        return _by_block(model, options, accelerator, to_train, is_merged)
     blocks, sources, teacher = _prepare(model, options, accelerator)
     if is_merged:
         renew_adapters(model, options.lora_rank or LORA_RANK, options.seed)
@@ -176,6 +197,50 @@ def finetune(model: nn.Module, options: FinetuneOptions) -> FinetuneReport:
         loss_plot({"training": run.losses}, run.folder / "loss.png")
     accelerator.wait_for_everyone()  # The first process has written the files.
     return _report(run, stopped, total, sources)
+
+
+def _by_block(
+    model: nn.Module,
+    options: FinetuneOptions,
+    accelerator: Accelerator,
+    to_train: Callable[[nn.Module], Mapping[str, Tensor]],
+    is_merged: bool,
+) -> FinetuneReport:
+    """finetune() with scope "block"."""
+    if accelerator.num_processes > 1:
+        raise ValueError("scope='block' trains in one process, without torchrun")
+    dense = load_teacher(options.teacher, model, input_device(model))
+    blocks, sources = training_blocks(model, dense, options, 1, options.progress)
+    if is_merged:
+        renew_adapters(model, options.lora_rank or LORA_RANK, options.seed)
+    freeze_all_but_adapters(model)
+    key = model_fingerprint(dense)
+    recipe = Recipe.of(options, model, to_train(model), blocks, key, 1)
+    total = parameter_count(model)
+    run = BlockRun(model, dense, blocks, recipe, options)
+    stopped = run.train()
+    freeze_all_but_adapters(model).eval()
+    tokens = recipe.steps * recipe.blocks_per_step * recipe.length
+    return FinetuneReport(
+        steps=recipe.steps,
+        tokens=tokens,
+        seconds=run.seconds,
+        tokens_per_second=tokens / run.seconds,
+        first_loss=run.losses[0] if run.losses else math.nan,
+        last_loss=run.losses[-1] if run.losses else math.nan,
+        lr=recipe.lr,
+        trainable=run.trainable,
+        total=total,
+        base_hash=recipe.base,
+        stopped=stopped,
+        sources=sources,
+        teacher=getattr(dense, "name_or_path", "") or type(dense).__name__,
+        teacher_bytes=0,
+        teacher_seconds=run.dense_seconds,
+        options=asdict(recipe),
+        losses=run.losses,
+        fits=run.fits,
+    )
 
 
 def _is_merged(model: nn.Module, lora_rank: int | None) -> bool:

@@ -15,8 +15,10 @@ from hylora_kernels.text.sources import KINDS, SELF, Mix, Source, texts_in
 
 OBJECTIVES = ("adapt", "keep")
 TRAINED = ("adapters", "factors")
+SCOPES = ("model", "block")
 # 2e-4 diverges: SmolLM2-135M at keep 0.8, KL 0.45 instead of 0.18 after 60 steps of 512 tokens.
 FACTORS_LR = 3e-5
+BLOCK_LR = 1e-4  # Between those of factors and of adapters; not tuned on a real model.
 KEEP_LR = 2e-4  # Of adapters: at 1e-3 the KL rises from 0.20 to 0.24 in the first 30 steps.
 GivenTeacher = nn.Module | str | Path | Callable[[], nn.Module]
 
@@ -56,7 +58,7 @@ class FinetuneOptions:
     lr: float | None = option(
         None,
         "Peak learning rate. By default 1e-3 up to 60 steps, 3e-4 for more; 2e-4 of adapters to "
-        "keep; 3e-5 of factors.",
+        "keep; 3e-5 of factors; 1e-4 block by block.",
     )
     warmup: int | None = option(
         None,
@@ -82,6 +84,13 @@ class FinetuneOptions:
         "recovers more and takes more memory. By default the adapters to adapt, the factors to "
         "keep.",
         choices=TRAINED,
+    )
+    scope: str = option(
+        "model",
+        "What is trained at once: the model, on its predictions; or block after block, on the "
+        "states that the dense model has behind it, in the memory of one block's gradients. "
+        "Each block gets `steps` updates then.",
+        choices=SCOPES,
     )
     distill: float | None = option(
         None,
@@ -150,6 +159,7 @@ class FinetuneOptions:
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must be in [0, 1], got {self.distill}")
         self._check_teacher()
+        self._check_scope()
         if self.train == "factors" and not self.merge:
             raise ValueError(
                 "merge=False keeps adapters beside the base, but train=factors leaves none: it "
@@ -167,11 +177,26 @@ class FinetuneOptions:
             raise ValueError(f"save_every={self.save_every} needs an output_dir to save to")
 
     def _usual_lr(self) -> float:
+        if self.scope == "block":
+            return BLOCK_LR
         if self.train == "factors":
             return FACTORS_LR
         if self.objective == "keep":
             return KEEP_LR
         return 1e-3 if self.steps <= 60 else 3e-4
+
+    def _check_scope(self) -> None:
+        """Raise ValueError for what does not go with training block by block."""
+        if self.scope == "model":
+            return
+        if self.objective != "keep" or self.distill != 1:
+            raise ValueError(
+                "scope='block' matches the dense model's states: it goes with objective='keep' and "
+                f"distill=1, got {self.objective!r} and distill={self.distill}"
+            )
+        for name in ("shard", "gradient_checkpointing"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True is for scope='model': a block at a time is small")
 
     def _check_teacher(self) -> None:
         """Raise ValueError unless there is a teacher where one is needed, and only there."""

@@ -38,6 +38,7 @@ class Recipe:
     chunk: int
     objective: str
     train: str
+    scope: str
     distill: float
     gradient_checkpointing: bool
     seed: int

@@ -123,12 +123,7 @@ class Run:
             self.folder = folder if accelerator.is_main_process else None
         self.trained, self.parameters = trained, list(trained.values())
         self.device = model.get_input_embeddings().weight.device
-        self.optimizer = torch.optim.AdamW(
-            _groups(self.parameters),
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimizer = adamw(self.parameters, self.device)
         if accelerator.num_processes > 1:  # An SVD's signs may be others elsewhere.
             for parameter in self.parameters:
                 broadcast(parameter.data)
@@ -292,6 +287,16 @@ class Run:
         state = {m: tensors[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
         device = parameter.device if self.optimizer.defaults["fused"] else "cpu"
         return {"step": torch.tensor(float(step), device=device), **state}
+
+
+def adamw(parameters: list[nn.Parameter], device: torch.device) -> torch.optim.AdamW:
+    """The optimizer of parameters on a device, whose groups have the scale of their rate."""
+    return torch.optim.AdamW(
+        _groups(parameters),
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=device.type in ("cpu", "cuda"),
+    )
 
 
 def _groups(parameters: list[nn.Parameter]) -> list[dict]:

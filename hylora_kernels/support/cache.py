@@ -33,8 +33,8 @@ TAG_TEXT = (
 # The first level of the cache. Only folders of these names that carry the tag are counted and
 # deleted: HYLORA_CACHE may point at a folder with other things in it.
 FOLDERS = (
-    *("benchmarks", "compress", "data", "datasets", "models", "perplexity", "teacher", "temporary"),
-    "tokens",
+    *("benchmarks", "compress", "data", "datasets", "models", "perplexity", "recovery", "teacher"),
+    *("temporary", "tokens"),
 )
 TUNED = "tuned"  # Tables of `hylora tune`: they take a GPU and minutes, so clearing keeps them.
 CHECKSUM, SUMS = "sha256", "SHA256SUMS"
