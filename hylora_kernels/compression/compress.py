@@ -311,29 +311,28 @@ class Compression:
         options, blocks = self.options, self.structure.blocks
         if not options.refit:
             return {}
-        with timed(self.report.seconds, "refit"):
-            self.processes.by_first(lambda: self._refit_missing(choices), "refitting")
-        return Refitted(self._refits(choices)[2], blocks)
-
-    def _refit_missing(self, choices: dict[str, Choice]) -> None:
-        """Refit the blocks that are not in the workspace, which gets them."""
-        options, blocks = self.options, self.structure.blocks
         ids, ranks, store = self._refits(choices)
-        missing = {block.path: block for block in blocks if store.find(block.path) is None}
-        if not missing:
-            return
-        needed = refit_bytes(missing.values(), ranks)
-        require_disk(self.workspace.folder, needed, "refitted blocks")
+        with timed(self.report.seconds, "refit"):
+            missing = self.processes.agreed(
+                {block.path for block in blocks if store.find(block.path) is None}
+            )
+            if missing:
+                needed = refit_bytes((b for b in blocks if b.path in missing), ranks)
+                require_disk(self.workspace.folder, needed, "refitted blocks")
 
-        def done(path: str) -> dict[str, Tensor] | None:
-            return None if path in missing else store.load(path)
+                def done(path: str) -> dict[str, Tensor] | None:
+                    return None if path in missing else store.load(path)
 
-        load = self.workspace.load
-        for block, matrices in refit_blocks(
-            self.model, blocks, ids, load, ranks, done, options.progress
-        ):
-            if block in missing:
-                store.save(block, matrices)
+                # With fewer sequences than processes all run all of them.
+                processes = self.processes if len(ids) >= self.processes.size else ALONE
+                load = self.workspace.load
+                for block, matrices in refit_blocks(
+                    self.model, blocks, ids, load, ranks, done, options.progress, processes
+                ):
+                    if block in missing and self.processes.is_first:
+                        store.save(block, matrices)
+            self.processes.see((store.path(path) for path in missing), "refitting")
+        return Refitted(store, blocks)
 
     def forget_refit(self, choices: dict[str, Choice]) -> None:
         """Delete the refitted matrices of these ranks from the workspace."""

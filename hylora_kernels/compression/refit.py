@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,10 @@ from hylora_kernels.compression.factors import Factors
 from hylora_kernels.layers.factorize import fill_lower, to_float64
 from hylora_kernels.model.by_block import hold
 from hylora_kernels.model.structure import Block, Target
+from hylora_kernels.support.processes import ALONE, Processes
 
 RIDGE = 4.0  # Times the mean diagonal, for a factored layer.
+STAGE = "refitting"  # In the error of a lost process.
 DENSE_RIDGE = 1e-3  # The same for a layer left dense, of which all of W is refitted.
 
 
@@ -45,6 +48,7 @@ def refit_blocks(
     ranks: dict[str, int],
     done: Callable[[str], dict[str, Tensor] | None],
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (path of the block, path of a linear -> its refitted matrix) for each block.
 
@@ -56,6 +60,8 @@ def refit_blocks(
     load_factors: path -> Factors.
     ranks:        path -> total rank R, 0 for a linear left dense.
     done:         path of a block -> its result of an interrupted run, which is taken as it is.
+    processes:    each runs its share of the n >= size sequences through both models, and all yield
+                  the same matrices, which the first one solves for.
 
     Linears in front of the blocks are taken as dense. A linear that doesn't read every token, such
     as one of a routed expert, keeps its U: the two models route other tokens to it.
@@ -67,7 +73,8 @@ def refit_blocks(
     """
     if not blocks:
         raise ValueError("refit needs a model with a list of blocks, got none: set refit=False")
-    chain, solver = record(model, blocks, ids), _Solver(load_factors, ranks)
+    chain = record(model, blocks, ids[processes.part(len(ids))])
+    solver = _Solver(load_factors, ranks)
     student_chain = chain.apart()
     dense_stream = student_stream = chain.hidden
     for block in tqdm(blocks, desc="refitting", unit="block", disable=not progress, leave=False):
@@ -93,7 +100,9 @@ def refit_blocks(
                     )
                 ]
                 with _replaying(student) as replay:
-                    fitted, dense_stream = _refit_block(block, student, batches, solver, replay)
+                    fitted, dense_stream = _refit_block(
+                        block, student, batches, solver, replay, processes
+                    )
                     student_stream = [
                         batch.student_call.run(student.module, batch.student)
                         for batch in replay.each(batches)
@@ -121,7 +130,12 @@ def refit_bytes(blocks: Iterable[Block], ranks: dict[str, int]) -> int:
 
 
 def _refit_block(
-    block: Block, student: Block, batches: list[_Batch], solver: _Solver, replay: _Replay
+    block: Block,
+    student: Block,
+    batches: list[_Batch],
+    solver: _Solver,
+    replay: _Replay,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """-> (path -> refitted matrix, by batch the dense stream behind the block). The student's
     weights are replaced on the way, so that each group is fitted to what the groups before it
@@ -129,35 +143,63 @@ def _refit_block(
     candidates = _may_write(block, batches[0].dense)
     wanted = [_watched(block, candidates, batch.dense, batch.dense_call) for batch in batches]
     writers = _residual_writers(candidates, batches[0].dense, *wanted[0])
+    writers = processes.agreed(writers, STAGE)
     fitted: dict[str, Tensor] = {}
     for group, student_group in zip(block.groups, student.groups, strict=True):
         if group.leader.routed:
             continue
         leader = group.leader.path
-        cross, own, residual = 0, None, 0
+        sums = _Sums()
         earlier = writers[: writers.index(leader)] if leader in writers else []
         for batch, (dense, _) in zip(replay.each(batches), wanted, strict=True):
             seen, _ = _watched(student, writers, batch.student, batch.student_call, stop_at=leader)
             if not (seen.reads_all(leader, batch.tokens) and dense.reads_all(leader, batch.tokens)):
                 continue
-            x_s, x_t = seen.inputs[leader], dense.inputs[leader]
-            cross, own = cross + gram(x_t, x_s), add_gram(own, x_s)
+            lost = None
             if leader in writers:
                 lost = batch.dense - batch.student
                 for writer in earlier:
                     lost = lost + dense.outputs[writer] - seen.outputs[writer]
-                residual = residual + gram(lost, x_s)
-        own = None if own is None else fill_lower(own)
+            sums.add(dense.inputs[leader], seen.inputs[leader], lost)
+        sums.add_others(processes, group.leader, batches[0].dense if leader in writers else None)
+        matrices = processes.by_first(partial(solver.fitted, group.targets, sums), STAGE)
         for target, copied in zip(group.targets, student_group.targets, strict=True):
-            W = to_float64(target.matrix)
-            if own is None:  # No batch is read whole.
-                fitted[target.path] = solver.prior(target.path, W).float()
-            else:
-                T = W @ to_float64(cross) + (to_float64(residual) if leader in writers else 0)
-                fitted[target.path] = solver.solve(target.path, W, T, to_float64(own))
+            fitted[target.path] = matrices[target.path].to(target.matrix.device)
             copied.matrix.copy_(solver.product(target.path, fitted[target.path]))
         replay.final.update(group.paths)
     return fitted, [output for _, output in wanted]
+
+
+@dataclass
+class _Sums:
+    """Over the rows of x_t and x_s [..., K] and of the lost residual [..., d], float32.
+
+    cross: x_t^T x_s. own: x_s^T x_s, its upper triangle. residual: lost^T x_s. None without a row.
+    """
+
+    cross: Tensor | None = None
+    own: Tensor | None = None
+    residual: Tensor | None = None
+
+    def add(self, x_t: Tensor, x_s: Tensor, lost: Tensor | None) -> None:
+        cross = gram(x_t, x_s)
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.own = add_gram(self.own, x_s)
+        if lost is not None:
+            residual = gram(lost, x_s)
+            self.residual = residual if self.residual is None else self.residual + residual
+
+    def add_others(self, processes: Processes, leader: Target, hidden: Tensor | None) -> None:
+        """Add the sums of the other processes. hidden [..., d]: of a residual, which all or none
+        have."""
+        if processes.size == 1 or not processes.total([self.own is not None], STAGE)[0]:
+            return
+        K, like = leader.shape[1], leader.matrix
+        if self.own is None:
+            self.cross, self.own = (like.new_zeros(K, K, dtype=torch.float32) for _ in range(2))
+            if hidden is not None:
+                self.residual = like.new_zeros(hidden.shape[-1], K, dtype=torch.float32)
+        processes.add([s for s in (self.cross, self.own, self.residual) if s is not None], STAGE)
 
 
 @dataclass
@@ -166,6 +208,21 @@ class _Solver:
 
     load_factors: Callable[[str], Factors]
     ranks: dict[str, int]
+
+    def fitted(self, targets: Sequence[Target], sums: _Sums) -> dict[str, Tensor]:
+        """path -> refitted matrix of linears on one input; as they were without a batch that is
+        read whole."""
+        own = None if sums.own is None else to_float64(fill_lower(sums.own))
+        found = {}
+        for path, W in ((target.path, to_float64(target.matrix)) for target in targets):
+            if own is None or sums.cross is None:
+                found[path] = self.prior(path, W).float()
+                continue
+            T = W @ to_float64(sums.cross)
+            if sums.residual is not None:
+                T = T + to_float64(sums.residual)
+            found[path] = self.solve(path, W, T, own)
+        return {path: matrix.cpu() for path, matrix in found.items()}
 
     def prior(self, path: str, W: Tensor) -> Tensor:
         """U as the factors have it, or W of a linear left dense."""

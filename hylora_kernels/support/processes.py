@@ -28,7 +28,8 @@ from hylora_kernels.support.devices import free_memory
 
 Value = TypeVar("Value")
 
-LONGEST_PAUSE = 0.05  # seconds between two looks at the store; a look takes it 0.06 ms
+SHORTEST_PAUSE = 0.0005  # seconds between two looks at the store, each of which takes 0.06 ms
+LONGEST_PAUSE = 0.05
 LOOK = 0.5  # seconds between two looks after the processes that are waited for
 BEAT = 5.0  # seconds between two signs of life
 # Seconds without a sign after which a process on another machine, or a stopped one, counts as lost.
@@ -193,7 +194,7 @@ class Processes:
             return
         self._count += 1
         keys = [f"{self._count}/{rank}" for rank in range(self.size)]
-        pause, looked = 0.0005, time.monotonic()
+        begun = looked = time.monotonic()
         with self._asking(stage):
             self._store.set(keys[self.rank], "")
             while not self._store.check(keys):
@@ -201,8 +202,8 @@ class Processes:
                     missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
                     self.require_alive(missing, stage)
                     looked = time.monotonic()
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                waited = time.monotonic() - begun
+                time.sleep(min(SHORTEST_PAUSE + 0.05 * waited, LONGEST_PAUSE))
 
     def require_alive(self, ranks: Iterable[int], stage: str) -> None:
         """Raise LostProcess naming those of the ranks that are gone or silent, or a process that

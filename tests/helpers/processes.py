@@ -43,7 +43,7 @@ def end_together(code: str, *arguments: object, processes: int = 2) -> list[tupl
         for rank in range(processes)
     ]
     try:
-        printed = [process.communicate(timeout=300) for process in started]
+        printed = [process.communicate(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()

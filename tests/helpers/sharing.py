@@ -10,7 +10,7 @@ from helpers.zoo import zoo_model
 
 from hylora_kernels.compression.compress import compress
 
-# name -> (architecture, options). There are 6 sequences and 3 processes, of one sequence 1.
+# name -> (architecture, options). There are 6 sequences, and 1 for a process that is left without.
 CASES = {
     "plain": ("qwen2", {"keep": 0.7}),
     "passes": ("qwen2", {"keep": 0.7, "max_memory": 90_000, "cache": False}),
