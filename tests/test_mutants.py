@@ -42,8 +42,8 @@ PYTHON = {
     ),
     "unsaved buffers left out of the key": Mutant(
         "hylora_kernels/support/hashing.py",
-        "(part.state_dict() | dict(part.named_buffers()))",
-        "part.state_dict()",
+        "module.state_dict() | dict(module.named_buffers())",
+        "module.state_dict()",
         "support/test_hashing.py::test_a_buffer_that_is_not_saved_counts",
     ),
     "checksum not compared": Mutant(
@@ -170,8 +170,8 @@ PYTHON = {
     ),
     "the teacher's damaged states not made again": Mutant(
         "hylora_kernels/recovery/teacher.py",
-        "if files.find(_name(ids)) is None:",
-        "if not files.path(_name(ids)).exists():",
+        "is_missing = files.find(_name(ids)) is None",
+        "is_missing = not files.path(_name(ids)).exists()",
         "recovery/test_teacher.py::test_a_flipped_bit_is_noticed_and_made_again",
     ),
     "recovery on the blocks of calibration": Mutant(

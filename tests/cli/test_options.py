@@ -26,7 +26,7 @@ LIBRARY = {
     "compress": (
         TargetOptions,
         {"tokenizer", "device", "dtype", "refit_samples", "progress", "output_dir", "target_ratio"},
-        EVERY | {"out", "overwrite", "png", "target_ratio"},
+        EVERY | {"out", "overwrite", "png", "target_ratio", "by_block"},
     ),
     "finetune": (
         FinetuneOptions,

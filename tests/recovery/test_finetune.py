@@ -126,7 +126,7 @@ def recipe_of(**changes):
         "steps": 60, "lr": 1e-3, "warmup": 10, "length": 16, "batch": 1, "accumulate": 1,
         "clip": 1.0, "chunk": 64, "objective": "adapt", "distill": 0.0, "seed": 0,
         "gradient_checkpointing": False, "processes": 1,
-        "data": "", "teacher": "", "train": "adapters", "trained": "", "base": "",
+        "data": "", "teacher": "", "train": "adapters", "scope": "model", "trained": "", "base": "",
     }  # fmt: skip
     return Recipe(**(fields | changes))
 
