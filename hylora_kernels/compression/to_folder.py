@@ -9,7 +9,8 @@ from torch import nn
 from hylora_kernels.compression.compress import Compression
 from hylora_kernels.compression.options import CompressOptions
 from hylora_kernels.compression.report import CompressReport
-from hylora_kernels.model.saving import saved_by_block
+from hylora_kernels.model.by_block import is_by_block
+from hylora_kernels.model.saving import refuse_foreign_files, saved_by_block
 from hylora_kernels.support.processes import together
 
 
@@ -38,6 +39,12 @@ def compress_to_folder(
             model, "smaller", tokenizer=tokenizer, keep=0.8, calibration="my.txt", length=64
         )
     """
+    if not is_by_block(model):
+        raise ValueError(
+            "model must be one that load_model(..., by_block=True) opened: compress() takes one"
+            " that is in memory"
+        )
+    refuse_foreign_files(dir, overwrite)  # Before the long work.
     checked = CompressOptions(**options)
     with together() as processes, Compression(model, checked, processes) as run:
         for statistics in run.calibrate():

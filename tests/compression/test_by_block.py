@@ -266,8 +266,15 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"compress_to_folder\(\) takes it"):
             compress(model, calibration=IDS)
 
-    def test_another_programs_model(self, dense, tmp_path):
+    def test_a_model_in_memory(self, dense, tmp_path):
+        model, _ = load_model(dense("llama"), "cpu")
+        with pytest.raises(ValueError, match=r"by_block=True\) opened: compress\(\) takes one"):
+            compress_to_folder(model, tmp_path / "out", calibration=IDS)
+        assert not (tmp_path / "out").exists()
+
+    def test_another_programs_model(self, dense, tmp_path, monkeypatch):
         folder = dense("llama")
+        monkeypatch.setattr(Compression, "__init__", None)  # Before any work.
         with pytest.raises(ValueError, match="hylora_kernels didn't save"):
             by_block(folder, folder)
         assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
